@@ -1,0 +1,33 @@
+"""The exceptions of this package beyond ValueError and TypeError."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BuildError(RuntimeError):
+    """The native library is missing or cannot be loaded; the message says what to install."""
+
+
+class NonFiniteError(RuntimeError):
+    """A chain met a gradient that is not finite.
+
+    Attributes:
+        step: first step (counted from 0 in this call) at which a gradient was not finite, or
+            ``None`` when it was not recorded.
+        chains: indices of the chains concerned, int64, on the CPU.
+        x: the last finite state of every chain, same shape and device as the sampler's state.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: int | None = None,
+        chains: torch.Tensor | None = None,
+        x: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.chains = chains
+        self.x = x

@@ -1,0 +1,229 @@
+"""Every op of this package again, in plain PyTorch.
+
+This module is the oracle of the tests, the documentation of the ops, and the baseline of the
+benchmarks. It is written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Coefficient = float | Tensor
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on words held in int64 tensors (Salmon et al., SC 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0 = c0 * _PHILOX_MULTIPLIERS[0]
+        p1 = c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0 = (k0 + _PHILOX_WEYL[0]) & _WORD
+        k1 = (k1 + _PHILOX_WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def noise_words(
+    batch: int, per_chain: int, rng: Tensor, *, step: int = 0, chain_offset: int = 0
+) -> Tensor:
+    """The words behind each chain's noise: (batch, ceil(per_chain / 4), 4), int64 in [0, 2³²)."""
+    seed, time = rng[0], rng[1] + step
+    blocks = torch.arange((per_chain + 3) // 4, device=rng.device)
+    chains = torch.arange(batch, device=rng.device)[:, None] + chain_offset
+    zero = torch.zeros_like(chains + blocks)
+    counter = (zero + blocks, zero + (time & _WORD), zero + (chains & _WORD), zero + (chains >> 32))
+    return torch.stack(philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=-1)
+
+
+def normal(
+    shape: Sequence[int],
+    rng: Tensor,
+    *,
+    step: int = 0,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals by Box-Muller from :func:`noise_words`, evaluated in float64.
+
+    Dimension 0 counts the chains; elements are counted row-major within a chain.
+    """
+    batch, per_chain = shape[0], math.prod(shape[1:])
+    words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset).double()
+    radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
+    angle = 2 * math.pi * words[..., 1::2] * 2.0**-32
+    lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return lanes.flatten(1)[:, :per_chain].reshape(tuple(shape)).to(dtype)
+
+
+def uniform(
+    shape: Sequence[int],
+    rng: Tensor,
+    *,
+    step: int = 0,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniforms in the open interval (0, 1): (word + ½)·2⁻³² in float64.
+
+    Other dtypes use the word's top 23 bits, (word div 2⁹ + ½)·2⁻²³, exact in float32.
+    """
+    batch, per_chain = shape[0], math.prod(shape[1:])
+    words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset)
+    words = words.flatten(1)[:, :per_chain].reshape(tuple(shape))
+    if dtype == torch.float64:
+        return (words.double() + 0.5) * 2.0**-32
+    return (((words >> 9).double() + 0.5) * 2.0**-23).to(dtype)
+
+
+def _per_chain(value: Coefficient, step: int, x: Tensor) -> Coefficient:
+    """Row ``step`` of a (T or 1, B or 1) table, shaped to broadcast against x."""
+    if isinstance(value, (int, float)):
+        return value
+    row = value[step if value.shape[0] > 1 else 0]
+    return row.to(_arithmetic_dtype(x.dtype)).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _noise_like(x: Tensor, rng: Tensor, step: int, chain_offset: int, xi: Tensor | None) -> Tensor:
+    if xi is not None:
+        return xi
+    noise = normal(x.shape, rng, step=step, chain_offset=chain_offset, dtype=torch.float64)
+    return noise.to(_arithmetic_dtype(x.dtype))
+
+
+def clip_gradient(
+    grad: Tensor, *, grad_clip: float | None = None, grad_norm: float | None = None
+) -> Tensor:
+    """Elementwise to ±grad_clip, then each chain scaled to L2 norm ≤ grad_norm."""
+    if grad_clip is not None:
+        grad = grad.clamp(-grad_clip, grad_clip)
+    if grad_norm is not None:
+        norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)
+        scale = torch.where(norm > grad_norm, grad_norm / norm, torch.ones_like(norm))
+        grad = grad * scale.reshape(-1, *[1] * (grad.dim() - 1))
+    return grad
+
+
+def langevin_step(
+    x: Tensor,
+    grad: Tensor,
+    rng: Tensor,
+    *,
+    drift: Coefficient,
+    noise: Coefficient = 0.0,
+    decay: Coefficient = 0.0,
+    pull: Coefficient = 0.0,
+    x_ref: Tensor | None = None,
+    is_score: bool = False,
+    grad_clip: float | None = None,
+    grad_norm: float | None = None,
+    step_clip: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    noise_when: int = 0,
+    step: int = 0,
+    chain_offset: int = 0,
+    xi: Tensor | None = None,
+) -> Tensor:
+    """One Langevin update of every chain; the arguments are those of ``ops.langevin_step``."""
+    work = _arithmetic_dtype(x.dtype)
+    state, g = x.to(work), grad.to(work)
+    g = clip_gradient(-g if is_score else g, grad_clip=grad_clip, grad_norm=grad_norm)
+    d = _per_chain(drift, step, x) * g + _per_chain(decay, step, x) * state
+    if x_ref is not None:
+        d = d + _per_chain(pull, step, x) * (state - x_ref.to(work))
+    if step_clip is not None:
+        d = d.clamp(-step_clip, step_clip)
+    out = state - d
+    if noise_when == 0:
+        out = out + _per_chain(noise, step, x) * _noise_like(x, rng, step, chain_offset, xi)
+    if clamp is not None:
+        out = out.clamp(*clamp)
+    if noise_when == 1:
+        later = step + 1
+        out = out + _per_chain(noise, later, x) * _noise_like(x, rng, later, chain_offset, xi)
+    return out.to(x.dtype)
+
+
+def langevin_noise(
+    x: Tensor,
+    rng: Tensor,
+    *,
+    noise: Coefficient,
+    step: int = 0,
+    chain_offset: int = 0,
+    xi: Tensor | None = None,
+) -> Tensor:
+    """x + s·ξ: the noise of one step alone."""
+    work = _arithmetic_dtype(x.dtype)
+    z = _noise_like(x, rng, step, chain_offset, xi).to(work)
+    return (x.to(work) + _per_chain(noise, step, x) * z).to(x.dtype)
+
+
+def langevin_statistics(
+    x: Tensor,
+    grad: Tensor,
+    x_out: Tensor,
+    *,
+    drift: Coefficient,
+    decay: Coefficient = 0.0,
+    grad_clip: float | None = None,
+    step_clip: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    x_unclamped: Tensor | None = None,
+    step: int = 0,
+) -> Tensor:
+    """The five sums (B, 5) that ``ops.langevin_step_`` writes into ``stats``.
+
+    Σg²; Σ(x_out − x)²; elements changed by grad_clip or step_clip; elements changed by the clamp
+    (of ``x_unclamped``); non-finite elements of the gradient.
+    """
+    g = grad.to(_arithmetic_dtype(x.dtype))
+    clipped = torch.zeros_like(g, dtype=torch.bool)
+    d = _per_chain(drift, step, x) * clip_gradient(g, grad_clip=grad_clip)
+    d = d + _per_chain(decay, step, x) * x.to(g.dtype)
+    if grad_clip is not None:
+        clipped |= g.abs() > grad_clip
+    if step_clip is not None:
+        clipped |= d.abs() > step_clip
+    clamped = torch.zeros_like(clipped)
+    if clamp is not None and x_unclamped is not None:
+        clamped = (x_unclamped < clamp[0]) | (x_unclamped > clamp[1])
+    columns = (
+        g.square(),
+        (x_out.to(g.dtype) - x.to(g.dtype)).square(),
+        clipped.to(g.dtype),
+        clamped.to(g.dtype),
+        (~grad.isfinite()).to(g.dtype),
+    )
+    return torch.stack([c.flatten(1).sum(1) for c in columns], dim=1)
+
+
+def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x·e^a + b, ladj = Σa; params (B, 2, *x.shape[1:]) = (a, b)."""
+    work = _arithmetic_dtype(x.dtype)
+    a, b = params.to(work).unbind(1)
+    return (x.to(work) * a.exp() + b).to(x.dtype), a.flatten(1).sum(1)
+
+
+def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """x = (y − b)·e^{−a}, ladj = −Σa."""
+    work = _arithmetic_dtype(y.dtype)
+    a, b = params.to(work).unbind(1)
+    return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -a.flatten(1).sum(1)

@@ -1,0 +1,123 @@
+"""Keys: where every random number of this package comes from.
+
+A :class:`Key` is a 64-bit seed and a time. Normals are a pure function of (seed, chain, time,
+element), see ``csrc/include/coopflow/philox.h``, so a result never depends on batch size, number
+of threads or device. Separate uses of one key fold in separate constants (the ``USE_*`` below).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypedDict
+
+import torch
+
+from coopflow_ext import _extension
+
+_SEED_LIMIT: Final = 2**64
+TIME_LIMIT: Final = 2**32
+_SPLIT_BASE: Final = 2**63
+
+# What is folded in for each separate use of a key. Below 2**32: tensor index of a state of several
+# tensors, and users; from 2**63: Key.split.
+_USE_BASE: Final = 2**32
+USE_PRIOR: Final = _USE_BASE + 1
+USE_DEQUANTIZE: Final = _USE_BASE + 2
+USE_DROPOUT: Final = _USE_BASE + 3
+USE_DATA_ORDER: Final = _USE_BASE + 4
+USE_AUGMENT: Final = _USE_BASE + 5
+USE_INIT: Final = _USE_BASE + 6
+USE_BUFFER: Final = _USE_BASE + 7
+USE_CHAIN: Final = _USE_BASE + 8
+USE_EVALUATION: Final = _USE_BASE + 9
+USE_ACCEPT: Final = _USE_BASE + 10
+USE_MOMENTUM: Final = _USE_BASE + 11
+
+
+class KeyState(TypedDict):
+    """What :meth:`Key.state_dict` returns: two Python integers."""
+
+    seed: int
+    time: int
+
+
+def _to_signed(word: int) -> int:
+    """Reinterpret an unsigned 64-bit integer as int64, which is what tensors hold."""
+    return word - _SEED_LIMIT if word >= _SPLIT_BASE else word
+
+
+def _check_int(name: str, value: object, limit: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An immutable random key.
+
+    Args:
+        seed: 64 bits, 0 ≤ seed < 2⁶⁴.
+        time: number of steps already drawn, 0 ≤ time < 2³².
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+
+    seed: int
+    time: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int("seed", self.seed, _SEED_LIMIT)
+        _check_int("time", self.time, TIME_LIMIT)
+
+    def fold_in(self, data: int) -> Key:
+        """A key with an independent seed, determined by this seed and ``data``; time is kept.
+
+        ``data`` is in [0, 2⁶⁴). The new seed is words 0, 1 of Philox4x32-10 with this seed as the
+        key and counter (data low, data high, 0, 2³¹), which no noise counter can equal.
+        """
+        _check_int("data", data, _SEED_LIMIT)
+        fold_in = _extension.load().fold_in
+        seed = int(fold_in(_to_signed(self.seed), _to_signed(data))) % _SEED_LIMIT
+        return Key(seed, self.time)
+
+    def split(self, n: int) -> tuple[Key, ...]:
+        """``n`` independent keys: ``fold_in(2**63 + k)`` for k < n."""
+        _check_int("n", n, _SPLIT_BASE)
+        return tuple(self.fold_in(_SPLIT_BASE + k) for k in range(n))
+
+    def advance(self, n: int) -> Key:
+        """The key ``n`` steps later.
+
+        Raises:
+            OverflowError: when the time would reach 2³²; fold in a number to go on.
+        """
+        _check_int("n", n, _SEED_LIMIT)
+        time = self.time + n
+        if time >= TIME_LIMIT:
+            raise OverflowError(
+                f"a key counts at most 2**32 - 1 steps: time {self.time} + {n} does not fit; "
+                "use key.fold_in(i) for a fresh stream"
+            )
+        return Key(self.seed, time)
+
+    def state_dict(self) -> KeyState:
+        """Two Python integers, ready for JSON."""
+        return {"seed": self.seed, "time": self.time}
+
+    @classmethod
+    def from_state_dict(cls, state: KeyState) -> Key:
+        """The inverse of :meth:`state_dict`."""
+        return cls(seed=state["seed"], time=state["time"])
+
+    def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """int64[2] = (seed's 64 bits reinterpreted, time), what the ops take as ``rng``."""
+        return torch.tensor([_to_signed(self.seed), self.time], dtype=torch.int64, device=device)
+
+    @classmethod
+    def from_default_generator(cls) -> Key:
+        """A key drawn from torch's default CPU generator, so torch.manual_seed reproduces it."""
+        low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()
+        return cls(low | (high << 32))

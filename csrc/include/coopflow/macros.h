@@ -1,0 +1,23 @@
+// Marks shared by every layer-1 header: where a function may run, and under which name it is built.
+#pragma once
+
+// COOPFLOW_HD marks mathematics that serves both back ends. It is always inlined: the CPU loops are
+// compiled once per instruction set, and an out-of-line copy made for one could otherwise be picked
+// by the linker for another.
+#if defined(__CUDACC__)
+#define COOPFLOW_HD __host__ __device__ __forceinline__
+#else
+#define COOPFLOW_HD inline __attribute__((always_inline))
+#endif
+
+// True only while device code is being compiled: selects approximate hardware instructions.
+#if defined(__CUDA_ARCH__)
+#define COOPFLOW_DEVICE_CODE 1
+#else
+#define COOPFLOW_DEVICE_CODE 0
+#endif
+
+// Name of the instruction set a CPU loop file is being compiled for.
+#if !defined(COOPFLOW_ISA)
+#define COOPFLOW_ISA baseline
+#endif
