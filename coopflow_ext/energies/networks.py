@@ -1,0 +1,114 @@
+"""Energies given by a neural network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+}
+_RES_IMAGE_SIZES = (8, 16, 32, 64)
+
+
+class _DownBlock(nn.Module):
+    """n → 2n channels at half the size: avgpool2(swish(conv(swish(conv x))) + swish(conv x))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = F.silu(self.conv2(F.silu(self.conv1(x))))
+        return F.avg_pool2d(deep + F.silu(self.skip(x)), 2)
+
+
+class ResEnergy(nn.Module):
+    """The convolutional energy of the CoopFlow paper (appendix of arXiv 2205.06924).
+
+    conv3×3 to ``width`` channels and swish, log2(image_size / 4) down-sampling blocks that double
+    the channels, and a 4×4 convolution to 100 outputs whose sum is the negative energy f.
+
+    Args:
+        channels: channels of the images.
+        width: channels after the first convolution; the paper has 128.
+        image_size: height and width of the images: 8, 16, 32 or 64.
+
+    ``forward(x)``: x (B, channels, image_size, image_size) in [−1, 1] → U = −f, (B,), x's dtype.
+
+    Raises:
+        ValueError: for an image size that is not in the list, or an x of another shape.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 128, image_size: int = 32) -> None:
+        super().__init__()
+        if image_size not in _RES_IMAGE_SIZES:
+            raise ValueError(f"image_size must be one of {_RES_IMAGE_SIZES}, got {image_size}")
+        if channels < 1 or width < 1:
+            raise ValueError(f"channels and width must be ≥ 1, got {channels} and {width}")
+        self.event_shape = (channels, image_size, image_size)
+        self.width = width
+        n_blocks = (image_size // 4).bit_length() - 1
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_DownBlock(width << i) for i in range(n_blocks))
+        self.head = nn.Conv2d(width << n_blocks, 100, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != self.event_shape:
+            raise ValueError(f"x must have shape (B, *{self.event_shape}), got {tuple(x.shape)}")
+        h = F.silu(self.stem(x))
+        for block in self.blocks:
+            h = block(h)
+        return -self.head(h).flatten(1).sum(1)
+
+
+class MLPEnergy(nn.Module):
+    """A fully connected energy: U(x) = w·act(… act(W₁x + b₁) …) + b.
+
+    Args:
+        dim: number of elements of one x; x may have any shape (B, …) of that many elements.
+        widths: sizes of the hidden layers.
+        activation: "silu", "softplus", "tanh" or "gelu" (all smooth, so that ∇U is too).
+
+    ``forward(x)`` → (B,), x's dtype.
+
+    Raises:
+        ValueError: for a size below 1, an unknown activation, or an x of another size.
+    """
+
+    def __init__(
+        self, dim: int, widths: Sequence[int] = (64, 64, 64), activation: str = "silu"
+    ) -> None:
+        super().__init__()
+        if dim < 1 or not widths or min(widths) < 1:
+            raise ValueError(f"dim and every width must be ≥ 1, got {dim} and {tuple(widths)}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
+            )
+        self.dim = dim
+        self.widths = tuple(widths)
+        self.activation = activation
+        sizes = (dim, *widths, 1)
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or math.prod(x.shape[1:]) != self.dim:
+            raise ValueError(f"x must be (B, …) of {self.dim} elements each, got {tuple(x.shape)}")
+        act = _ACTIVATIONS[self.activation]
+        h = x.flatten(1)
+        *hidden, last = self.layers
+        for layer in hidden:
+            h = act(layer(h))
+        return last(h).squeeze(1)
