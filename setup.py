@@ -1,0 +1,21 @@
+"""Hands the native build to CMakeLists.txt (through scikit-build-core) and names the wheel."""
+
+from __future__ import annotations
+
+import os
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+
+class BdistWheel(bdist_wheel):
+    """Without `_host` nothing depends on the Python version: one wheel serves every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        if os.environ.get("COOPFLOW_BUILD_HOST", "auto") == "0":
+            return "py3", "none", platform
+        return python, abi, platform
+
+
+setup(cmdclass={"bdist_wheel": BdistWheel})
