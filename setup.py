@@ -7,6 +7,9 @@ import os
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
+# `make` keeps an incremental native build of its own and installs only the Python part.
+skip_native = os.environ.get("COOPFLOW_SKIP_NATIVE", "0") == "1"
+
 
 class BdistWheel(bdist_wheel):
     """Without `_host` nothing depends on the Python version: one wheel serves every Python."""
@@ -18,4 +21,7 @@ class BdistWheel(bdist_wheel):
         return python, abi, platform
 
 
-setup(cmdclass={"bdist_wheel": BdistWheel})
+setup(
+    cmdclass={"bdist_wheel": BdistWheel},
+    **({} if skip_native else {"cmake_source_dir": "."}),
+)

@@ -1,0 +1,104 @@
+# `make demo` and `make test` set everything up by themselves in .venv; the second run is quick.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CXX ?= c++
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/dev
+LIBRARY := coopflow_ext/libcoopflow_ext.so
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PYTEST_ARGS ?=
+
+NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
+  $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+CXX_FILES = $(shell find csrc tests -type f \
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+
+.PHONY: help demo test check wheel sdist build lint clean
+
+help:
+	@echo "make demo   train on real images with the compiled kernels; says where the picture is"
+	@echo "make test   lint and the test suite"
+	@echo "make check  the long tier: every test, and the wheel beside several torch versions"
+	@echo "make build  compile the native library into coopflow_ext/ (only what changed)"
+	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make wheel  dist/*.whl for every Python >= 3.10 and torch >= 2.10;  make sdist: dist/*.tar.gz"
+	@echo "make clean  remove build/, dist/ and .venv"
+	@echo "Variables: PYTHON=python3 TORCH=torch==2.13.0 COOPFLOW_CUDA=auto|0|1 PYTEST_ARGS=..."
+
+# --- set-up -------------------------------------------------------------------------------------------
+# The first stamp also says, in one line each, what the machine lacks.
+$(VENV)/.torch: export PIP_DISABLE_PIP_VERSION_CHECK = 1
+$(VENV)/.torch:
+	@[ "$$(uname -s)" = Linux ] || { echo "coopflow_ext builds on Linux only" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON). Install Python >= 3.10 \
+	(Debian: apt install python3) or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is \
+	$$("$(PYTHON)" -V); Python >= 3.10 is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: Python's venv module. \
+	Install it (Debian: apt install python3-venv)" >&2; exit 1; }
+	@command -v "$(firstword $(CXX))" >/dev/null || { echo "missing: a C++17 compiler ($(CXX)). \
+	Install one (Debian: apt install g++) or set CXX" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/.build-tools: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet 'cmake>=3.25' ninja 'pybind11>=2.13' \
+	  'scikit-build-core>=0.12' 'setuptools>=77'
+	touch $@
+
+# The package itself, editable; the library in it comes from the rule below.
+$(VENV)/.package: $(VENV)/.build-tools pyproject.toml
+	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package pyproject.toml
+	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+# --- the native library -------------------------------------------------------------------------------
+# Installed under another name and renamed, so that running processes keep the file they have mapped.
+$(LIBRARY): $(NATIVE_SOURCES) | $(VENV)/.build-tools
+	$(BIN)/cmake -S . -B $(BUILD) -G Ninja --log-level=NOTICE \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja"
+	$(BIN)/cmake --build $(BUILD)
+	$(BIN)/cmake --install $(BUILD) --prefix $(BUILD)/stage >/dev/null
+	mv -f $(BUILD)/stage/coopflow_ext/*.so coopflow_ext/
+	touch $@
+
+build: $(LIBRARY)
+
+# --- what people run ----------------------------------------------------------------------------------
+demo: $(VENV)/.package $(LIBRARY)
+	$(BIN)/coopflow train --data digits --preset digits-small --out "$(RUN)"
+	@echo "pictures: $(RUN)/samples (flow proposal beside Langevin result), $(RUN)/curves.png"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+test: lint $(LIBRARY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+check: lint $(LIBRARY)
+	tests/check.sh $(BIN)/python
+
+wheel: $(VENV)/.dev
+	COOPFLOW_BUILD_HOST=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir dist .
+	@ls -1 dist/*.whl
+
+sdist: $(VENV)/.dev
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info coopflow_ext/*.so
