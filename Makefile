@@ -93,6 +93,7 @@ check: lint $(LIBRARY)
 	tests/check.sh $(BIN)/python
 
 wheel: $(VENV)/.dev
+	rm -rf build/lib.* build/bdist.* # or setuptools packs what earlier builds left there
 	COOPFLOW_BUILD_HOST=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
 	  --wheel-dir dist .
 	@ls -1 dist/*.whl
