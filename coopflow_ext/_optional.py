@@ -1,0 +1,29 @@
+"""Packages that only some parts need: imported where they are used, with a clear message."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str, *, extra: str, distribution: str | None = None) -> Any:
+    """Import ``module`` or say how to get it.
+
+    Args:
+        module: dotted name to import.
+        extra: the extra of this package that brings it.
+        distribution: its name on the package index, where it differs from the module's.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise
+        name = distribution or top
+        raise ImportError(
+            f"{name} is needed for this: pip install 'coopflow-ext[{extra}]' (or {name})"
+        ) from error

@@ -1,0 +1,81 @@
+"""Batches whose order is a pure function of a key: there is nothing to save or fast-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coopflow_ext import ops
+from coopflow_ext.data.dataset import Dataset
+from coopflow_ext.rng import USE_AUGMENT, USE_DATA_ORDER, Key
+
+
+def permutation(n: int, key: Key) -> Tensor:
+    """A permutation of range(n), int64 on the CPU, determined by ``key``."""
+    u = ops.uniform((n, 1), key.tensor(), dtype=torch.float64)
+    return u[:, 0].argsort(stable=True)
+
+
+class Batches:
+    """Batch number ``step`` of the training split, for any step, in any order of asking.
+
+    The split is passed through in epochs; each epoch is a fresh permutation and a batch may reach
+    over the end of one into the next, so every image is seen equally often.
+
+    Args:
+        data: the data set.
+        batch_size: rows of a whole batch.
+        key: fixes the order and the mirror images; its time is not used.
+        device: where batches go.
+        flip: mirror each image with probability ½.
+        rows: the part of every batch that is returned, for one of several processes; the parts of
+            all processes together are the whole batch.
+
+    Raises:
+        ValueError: for a batch size below 1, or flip on vectors.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        key: Key,
+        *,
+        device: torch.device | str = "cpu",
+        flip: bool = False,
+        rows: slice | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
+        if flip and not data.is_image:
+            raise ValueError(f"flip is for images, and {data.name} holds vectors")
+        self.data = data
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.flip = flip
+        self.rows = slice(0, batch_size) if rows is None else rows
+        self._order_key = Key(key.fold_in(USE_DATA_ORDER).seed)
+        self._flip_key = Key(key.fold_in(USE_AUGMENT).seed)
+        self._epochs: dict[int, Tensor] = {}
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            # A batch reaches over at most a few epochs; what lies before them is not asked again.
+            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = permutation(len(self.data.train), self._order_key.fold_in(epoch))
+        return self._epochs[epoch]
+
+    def indices(self, step: int) -> Tensor:
+        """Which rows of the training split make up batch ``step``, int64."""
+        n = len(self.data.train)
+        position = torch.arange(self.batch_size)[self.rows] + step * self.batch_size
+        epochs = torch.div(position, n, rounding_mode="floor")
+        return torch.cat([self._epoch(int(e))[position[epochs == e] % n] for e in epochs.unique()])
+
+    def __getitem__(self, step: int) -> Tensor:
+        """float32 (rows, *event_shape) on ``device``."""
+        x = self.data.decode(self.data.train[self.indices(step)])
+        if self.flip:
+            u = ops.uniform((self.batch_size, 1), self._flip_key.tensor(), step=step)[self.rows]
+            x = torch.where(u.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
+        return x.to(self.device, non_blocking=True)

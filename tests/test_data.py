@@ -1,0 +1,117 @@
+"""Data sets and the order of their batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coopflow_ext import Key
+from coopflow_ext.data import Batches, Dataset, load, permutation
+
+
+def counting_data(n: int = 10) -> Dataset:
+    """Images (1, 2, 2) whose grey level is their index."""
+    levels = torch.arange(n, dtype=torch.uint8)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    return Dataset("counting", images, images[:1].clone(), n)
+
+
+def test_digits_are_the_published_ones() -> None:
+    data = load("digits")
+    assert data.event_shape == (1, 8, 8)
+    assert data.dim == 64
+    assert len(data.train) + len(data.held_out) == 1797
+    both = torch.cat((data.train, data.held_out))
+    # Pixel sum of the published table: a changed or re-scaled file would give another.
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    assert int(both.long().sum()) == int(sklearn_datasets.load_digits().images.sum())
+    assert data.train_labels is not None
+    assert data.held_out_labels is not None
+    labels = torch.cat((data.train_labels, data.held_out_labels))
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    x = data.decode(both)
+    assert x.dtype == torch.float32
+    assert (x.min().item(), x.max().item()) == (-1.0, 1.0)
+
+
+def test_digits_split_is_the_same_every_time() -> None:
+    assert torch.equal(load("digits").held_out, load("digits").held_out)
+
+
+def test_patches_are_colour_crops_and_the_splits_share_no_pixel() -> None:
+    data = load("patches")
+    assert data.event_shape == (3, 32, 32)
+    assert data.flip
+    train = {bytes(row) for row in data.train.flatten(1).numpy()}
+    held_out = {bytes(row) for row in data.held_out.flatten(1).numpy()}
+    assert not train & held_out
+    # Crops overlap, so neighbours agree where they do: 8 columns further is the same photograph.
+    assert torch.equal(data.train[0, :, :, 8:], data.train[1, :, :, :-8])
+
+
+def test_unknown_data_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"data must be one of .*digits.*, got 'mnist'"):
+        load("mnist")
+
+
+@pytest.mark.parametrize("n", [1, 2, 97])
+def test_permutation(n: int) -> None:
+    order = permutation(n, Key(5))
+    assert order.sort().values.tolist() == list(range(n))
+    assert torch.equal(order, permutation(n, Key(5)))
+
+
+def test_permutation_depends_on_the_key() -> None:
+    assert not torch.equal(permutation(97, Key(5)), permutation(97, Key(6)))
+
+
+def test_every_epoch_shows_every_image_once_in_another_order() -> None:
+    batches = Batches(counting_data(10), 4, Key(0))
+    stream = torch.cat([batches.indices(step) for step in range(10)])
+    epochs = stream.view(4, 10)
+    assert (epochs.sort(1).values == torch.arange(10)).all()
+    assert len({tuple(e.tolist()) for e in epochs}) == 4
+
+
+def test_a_batch_does_not_depend_on_what_was_asked_before() -> None:
+    data = counting_data(10)
+    in_order = [Batches(data, 4, Key(0))[step] for step in range(8)]
+    backwards = Batches(data, 4, Key(0))
+    for step in reversed(range(8)):
+        assert torch.equal(backwards[step], in_order[step])
+
+
+def test_batch_larger_than_the_data() -> None:
+    indices = Batches(counting_data(3), 10, Key(0)).indices(0)
+    assert indices.bincount().tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+
+
+def test_parts_of_all_processes_are_the_whole_batch() -> None:
+    data = load("patches")
+    whole = Batches(data, 6, Key(3), flip=True)[7]
+    parts = [
+        Batches(data, 6, Key(3), flip=True, rows=slice(start, start + 2))[7] for start in (0, 2, 4)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
+    data = load("patches")
+    plain, flipped = Batches(data, 400, Key(1)), Batches(data, 400, Key(1), flip=True)
+    mirrored = 0
+    for x, y in zip(plain[0], flipped[0], strict=True):
+        assert torch.equal(x, y) or torch.equal(x.flip(-1), y)
+        mirrored += not torch.equal(x, y)
+    assert 150 < mirrored < 250  # 200 ± 5 standard deviations of 10
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="batch_size must be ≥ 1, got 0"):
+        Batches(counting_data(), 0, Key(0))
+    vectors = Dataset("v", torch.zeros(3, 2), torch.zeros(1, 2), None)
+    with pytest.raises(ValueError, match="flip is for images"):
+        Batches(vectors, 2, Key(0), flip=True)
+    with pytest.raises(ValueError, match=r"one shape, got \(2,\) and \(3,\)"):
+        Dataset("v", torch.zeros(3, 2), torch.zeros(1, 3), None)
+    with pytest.raises(ValueError, match="at least one event, got 3 for training and 0"):
+        Dataset("v", torch.zeros(3, 2), torch.zeros(0, 2), None)
