@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -68,7 +69,8 @@ class ResEnergy(nn.Module):
         h = F.silu(self.stem(x))
         for block in self.blocks:
             h = block(h)
-        return -self.head(h).flatten(1).sum(1)
+        outputs: Tensor = self.head(h)
+        return -outputs.flatten(1).sum(1)
 
 
 class MLPEnergy(nn.Module):
@@ -100,7 +102,7 @@ class MLPEnergy(nn.Module):
         self.activation = activation
         sizes = (dim, *widths, 1)
         self.layers = nn.ModuleList(
-            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(sizes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,4 +113,5 @@ class MLPEnergy(nn.Module):
         *hidden, last = self.layers
         for layer in hidden:
             h = act(layer(h))
-        return last(h).squeeze(1)
+        u: Tensor = last(h)
+        return u.squeeze(1)

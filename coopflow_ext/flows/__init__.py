@@ -1,0 +1,54 @@
+"""Normalizing flows: layers, couplings, the :class:`Flow` around them, and builders.
+
+Data → latent is "forward". Layers map (B, …) tensors and return log|det J| of the map just run.
+"""
+
+from coopflow_ext.flows.base import Compose, Context, Inverse, Transform
+from coopflow_ext.flows.builders import glow, realnvp
+from coopflow_ext.flows.couplings import (
+    AffineCoupling,
+    ChannelSplit,
+    CheckerboardSplit,
+    Split,
+    VectorSplit,
+)
+from coopflow_ext.flows.flow import Flow
+from coopflow_ext.flows.layers import (
+    ActNorm,
+    Checkerboard,
+    Flatten,
+    Flip,
+    InvertibleConv1x1,
+    SplitPrior,
+    Squeeze,
+)
+from coopflow_ext.flows.nets import Conditioner, ConvConditioner, Dropout, MLPConditioner
+from coopflow_ext.flows.preprocessing import Dequantize, Logit
+
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "ChannelSplit",
+    "Checkerboard",
+    "CheckerboardSplit",
+    "Compose",
+    "Conditioner",
+    "Context",
+    "ConvConditioner",
+    "Dequantize",
+    "Dropout",
+    "Flatten",
+    "Flip",
+    "Flow",
+    "Inverse",
+    "InvertibleConv1x1",
+    "Logit",
+    "MLPConditioner",
+    "Split",
+    "SplitPrior",
+    "Squeeze",
+    "Transform",
+    "VectorSplit",
+    "glow",
+    "realnvp",
+]

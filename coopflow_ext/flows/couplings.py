@@ -1,0 +1,153 @@
+"""Coupling layers: one half of x is changed by a map whose parameters depend on the other half."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext import ops
+from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+from coopflow_ext.flows.layers import Checkerboard
+from coopflow_ext.flows.nets import Conditioner
+
+
+class Split(nn.Module):
+    """Which part of x a coupling changes: ``split`` gives (changed, kept), ``merge`` undoes it."""
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def merge(self, changed: Tensor, kept: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ChannelSplit(Split):
+    """Halves of dimension 1; the first is changed, or the second with ``flip``."""
+
+    def __init__(self, flip: bool = False) -> None:
+        super().__init__()
+        self.flip = flip
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] % 2:
+            raise ValueError(
+                f"a channel split needs an even dimension 1 of x, got shape {tuple(x.shape)}"
+            )
+        first, second = x.chunk(2, dim=1)
+        return (second, first) if self.flip else (first, second)
+
+    def merge(self, changed: Tensor, kept: Tensor) -> Tensor:
+        return torch.cat((kept, changed) if self.flip else (changed, kept), dim=1)
+
+
+class CheckerboardSplit(ChannelSplit):
+    """The two colours of a checkerboard, each (B, C, H, W/2); see :class:`Checkerboard`.
+
+    The pixels whose row parity equals their column parity are changed, or the others with
+    ``flip``.
+    """
+
+    def __init__(self, flip: bool = False) -> None:
+        super().__init__(flip)
+        self.board = Checkerboard()
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().split(self.board.rearrange(x))
+
+    def merge(self, changed: Tensor, kept: Tensor) -> Tensor:
+        return self.board.restore(super().merge(changed, kept))
+
+
+class VectorSplit(Split):
+    """Coordinates of a vector (B, D).
+
+    Args:
+        mask: (D,) bool; True marks the coordinates that are changed. At least one of each kind.
+    """
+
+    changed: Tensor
+    kept: Tensor
+    order: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        mask = torch.as_tensor(mask)
+        if mask.ndim != 1 or mask.dtype != torch.bool or bool(mask.all()) or not bool(mask.any()):
+            raise ValueError(
+                "mask must be a bool tensor (D,) with both values, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        self.n_changed = int(mask.sum())
+        self.n_kept = mask.numel() - self.n_changed
+        changed, kept = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+        self.register_buffer("changed", changed)
+        self.register_buffer("kept", kept)
+        self.register_buffer("order", torch.cat((changed, kept)).argsort())
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim != 2 or x.shape[1] != self.order.numel():
+            raise ValueError(f"x must be (B, {self.order.numel()}), got {tuple(x.shape)}")
+        return x.index_select(1, self.changed), x.index_select(1, self.kept)
+
+    def merge(self, changed: Tensor, kept: Tensor) -> Tensor:
+        return torch.cat((changed, kept), dim=1).index_select(1, self.order)
+
+
+def _as_split(split: Split | str, flip: bool) -> Split:
+    if isinstance(split, Split):
+        if flip:
+            raise ValueError("flip goes with a split given by name")
+        return split
+    if split == "channel":
+        return ChannelSplit(flip)
+    if split == "checkerboard":
+        return CheckerboardSplit(flip)
+    raise ValueError(f"split must be 'channel', 'checkerboard' or a Split, got {split!r}")
+
+
+class AffineCoupling(Transform):
+    """Changed half: y = x·e^a + b, with (a, b) a function of the kept half.
+
+    a = rescale·tanh(·), rescale a learned vector with one number per channel (dimension 1), so
+    that a stays bounded (Dinh et al. 2017, section 4.1).
+
+    Args:
+        net: conditioner from the kept half (B, n_kept, …) to (B, 2·features, …): first a, then b.
+        features: channels (or coordinates) of the changed half.
+        split: "channel", "checkerboard", or a :class:`Split` such as ``VectorSplit(mask)``.
+        flip: change the other half.
+
+    Raises:
+        ValueError: when the net's output does not fit x.
+    """
+
+    def __init__(
+        self, net: Conditioner, features: int, split: Split | str = "channel", flip: bool = False
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.features = features
+        self.split = _as_split(split, flip)
+        self.rescale = nn.Parameter(torch.ones(features))
+
+    def _params(self, kept: Tensor, context: Context) -> Tensor:
+        raw = cast(Tensor, self.net(kept, context))
+        if raw.shape[1] != 2 * self.features:
+            raise ValueError(
+                f"net must return 2·{self.features} channels, got shape {tuple(raw.shape)}"
+            )
+        a, b = raw.chunk(2, dim=1)
+        rescale = self.rescale.view((-1,) + (1,) * (a.ndim - 2))
+        return torch.stack((rescale * torch.tanh(a), b), dim=1)
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        changed, kept = self.split.split(x)
+        y, ladj = ops.affine_coupling(changed, self._params(kept, context))
+        return self.split.merge(y, kept), ladj
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        changed, kept = self.split.split(z)
+        x, ladj = ops.affine_coupling_inverse(changed, self._params(kept, context))
+        return self.split.merge(x, kept), ladj

@@ -1,0 +1,209 @@
+"""A normalizing flow: layers, a standard normal prior, and the pre-processing of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext import ops
+from coopflow_ext.flows.base import Context, Transform
+from coopflow_ext.flows.nets import Dropout
+from coopflow_ext.flows.preprocessing import Dequantize, Logit
+from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Flow(nn.Module):
+    """z = f(x) with z ~ N(0, I); data → latent is "forward".
+
+    With ``dequantize`` and ``logit`` it is a flow of images x in [−1, 1]: x → (x + 1)/2 →
+    dequantise → logit → ``transform``. Without them it is a flow of tensors of any range.
+
+    Args:
+        transform: the map between (B, *event_shape) tensors.
+        event_shape: shape of one x, and of one z.
+        dequantize: the dequantiser of an image flow.
+        logit: the logit map of an image flow; goes with ``dequantize``.
+        legacy_contrast: ``sample`` returns 2·sigmoid(y) − 1 without dividing by the logit's bound,
+            as the published code does: every sample then has 10% less contrast.
+        sampling_dropout: in training mode, dropout stays on in ``sample`` too, as in the published
+            code.
+
+    Random draws come from ``key``; ``key=None`` draws a seed from torch's default generator.
+    ``chain_offset`` is the global index of row 0, so that a batch split over several processes
+    draws what the whole batch draws.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        event_shape: Sequence[int],
+        *,
+        dequantize: Dequantize | None = None,
+        logit: Logit | None = None,
+        legacy_contrast: bool = False,
+        sampling_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        if (dequantize is None) != (logit is None):
+            raise ValueError("dequantize and logit go together: give both or neither")
+        if legacy_contrast and logit is None:
+            raise ValueError("legacy_contrast is for image flows only")
+        self.transform = transform
+        self.event_shape = tuple(event_shape)
+        self.dim = math.prod(self.event_shape)
+        self.dequantize = dequantize
+        self.logit = logit
+        self.legacy_contrast = legacy_contrast
+        self.sampling_dropout = sampling_dropout
+        dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.p > 0]
+        for index, dropout in enumerate(dropouts):
+            dropout.index = index
+        self._has_dropout = bool(dropouts)
+
+    @property
+    def is_image_flow(self) -> bool:
+        """Whether x are images in [−1, 1] that are dequantised."""
+        return self.dequantize is not None
+
+    def _check_shape(self, name: str, x: Tensor) -> None:
+        if x.shape[1:] != self.event_shape or x.ndim != len(self.event_shape) + 1:
+            raise ValueError(
+                f"{name} must have shape (B, {', '.join(map(str, self.event_shape))}), "
+                f"got {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+    def _context(self, key: Key | None, x: Tensor, chain_offset: int) -> Context:
+        if not (self._has_dropout and self.training):
+            return Context(chain_offset=chain_offset)
+        key = Key.from_default_generator() if key is None else key
+        # Layers count by time steps, so the key's own time is folded into the seed.
+        key = Key(key.fold_in(USE_DROPOUT).fold_in(key.time).seed)
+        return Context(dropout_rng=key.tensor(x.device), chain_offset=chain_offset)
+
+    def call_and_ladj(
+        self,
+        x: Tensor,
+        *,
+        key: Key | None = None,
+        eps: Tensor | None = None,
+        chain_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Data → latent.
+
+        Args:
+            x: (B, *event_shape); for an image flow in [−1, 1], else ValueError on the CPU and a
+                row of NaN elsewhere (looking would wait for the device).
+            key: draws the dequantisation noise and dropout.
+            eps: the dequantisation noise itself, shape of x.
+
+        Returns:
+            z, shape of x, and ladj (B,), which includes dequantiser and logit map.
+        """
+        self._check_shape("x", x)
+        context = self._context(key, x, chain_offset)
+        if self.dequantize is None or self.logit is None:
+            if eps is not None:
+                raise ValueError("eps is the noise of a dequantiser, and this flow has none")
+            return self.transform.call_and_ladj(x, context)
+        if eps is None:
+            key = Key.from_default_generator() if key is None else key
+            rng = key.fold_in(USE_DEQUANTIZE).tensor(x.device)
+            eps = self.dequantize.draw(x, rng, chain_offset)
+        elif eps.shape != x.shape:
+            raise ValueError(
+                f"eps must have the shape of x, {tuple(x.shape)}, got {tuple(eps.shape)}"
+            )
+        v, ladj_dequantize = self.dequantize.call_and_ladj((_in_range(x) + 1) / 2, eps, context)
+        y, ladj_logit = self.logit.call_and_ladj(v)
+        z, ladj = self.transform.call_and_ladj(y, context)
+        return z, ladj + ladj_logit + ladj_dequantize
+
+    def inverse_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent → data; for an image flow y **before** the final sigmoid, see :meth:`to_data`."""
+        self._check_shape("z", z)
+        return self.transform.inverse_and_ladj(z)
+
+    def to_data(self, y: Tensor) -> Tensor:
+        """What ``inverse_and_ladj`` returned → x; images are clamped to [−1, 1]."""
+        if self.logit is None:
+            return y
+        if self.legacy_contrast:
+            return torch.tanh(y / 2)
+        return (2 * self.logit.inverse(y) - 1).clamp(-1, 1)
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        key: Key | None = None,
+        eps: Tensor | None = None,
+        chain_offset: int = 0,
+    ) -> Tensor:
+        """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
+        z, ladj = self.call_and_ladj(x, key=key, eps=eps, chain_offset=chain_offset)
+        log_prior = -0.5 * (z.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
+        log_cells = 0.0 if self.dequantize is None else self.dim * math.log(self.dequantize.levels)
+        return log_prior + ladj - log_cells
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key: Key | None = None,
+        eps: Tensor | None = None,
+        chain_offset: int = 0,
+    ) -> Tensor:
+        """The same as :meth:`log_prob`, so that a wrapper such as DDP can call it."""
+        return self.log_prob(x, key=key, eps=eps, chain_offset=chain_offset)
+
+    def bits_per_dim(
+        self, x: Tensor, *, key: Key | None = None, eps: Tensor | None = None
+    ) -> Tensor:
+        """−log₂ p(x) / D, averaged over the batch; a scalar tensor."""
+        return -self.log_prob(x, key=key, eps=eps).mean() / (self.dim * math.log(2))
+
+    @torch.no_grad()
+    def sample(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
+        """n samples, (n, *event_shape), on the parameters' device and in their dtype."""
+        if n < 0:
+            raise ValueError(f"n must be ≥ 0, got {n}")
+        key = Key.from_default_generator() if key is None else key
+        like = next(self.parameters())
+        rng = key.fold_in(USE_PRIOR).tensor(like.device)
+        z = ops.normal((n, *self.event_shape), rng, chain_offset=chain_offset, dtype=like.dtype)
+        context = Context()
+        if self.sampling_dropout:
+            context = self._context(key.fold_in(USE_PRIOR), z, chain_offset)
+        y, _ = self.transform.inverse_and_ladj(z, context)
+        return self.to_data(y)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, *, key: Key | None = None, eps: Tensor | None = None) -> None:
+        """Data-dependent initialisation of every ActNorm that has not seen data, from batch x."""
+        was_training = self.training
+        self.train()
+        try:
+            self.call_and_ladj(x, key=key, eps=eps)
+        finally:
+            self.train(was_training)
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """x where it lies in [−1, 1], NaN elsewhere; on the CPU a ValueError instead."""
+    inside = x.abs() <= 1
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        try:
+            torch._assert_async(inside.all())
+        except RuntimeError:
+            low, high = x.min().item(), x.max().item()
+            raise ValueError(
+                f"images must lie in [-1, 1], got values from {low:g} to {high:g}"
+            ) from None
+    return torch.where(inside, x, torch.nan)

@@ -1,0 +1,248 @@
+"""Layers without a conditioner: normalisation, mixing of channels, rearrangements, factor-out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be ≥ 1, got {value}")
+
+
+def _check_channels(layer: nn.Module, x: Tensor, channels: int) -> None:
+    if x.ndim < 2 or x.shape[1] != channels:
+        raise ValueError(
+            f"{type(layer).__name__}: x must be (B, {channels}, …), got {tuple(x.shape)}"
+        )
+
+
+def _check_image(layer: nn.Module, x: Tensor, *, height: int, width: int, channels: int) -> None:
+    """x must be (B, C, H, W) with C, H and W multiples of the given numbers."""
+    if x.ndim != 4 or x.shape[1] % channels or x.shape[2] % height or x.shape[3] % width:
+        raise ValueError(
+            f"{type(layer).__name__}: x must be (B, C, H, W) with C, H and W multiples of "
+            f"{channels}, {height} and {width}, got {tuple(x.shape)}"
+        )
+
+
+def _halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.ndim < 2 or x.shape[1] % 2:
+        raise ValueError(
+            f"{type(layer).__name__}: dimension 1 of x must be even, got shape {tuple(x.shape)}"
+        )
+    first, second = x.chunk(2, dim=1)
+    return first, second
+
+
+class ActNorm(Transform):
+    """z = (x − mean)·inv_std per channel (dimension 1), initialised from the first batch.
+
+    The first call of :meth:`call_and_ladj` in training mode sets mean and inv_std so that every
+    channel of the result has mean 0 and variance 1 (Kingma & Dhariwal 2018, section 3.1). Until
+    then the layer is the identity. ``initialized`` is a persistent buffer, so a layer that was
+    loaded is never initialised again.
+
+    Args:
+        channels: size of dimension 1.
+        eps: added to the standard deviation, so that a constant channel stays finite.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        _check_positive("channels", channels)
+        self.eps = eps
+        self.mean = nn.Parameter(torch.zeros(channels))
+        self.inv_std = nn.Parameter(torch.ones(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        # The buffer's value for Python, so that a pass never waits for the device to read it.
+        self._is_initialized = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        flag = state_dict.get(prefix + "initialized")
+        if flag is not None:
+            self._is_initialized = bool(flag)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set mean and inv_std from the batch x (B, channels, …)."""
+        _check_channels(self, x, self.mean.shape[0])
+        rows = x.transpose(0, 1).flatten(1).to(self.mean.dtype)
+        self.mean.copy_(rows.mean(1))
+        self.inv_std.copy_(1 / (rows.std(1, unbiased=False) + self.eps))
+        self.initialized.fill_(True)
+        self._is_initialized = True
+
+    def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return self.mean.view(shape), self.inv_std.view(shape)
+
+    def _ladj(self, x: Tensor) -> Tensor:
+        positions = math.prod(x.shape[2:])
+        return (positions * self.inv_std.abs().log().sum()).expand(x.shape[0])
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        _check_channels(self, x, self.mean.shape[0])
+        if self.training and not self._is_initialized:
+            self.initialize(x)
+        mean, inv_std = self._per_channel(x)
+        return (x - mean) * inv_std, self._ladj(x)
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        _check_channels(self, z, self.mean.shape[0])
+        mean, inv_std = self._per_channel(z)
+        return z / inv_std + mean, -self._ladj(z)
+
+
+class InvertibleConv1x1(Transform):
+    """z = W x at every position, W a learned (channels, channels) matrix, at first a rotation.
+
+    For vectors (B, D) it mixes all coordinates. Kingma & Dhariwal 2018, section 3.2. The inverse
+    matrix is computed in float64.
+
+    Args:
+        channels: size of dimension 1.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        _check_positive("channels", channels)
+        rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
+        self.weight = nn.Parameter(rotation.contiguous())
+
+    def _apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return F.linear(x, matrix)
+        return F.conv2d(x, matrix[:, :, None, None])
+
+    def _ladj(self, x: Tensor) -> Tensor:
+        positions = math.prod(x.shape[2:])
+        logabsdet: Tensor = torch.linalg.slogdet(self.weight).logabsdet
+        return (positions * logabsdet).expand(x.shape[0])
+
+    def _check(self, x: Tensor) -> None:
+        _check_channels(self, x, self.weight.shape[0])
+        if x.ndim not in (2, 4):
+            raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        return self._apply_matrix(x, self.weight), self._ladj(x)
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        self._check(z)
+        # inv_ex without its check: reading the error code would wait for the device.
+        inverse = torch.linalg.inv_ex(self.weight.double()).inverse.to(z.dtype)
+        return self._apply_matrix(z, inverse), -self._ladj(z)
+
+
+class _Rearrangement(Transform):
+    """A transform that only moves elements, so that its ladj is 0."""
+
+    def rearrange(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def restore(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        return self.rearrange(x), x.new_zeros(x.shape[0])
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        return self.restore(z), z.new_zeros(z.shape[0])
+
+
+class Squeeze(_Rearrangement):
+    """(B, C, H, W) → (B, 4C, H/2, W/2), channel index c·4 + 2·dy + dx."""
+
+    def rearrange(self, x: Tensor) -> Tensor:
+        _check_image(self, x, channels=1, height=2, width=2)
+        B, C, H, W = x.shape
+        blocks = x.reshape(B, C, H // 2, 2, W // 2, 2)
+        return blocks.permute(0, 1, 3, 5, 2, 4).reshape(B, 4 * C, H // 2, W // 2)
+
+    def restore(self, z: Tensor) -> Tensor:
+        _check_image(self, z, channels=4, height=1, width=1)
+        B, C, H, W = z.shape
+        blocks = z.reshape(B, C // 4, 2, 2, H, W)
+        return blocks.permute(0, 1, 4, 2, 5, 3).reshape(B, C // 4, 2 * H, 2 * W)
+
+
+class Checkerboard(_Rearrangement):
+    """(B, C, H, W) → (B, 2C, H, W/2): the two colours of a checkerboard as halves of the channels.
+
+    The first half holds the pixels whose row parity equals their column parity, the second half
+    the others, each collapsed horizontally.
+    """
+
+    def rearrange(self, x: Tensor) -> Tensor:
+        _check_image(self, x, channels=1, height=1, width=2)
+        left, right = x.reshape(*x.shape[:3], x.shape[3] // 2, 2).unbind(-1)
+        return torch.cat(self._exchange_odd_rows(left, right), dim=1)
+
+    def restore(self, z: Tensor) -> Tensor:
+        left, right = self._exchange_odd_rows(*_halves(self, z))
+        return torch.stack((left, right), dim=-1).flatten(3)
+
+    @staticmethod
+    def _exchange_odd_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        odd = (torch.arange(first.shape[2], device=first.device) % 2 == 1)[:, None]
+        return torch.where(odd, second, first), torch.where(odd, first, second)
+
+
+class Flip(_Rearrangement):
+    """Exchange the two halves of dimension 1, so that the next coupling changes the other one."""
+
+    def rearrange(self, x: Tensor) -> Tensor:
+        first, second = _halves(self, x)
+        return torch.cat((second, first), dim=1)
+
+    def restore(self, z: Tensor) -> Tensor:
+        return self.rearrange(z)
+
+
+class Flatten(_Rearrangement):
+    """(B, *event_shape) → (B, D)."""
+
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    def rearrange(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def restore(self, z: Tensor) -> Tensor:
+        return z.reshape(z.shape[0], *self.event_shape)
+
+
+class SplitPrior(Transform):
+    """Factor-out: ``inner`` transforms the first half of the channels, the second is latent as is.
+
+    The result has x's shape: cat(inner z, factored-out half).
+    """
+
+    def __init__(self, inner: Transform) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        kept, factored_out = _halves(self, x)
+        z, ladj = self.inner.call_and_ladj(kept, context)
+        return torch.cat((z, factored_out), dim=1), ladj
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        kept, factored_out = _halves(self, z)
+        x, ladj = self.inner.inverse_and_ladj(kept, context)
+        return torch.cat((x, factored_out), dim=1), ladj

@@ -1,0 +1,68 @@
+"""From images to the real line: dequantisation and the logit map, with their log-determinants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coopflow_ext import ops
+from coopflow_ext.flows.base import NO_CONTEXT, Context
+
+
+class Dequantize(nn.Module):
+    """Uniform dequantisation: v = ((levels − 1)·x + u)/levels with u ~ U(0, 1), x in [0, 1].
+
+    ``call_and_ladj`` returns v in (0, 1) and −log q(u | x) per row, which is 0 for uniform noise,
+    so that log p(v) + ladj − D·log(levels) is a lower bound of the log-probability of the discrete
+    image (Theis et al. 2016, section 3.1).
+
+    Args:
+        levels: number of grey levels of the data, 256 for 8 bits.
+    """
+
+    def __init__(self, levels: int = 256) -> None:
+        super().__init__()
+        if levels < 2:
+            raise ValueError(f"levels must be ≥ 2, got {levels}")
+        self.levels = levels
+
+    def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
+        """The noise of one call, shape of x."""
+        return ops.uniform(x.shape, rng, chain_offset=chain_offset, dtype=x.dtype)
+
+    def call_and_ladj(
+        self, x: Tensor, eps: Tensor, context: Context = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        """x in [0, 1] and noise ``eps``, both (B, C, H, W) → v, ladj (B,)."""
+        return self._mix(x, eps), x.new_zeros(x.shape[0])
+
+    def _mix(self, x: Tensor, u: Tensor) -> Tensor:
+        return ((self.levels - 1) * x + u) / self.levels
+
+
+class Logit(nn.Module):
+    """y = logit((bound·(2v − 1) + 1)/2) for v in [0, 1]; the bound keeps y finite.
+
+    Args:
+        bound: 0 < bound < 1; the paper has 0.9.
+    """
+
+    def __init__(self, bound: float = 0.9) -> None:
+        super().__init__()
+        if not 0 < bound < 1:
+            raise ValueError(f"bound must be in (0, 1), got {bound}")
+        self.bound = bound
+
+    def call_and_ladj(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = (self.bound * (2 * v - 1) + 1) / 2
+        y = torch.log(p) - torch.log1p(-p)
+        # dy/dv = bound / (p (1 − p)), and −log p − log(1 − p) = softplus(−y) + softplus(y).
+        log_slope = F.softplus(y) + F.softplus(-y) + math.log(self.bound)
+        return y, log_slope.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """v for y; it leaves [0, 1] where y lies beyond the image of [0, 1]."""
+        return (torch.tanh(y / 2) / self.bound + 1) / 2
