@@ -3,5 +3,6 @@
 from coopflow_ext import ops, reference
 from coopflow_ext.errors import BuildError, NonFiniteError
 from coopflow_ext.rng import Key
+from coopflow_ext.samplers import LangevinSampler
 
-__all__ = ["BuildError", "Key", "NonFiniteError", "ops", "reference"]
+__all__ = ["BuildError", "Key", "LangevinSampler", "NonFiniteError", "ops", "reference"]

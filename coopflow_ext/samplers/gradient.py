@@ -1,0 +1,136 @@
+"""∇U of an energy, or the score as given, for the loop of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext.samplers.output import State
+
+Tensors = tuple[Tensor, ...]
+StateFunction = Callable[..., Any]
+
+
+def module_of(function: object) -> nn.Module | None:
+    """The nn.Module that a callable is, or is a method of."""
+    owner = getattr(function, "__self__", function)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """Parameters without requires_grad inside, each as it was afterwards, whatever happens.
+
+    Raises:
+        ValueError: the parameters were changed inside.
+    """
+    parameters = [] if module is None else list(module.parameters())
+    required = [p.requires_grad for p in parameters]
+    versions = [p._version for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+        if [p._version for p in parameters] != versions:
+            raise ValueError(
+                "energy changed its parameters during the chain; a sampler needs them constant"
+            )
+    finally:
+        for p, require in zip(parameters, required, strict=True):
+            p.requires_grad_(require)
+
+
+def check_energy(u: object, batch: int) -> Tensor:
+    """The energy's output as (B,).
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not of shape (B,), (B, 1) or (B, 1, 1, 1).
+    """
+    if not isinstance(u, Tensor):
+        raise TypeError(f"energy must return a tensor, got {type(u).__name__}")
+    if u.shape not in ((batch,), (batch, 1), (batch, 1, 1, 1)):
+        raise ValueError(
+            f"energy must return one value for each of the {batch} chains, shape ({batch},), "
+            f"({batch}, 1) or ({batch}, 1, 1, 1), got shape {tuple(u.shape)}"
+        )
+    if not u.is_floating_point():
+        raise TypeError(f"energy must return floating-point numbers, got {u.dtype}")
+    return u.reshape(batch)
+
+
+def check_depends(u: Tensor) -> None:
+    """ValueError unless autograd can reach x from u."""
+    if not u.requires_grad:
+        raise ValueError(
+            "energy returned a tensor detached from x, so it has no gradient; compute it from x "
+            "without detach(), .data, numpy or no_grad, or give score= instead"
+        )
+
+
+def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
+    """The score's output as one tensor for each tensor of the state; TypeError or ValueError."""
+    scores = (score,) if isinstance(score, Tensor) else score
+    if not isinstance(scores, (tuple, list)) or len(scores) != len(xs):
+        raise TypeError(
+            f"score must return {len(xs)} tensor(s), like the state, got {type(score).__name__}"
+        )
+    for s, x in zip(scores, xs, strict=True):
+        if not isinstance(s, Tensor) or not s.is_floating_point():
+            raise TypeError("score must return floating-point tensors")
+        if s.shape != x.shape:
+            raise ValueError(
+                f"score must have the shape of x, {tuple(x.shape)}, got {tuple(s.shape)}"
+            )
+    return tuple(scores)
+
+
+class Gradient:
+    """Callable: the state's leaves → (gradients or scores, U or None).
+
+    Args:
+        energy: returns U (or f = −U, then ``is_score`` is True: its gradient is a score); None
+            with ``score``.
+        score: returns ∇log p.
+        negative_energy: ``energy`` returns f.
+    """
+
+    def __init__(
+        self,
+        energy: StateFunction | None,
+        score: StateFunction | None,
+        *,
+        negative_energy: bool = False,
+    ) -> None:
+        if (energy is None) == (score is None):
+            raise ValueError("give exactly one of energy and score")
+        function = energy if score is None else score
+        if not callable(function):
+            name = "energy" if score is None else "score"
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if negative_energy and score is not None:
+            raise ValueError("negative_energy belongs to energy, not to score")
+        self.function = function
+        self.has_energy = score is None
+        self.is_score = score is not None or negative_energy
+        self.sign = -1.0 if negative_energy else 1.0
+        self.module = module_of(function)
+
+    def __call__(
+        self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any], create_graph: bool
+    ) -> tuple[Tensors, Tensor | None]:
+        """Gradients at ``state``, which is made of ``leaves`` in the caller's structure."""
+        result = self.function(state, **model_kwargs)
+        if not self.has_energy:
+            scores = check_score(result, leaves)
+            return scores if create_graph else tuple(s.detach() for s in scores), None
+        u = check_energy(result, leaves[0].shape[0])
+        check_depends(u)
+        grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
+        if None in grads:
+            raise ValueError(f"energy does not depend on tensor {grads.index(None)} of the state")
+        return grads, u.detach() if self.sign > 0 else -u.detach()

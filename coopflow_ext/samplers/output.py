@@ -1,0 +1,53 @@
+"""What a sampler returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coopflow_ext.rng import Key
+
+State = Tensor | list[Tensor] | tuple[Tensor, ...]
+"""One tensor (B, …), or several with the same B: what a chain moves."""
+
+
+@dataclass(frozen=True)
+class ChainStatistics:
+    """Per step and per chain, each (T, B), on the state's device.
+
+    float32 (float64 for a double state). For a state of several tensors, norms and fractions are
+    over all of them.
+
+    Attributes:
+        energy: U where the gradient was taken; None with ``score=``.
+        grad_norm: L2 norm of the gradient before any clip.
+        displacement: L2 norm of the step, noise included (but no noise still to be used).
+        clip_fraction: share of the elements changed by ``grad_clip`` or ``step_clip``.
+        clamp_fraction: share of the elements changed by ``clamp``.
+        nonfinite: number of elements of the gradient that are not finite.
+    """
+
+    energy: Tensor | None
+    grad_norm: Tensor
+    displacement: Tensor
+    clip_fraction: Tensor
+    clamp_fraction: Tensor
+    nonfinite: Tensor
+
+
+class SamplerOutput(NamedTuple):
+    """Result of a chain.
+
+    Attributes:
+        x: the last state, shape, dtype and structure of x0.
+        key: the key advanced by the number of steps: pass it to continue the same path.
+        trajectory: (T // thin, *x.shape), the states after steps thin, 2·thin, …; or None.
+        stats: :class:`ChainStatistics` with ``stats=True``, else None.
+    """
+
+    x: State
+    key: Key
+    trajectory: State | None
+    stats: ChainStatistics | None

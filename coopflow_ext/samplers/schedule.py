@@ -1,0 +1,119 @@
+"""Coefficients of a chain: constants, schedules over the steps, values per chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
+"""A constant, a callable of the step, (T,) values, or a (T or 1, B or 1) tensor."""
+
+Coefficient = float | Tensor
+"""What a schedule becomes: a float, or a float64 tensor (T or 1, B or 1) on the CPU."""
+
+
+def check_number(
+    name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False
+) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite, below ``minimum``, or equal to it when ``exclusive``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        allowed = "finite" if minimum == -math.inf else f"{'>' if exclusive else '≥'} {minimum:g}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
+
+
+def check_count(name: str, value: object, minimum: int) -> int:
+    """``value`` as an int ≥ minimum; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
+    return value
+
+
+def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
+    """Check a non-negative schedule once and bring it to the form that the ops take.
+
+    Args:
+        name: the option's name, for messages.
+        value: see :data:`Schedule`; a callable is evaluated at steps 0 … n_steps − 1 and may
+            return a float or a (B,) tensor.
+        n_steps: T.
+
+    Raises:
+        TypeError: not a schedule.
+        ValueError: wrong length or shape, a negative value, NaN or infinity.
+    """
+    if isinstance(value, (int, float)):
+        return check_number(name, value, minimum=0.0)
+    if callable(value) and not isinstance(value, Tensor):
+        rows = [torch.as_tensor(value(step), dtype=torch.float64) for step in range(n_steps)]
+        if any(row.ndim > 1 for row in rows):
+            raise ValueError(f"{name}(step) must be a number or (B,), got {tuple(rows[0].shape)}")
+        width = max((row.numel() for row in rows), default=1)
+        table = torch.stack([row.expand(width) for row in rows]) if rows else torch.zeros(0, 1)
+    else:
+        try:
+            table = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} must be a number, a callable of the step or a tensor, "
+                f"got {type(value).__name__}"
+            ) from error
+        if table.ndim == 1 and len(table) != n_steps:
+            raise ValueError(f"{name} must have one value for each of {n_steps} steps, "
+                             f"got {len(table)}")  # fmt: skip
+    if table.is_complex() or table.dtype == torch.bool:
+        raise TypeError(f"{name} must be real numbers, got {table.dtype}")
+    table = table.detach().to("cpu", torch.float64)
+    if table.ndim == 0:
+        return check_number(name, table.item(), minimum=0.0)
+    if table.ndim == 1:
+        table = table[:, None]
+    if table.ndim != 2 or table.shape[0] not in (1, n_steps) or table.shape[1] == 0:
+        raise ValueError(
+            f"{name} must be a number, ({n_steps},) or ({n_steps} or 1, B or 1), "
+            f"got shape {tuple(table.shape)}"
+        )
+    if not bool((table.isfinite() & (table >= 0)).all()):
+        raise ValueError(f"{name} must be finite and ≥ 0 at every step and for every chain")
+    return float(table) if table.numel() == 1 else table
+
+
+def per_chain(name: str, value: float | Tensor) -> Coefficient:
+    """A non-negative float, or (B,) as a (1, B) coefficient."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return coefficient(name, value[None], 1)
+    return coefficient(name, value, 1)
+
+
+def sqrt(value: Coefficient) -> Coefficient:
+    """Elementwise square root."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def place(name: str, value: Coefficient, x: Tensor) -> Coefficient:
+    """The coefficient on x's device, in the ops' arithmetic dtype.
+
+    Raises:
+        ValueError: it has values per chain, for another number of chains than x.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape[1] not in (1, x.shape[0]):
+        raise ValueError(
+            f"{name} has values for {value.shape[1]} chains, but x0 has {x.shape[0]} chains"
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return value.to(x.device, dtype)
