@@ -107,7 +107,8 @@ class RandomConvFeatures(nn.Module):
         """float32 features on x's device."""
         h = F.relu(F.conv2d(x, self.w1.to(x.device), stride=2, padding=1))
         h = F.relu(F.conv2d(h, self.w2.to(x.device), stride=2, padding=1))
-        return h.mean((2, 3))
+        features: Tensor = h.mean((2, 3))
+        return features
 
 
 def _he_normal(shape: tuple[int, ...], rng: Tensor) -> Tensor:
