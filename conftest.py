@@ -1,4 +1,4 @@
-"""Options and fixtures shared by the test suite."""
+"""Options and fixtures shared by tests/ and benchmarks/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="device of the tests that take the `device` fixture (default: cpu)",
+        help="device of the tests that take the `device` fixture (default: cpu); with cuda, only "
+        "those and the tests marked gpu run",
     )
 
 
@@ -25,13 +26,21 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="torch sees no CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="torch sees no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+    elif config.getoption("--device") == "cuda":
+        on_device = [
+            "gpu" in item.keywords or "device" in getattr(item, "fixturenames", ())
+            for item in items
+        ]
+        config.hook.pytest_deselected(
+            items=[item for item, keep in zip(items, on_device, strict=True) if not keep]
+        )
+        items[:] = [item for item, keep in zip(items, on_device, strict=True) if keep]
 
 
 @pytest.fixture
