@@ -1,0 +1,247 @@
+"""What the CUDA compiler made of each kernel, read from the built library; no GPU is needed.
+
+    python benchmarks/sass_report.py [--library PATH] [--kernel REGEX] [--json]
+
+For each kernel and architecture: registers; stack frame and spill instructions (LDL, STL); global
+loads and stores, and how many of them are 16 bytes wide; and the instructions per element of the
+main loop, that is, of the innermost loop that stores most to global memory. Both sides of a branch
+inside the loop are counted, so the figure is an upper bound of what one thread executes.
+
+The disassembler comes from a CUDA toolkit or from the PyPI packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm (in the `test` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_LIBRARY = Path(__file__).parents[1] / "coopflow_ext" / "libcoopflow_ext.so"
+
+_ARCH = re.compile(r"^\s*(?:arch = |code for )(sm_\w+)")
+_FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+?):?\s*$")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_ITEM_BYTES = {"bfloat16": 2, "half": 2, "float": 4, "double": 8}  # first match counts
+
+
+class ToolMissingError(RuntimeError):
+    """The disassembler is not installed."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers, such as LDG.E.128
+    operands: str
+
+    def is_a(self, *names: str) -> bool:
+        return self.opcode.split(".")[0] in names
+
+    @property
+    def width(self) -> int:
+        """Bytes that one thread's memory access moves."""
+        match = re.search(r"\.(?:U|S)?(8|16|64|128)(?:\.|$)", self.opcode)
+        return int(match[1]) // 8 if match else 4
+
+    @property
+    def backward_target(self) -> int | None:
+        if not self.is_a("BRA"):
+            return None
+        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
+        target = int(match[1], 16) if match else self.address
+        # A branch to itself is the padding after the last instruction.
+        return target if target < self.address else None
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture."""
+
+    symbol: str
+    arch: str
+    registers: int = 0
+    stack_bytes: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return demangle(self.symbol)
+
+    @property
+    def item_bytes(self) -> int | None:
+        """Size of the element type: the first template argument."""
+        arguments = re.search(r"<(.*)", self.name)
+        first = re.match(r"[^,<>]*", arguments[1]) if arguments else None
+        words = first[0].lower() if first else ""
+        return next((size for name, size in _ITEM_BYTES.items() if name in words), None)
+
+    def count(self, *names: str, width: int | None = None) -> int:
+        return sum(i.is_a(*names) and width in (None, i.width) for i in self.instructions)
+
+    @property
+    def main_loop(self) -> list[Instruction]:
+        """The innermost loop that stores most bytes to global memory; empty if none stores."""
+        spans = [
+            (target, i.address)
+            for i in self.instructions
+            if (target := i.backward_target) is not None
+        ]
+        innermost = [
+            s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)
+        ]
+        loops = [
+            [i for i in self.instructions if begin <= i.address <= end] for begin, end in innermost
+        ]
+        best = max(loops, key=stored_bytes, default=[])
+        return best if stored_bytes(best) else []
+
+    @property
+    def instructions_per_element(self) -> float | None:
+        loop, item = self.main_loop, self.item_bytes
+        return len(loop) * item / stored_bytes(loop) if loop and item else None
+
+    def facts(self) -> dict[str, object]:
+        per_element = self.instructions_per_element
+        return {
+            "kernel": self.name,
+            "arch": self.arch,
+            "registers": self.registers,
+            "stack_bytes": self.stack_bytes,
+            "spill_instructions": self.count("LDL", "STL"),
+            "loads": self.count("LDG", "LD"),
+            "loads_16_bytes": self.count("LDG", "LD", width=16),
+            "stores": self.count("STG", "ST"),
+            "stores_16_bytes": self.count("STG", "ST", width=16),
+            "instructions": len(self.instructions),
+            "loop_instructions": len(self.main_loop),
+            "instructions_per_element": None if per_element is None else round(per_element, 2),
+        }
+
+
+def stored_bytes(loop: list[Instruction]) -> int:
+    return sum(i.width for i in loop if i.is_a("STG", "ST"))
+
+
+def demangle(symbol: str) -> str:
+    """The C++ name of a symbol, or the symbol itself where there is none."""
+    runtime = ctypes.CDLL("libstdc++.so.6")
+    runtime.__cxa_demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    text = runtime.__cxa_demangle(symbol.encode(), None, None, ctypes.byref(status))
+    if not text:
+        return symbol
+    name = ctypes.string_at(text).decode()
+    ctypes.CDLL(None).free(ctypes.c_void_p(text))
+    return name
+
+
+def find_tool(name: str) -> Path:
+    """A disassembler on PATH, else inside the installed `nvidia` packages.
+
+    Raises:
+        ToolMissingError: it is in neither place; the message says what to install.
+    """
+    on_path = shutil.which(name)
+    if on_path:
+        return Path(on_path)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for candidate in sorted(Path(folder).glob(f"*/bin/{name}")):
+            return candidate
+    raise ToolMissingError(
+        f"{name} not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
+
+
+def disassemble(library: Path, option: str) -> Iterator[str]:
+    """Lines of `cuobjdump OPTION LIBRARY`."""
+    folders = [str(find_tool(tool).parent) for tool in ("cuobjdump", "nvdisasm")]
+    path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+    command = [str(find_tool("cuobjdump")), option, str(library)]
+    done = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    yield from done.stdout.splitlines()
+
+
+def read_kernels(library: Path) -> list[Kernel]:
+    """Every kernel of a library, once per architecture that it was compiled for.
+
+    Raises:
+        ToolMissingError: the disassembler is not installed.
+        subprocess.CalledProcessError: the disassembler failed, for example on a missing file.
+    """
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for option in ("-res-usage", "-sass"):
+        arch, kernel = "", None
+        for line in disassemble(library, option):
+            if match := _ARCH.match(line):
+                arch = match[1]
+            elif match := _FUNCTION.match(line):
+                key = (arch, match[1])
+                kernel = kernels.setdefault(key, Kernel(symbol=match[1], arch=arch))
+            elif kernel and (match := _RESOURCES.search(line)):
+                kernel.registers, kernel.stack_bytes = int(match[1]), int(match[2])
+            elif kernel and (match := _INSTRUCTION.match(line)):
+                kernel.instructions.append(Instruction(int(match[1], 16), match[2], match[3]))
+    return [kernels[key] for key in sorted(kernels)]
+
+
+def table(kernels: list[Kernel]) -> str:
+    rows = [("arch", "regs", "stack", "spills", "ld16/ld", "st16/st", "instr/elem", "kernel")]
+    for kernel in kernels:
+        f = kernel.facts()
+        rows.append(
+            (
+                kernel.arch,
+                str(f["registers"]),
+                str(f["stack_bytes"]),
+                str(f["spill_instructions"]),
+                f"{f['loads_16_bytes']}/{f['loads']}",
+                f"{f['stores_16_bytes']}/{f['stores']}",
+                "-"
+                if f["instructions_per_element"] is None
+                else f"{f['instructions_per_element']}",
+                kernel.name,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--library", type=Path, help="default: $COOPFLOW_LIBRARY, else the package's"
+    )
+    parser.add_argument("--kernel", default="", help="regular expression that names must match")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    library = args.library or Path(os.environ.get("COOPFLOW_LIBRARY") or DEFAULT_LIBRARY)
+    if not library.is_file():
+        parser.error(f"no library at {library}; build it with `make build`")
+    try:
+        kernels = [k for k in read_kernels(library) if re.search(args.kernel, k.name)]
+    except ToolMissingError as error:
+        raise SystemExit(str(error)) from None
+    if args.json:
+        print(json.dumps([k.facts() for k in kernels], indent=1))
+    else:
+        print(table(kernels) if kernels else f"{library} holds no such CUDA kernel")
+
+
+if __name__ == "__main__":
+    main()
