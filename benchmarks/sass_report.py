@@ -169,8 +169,10 @@ def disassemble(library: Path, option: str) -> Iterator[str]:
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
     command = [str(find_tool("cuobjdump")), option, str(library)]
     done = subprocess.run(
-        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
+    if done.returncode != 0 and "does not contain device code" not in done.stdout + done.stderr:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     yield from done.stdout.splitlines()
 
 
@@ -179,7 +181,7 @@ def read_kernels(library: Path) -> list[Kernel]:
 
     Raises:
         ToolMissingError: the disassembler is not installed.
-        subprocess.CalledProcessError: the disassembler failed, for example on a missing file.
+        RuntimeError: the disassembler failed; the message is its own.
     """
     kernels: dict[tuple[str, str], Kernel] = {}
     for option in ("-res-usage", "-sass"):

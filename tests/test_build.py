@@ -1,0 +1,278 @@
+"""The build: what it makes, what it ships, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from coopflow_ext import _extension
+from coopflow_ext._version import __version__
+from coopflow_ext.errors import BuildError
+
+ROOT = Path(__file__).parents[1]
+Configure = Callable[..., "subprocess.CompletedProcess[str]"]
+in_source_tree = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").is_file(), reason="needs the source tree"
+)
+
+
+def _run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+def _find_cmake() -> str:
+    beside_python = str(Path(sys.executable).parent)
+    cmake = shutil.which("cmake", path=os.pathsep.join([beside_python, os.environ["PATH"]]))
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    return cmake
+
+
+def test_library_registers_the_ops() -> None:
+    path = _extension.load_library()
+    assert path.is_file()
+    info = json.loads(torch.ops.coopflow.build_info())
+    assert info["version"] == __version__
+    assert info["compiler"]
+
+
+def test_loading_twice_is_harmless() -> None:
+    assert _extension.load_library() == _extension.load_library()
+
+
+def test_missing_library_says_how_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "libcoopflow_ext.so"
+    monkeypatch.setenv("COOPFLOW_LIBRARY", str(missing))
+    with pytest.raises(BuildError) as caught:
+        _extension.load_library()
+    assert str(missing) in str(caught.value)
+    assert "pip install --no-build-isolation -e ." in str(caught.value)
+    assert "C++17" in str(caught.value)
+
+
+def test_unloadable_library_names_torch_and_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "libcoopflow_ext.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("COOPFLOW_LIBRARY", str(broken))
+    with pytest.raises(BuildError, match="does not load beside torch") as caught:
+        _extension.load_library()
+    assert torch.__version__ in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_import_without_library_is_a_build_error(tmp_path: Path) -> None:
+    done = _run(
+        sys.executable, "-c", "import coopflow_ext", COOPFLOW_LIBRARY=str(tmp_path / "none.so")
+    )
+    assert done.returncode != 0
+    assert "BuildError" in done.stderr
+    assert "pip install" in done.stderr
+
+
+@in_source_tree
+def test_library_needs_no_other_torch_library_than_the_hollow_one() -> None:
+    """One file serves CPU and CUDA builds of torch: it must not name libtorch_cpu, libc10, …"""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    dynamic = _run(readelf, "-d", str(_extension.library_path())).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line}
+    assert "libtorch.so" in needed
+    assert not {n for n in needed if n.startswith(("libtorch_", "libc10", "libcud", "libgomp"))}
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    symbols = _run(readelf, "--dyn-syms", "--wide", str(_extension.library_path())).stdout
+    stream = [s for s in symbols.splitlines() if "aoti_torch_get_current_cuda_stream" in s]
+    assert all("WEAK" in line for line in stream)
+
+
+def _path_without_nvcc(folder: Path) -> str:
+    """A folder of links to every program on PATH but nvcc."""
+    for directory in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(directory).glob("*") if directory else ():
+            link = folder / program.name
+            if program.name != "nvcc" and program.is_file():
+                link.unlink(missing_ok=True)
+                link.symlink_to(program)
+    return str(folder)
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """Configures the native build with no nvcc in sight."""
+    cmake, programs = _find_cmake(), tmp_path / "bin"
+    programs.mkdir()
+    path = _path_without_nvcc(programs)
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return _run(
+            cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"),
+            f"-DPython_EXECUTABLE={sys.executable}", *options,
+            PATH=path, CUDACXX="", CUDA_PATH="", CUDAToolkit_ROOT="",
+        )  # fmt: skip
+
+    return run
+
+
+@in_source_tree
+def test_required_cuda_fails_loudly_without_nvcc(configure: Configure) -> None:
+    done = configure("-DCOOPFLOW_CUDA=1")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "COOPFLOW_CUDA=1, but no working CUDA compiler was found" in message
+    assert "COOPFLOW_CUDA=0" in message
+
+
+@in_source_tree
+def test_optional_cuda_is_left_out_without_nvcc(configure: Configure) -> None:
+    done = configure("-DCOOPFLOW_CUDA=auto")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA code" in done.stdout
+
+
+@in_source_tree
+def test_unknown_option_value_is_refused(configure: Configure) -> None:
+    done = configure("-DCOOPFLOW_CUDA=maybe")
+    assert done.returncode != 0
+    assert "COOPFLOW_CUDA must be auto, 0 or 1; got 'maybe'" in " ".join(done.stderr.split())
+
+
+def _copy_tree(destination: Path) -> Path:
+    """The source tree as a checkout has it, without what was built in it."""
+    shutil.copytree(
+        ROOT,
+        destination,
+        ignore=shutil.ignore_patterns(
+            ".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__"
+        ),
+    )
+    return destination
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = _copy_tree(tmp_path_factory.mktemp("sdist") / "tree")
+    pytest.importorskip("build")
+    done = _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    return archive
+
+
+@in_source_tree
+def test_sdist_holds_every_source_and_no_binary(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("csrc", "coopflow_ext", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in {".so", ".pyc"}
+    ]
+    wanted += ["CMakeLists.txt", "pyproject.toml", "setup.py", "conftest.py", "Makefile", "LICENSE"]
+    assert not set(wanted) - names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def _build_wheel(source: Path, out: Path, **env: str) -> Path:
+    done = _run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
+        "--wheel-dir", str(out), str(source), cwd=out.parent, **env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@in_source_tree
+@pytest.mark.slow
+def test_wheel_from_the_sdist_serves_every_python(sdist: Path, tmp_path: Path) -> None:
+    wheel = _build_wheel(sdist, tmp_path / "wheel", COOPFLOW_BUILD_HOST="0", COOPFLOW_CUDA="0")
+    assert "-py3-none-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "coopflow_ext/libcoopflow_ext.so" in names
+    assert "coopflow_ext/py.typed" in names
+    assert [name for name in names if name.endswith(".so")] == ["coopflow_ext/libcoopflow_ext.so"]
+
+
+@in_source_tree
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True])
+def test_pip_install_without_cuda(editable: bool, tmp_path: Path) -> None:
+    """`pip install --no-build-isolation [-e] .` beside this torch, in a CPU-only build."""
+    tree = _copy_tree(tmp_path / "tree")
+    done = _run(
+        sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv"), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    python = str(tmp_path / "venv" / "bin" / "python")
+    # The new environment sees the packages of the one that runs this test.
+    packages = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
+    env = {"PYTHONPATH": packages, "COOPFLOW_CUDA": "0"}
+    done = _run(
+        python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--ignore-installed",
+        *(["-e"] if editable else []), str(tree), cwd=tmp_path, **env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import json, torch, coopflow_ext as cf; print(json.dumps([cf.__file__, "
+        "json.loads(torch.ops.coopflow.build_info())]))"
+    )
+    (prefix,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    if not editable:  # PYTHONPATH comes first, and may hold an editable install of this package
+        env["PYTHONPATH"] = os.pathsep.join([str(prefix), packages])
+    done = _run(python, "-c", code, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    location, info = json.loads(done.stdout)
+    assert Path(location).is_relative_to(tree if editable else prefix)
+    assert info["cuda_version"] == ""
+
+
+@in_source_tree
+def test_gpu_check_dry_run(tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "gpu_check.sh", tmp_path / "out"
+    command = ("bash", str(script), "--dry-run", str(out))
+    done = _run(*command, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(out.iterdir())) <= 8
+    verdicts = [line.split()[:2] for line in (out / "summary.txt").read_text().splitlines()]
+    stages = ["facts", "build", "tests", "sanitize", "bench", "pack"]
+    assert verdicts == [[stage, "ok"] for stage in stages]
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        assert set(archive.getnames()) >= {f"{stage}.log" for stage in stages[:-1]}
+    again = _run(*command, PYTHON=sys.executable)
+    assert again.stdout.count("done before") == len(stages) - 1
+
+
+@in_source_tree
+def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
+    script, out = ROOT / "benchmarks" / "gpu_check.sh", tmp_path / "out"
+    command = ("bash", str(script), "--dry-run", str(out), "build", "facts", "pack")
+    done = _run(*command, PYTHON=sys.executable, COOPFLOW_LIBRARY=str(tmp_path / "none.so"))
+    assert done.returncode == 1
+    summary = (out / "summary.txt").read_text()
+    assert "build failed: exit status 1" in summary
+    assert "facts ok" in summary
+    assert "native library is missing" in done.stdout
+
+
+@in_source_tree
+def test_gpu_check_refuses_an_unknown_stage(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "gpu_check.sh")
+    done = _run("bash", script, "--dry-run", str(tmp_path), "nonsense")
+    assert done.returncode == 2
+    assert "unknown stage 'nonsense'" in done.stderr
