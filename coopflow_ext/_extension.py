@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +41,14 @@ def load_library() -> Path:
             f"{torch.__version__} (torch >= 2.10 is needed): {error}. {_HOW_TO_BUILD}"
         ) from error
     return path
+
+
+@functools.cache
+def native() -> Any:
+    """The loaded operators, `torch.ops.coopflow`.
+
+    Raises:
+        BuildError: as :func:`load_library`.
+    """
+    load_library()
+    return torch.ops.coopflow

@@ -1,20 +1,21 @@
-"""Temporary: the ops in plain PyTorch, replaced by the compiled ones in the next commits."""
+"""The operators, with checked arguments, fake kernels (torch.compile) and derivatives.
+
+Each says what it equals in plain PyTorch; :mod:`coopflow_ext.reference` holds that in full.
+The kernels check their arguments and the functions here raise what they find as ValueError, or as
+TypeError when it is a dtype or a type; nothing is changed when an op refuses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coopflow_ext.reference import (
-    affine_coupling,
-    affine_coupling_inverse,
-    langevin_noise,
-    langevin_step,
-    normal,
-    uniform,
-)
+from coopflow_ext import _autograd
+from coopflow_ext._extension import native
+from coopflow_ext.errors import BuildError
 
 __all__ = [
     "affine_coupling",
@@ -26,36 +27,323 @@ __all__ = [
     "uniform",
 ]
 
+Coefficient = float | Tensor
+
+
+class _Missing:
+    """Stands for the operators when the library is missing: importing works, using raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(native(), name)
+
+
+_coopflow: Any
+try:
+    _coopflow = native()
+except BuildError:
+    _coopflow = _Missing()
+else:
+    _autograd.register()
+
+
+def _argument_error(error: RuntimeError) -> Exception:
+    """What a kernel's own check found, as ValueError or TypeError; other errors as they are."""
+    text = str(error)
+    if not text.startswith("coopflow::"):
+        return error
+    message = text.splitlines()[0]
+    is_type = any(sign in message for sign in ("dtype", "must be a tensor", "Expected a value"))
+    return (TypeError if is_type else ValueError)(message)
+
+
+def _pair(name: str, value: Coefficient) -> dict[str, Any]:
+    """A coefficient as the raw ops take it: a float, or a table under ``name_t``."""
+    return {f"{name}_t": value} if isinstance(value, Tensor) else {name: value}
+
+
+def _refuse_autograd(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, but an in-place op has no derivative; call it under "
+                f"torch.no_grad(), detach {name}, or use ops.langevin_step"
+            )
+
 
 def langevin_step_(
     x: Tensor,
     grad: Tensor,
     rng: Tensor,
     *,
+    drift: Coefficient,
+    noise: Coefficient = 0.0,
+    decay: Coefficient = 0.0,
+    pull: Coefficient = 0.0,
+    x_ref: Tensor | None = None,
+    is_score: bool = False,
+    grad_clip: float | None = None,
+    grad_norm: float | None = None,
+    step_clip: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    noise_when: int = 0,
+    step: int = 0,
+    chain_offset: int = 0,
+    xi: Tensor | None = None,
     x_low: Tensor | None = None,
     stats: Tensor | None = None,
     active: Tensor | None = None,
     freeze_nonfinite: bool = False,
-    **kwargs: Any,
 ) -> Tensor:
-    with torch.no_grad():
-        out = langevin_step(x, grad, rng, **kwargs)
-        if stats is not None:
-            stats[:, 0] = grad.flatten(1).square().sum(1)
-            stats[:, 1] = (out - x).flatten(1).square().sum(1)
-            stats[:, 4] = (~grad.isfinite()).flatten(1).sum(1)
-        if active is not None:
-            if freeze_nonfinite:
-                active &= grad.flatten(1).isfinite().all(1)
-            out = torch.where(active.reshape(-1, *[1] * (x.dim() - 1)), out, x)
-        x.copy_(out)
-        if x_low is not None:
-            x_low.copy_(out)
+    """One Langevin update of every chain, in place.
+
+    Equivalent to::
+
+        g = -grad if is_score else grad
+        g = g.clamp(-grad_clip, grad_clip)            # if given
+        g = g * min(1, grad_norm / ‖g‖)               # per chain, if given
+        d = drift * g + decay * x + pull * (x - x_ref)
+        x -= d.clamp(-step_clip, step_clip)
+        x += noise * normal(x.shape, rng, step=step, chain_offset=chain_offset)
+        x.clamp_(*clamp)
+
+    Args:
+        x: state (B, …), float32, float64, bfloat16 or float16 (arithmetic in float32, float64 for
+            double); any dense layout whose outermost storage dimension is the batch.
+        grad: gradient of the energy, or the score with ``is_score``; dtype and strides of x.
+        rng: int64[2] = (seed, time) on x's device, see :meth:`Key.tensor`; never changed.
+        drift, noise, decay, pull: floats, or tables (T or 1, B or 1), float32 or float64, of which
+            row ``step`` is used (the only row when T is 1).
+        x_ref: reference of the pull, like x.
+        grad_clip, grad_norm, step_clip: limits, > 0.
+        clamp: (low, high).
+        noise_when: 0 as above; 1: the noise (and its row) of step + 1 is added after the clamp and
+            is not clamped, for loops that put noise before the gradient; 2: none.
+        step: added to the key's time; also the row of tables.
+        chain_offset: global index of chain 0.
+        xi: standard normals in place of the key's, like x.
+        x_low: bfloat16 or float16 copy of the new state, written too.
+        stats: (B, 5) float32 (float64 for double), overwritten: Σg² of the raw gradient;
+            Σ(x_out − x_in)² without noise of the next step; elements changed by grad_clip or
+            step_clip; elements changed by the clamp; non-finite elements of the gradient.
+        active: (B,) bool; chains where it is false keep their state.
+        freeze_nonfinite: first clear ``active`` where a chain's gradient is not finite.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; x is unchanged then.
+    """
+    if torch.is_grad_enabled():
+        _refuse_autograd("langevin_step_", x=x, grad=grad)
+    low, high = (None, None) if clamp is None else clamp
+    try:
+        _coopflow.langevin_step_(
+            x,
+            grad,
+            rng,
+            **_pair("drift", drift),
+            **_pair("noise", noise),
+            **_pair("decay", decay),
+            **_pair("pull", pull),
+            x_ref=x_ref,
+            is_score=is_score,
+            grad_clip=grad_clip,
+            grad_norm=grad_norm,
+            step_clip=step_clip,
+            clamp_low=low,
+            clamp_high=high,
+            noise_when=noise_when,
+            step=step,
+            chain_offset=chain_offset,
+            xi=xi,
+            x_low=x_low,
+            stats=stats,
+            active=active,
+            freeze_nonfinite=freeze_nonfinite,
+        )
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    torch.autograd.graph.increment_version(x)
     return x
 
 
 def langevin_noise_(
-    x: Tensor, rng: Tensor, *, active: Tensor | None = None, **kwargs: Any
+    x: Tensor,
+    rng: Tensor,
+    *,
+    noise: Coefficient,
+    step: int = 0,
+    chain_offset: int = 0,
+    xi: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
-    with torch.no_grad():
-        return x.copy_(langevin_noise(x, rng, **kwargs))
+    """Adds the noise of one step alone, in place: the first step of loops with ``noise_when=1``.
+
+    Equivalent to ``x += noise * normal(x.shape, rng, step=step, chain_offset=chain_offset)``;
+    the arguments are those of :func:`langevin_step_`.
+    """
+    if torch.is_grad_enabled():
+        _refuse_autograd("langevin_noise_", x=x)
+    try:
+        _coopflow.langevin_noise_(
+            x,
+            rng,
+            **_pair("noise", noise),
+            step=step,
+            chain_offset=chain_offset,
+            xi=xi,
+            active=active,
+        )
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def langevin_step(
+    x: Tensor,
+    grad: Tensor,
+    rng: Tensor,
+    *,
+    drift: Coefficient,
+    noise: Coefficient = 0.0,
+    decay: Coefficient = 0.0,
+    pull: Coefficient = 0.0,
+    x_ref: Tensor | None = None,
+    is_score: bool = False,
+    grad_clip: float | None = None,
+    grad_norm: float | None = None,
+    step_clip: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    noise_when: int = 0,
+    step: int = 0,
+    chain_offset: int = 0,
+    xi: Tensor | None = None,
+) -> Tensor:
+    """One Langevin update of every chain, as a function of x and grad, differentiable twice.
+
+    Equivalent to :func:`langevin_step_` on a clone of x; the arguments are its. Clips and clamp
+    pass gradients where they change nothing; the norm clip has its full Jacobian
+    (m/‖g‖)(I − ĝĝᵀ). Coefficient tables, x_ref, rng and xi are constants: a ValueError names one
+    that requires grad.
+    """
+    if torch.is_grad_enabled():
+        constants = {"x_ref": x_ref, "xi": xi}
+        for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
+            constants[name] = value if isinstance(value, Tensor) else None
+        for name, tensor in constants.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"langevin_step: {name} is a constant of the derivative; detach it"
+                )
+    low, high = (None, None) if clamp is None else clamp
+    coefficients: list[Any] = []
+    for value in (drift, noise, decay, pull):
+        coefficients += [0.0, value] if isinstance(value, Tensor) else [value, None]
+    options = _autograd.LangevinOptions(
+        *coefficients,
+        x_ref=x_ref,
+        is_score=is_score,
+        grad_clip=grad_clip,
+        grad_norm=grad_norm,
+        step_clip=step_clip,
+        clamp_low=low,
+        clamp_high=high,
+        noise_when=noise_when,
+        step=step,
+        chain_offset=chain_offset,
+        xi=xi,
+    )
+    try:
+        out: Tensor = _autograd.LangevinStep.apply(x, grad, rng, *options)
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return out
+
+
+def normal(
+    shape: Sequence[int],
+    rng: Tensor,
+    *,
+    step: int = 0,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of the given shape on rng's device; dimension 0 counts the chains.
+
+    A pure function of (seed, chain, time + step, element): the words are the same on every device
+    and for every dtype; elements are counted in storage order within a chain.
+
+    Equivalent to :func:`coopflow_ext.reference.normal`.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    try:
+        _coopflow.normal_(out, rng, step=step, chain_offset=chain_offset)
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return out
+
+
+def uniform(
+    shape: Sequence[int],
+    rng: Tensor,
+    *,
+    step: int = 0,
+    chain_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniforms in the open interval (0, 1) from the words behind :func:`normal`.
+
+    float64 uses all 32 bits of a word; float32 and below its top 23 (half-precision dtypes round
+    the float32 value, which can give 0 or 1 exactly).
+
+    Equivalent to :func:`coopflow_ext.reference.uniform`.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    try:
+        _coopflow.uniform_(out, rng, step=step, chain_offset=chain_offset)
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return out
+
+
+def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """The affine coupling y = x·e^a + b and its log|det|.
+
+    Equivalent to::
+
+        a, b = params.unbind(1)
+        return x * a.exp() + b, a.flatten(1).sum(1)
+
+    Args:
+        x: (B, …), floating.
+        params: (B, 2, …) = (a, b), of x's dtype, or half-precision beside a float32 x; a arrives
+            bounded.
+
+    Returns:
+        y of x's dtype, and ladj (B,), float32 (float64 for double), summed in a fixed order.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    try:
+        y, ladj = _autograd.AffineCoupling.apply(x.contiguous(), params.contiguous())
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return y, ladj
+
+
+def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`affine_coupling`, and the log|det| of the inverse map.
+
+    Equivalent to::
+
+        a, b = params.unbind(1)
+        return (y - b) * (-a).exp(), -a.flatten(1).sum(1)
+    """
+    try:
+        x, ladj = _autograd.AffineCouplingInverse.apply(y.contiguous(), params.contiguous())
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return x, ladj

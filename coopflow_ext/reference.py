@@ -66,7 +66,7 @@ def normal(
     radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
     angle = 2 * math.pi * words[..., 1::2] * 2.0**-32
     lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return lanes.flatten(1)[:, :per_chain].reshape(tuple(shape)).to(dtype)
+    return _chains(lanes)[:, :per_chain].reshape(tuple(shape)).to(dtype)
 
 
 def uniform(
@@ -83,7 +83,7 @@ def uniform(
     """
     batch, per_chain = shape[0], math.prod(shape[1:])
     words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset)
-    words = words.flatten(1)[:, :per_chain].reshape(tuple(shape))
+    words = _chains(words)[:, :per_chain].reshape(tuple(shape))
     if dtype == torch.float64:
         return (words.double() + 0.5) * 2.0**-32
     return (((words >> 9).double() + 0.5) * 2.0**-23).to(dtype)
@@ -101,6 +101,11 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _chains(x: Tensor) -> Tensor:
+    """x as (batch, elements of a chain)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
 def _noise_like(x: Tensor, rng: Tensor, step: int, chain_offset: int, xi: Tensor | None) -> Tensor:
     if xi is not None:
         return xi
@@ -115,7 +120,7 @@ def clip_gradient(
     if grad_clip is not None:
         grad = grad.clamp(-grad_clip, grad_clip)
     if grad_norm is not None:
-        norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)
+        norm = torch.linalg.vector_norm(_chains(grad), dim=1)
         scale = torch.where(norm > grad_norm, grad_norm / norm, torch.ones_like(norm))
         grad = grad * scale.reshape(-1, *[1] * (grad.dim() - 1))
     return grad
@@ -212,18 +217,116 @@ def langevin_statistics(
         clamped.to(g.dtype),
         (~grad.isfinite()).to(g.dtype),
     )
-    return torch.stack([c.flatten(1).sum(1) for c in columns], dim=1)
+    return torch.stack([_chains(c).sum(1) for c in columns], dim=1)
 
 
 def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """y = x·e^a + b, ladj = Σa; params (B, 2, *x.shape[1:]) = (a, b)."""
     work = _arithmetic_dtype(x.dtype)
     a, b = params.to(work).unbind(1)
-    return (x.to(work) * a.exp() + b).to(x.dtype), a.flatten(1).sum(1)
+    return (x.to(work) * a.exp() + b).to(x.dtype), _chains(a).sum(1)
 
 
 def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """x = (y − b)·e^{−a}, ladj = −Σa."""
     work = _arithmetic_dtype(y.dtype)
     a, b = params.to(work).unbind(1)
-    return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -a.flatten(1).sum(1)
+    return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -_chains(a).sum(1)
+
+
+MIN_LOG_SCALE = -7.0
+
+
+def _mixture_parameters(
+    params: Tensor, *, affine: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(a, b, (log-weights, means, log-scales)) of params (B, 2 + 3K or 3K, …)."""
+    head, mixture = (params[:, :2], params[:, 2:]) if affine else (None, params)
+    if mixture.shape[1] == 0 or mixture.shape[1] % 3:
+        raise ValueError(
+            f"params must have {'2 + ' if affine else ''}3K entries in dimension 1, K ≥ 1, "
+            f"got {params.shape[1]}"
+        )
+    logits, means, log_scales = mixture.chunk(3, dim=1)
+    zero = torch.zeros_like(means[:, 0])
+    a, b = (zero, zero) if head is None else head.unbind(1)
+    return a, b, (logits.log_softmax(1), means, log_scales.clamp(min=MIN_LOG_SCALE))
+
+
+def mixture_logistic_log_cdf(
+    x: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log F(x), log(1 − F(x)) and log f(x) of a mixture of logistics; components in dimension 1."""
+    t = (x.unsqueeze(1) - means) * (-log_scales).exp()
+    below, above = torch.nn.functional.logsigmoid(t), torch.nn.functional.logsigmoid(-t)
+    log_cdf = (log_weights + below).logsumexp(1)
+    log_survival = (log_weights + above).logsumexp(1)
+    log_density = (log_weights + below + above - log_scales).logsumexp(1)
+    return log_cdf, log_survival, log_density
+
+
+def mixture_logistic_coupling(
+    x: Tensor, params: Tensor, *, affine: bool = True
+) -> tuple[Tensor, Tensor]:
+    """y = (logit F(x) + b)·e^a with F the CDF of a mixture of K logistics (Ho et al. 2019).
+
+    params (B, 2 + 3K, *x.shape[1:]) = a, b, K weight logits, K means, K log-scales (clamped at −7);
+    without ``affine`` (B, 3K, …). ladj = Σ[log f − log F − log(1 − F) + a], (B,).
+    """
+    work = _arithmetic_dtype(x.dtype)
+    a, b, mixture = _mixture_parameters(params.to(work), affine=affine)
+    log_cdf, log_survival, log_density = mixture_logistic_log_cdf(x.to(work), *mixture)
+    y = (log_cdf - log_survival + b) * a.exp()
+    ladj = log_density - log_cdf - log_survival + a
+    return y.to(x.dtype), ladj.flatten(1).sum(1)
+
+
+@torch.no_grad()
+def mixture_logistic_quantile(
+    v: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor, *, tolerance: float = 1e-10
+) -> Tensor:
+    """x with logit F(x) = v by the published batch-wide bisection, at most 100 iterations.
+
+    Its bracket is [min(μ − r), max(μ + r)], r = 20·Σ_k e^{s_k} (more where |v| > 20); it stops
+    when no element of the batch moves by more than ``tolerance``.
+    """
+    reach = v.abs().clamp(min=20) * log_scales.exp().sum(1)
+    low = (means - reach.unsqueeze(1)).amin(1)
+    high = (means + reach.unsqueeze(1)).amax(1)
+    x = torch.zeros_like(v)
+    for _ in range(100):
+        log_cdf, log_survival, _ = mixture_logistic_log_cdf(x, log_weights, means, log_scales)
+        too_high = log_cdf - log_survival > v
+        high = torch.where(too_high, x, high)
+        low = torch.where(too_high, low, x)
+        middle = torch.where(too_high, x + low, x + high) / 2
+        moved = (middle - x).abs().max() if x.numel() else x.new_zeros(())
+        x = middle
+        if moved <= tolerance:
+            break
+    return x
+
+
+def mixture_logistic_coupling_inverse(
+    y: Tensor, params: Tensor, *, affine: bool = True, legacy_cdf_clamp: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x with logit F(x) = v = y·e^{−a} − b; ladj = −Σ[log f(x) − log σ(v) − log σ(−v) + a].
+
+    Differentiable once, by the implicit function theorem: the gradient is that of a Newton step
+    from the root with its slope held constant. ``legacy_cdf_clamp`` clamps the CDF value to [1e-5, 1 − 1e-5] for root
+    finding only, as the published code does; v in the log-determinant stays as it is.
+    """
+    work = _arithmetic_dtype(y.dtype)
+    a, b, mixture = _mixture_parameters(params.to(work), affine=affine)
+    v = y.to(work) * (-a).exp() - b
+    limit = math.log((1 - 1e-5) / 1e-5)
+    target = v.clamp(-limit, limit) if legacy_cdf_clamp else v
+    root = mixture_logistic_quantile(target, *mixture)
+    log_cdf, log_survival, log_density = mixture_logistic_log_cdf(root, *mixture)
+    log_slope = log_density - log_cdf - log_survival
+    newton = (target - (log_cdf - log_survival)) * (-log_slope.detach()).exp()
+    x = root + (newton - newton.detach())
+    _, _, log_density = mixture_logistic_log_cdf(x, *mixture)
+    log_sigmoids = torch.nn.functional.logsigmoid(v) + torch.nn.functional.logsigmoid(-v)
+    ladj = log_sigmoids - log_density - a
+    return x.to(y.dtype), ladj.flatten(1).sum(1)

@@ -16,9 +16,13 @@ struct PhiloxKey {
   uint32_t low, high;
 };
 
-struct PhiloxWords {
-  uint32_t w0, w1, w2, w3;
+// Four words, or four vectors of them: Word is uint32_t, or a vector type of the CPU loops with
+// multiply_wide and ^ (csrc/cpu/simd_words.h).
+template <typename Word>
+struct PhiloxBlock {
+  Word w0, w1, w2, w3;
 };
+using PhiloxWords = PhiloxBlock<uint32_t>;
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
@@ -31,17 +35,27 @@ COOPFLOW_HD PhiloxKey make_philox_key(int64_t seed) {
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
-COOPFLOW_HD PhiloxWords philox4x32_10(PhiloxWords c, PhiloxKey k) {
+template <typename Word>
+struct WideProduct {
+  Word high, low;
+};
+
+COOPFLOW_HD WideProduct<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+}
+
+template <typename Word>
+COOPFLOW_HD PhiloxBlock<Word> philox4x32_10(PhiloxBlock<Word> c, PhiloxKey k) {
 #if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c.w0;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c.w2;
-    c = {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ k.low, static_cast<uint32_t>(p1),
-         static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ k.high, static_cast<uint32_t>(p0)};
+    const WideProduct<Word> p0 = multiply_wide(c.w0, kPhiloxMultiplier0);
+    const WideProduct<Word> p1 = multiply_wide(c.w2, kPhiloxMultiplier1);
+    c = {p1.high ^ c.w1 ^ k.low, p1.low, p0.high ^ c.w3 ^ k.high, p0.low};
     k.low += kPhiloxWeyl0;
     k.high += kPhiloxWeyl1;
   }
@@ -51,14 +65,14 @@ COOPFLOW_HD PhiloxWords philox4x32_10(PhiloxWords c, PhiloxKey k) {
 // The four words that serve elements 4 * block .. 4 * block + 3 of one chain at one time.
 COOPFLOW_HD PhiloxWords noise_words(PhiloxKey key, int64_t chain, uint32_t time, uint32_t block) {
   const uint64_t c = static_cast<uint64_t>(chain);
-  return philox4x32_10({block, time, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32)},
-                       key);
+  return philox4x32_10(
+      PhiloxWords{block, time, static_cast<uint32_t>(c), static_cast<uint32_t>(c >> 32)}, key);
 }
 
 // A seed for a separate use. Counter word 3 has its top bit set, which no chain (< 2^63) can have.
 COOPFLOW_HD uint64_t fold_in(uint64_t seed, uint64_t data) {
   const PhiloxWords w = philox4x32_10(
-      {static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), 0u, 0x80000000u},
+      PhiloxWords{static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), 0u, 0x80000000u},
       make_philox_key(static_cast<int64_t>(seed)));
   return static_cast<uint64_t>(w.w0) | (static_cast<uint64_t>(w.w1) << 32);
 }

@@ -1,0 +1,326 @@
+"""Derivatives of the functional ops, as autograd.Functions in the form that torch.func accepts.
+
+First derivatives of the couplings are compiled ops. Second derivatives are compositions of torch
+ops: autograd takes that route only when it differentiates a backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _ops() -> Any:
+    return torch.ops.coopflow
+
+
+def _arithmetic(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _over_chains(x: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast against (B, ...)."""
+    return x.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _chain_sum(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+
+
+# --- affine coupling ------------------------------------------------------------------------------
+# y = x·e^a + b; its backward is (gx, ga, gb) = (gy·e^a, gx·x + gl, gy). Below, h* are the
+# cotangents of the backward pass's own results.
+
+
+class AffineCouplingBackward(torch.autograd.Function):
+    """(gy, gl, x, params) -> (gx, gparams)."""
+
+    @staticmethod
+    def forward(
+        grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().affine_coupling_backward(
+            grad_y, grad_ladj, x, params
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, hx: Tensor, hparams: Tensor) -> Gradients:
+        grad_y, _, x, params = ctx.saved_tensors
+        a = _arithmetic(params).select(1, 0)
+        ha, hb = _arithmetic(hparams).unbind(1)
+        gy, hx = _arithmetic(grad_y), _arithmetic(hx)
+        scale = a.exp()
+        along = (hx + ha * _arithmetic(x)) * scale
+        grad_params = torch.stack((along * gy, torch.zeros_like(along)), dim=1)
+        return (
+            (along + hb).to(grad_y.dtype),
+            _chain_sum(ha),
+            (ha * gy * scale).to(x.dtype),
+            grad_params.to(params.dtype),
+        )
+
+
+class AffineCoupling(torch.autograd.Function):
+    """(x, params) -> (y, ladj)."""
+
+    @staticmethod
+    def forward(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().affine_coupling(x, params)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> Gradients:
+        x, params = ctx.saved_tensors
+        result: Gradients = AffineCouplingBackward.apply(
+            grad_y.contiguous(), grad_ladj.contiguous(), x, params
+        )
+        return result
+
+
+class AffineCouplingInverseBackward(torch.autograd.Function):
+    """(gx, gl, x, params) -> (gy, gparams), x the inverse's output."""
+
+    @staticmethod
+    def forward(
+        grad_x: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().affine_coupling_inverse_backward(
+            grad_x, grad_ladj, x, params
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, hy: Tensor, hparams: Tensor) -> Gradients:
+        grad_x, _, x, params = ctx.saved_tensors
+        a = _arithmetic(params).select(1, 0)
+        ha, hb = _arithmetic(hparams).unbind(1)
+        gx = _arithmetic(grad_x)
+        along = (_arithmetic(hy) - hb) * (-a).exp()
+        grad_params = torch.stack((-along * gx, torch.zeros_like(along)), dim=1)
+        return (
+            (along - ha * _arithmetic(x)).to(grad_x.dtype),
+            -_chain_sum(ha),
+            (-ha * gx).to(x.dtype),
+            grad_params.to(params.dtype),
+        )
+
+
+class AffineCouplingInverse(torch.autograd.Function):
+    """(y, params) -> (x, ladj)."""
+
+    @staticmethod
+    def forward(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().affine_coupling_inverse(y, params)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(output[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> Gradients:
+        x, params = ctx.saved_tensors
+        result: Gradients = AffineCouplingInverseBackward.apply(
+            grad_x.contiguous(), grad_ladj.contiguous(), x, params
+        )
+        return result
+
+
+# --- Langevin step --------------------------------------------------------------------------------
+
+
+class LangevinOptions(NamedTuple):
+    """The arguments of the raw functional op after (x, grad, rng), in the schema's order."""
+
+    drift: float
+    drift_t: Tensor | None
+    noise: float
+    noise_t: Tensor | None
+    decay: float
+    decay_t: Tensor | None
+    pull: float
+    pull_t: Tensor | None
+    x_ref: Tensor | None
+    is_score: bool
+    grad_clip: float | None
+    grad_norm: float | None
+    step_clip: float | None
+    clamp_low: float | None
+    clamp_high: float | None
+    noise_when: int
+    step: int
+    chain_offset: int
+    xi: Tensor | None
+
+
+def _coefficient(value: float, table: Tensor | None, step: int, x: Tensor) -> float | Tensor:
+    """One step's coefficient, broadcastable against x."""
+    if table is None:
+        return value
+    row = table[step if table.shape[0] > 1 else 0]
+    return _over_chains(row.to(_arithmetic(x).dtype), x)
+
+
+def _noise(x: Tensor, rng: Tensor, o: LangevinOptions) -> float | Tensor:
+    """The noise that the clamp saw."""
+    if o.noise_when != 0 or (o.noise == 0 and o.noise_t is None):
+        return 0.0
+    scale = _coefficient(o.noise, o.noise_t, o.step, x)
+    if o.xi is not None:
+        return scale * _arithmetic(o.xi)
+    xi = torch.empty_like(x, dtype=_arithmetic(x).dtype)
+    _ops().normal_(xi, rng, step=o.step, chain_offset=o.chain_offset)
+    return scale * xi
+
+
+def _grad_norm_vjp(g: Tensor, v: Tensor, limit: float) -> Tensor:
+    """vjp of g ↦ g·min(1, limit/‖g‖) per chain: (limit/‖g‖)(I − ĝĝᵀ)v where it is active."""
+    norm = _chain_sum(g.square()).sqrt()
+    clipped = _over_chains(norm > limit, g)
+    safe = _over_chains(torch.where(norm > limit, norm, torch.ones_like(norm)), g)
+    unit = g / safe
+    projected = v - unit * _over_chains(_chain_sum(unit * v), g)
+    return torch.where(clipped, projected * (limit / safe), v)
+
+
+def langevin_step_vjp(
+    grad_out: Tensor, x: Tensor, grad: Tensor, rng: Tensor, o: LangevinOptions
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to x and grad, in torch ops that autograd can differentiate again."""
+    drift = _coefficient(o.drift, o.drift_t, o.step, x)
+    decay = _coefficient(o.decay, o.decay_t, o.step, x)
+    pull = _coefficient(o.pull, o.pull_t, o.step, x)
+    state, g = _arithmetic(x), _arithmetic(-grad if o.is_score else grad)
+    clipped = g if o.grad_clip is None else g.clamp(-o.grad_clip, o.grad_clip)
+    go = _arithmetic(grad_out)
+    gd = -go
+    clamps = o.clamp_low is not None or o.clamp_high is not None
+    if clamps or o.step_clip is not None:
+        with torch.no_grad():
+            scaled = clipped
+            if o.grad_norm is not None:
+                norm = _chain_sum(clipped.square()).sqrt()
+                scale = torch.where(norm > o.grad_norm, o.grad_norm / norm, torch.ones_like(norm))
+                scaled = clipped * _over_chains(scale, x)
+            d = drift * scaled + decay * state
+            if o.x_ref is not None:
+                d = d + pull * (state - _arithmetic(o.x_ref))
+            limit = math.inf if o.step_clip is None else o.step_clip
+            y = state - d.clamp(-limit, limit) + _noise(x, rng, o)
+            low = -math.inf if o.clamp_low is None else o.clamp_low
+            high = math.inf if o.clamp_high is None else o.clamp_high
+            inside = (y >= low) & (y <= high)
+            unclipped = d.abs() <= limit
+        go = go * inside
+        gd = -go * unclipped
+    gx = go + (decay + pull) * gd
+    gg = drift * gd
+    if o.grad_norm is not None:
+        gg = _grad_norm_vjp(clipped, gg, o.grad_norm)
+    if o.grad_clip is not None:
+        gg = gg * (g.abs() <= o.grad_clip)
+    return gx.to(x.dtype), (-gg if o.is_score else gg).to(grad.dtype)
+
+
+class LangevinStep(torch.autograd.Function):
+    """(x, grad, rng, *LangevinOptions) -> x."""
+
+    @staticmethod
+    def forward(x: Tensor, grad: Tensor, rng: Tensor, *options: Any) -> Tensor:
+        result: Tensor = _ops().langevin_step(x, grad, rng, *options)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+        ctx.save_for_backward(*tensors)
+        ctx.values = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Gradients:
+        x, grad, rng, *options = (
+            value if tensor is None else tensor
+            for tensor, value in zip(ctx.saved_tensors, ctx.values, strict=True)
+        )
+        gx, gg = langevin_step_vjp(grad_out, x, grad, rng, LangevinOptions(*options))
+        return (gx, gg, None, *[None] * len(options))
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+
+def _register_fake() -> None:
+    fake: Callable[..., Any] = torch.library.register_fake
+
+    @fake("coopflow::normal_")
+    def _(out: Tensor, rng: Tensor, **kwargs: Any) -> None:
+        return None
+
+    @fake("coopflow::uniform_")
+    def _(out: Tensor, rng: Tensor, **kwargs: Any) -> None:
+        return None
+
+    @fake("coopflow::langevin_step_")
+    def _(x: Tensor, grad: Tensor, rng: Tensor, **kwargs: Any) -> None:
+        return None
+
+    @fake("coopflow::langevin_noise_")
+    def _(x: Tensor, rng: Tensor, **kwargs: Any) -> None:
+        return None
+
+    @fake("coopflow::langevin_step")
+    def _(x: Tensor, grad: Tensor, rng: Tensor, *options: Any, **kwargs: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    def coupling(state: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(state), state.new_empty(
+            state.shape[0], dtype=_arithmetic(state).dtype
+        )
+
+    def coupling_backward(
+        grad_out: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(params)
+
+    for name in ("affine_coupling", "affine_coupling_inverse"):
+        fake(f"coopflow::{name}")(coupling)
+        fake(f"coopflow::{name}_backward")(coupling_backward)
+
+
+def _register_autograd() -> None:
+    """The same formulas for those who call the raw ops; torch.func needs the Functions above."""
+    for name, function in {
+        "affine_coupling": AffineCoupling,
+        "affine_coupling_inverse": AffineCouplingInverse,
+        "affine_coupling_backward": AffineCouplingBackward,
+        "affine_coupling_inverse_backward": AffineCouplingInverseBackward,
+        "langevin_step": LangevinStep,
+    }.items():
+        torch.library.register_autograd(
+            f"coopflow::{name}", function.backward, setup_context=function.setup_context
+        )
+
+
+def register() -> None:
+    """Teaches torch the shapes and derivatives of the ops, once the library is loaded."""
+    _register_fake()
+    _register_autograd()

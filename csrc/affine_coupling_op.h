@@ -1,0 +1,172 @@
+// The affine coupling ops as the dispatcher calls them: checks and arguments, written once.
+#pragma once
+
+#include <tuple>
+
+#include "coopflow/affine_coupling.h"
+#include "coopflow/op_checks.h"
+
+namespace coopflow {
+
+// State and parameters (batch, kinds, *shape[1:]) of a coupling. The parameters have the state's
+// dtype, or a half-precision one beside a float32 state, as under autocast.
+class CouplingOp {
+ public:
+  CouplingOp(const char* name, const char* state_name, const Tensor& state, const Tensor& params)
+      : check_(name), state_(state), params_(params) {
+    check_.is_floating(state_name, state);
+    if (state.dim() == 0) check_.fail(state_name, "must have a batch dimension, got shape ()");
+    check_.is_contiguous(state_name, state);
+    check_.is_floating("params", params);
+    check_.same_device("params", params, state);
+    check_.is_contiguous("params", params);
+    const bool narrower =
+        state.scalar_type() == ScalarType::Float && params.scalar_type() != ScalarType::Double;
+    if (params.scalar_type() != state.scalar_type() && !narrower) {
+      check_.fail("params", "must have dtype ", dtype_name(state.scalar_type()), " (that of ",
+                  state_name, ") or be a half-precision type beside float32, got dtype ",
+                  dtype_name(params.scalar_type()));
+    }
+    batch_ = state.size(0);
+    per_chain_ = 1;
+    for (int64_t i = 1; i < state.dim(); ++i) per_chain_ *= state.size(i);
+  }
+
+  void check_affine_params() const {
+    bool same =
+        params_.dim() == state_.dim() + 1 && params_.size(0) == batch_ && params_.size(1) == 2;
+    for (int64_t i = 1; same && i < state_.dim(); ++i) {
+      same = params_.size(i + 1) == state_.size(i);
+    }
+    if (!same) {
+      check_.fail("params", "must have shape (B, 2, *shape of a chain) beside a state of shape ",
+                  shape_text(state_), ", got ", shape_text(params_));
+    }
+  }
+
+  void check_like_state(const char* argument, const Tensor& t) const {
+    check_.has_dtype(argument, t, state_.scalar_type());
+    check_.same_device(argument, t, state_);
+    check_.same_shape(argument, t, state_);
+    check_.is_contiguous(argument, t);
+  }
+
+  void check_ladj(const char* argument, const Tensor& t) const {
+    check_.has_dtype(argument, t, sum_type());
+    check_.same_device(argument, t, state_);
+    if (t.dim() != 1 || t.size(0) != batch_) {
+      check_.fail(argument, "must have shape (", batch_, ",), got ", shape_text(t));
+    }
+    check_.is_contiguous(argument, t);
+  }
+
+  ScalarType sum_type() const {
+    return state_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // Calls f(TypeTag<state>(), TypeTag<params>()).
+  template <typename F>
+  void dispatch(const F& f) const {
+    dispatch_floating(state_.scalar_type(), [&](auto state_tag) {
+      if constexpr (std::is_same_v<typename decltype(state_tag)::type, float>) {
+        if (params_.scalar_type() == ScalarType::Half) return f(state_tag, TypeTag<float16>());
+        if (params_.scalar_type() == ScalarType::BFloat16) return f(state_tag, TypeTag<bfloat16>());
+      }
+      f(state_tag, state_tag);
+    });
+  }
+
+  bool is_empty() const { return batch_ == 0 || per_chain_ == 0; }
+  int64_t batch() const { return batch_; }
+  int64_t per_chain() const { return per_chain_; }
+
+ private:
+  OpChecks check_;
+  const Tensor& state_;
+  const Tensor& params_;
+  int64_t batch_, per_chain_;
+};
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> run_affine_coupling(const char* name, const char* state_name,
+                                               const Tensor& in, const Tensor& params,
+                                               bool inverse) {
+  const CouplingOp op(name, state_name, in, params);
+  op.check_affine_params();
+  Tensor out = torch::stable::empty_like(in);
+  Tensor ladj = torch::stable::new_empty(in, {op.batch()}, op.sum_type());
+  if (op.is_empty()) {
+    torch::stable::fill_(ladj, 0.0);
+    return {out, ladj};
+  }
+  op.dispatch([&](auto state_tag, auto params_tag) {
+    using T = typename decltype(state_tag)::type;
+    using P = typename decltype(params_tag)::type;
+    using A = arithmetic_t<T>;
+    const AffineCouplingArgs<A> args{in.const_data_ptr(),
+                                     params.const_data_ptr(),
+                                     out.mutable_data_ptr(),
+                                     static_cast<A*>(ladj.mutable_data_ptr()),
+                                     op.batch(),
+                                     op.per_chain(),
+                                     inverse};
+    Backend::template affine_coupling<T, P>(args, in);
+  });
+  return {out, ladj};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> run_affine_coupling_backward(const char* name, const char* grad_name,
+                                                        const Tensor& grad_out,
+                                                        const Tensor& grad_ladj, const Tensor& x,
+                                                        const Tensor& params, bool inverse) {
+  const CouplingOp op(name, "x", x, params);
+  op.check_affine_params();
+  op.check_like_state(grad_name, grad_out);
+  op.check_ladj("grad_ladj", grad_ladj);
+  Tensor grad_in = torch::stable::empty_like(x);
+  Tensor grad_params = torch::stable::empty_like(params);
+  if (op.is_empty()) return {grad_in, grad_params};
+  op.dispatch([&](auto state_tag, auto params_tag) {
+    using T = typename decltype(state_tag)::type;
+    using P = typename decltype(params_tag)::type;
+    using A = arithmetic_t<T>;
+    const AffineCouplingBackwardArgs<A> args{grad_out.const_data_ptr(),
+                                             static_cast<const A*>(grad_ladj.const_data_ptr()),
+                                             x.const_data_ptr(),
+                                             params.const_data_ptr(),
+                                             grad_in.mutable_data_ptr(),
+                                             grad_params.mutable_data_ptr(),
+                                             op.batch(),
+                                             op.per_chain(),
+                                             inverse};
+    Backend::template affine_coupling_backward<T, P>(args, x);
+  });
+  return {grad_in, grad_params};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params) {
+  return run_affine_coupling<Backend>("affine_coupling", "x", x, params, false);
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> affine_coupling_inverse(Tensor y, Tensor params) {
+  return run_affine_coupling<Backend>("affine_coupling_inverse", "y", y, params, true);
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> affine_coupling_backward(Tensor grad_y, Tensor grad_ladj, Tensor x,
+                                                    Tensor params) {
+  return run_affine_coupling_backward<Backend>("affine_coupling_backward", "grad_y", grad_y,
+                                               grad_ladj, x, params, false);
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> affine_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj,
+                                                            Tensor x, Tensor params) {
+  return run_affine_coupling_backward<Backend>("affine_coupling_inverse_backward", "grad_x", grad_x,
+                                               grad_ladj, x, params, true);
+}
+
+}  // namespace coopflow

@@ -1,0 +1,66 @@
+// The Langevin ops on the CPU.
+#include <vector>
+
+#include "chunks.h"
+#include "langevin_loops.h"
+#include "langevin_op.h"
+
+namespace coopflow {
+namespace {
+
+constexpr int64_t kTileElements = 256;
+
+// Sets norm_scale and clears active from one pass over the gradient.
+template <typename T, typename A>
+void gradient_pass(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
+  const int64_t chunks = divide_up(args.per_chain, kReductionChunk);
+  std::vector<GradientMoments<A>> moments(args.batch * chunks);
+  parallel_chunks(args.batch, args.per_chain, [&](int64_t begin, int64_t end) {
+    loops.reduce_chunks(args, moments.data(), begin, end);
+  });
+  for (int64_t chain = 0; chain < args.batch; ++chain) {
+    GradientMoments<A> total{A(0), true};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const GradientMoments<A>& part = moments[chain * chunks + chunk];
+      total = {total.sum_of_squares + part.sum_of_squares, total.finite && part.finite};
+    }
+    if (args.norm_scale) {
+      args.norm_scale[chain] = norm_clip_scale(total.sum_of_squares, args.grad_norm);
+    }
+    if (args.freeze_nonfinite && !total.finite) args.active[chain] = false;
+  }
+}
+
+template <typename T, typename A>
+void update_only(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
+  const int64_t tiles = divide_up(args.batch * divide_up(args.per_chain, 4), kTileElements / 4);
+  torch::stable::parallel_for(0, tiles, kGrain / kTileElements, [&](int64_t begin, int64_t end) {
+    loops.update_tiles(args, begin, end);
+  });
+}
+
+struct CpuLangevin {
+  template <typename T>
+  static void langevin_step(const LangevinArgs<arithmetic_t<T>>& args, const Tensor& /*x*/) {
+    const LangevinLoops<T> loops = COOPFLOW_SELECT_ISA(langevin_loops<T>());
+    if (args.needs_gradient_pass()) gradient_pass<T>(args, loops);
+    if (args.stats) {
+      reduce_chunks_in_order(args.batch, args.per_chain, kStatistics, args.stats,
+                             [&](arithmetic_t<T>* sums, int64_t begin, int64_t end) {
+                               loops.update_chunks(args, sums, begin, end);
+                             });
+    } else {
+      update_only<T>(args, loops);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace coopflow
+
+STABLE_TORCH_LIBRARY_IMPL(coopflow, CPU, m) {
+  using coopflow::CpuLangevin;
+  m.impl("langevin_step_", TORCH_BOX(&coopflow::langevin_step_<CpuLangevin>));
+  m.impl("langevin_step", TORCH_BOX(&coopflow::langevin_step<CpuLangevin>));
+  m.impl("langevin_noise_", TORCH_BOX(&coopflow::langevin_noise_<CpuLangevin>));
+}

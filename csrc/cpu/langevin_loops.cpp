@@ -1,0 +1,239 @@
+#include "langevin_loops.h"
+
+#include "noise_tile.h"
+#include "tile.h"
+
+namespace coopflow {
+namespace COOPFLOW_ISA {
+namespace {
+
+template <typename A>
+struct StatisticLanes {
+  alignas(64) A sums[kStatistics][kLanes] = {};
+
+  void write(A* out) const {
+    for (int s = 0; s < kStatistics; ++s) out[s] = sum_lanes(sums[s]);
+  }
+};
+
+template <typename A>
+void store_low_precision(const LangevinArgs<A>& args, const A* values, int64_t offset, int64_t n) {
+  if (args.low_precision == LowPrecision::kBFloat16) {
+    store<bfloat16>(values, offset, n, args.x_low);
+  } else if (args.low_precision == LowPrecision::kFloat16) {
+    store<float16>(values, offset, n, args.x_low);
+  }
+}
+
+// Up to kTile consecutive elements that share their coefficients. xi holds their noise.
+template <typename T, bool kFull, bool kStats>
+void update_span(const LangevinArgs<arithmetic_t<T>>& args,
+                 const LangevinChain<arithmetic_t<T>>& coefficients, int64_t offset, int64_t n,
+                 const arithmetic_t<T>* xi, StatisticLanes<arithmetic_t<T>>* statistics) {
+  using A = arithmetic_t<T>;
+  alignas(64) A x[kTile], grad[kTile], x_ref[kTile], moved[kTile];
+  const LangevinLimits<A> limits = args.limits;
+  const LangevinChain<A> chain = coefficients;
+  const bool noise_after = kFull && args.noise_when == NoiseWhen::kAfterStep;
+  const bool has_ref = kFull && args.x_ref != nullptr;
+  load<T>(args.x, offset, n, x);
+  if (args.grad != nullptr) {
+    load<T>(args.grad, offset, n, grad);
+  } else {
+    for (int64_t i = 0; i < n; ++i) grad[i] = A(0);
+  }
+  if (has_ref) load<T>(args.x_ref, offset, n, x_ref);
+  if constexpr (kStats) {
+    alignas(64) A terms[kStatistics][kTile];
+    for (int64_t i = 0; i < n; ++i) {
+      const LangevinMove<A> move = langevin_update<kFull>(
+          limits, chain, noise_after, x[i], grad[i], xi[i], has_ref ? x_ref[i] : A(0), has_ref);
+      moved[i] = move.x;
+      const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
+      terms[kSumGradSquared][i] = grad[i] * grad[i];
+      terms[kSumDisplacementSquared][i] = (settled - x[i]) * (settled - x[i]);
+      terms[kClippedElements][i] = move.clipped ? A(1) : A(0);
+      terms[kClampedElements][i] = move.clamped ? A(1) : A(0);
+      terms[kNonFiniteElements][i] = is_finite(grad[i]) ? A(0) : A(1);
+    }
+    for (int s = 0; s < kStatistics; ++s) add_by_lane(terms[s], n, statistics->sums[s]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      moved[i] = langevin_update<kFull>(limits, chain, noise_after, x[i], grad[i], xi[i],
+                                        has_ref ? x_ref[i] : A(0), has_ref)
+                     .x;
+    }
+  }
+  store<T>(moved, offset, n, args.x_out);
+  store_low_precision(args, moved, offset, n);
+}
+
+// An inactive chain keeps its state; only the sums over its gradient are real.
+template <typename T>
+void keep_span(const LangevinArgs<arithmetic_t<T>>& args, int64_t offset, int64_t n,
+               StatisticLanes<arithmetic_t<T>>* statistics) {
+  using A = arithmetic_t<T>;
+  alignas(64) A grad[kTile], terms[kTile];
+  load<T>(args.grad, offset, n, grad);
+  for (int64_t i = 0; i < n; ++i) terms[i] = grad[i] * grad[i];
+  add_by_lane(terms, n, statistics->sums[kSumGradSquared]);
+  for (int64_t i = 0; i < n; ++i) terms[i] = is_finite(grad[i]) ? A(0) : A(1);
+  add_by_lane(terms, n, statistics->sums[kNonFiniteElements]);
+}
+
+// Where one run of quads of a single chain lies within a tile.
+struct Run {
+  int64_t chain, first_block, blocks, quad;  // quad: index of its first quad in the tile
+};
+
+// Calls f(Run) for each chain's part of the flat range [begin, end) of quads.
+template <typename F>
+void for_each_run(int64_t quads_per_chain, int64_t begin, int64_t end, const F& f) {
+  int64_t chain = begin / quads_per_chain;
+  int64_t block = begin % quads_per_chain;
+  for (int64_t quad = begin; quad < end;) {
+    const int64_t left = quads_per_chain - block;
+    const int64_t blocks = left < end - quad ? left : end - quad;
+    f(Run{chain, block, blocks, quad - begin});
+    quad += blocks;
+    ++chain;
+    block = 0;
+  }
+}
+
+template <typename A>
+bool chains_share_coefficients(const LangevinArgs<A>& args) {
+  return args.norm_scale == nullptr && args.active == nullptr && args.drift.chain_stride == 0 &&
+         args.noise.chain_stride == 0 && args.decay.chain_stride == 0 &&
+         args.pull.chain_stride == 0;
+}
+
+// One tile of the flat range of quads over all chains.
+template <typename T, bool kFull>
+void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end,
+                 bool shared) {
+  using A = arithmetic_t<T>;
+  alignas(64) A xi[kTile] = {};
+  const int64_t per_chain = args.per_chain;
+  const int64_t quads_per_chain = divide_up(per_chain, 4);
+  if (args.noise_source == NoiseSource::kPhilox) {
+    TileCounters counters{};
+    for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
+      for (int64_t i = 0; i < run.blocks; ++i) {
+        counters.set(run.quad + i, args.chain_offset + run.chain, run.first_block + i);
+      }
+    });
+    fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]), noise_time(args.rng, args.step),
+                           xi);
+  }
+  const auto elements = [&](const Run& run) {
+    const int64_t left = per_chain - 4 * run.first_block;
+    return left < 4 * run.blocks ? left : 4 * run.blocks;
+  };
+  if (shared) {
+    // Chains follow one another in memory, so one span serves them all; the noise of chains whose
+    // last quad is not full is moved together first.
+    const int64_t first = (begin / quads_per_chain) * per_chain + 4 * (begin % quads_per_chain);
+    int64_t n = 0;
+    for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
+      const int64_t count = elements(run);
+      const int64_t from = 4 * run.quad;
+      if (from != n) {
+        for (int64_t i = 0; i < count; ++i) xi[n + i] = xi[from + i];
+      }
+      n += count;
+    });
+    if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, first, n, xi);
+    update_span<T, kFull, false>(args, langevin_chain(args, 0), first, n, xi, nullptr);
+    return;
+  }
+  for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
+    if (args.active != nullptr && !args.active[run.chain]) return;
+    const int64_t offset = run.chain * per_chain + 4 * run.first_block;
+    A* noise = xi + 4 * run.quad;
+    if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, offset, elements(run), noise);
+    update_span<T, kFull, false>(args, langevin_chain(args, run.chain), offset, elements(run),
+                                 noise, nullptr);
+  });
+}
+
+template <typename T>
+void update_tiles(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
+  const int64_t quads = args.batch * divide_up(args.per_chain, 4);
+  const bool shared = chains_share_coefficients(args);
+  const bool plain = args.is_plain();
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kQuadsPerTile;
+    const int64_t last = first + kQuadsPerTile < quads ? first + kQuadsPerTile : quads;
+    if (plain) {
+      update_tile<T, false>(args, first, last, shared);
+    } else {
+      update_tile<T, true>(args, first, last, shared);
+    }
+  }
+}
+
+template <typename T>
+void update_chunks(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* partial_sums,
+                   int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  for (int64_t index = begin; index < end; ++index) {
+    StatisticLanes<A> statistics;
+    for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
+      const int64_t offset = chain * args.per_chain + e;
+      if (args.active != nullptr && !args.active[chain]) {
+        return keep_span<T>(args, offset, n, &statistics);
+      }
+      alignas(64) A xi[kTile] = {};
+      if (args.noise_source == NoiseSource::kPhilox) {
+        TileCounters counters;
+        counters.set_run(args.chain_offset + chain, e / 4);
+        fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]),
+                               noise_time(args.rng, args.step), xi);
+      } else if (args.noise_source == NoiseSource::kGiven) {
+        load<T>(args.xi, offset, n, xi);
+      }
+      update_span<T, true, true>(args, langevin_chain(args, chain), offset, n, xi, &statistics);
+    });
+    statistics.write(partial_sums + index * kStatistics);
+  }
+}
+
+template <typename T>
+void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args,
+                   GradientMoments<arithmetic_t<T>>* moments, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const A limit = args.limits.grad_clip;
+  for (int64_t index = begin; index < end; ++index) {
+    StatisticLanes<A> lanes;
+    for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
+      alignas(64) A grad[kTile], terms[kTile];
+      load<T>(args.grad, chain * args.per_chain + e, n, grad);
+      for (int64_t i = 0; i < n; ++i) {
+        const A g = clamp_keep_nan(grad[i], -limit, limit);
+        terms[i] = g * g;
+      }
+      add_by_lane(terms, n, lanes.sums[kSumGradSquared]);
+      for (int64_t i = 0; i < n; ++i) terms[i] = is_finite(grad[i]) ? A(0) : A(1);
+      add_by_lane(terms, n, lanes.sums[kNonFiniteElements]);
+    });
+    A sums[kStatistics];
+    lanes.write(sums);
+    moments[index] = {sums[kSumGradSquared], sums[kNonFiniteElements] == A(0)};
+  }
+}
+
+}  // namespace
+
+template <typename T>
+LangevinLoops<T> langevin_loops() {
+  return {update_tiles<T>, update_chunks<T>, reduce_chunks<T>};
+}
+
+template LangevinLoops<float> langevin_loops<float>();
+template LangevinLoops<double> langevin_loops<double>();
+template LangevinLoops<bfloat16> langevin_loops<bfloat16>();
+template LangevinLoops<float16> langevin_loops<float16>();
+
+}  // namespace COOPFLOW_ISA
+}  // namespace coopflow

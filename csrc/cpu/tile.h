@@ -1,0 +1,60 @@
+// Tiles of elements in arithmetic type, for the *_loops.cpp files only, each compiled once per
+// instruction set: everything here has internal linkage.
+#pragma once
+
+#include <cstdint>
+
+#include "coopflow/reduction.h"
+#include "coopflow/scalar_types.h"
+
+namespace coopflow {
+namespace {
+
+constexpr int64_t kTile = 256;
+
+// Sums run over this many interleaved lanes, which fixes their order for every vector width.
+constexpr int64_t kLanes = 16;
+
+template <typename T>
+void load(const void* source, int64_t offset, int64_t n, arithmetic_t<T>* values) {
+  const T* from = static_cast<const T*>(source) + offset;
+  for (int64_t i = 0; i < n; ++i) values[i] = to_arithmetic(from[i]);
+}
+
+template <typename T, typename A>
+void store(const A* values, int64_t offset, int64_t n, void* destination) {
+  T* to = static_cast<T*>(destination) + offset;
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = from_arithmetic<T>(static_cast<arithmetic_t<T>>(values[i]));
+}
+
+template <typename A>
+void add_by_lane(const A* values, int64_t n, A* lanes) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+  }
+  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += values[i];
+}
+
+template <typename A>
+A sum_lanes(const A* lanes) {
+  A total = A(0);
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
+// Calls f(chain, first element, n) for each tile of one chunk, where
+// index = chain * chunks_per_chain + chunk.
+template <typename F>
+void for_each_tile_of_chunk(int64_t per_chain, int64_t index, const F& f) {
+  const int64_t chunks = divide_up(per_chain, kReductionChunk);
+  const int64_t chain = index / chunks;
+  const int64_t begin = (index % chunks) * kReductionChunk;
+  const int64_t left = per_chain - begin;
+  const int64_t end = begin + (left < kReductionChunk ? left : kReductionChunk);
+  for (int64_t e = begin; e < end; e += kTile) f(chain, e, end - e < kTile ? end - e : kTile);
+}
+
+}  // namespace
+}  // namespace coopflow

@@ -1,0 +1,102 @@
+// Branch-free float32 elementary functions that a compiler can vectorise, bit-identical on every
+// instruction set because each rounding is written out. Polynomial coefficients are those of the
+// Cephes library (S. Moshier). float64 and device code call the standard library.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "coopflow/intrinsics.h"
+#include "coopflow/macros.h"
+
+namespace coopflow {
+
+// log x for a positive, finite, normal x; within 1 ulp of the result or 1e-7, whichever is larger.
+COOPFLOW_HD float log_positive(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return logf(x);
+#else
+  constexpr uint32_t kSqrtHalf = 0x3F3504F3u;
+  // Integer arithmetic on the bits splits x into m * 2^e with m in [sqrt(1/2), sqrt(2)).
+  const uint32_t shifted = float_bits(x) - kSqrtHalf;
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float f = bits_float((shifted & 0x007FFFFFu) + kSqrtHalf) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = multiply_add(p, f, -1.1514610310e-1f);
+  p = multiply_add(p, f, 1.1676998740e-1f);
+  p = multiply_add(p, f, -1.2420140846e-1f);
+  p = multiply_add(p, f, 1.4249322787e-1f);
+  p = multiply_add(p, f, -1.6668057665e-1f);
+  p = multiply_add(p, f, 2.0000714765e-1f);
+  p = multiply_add(p, f, -2.4999993993e-1f);
+  p = multiply_add(p, f, 3.3333331174e-1f);
+  const float f2 = f * f;
+  float y = p * f * f2;
+  y = multiply_add(e, -2.12194440e-4f, y);
+  y = multiply_add(-0.5f, f2, y);
+  return multiply_add(e, 0.693359375f, f + y);
+#endif
+}
+
+COOPFLOW_HD double log_positive(double x) { return std::log(x); }
+
+// exp x for every x: 0, infinity and NaN where they belong, denormal results included.
+COOPFLOW_HD float exponential(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expf(x);
+#else
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float t = clamp_keep_nan(x, -104.0f, 89.0f);
+  const float shifted = multiply_add(t, 1.44269504f, kRounder);
+  const float n = shifted - kRounder;
+  float r = multiply_add(n, -0.693359375f, t);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  const float y = multiply_add(p * r, r, r) + 1.0f;
+  // 2^n in two factors, since n can leave the exponent range of either one alone.
+  const int32_t exponent = static_cast<int32_t>(float_bits(shifted) - float_bits(kRounder));
+  const int32_t half = exponent >> 1;
+  const float scale0 = bits_float(static_cast<uint32_t>(half + 127) << 23);
+  const float scale1 = bits_float(static_cast<uint32_t>(exponent - half + 127) << 23);
+  return y * scale0 * scale1;
+#endif
+}
+
+COOPFLOW_HD double exponential(double x) { return std::exp(x); }
+
+// Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
+// reduction is exact.
+COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
+  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
+  const float r = static_cast<float>(static_cast<int32_t>(turns - (quadrant << 30))) *
+                  1.46291807926715968e-9f;  // 2 * pi * 2^-32
+  const float r2 = r * r;
+  float s = multiply_add(-1.9515295891e-4f, r2, 8.3321608736e-3f);
+  s = multiply_add(s, r2, -1.6666654611e-1f);
+  s = multiply_add(s * r2, r, r);
+  float c = multiply_add(2.443315711809948e-5f, r2, -1.388731625493765e-3f);
+  c = multiply_add(c, r2, 4.166664568298827e-2f);
+  c = multiply_add(c * r2, r2, multiply_add(-0.5f, r2, 1.0f));
+  const bool odd = (quadrant & 1u) != 0u;
+  const uint32_t sine_sign = (quadrant & 2u) << 30;
+  const uint32_t cosine_sign = ((quadrant + 1u) & 2u) << 30;
+  *sine = bits_float(float_bits(odd ? c : s) ^ sine_sign);
+  *cosine = bits_float(float_bits(odd ? s : c) ^ cosine_sign);
+}
+
+COOPFLOW_HD void sincos_turns(uint32_t turns, double* sine, double* cosine) {
+  const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;
+#if COOPFLOW_DEVICE_CODE
+  sincos(angle, sine, cosine);
+#else
+  *sine = std::sin(angle);
+  *cosine = std::cos(angle);
+#endif
+}
+
+}  // namespace coopflow

@@ -1,0 +1,101 @@
+// Instructions that only a GPU has, each beside a host path of the same meaning. Nothing else in
+// csrc uses inline assembly or approximate-math instructions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "coopflow/macros.h"
+
+namespace coopflow {
+
+// a * b + c rounded once. The build forbids implicit contraction, so this is the only way to get
+// it, and every instruction set gives the same bits.
+COOPFLOW_HD float multiply_add(float a, float b, float c) {
+#if COOPFLOW_DEVICE_CODE
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+COOPFLOW_HD double multiply_add(double a, double b, double c) {
+#if COOPFLOW_DEVICE_CODE
+  return __fma_rn(a, b, c);
+#else
+  return __builtin_fma(a, b, c);
+#endif
+}
+
+COOPFLOW_HD uint32_t float_bits(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
+COOPFLOW_HD float bits_float(uint32_t bits) {
+#if COOPFLOW_DEVICE_CODE
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
+// min(max(x, low), high) that keeps NaN, as torch.clamp does.
+COOPFLOW_HD float clamp_keep_nan(float x, float low, float high) {
+#if COOPFLOW_DEVICE_CODE
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(high));
+  return y;
+#else
+  const float y = x < low ? low : x;
+  return y > high ? high : y;
+#endif
+}
+
+COOPFLOW_HD double clamp_keep_nan(double x, double low, double high) {
+  const double y = x < low ? low : x;
+  return y > high ? high : y;
+}
+
+#if COOPFLOW_DEVICE_CODE
+// Approximations of the special-function unit, denormals flushed: absolute error of the logarithm
+// 2^-22 for results in [-1, 1], else 2 ulp; of sine and cosine 2^-20.9 for arguments in [-pi, pi].
+COOPFLOW_HD float approximate_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+COOPFLOW_HD float approximate_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sine) : "f"(x));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cosine) : "f"(x));
+}
+#else
+// The host has no approximations: correctly rounded square root, libm elsewhere. These serve host
+// builds of the kernels only; CPU loops use elementary.h, which the compiler can vectorise.
+COOPFLOW_HD float approximate_log2(float x) { return std::log2(x); }
+
+COOPFLOW_HD float approximate_sqrt(float x) { return std::sqrt(x); }
+
+COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
+  *sine = std::sin(x);
+  *cosine = std::cos(x);
+}
+#endif
+
+}  // namespace coopflow

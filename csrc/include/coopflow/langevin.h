@@ -1,0 +1,143 @@
+// The Langevin update of one element, and the plain description of a launch over all of them.
+//   1. g = grad, clipped to +-grad_clip, scaled to the chain's norm limit
+//   2. d = drift * g + decay * x + pull * (x - x_ref)
+//   3. d clipped to +-step_clip   4. x - d + noise * xi   5. clamped to [clamp_low, clamp_high]
+// Limits that are not wanted are infinite, so the update has no branch for them.
+#pragma once
+
+#include <cstdint>
+
+#include "coopflow/intrinsics.h"
+#include "coopflow/macros.h"
+#include "coopflow/normal.h"
+#include "coopflow/philox.h"
+#include "coopflow/reduction.h"
+
+namespace coopflow {
+
+enum class NoiseWhen : int { kWithStep = 0, kAfterStep = 1, kNone = 2 };
+enum class NoiseSource : int { kNone, kPhilox, kGiven };
+enum class LowPrecision : int { kNone, kBFloat16, kFloat16 };
+
+// A coefficient of one step: one value, or a row of a (T or 1, B or 1) table.
+template <typename A>
+struct Coefficient {
+  A value;
+  const void* row;  // null: use value
+  bool row_is_double;
+  int64_t chain_stride;  // in elements; 0 when one value serves all chains
+};
+
+template <typename A>
+COOPFLOW_HD A coefficient_at(const Coefficient<A>& c, int64_t chain) {
+  if (c.row == nullptr) return c.value;
+  const int64_t i = chain * c.chain_stride;
+  return c.row_is_double ? static_cast<A>(static_cast<const double*>(c.row)[i])
+                         : static_cast<A>(static_cast<const float*>(c.row)[i]);
+}
+
+template <typename A>
+struct LangevinLimits {
+  A grad_clip, step_clip, clamp_low, clamp_high;
+};
+
+// What one chain's elements share during one step.
+template <typename A>
+struct LangevinChain {
+  A drift, noise, decay, pull, norm_scale;
+};
+
+template <typename A>
+struct LangevinMove {
+  A x;        // the new state
+  A settled;  // the new state without noise that belongs to the next gradient
+  bool clipped, clamped;
+};
+
+// kFull: with decay, pull, norm scaling and noise after the clamp; otherwise only the plain path.
+template <bool kFull, typename A>
+COOPFLOW_HD LangevinMove<A> langevin_update(const LangevinLimits<A>& limits,
+                                            const LangevinChain<A>& chain, bool noise_after, A x,
+                                            A grad, A xi, A x_ref, bool has_ref) {
+  LangevinMove<A> move;
+  A g = clamp_keep_nan(grad, -limits.grad_clip, limits.grad_clip);
+  move.clipped = grad < -limits.grad_clip || grad > limits.grad_clip;
+  if (kFull) g *= chain.norm_scale;
+  A d = chain.drift * g;
+  if (kFull) {
+    if (chain.decay != A(0)) d = multiply_add(chain.decay, x, d);
+    if (has_ref) d = multiply_add(chain.pull, x - x_ref, d);
+  }
+  const A step = clamp_keep_nan(d, -limits.step_clip, limits.step_clip);
+  move.clipped = move.clipped || d < -limits.step_clip || d > limits.step_clip;
+  A y = x - step;
+  if (!kFull || !noise_after) y = multiply_add(chain.noise, xi, y);
+  move.settled = clamp_keep_nan(y, limits.clamp_low, limits.clamp_high);
+  move.clamped = y < limits.clamp_low || y > limits.clamp_high;
+  move.x = move.settled;
+  if (kFull && noise_after) move.x = multiply_add(chain.noise, xi, move.settled);
+  return move;
+}
+
+// Scales a chain's gradient to L2 norm <= limit, given its sum of squares; 1 when it is shorter.
+template <typename A>
+COOPFLOW_HD A norm_clip_scale(A sum_of_squares, A limit) {
+  const A norm = std::sqrt(sum_of_squares);
+  return norm > limit ? limit / norm : A(1);
+}
+
+// Columns of the statistics tensor.
+enum LangevinStatistic : int {
+  kSumGradSquared = 0,
+  kSumDisplacementSquared,
+  kClippedElements,
+  kClampedElements,
+  kNonFiniteElements,
+  kStatistics
+};
+
+// Everything a back end needs for one step. Pointers are to the back end's memory; x, x_out, grad,
+// x_ref, xi share one dense layout (chains of per_chain elements), x_low has it too.
+template <typename A>
+struct LangevinArgs {
+  const void* x;
+  void* x_out;
+  const void* grad;   // null: noise alone is added
+  const void* x_ref;  // may be null, as may all below
+  const void* xi;
+  void* x_low;
+  A* stats;            // (batch, kStatistics)
+  bool* active;        // (batch)
+  A* norm_scale;       // (batch) workspace
+  const int64_t* rng;  // seed, time
+  Coefficient<A> drift, noise, decay, pull;
+  LangevinLimits<A> limits;
+  A grad_norm;
+  int64_t batch, per_chain;
+  int64_t step;  // of the noise: already one later when the noise comes after
+  int64_t chain_offset;
+  NoiseSource noise_source;
+  NoiseWhen noise_when;
+  LowPrecision low_precision;
+  bool negate_drift;  // the gradient given is a score
+  bool freeze_nonfinite;
+
+  // Whether a pass over the gradient must come first.
+  COOPFLOW_HD bool needs_gradient_pass() const { return norm_scale != nullptr || freeze_nonfinite; }
+
+  // Whether the plain path of langevin_update is enough.
+  COOPFLOW_HD bool is_plain() const {
+    return x_ref == nullptr && norm_scale == nullptr && decay.row == nullptr &&
+           decay.value == A(0) && noise_when != NoiseWhen::kAfterStep;
+  }
+};
+
+template <typename A>
+COOPFLOW_HD LangevinChain<A> langevin_chain(const LangevinArgs<A>& args, int64_t chain) {
+  const A drift = coefficient_at(args.drift, chain);
+  return {args.negate_drift ? -drift : drift, coefficient_at(args.noise, chain),
+          coefficient_at(args.decay, chain), coefficient_at(args.pull, chain),
+          args.norm_scale == nullptr ? A(1) : args.norm_scale[chain]};
+}
+
+}  // namespace coopflow

@@ -1,0 +1,213 @@
+// Argument checks shared by the ops of both back ends. A failed check throws std::runtime_error
+// "coopflow::OP: ARGUMENT: what is wrong"; coopflow_ext/ops.py turns it into ValueError, or into
+// TypeError when it speaks of a dtype.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "coopflow/scalar_types.h"
+
+namespace coopflow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+// The op being checked; each method names the argument it speaks of.
+class OpChecks {
+ public:
+  explicit OpChecks(const char* op) : op_(op) {}
+
+  template <typename... Parts>
+  [[noreturn]] void fail(const char* argument, const Parts&... parts) const {
+    std::ostringstream message;
+    message << "coopflow::" << op_ << ": " << argument << ": ";
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+
+  void is_finite(const char* argument, double value) const {
+    if (!std::isfinite(value)) fail(argument, "must be finite, got ", value);
+  }
+
+  void is_non_negative(const char* argument, double value) const {
+    if (!(value >= 0)) fail(argument, "must not be negative, got ", value);
+  }
+
+  void is_positive(const char* argument, double value) const {
+    if (!(value > 0)) fail(argument, "must be positive, got ", value);
+  }
+
+  void is_tensor(const char* argument, const Tensor& t) const {
+    if (!t.defined()) fail(argument, "must be a tensor, got None");
+  }
+
+  void has_dtype(const char* argument, const Tensor& t, ScalarType type) const {
+    is_tensor(argument, t);
+    if (t.scalar_type() != type) {
+      fail(argument, "must have dtype ", dtype_name(type), ", got dtype ",
+           dtype_name(t.scalar_type()));
+    }
+  }
+
+  void is_floating(const char* argument, const Tensor& t) const {
+    is_tensor(argument, t);
+    const ScalarType type = t.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::Half &&
+        type != ScalarType::BFloat16) {
+      fail(argument, "must have dtype float32, float64, float16 or bfloat16, got dtype ",
+           dtype_name(type));
+    }
+  }
+
+  void same_device(const char* argument, const Tensor& t, const Tensor& x) const {
+    if (t.is_cuda() != x.is_cuda() || t.get_device_index() != x.get_device_index()) {
+      fail(argument, "must be on the device of x, ", device_text(x), ", got ", device_text(t));
+    }
+  }
+
+  void same_shape(const char* argument, const Tensor& t, const Tensor& x) const {
+    bool same = t.dim() == x.dim();
+    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+    if (!same) fail(argument, "must have the shape of x, ", shape_text(x), ", got ", shape_text(t));
+  }
+
+  // Same shape and, where a dimension has more than one element, same strides.
+  void same_layout(const char* argument, const Tensor& t, const Tensor& x) const {
+    same_shape(argument, t, x);
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (x.size(i) > 1 && t.stride(i) != x.stride(i)) {
+        fail(argument, "must have the strides of x; dimension ", i, " has stride ", t.stride(i),
+             " where x has ", x.stride(i));
+      }
+    }
+  }
+
+  void is_contiguous(const char* argument, const Tensor& t) const {
+    if (!t.is_contiguous()) fail(argument, "must be contiguous, got a strided view");
+  }
+
+  // Each chain (index of dimension 0) is one dense block, and the chains follow one another.
+  // Returns the elements of a chain.
+  int64_t chains_are_dense(const char* argument, const Tensor& x) const {
+    if (x.dim() == 0) fail(argument, "must have a batch dimension, got a tensor of shape ()");
+    int64_t per_chain = 1;
+    std::vector<std::array<int64_t, 2>> dims;  // stride, size
+    for (int64_t i = 1; i < x.dim(); ++i) {
+      per_chain *= x.size(i);
+      if (x.size(i) > 1) dims.push_back({x.stride(i), x.size(i)});
+    }
+    if (per_chain == 0 || x.size(0) == 0) return per_chain;
+    if (!x.is_contiguous()) {
+      std::sort(dims.begin(), dims.end());
+      int64_t expected = 1;
+      for (const auto& [stride, size] : dims) {
+        if (stride != expected) fail_dense(argument);
+        expected *= size;
+      }
+      if (x.size(0) > 1 && x.stride(0) != per_chain) fail_dense(argument);
+    }
+    return per_chain;
+  }
+
+  // The base (seed, time) of the noise.
+  void is_rng(const Tensor& rng, const Tensor& x) const {
+    has_dtype("rng", rng, ScalarType::Long);
+    if (rng.dim() != 1 || rng.size(0) != 2) {
+      fail("rng", "must have shape (2,) = (seed, time), got ", shape_text(rng));
+    }
+    is_contiguous("rng", rng);
+    same_device("rng", rng, x);
+  }
+
+  void noise_fits(int64_t per_chain, int64_t batch, int64_t step, int64_t chain_offset) const {
+    if (per_chain > (int64_t{1} << 34)) {
+      fail("x", "must have at most 2**34 elements per chain, got ", per_chain);
+    }
+    if (step < 0 || step >= (int64_t{1} << 32)) {
+      fail("step", "must be in [0, 2**32), got ", step);
+    }
+    if (chain_offset < 0 || chain_offset > INT64_MAX - batch) {
+      fail("chain_offset", "must be in [0, 2**63 - batch), got ", chain_offset);
+    }
+  }
+
+ private:
+  [[noreturn]] void fail_dense(const char* argument) const {
+    fail(argument, "must be dense with the batch as its outermost storage dimension; ",
+         "call .contiguous() first");
+  }
+
+  static std::string device_text(const Tensor& t) {
+    if (!t.is_cuda()) return "cpu";
+    return "cuda:" + std::to_string(t.get_device_index());
+  }
+
+  const char* op_;
+};
+
+// A storage type passed as a value, so that a generic lambda can receive it.
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f(TypeTag<T>()) with the storage type of a dtype that passed is_floating.
+template <typename F>
+void dispatch_floating(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(TypeTag<double>());
+    case ScalarType::Half:
+      return f(TypeTag<float16>());
+    case ScalarType::BFloat16:
+      return f(TypeTag<bfloat16>());
+    default:
+      return f(TypeTag<float>());
+  }
+}
+
+}  // namespace coopflow

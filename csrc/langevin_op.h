@@ -1,0 +1,302 @@
+// The Langevin ops as the dispatcher calls them: checks and a LangevinArgs, written once. A back
+// end is a type with
+//   template <typename T>
+//   static void langevin_step(const LangevinArgs<arithmetic_t<T>>& args, const Tensor& x);
+// where x tells the device and gives scratch tensors.
+#pragma once
+
+#include <limits>
+
+#include "coopflow/langevin.h"
+#include "coopflow/op_checks.h"
+
+namespace coopflow {
+
+// The arguments that the in-place and the functional op share, gathered for checking.
+struct LangevinOptions {
+  double drift;
+  OptionalTensor drift_t;
+  double noise;
+  OptionalTensor noise_t;
+  double decay;
+  OptionalTensor decay_t;
+  double pull;
+  OptionalTensor pull_t;
+  OptionalTensor x_ref;
+  bool is_score;
+  std::optional<double> grad_clip, grad_norm, step_clip, clamp_low, clamp_high;
+  int64_t noise_when, step, chain_offset;
+  OptionalTensor xi, x_low, stats, active;
+  bool freeze_nonfinite;
+};
+
+class LangevinOp {
+ public:
+  LangevinOp(const char* name, const Tensor& x) : check_(name), x_(x) {
+    check_.is_floating("x", x);
+    per_chain_ = check_.chains_are_dense("x", x);
+    batch_ = x.size(0);
+  }
+
+  bool is_empty() const { return batch_ == 0 || per_chain_ == 0; }
+
+  void check_state_like(const char* argument, const Tensor& t) const {
+    check_.has_dtype(argument, t, x_.scalar_type());
+    check_.same_device(argument, t, x_);
+    check_.same_layout(argument, t, x_);
+  }
+
+  void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
+    check_state_like("grad", grad);
+    check_noise(rng, o.noise, o.noise_t, o.step, o.chain_offset, o.xi);
+    check_coefficient("drift", o.drift, o.drift_t);
+    check_coefficient("decay", o.decay, o.decay_t);
+    check_coefficient("pull", o.pull, o.pull_t);
+    if (o.x_ref) {
+      check_state_like("x_ref", *o.x_ref);
+    } else if (o.pull != 0 || o.pull_t) {
+      check_.fail("pull", "needs x_ref");
+    }
+    check_limits(o);
+    if (o.noise_when < 0 || o.noise_when > 2) {
+      check_.fail("noise_when", "must be 0, 1 or 2, got ", o.noise_when);
+    }
+    check_outputs(o);
+  }
+
+  void check_noise(const Tensor& rng, double noise, const OptionalTensor& noise_t, int64_t step,
+                   int64_t chain_offset, const OptionalTensor& xi) const {
+    check_.is_rng(rng, x_);
+    check_.noise_fits(per_chain_, batch_, step, chain_offset);
+    check_coefficient("noise", noise, noise_t);
+    if (!noise_t) check_.is_non_negative("noise", noise);
+    if (xi) check_state_like("xi", *xi);
+  }
+
+  void check_active(const OptionalTensor& active) const {
+    if (!active) return;
+    check_.has_dtype("active", *active, ScalarType::Bool);
+    check_.same_device("active", *active, x_);
+    if (active->dim() != 1 || active->size(0) != batch_) {
+      check_.fail("active", "must have shape (", batch_, ",), got ", shape_text(*active));
+    }
+    check_.is_contiguous("active", *active);
+  }
+
+  // The arguments of one step for arithmetic type A. Call after check_step.
+  template <typename A>
+  LangevinArgs<A> step_args(const Tensor& x_out, const Tensor& grad, const Tensor& rng,
+                            const LangevinOptions& o) const {
+    LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.chain_offset,
+                                         o.xi, static_cast<NoiseWhen>(o.noise_when));
+    args.grad = grad.const_data_ptr();
+    args.x_ref = pointer_or_null(o.x_ref);
+    if (o.x_low) {
+      args.x_low = o.x_low->mutable_data_ptr();
+      args.low_precision = o.x_low->scalar_type() == ScalarType::Half ? LowPrecision::kFloat16
+                                                                      : LowPrecision::kBFloat16;
+    }
+    if (o.stats) args.stats = static_cast<A*>(o.stats->mutable_data_ptr());
+    if (o.active) args.active = static_cast<bool*>(o.active->mutable_data_ptr());
+    // The score is the negative gradient. All limits are symmetric, so its sign can move into the
+    // coefficient.
+    args.drift = coefficient<A>(o.drift, o.drift_t, o.step);
+    args.negate_drift = o.is_score;
+    args.decay = coefficient<A>(o.decay, o.decay_t, o.step);
+    args.pull = coefficient<A>(o.pull, o.pull_t, o.step);
+    args.limits = limits<A>(o.grad_clip, o.step_clip, o.clamp_low, o.clamp_high);
+    args.grad_norm = static_cast<A>(o.grad_norm.value_or(kNoLimit));
+    args.freeze_nonfinite = o.freeze_nonfinite;
+    return args;
+  }
+
+  template <typename A>
+  LangevinArgs<A> noise_args(const Tensor& x_out, const Tensor& rng, double noise,
+                             const OptionalTensor& noise_t, int64_t step, int64_t chain_offset,
+                             const OptionalTensor& xi, NoiseWhen when) const {
+    LangevinArgs<A> args{};
+    args.x = x_.const_data_ptr();
+    args.x_out = x_out.mutable_data_ptr();
+    args.xi = pointer_or_null(xi);
+    args.rng = static_cast<const int64_t*>(rng.const_data_ptr());
+    args.step = step + (when == NoiseWhen::kAfterStep ? 1 : 0);
+    args.noise_when = when;
+    args.noise_source = NoiseSource::kNone;
+    if (when != NoiseWhen::kNone && (noise != 0 || noise_t)) {
+      args.noise = coefficient<A>(noise, noise_t, args.step);
+      args.noise_source = xi ? NoiseSource::kGiven : NoiseSource::kPhilox;
+    }
+    args.limits = limits<A>(std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+    args.chain_offset = chain_offset;
+    args.batch = batch_;
+    args.per_chain = per_chain_;
+    return args;
+  }
+
+  int64_t batch() const { return batch_; }
+
+ private:
+  static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+
+  template <typename A>
+  static LangevinLimits<A> limits(std::optional<double> grad_clip, std::optional<double> step_clip,
+                                  std::optional<double> low, std::optional<double> high) {
+    return {static_cast<A>(grad_clip.value_or(kNoLimit)),
+            static_cast<A>(step_clip.value_or(kNoLimit)), static_cast<A>(low.value_or(-kNoLimit)),
+            static_cast<A>(high.value_or(kNoLimit))};
+  }
+
+  static const void* pointer_or_null(const OptionalTensor& t) {
+    return t ? t->const_data_ptr() : nullptr;
+  }
+
+  void check_coefficient(const char* name, double value, const OptionalTensor& table) const {
+    if (!table) return check_.is_finite(name, value);
+    if (value != 0) check_.fail(name, "give a float or a tensor, not both");
+    const ScalarType type = table->scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double) {
+      check_.fail(name, "must have dtype float32 or float64, got dtype ", dtype_name(type));
+    }
+    check_.same_device(name, *table, x_);
+    if (table->dim() != 2 || (table->size(1) != 1 && table->size(1) != batch_) ||
+        table->size(0) < 1) {
+      check_.fail(name, "must have shape (T or 1, B or 1) with B = ", batch_, ", got ",
+                  shape_text(*table));
+    }
+  }
+
+  void check_limits(const LangevinOptions& o) const {
+    if (o.grad_clip) check_.is_positive("grad_clip", *o.grad_clip);
+    if (o.grad_norm) check_.is_positive("grad_norm", *o.grad_norm);
+    if (o.step_clip) check_.is_positive("step_clip", *o.step_clip);
+    const double low = o.clamp_low.value_or(-kNoLimit);
+    const double high = o.clamp_high.value_or(kNoLimit);
+    if (!(low <= high)) {
+      check_.fail("clamp", "must be (low, high) with low <= high, got (", low, ", ", high, ")");
+    }
+  }
+
+  void check_outputs(const LangevinOptions& o) const {
+    const bool wide = x_.scalar_type() == ScalarType::Double;
+    if (o.x_low) {
+      const ScalarType type = o.x_low->scalar_type();
+      if (type != ScalarType::BFloat16 && type != ScalarType::Half) {
+        check_.fail("x_low", "must have dtype bfloat16 or float16, got dtype ", dtype_name(type));
+      }
+      check_.same_device("x_low", *o.x_low, x_);
+      check_.same_layout("x_low", *o.x_low, x_);
+    }
+    if (o.stats) {
+      check_.has_dtype("stats", *o.stats, wide ? ScalarType::Double : ScalarType::Float);
+      check_.same_device("stats", *o.stats, x_);
+      if (o.stats->dim() != 2 || o.stats->size(0) != batch_ || o.stats->size(1) != kStatistics) {
+        check_.fail("stats", "must have shape (", batch_, ", ", int{kStatistics}, "), got ",
+                    shape_text(*o.stats));
+      }
+      check_.is_contiguous("stats", *o.stats);
+    }
+    check_active(o.active);
+    if (o.freeze_nonfinite && !o.active) {
+      check_.fail("freeze_nonfinite", "needs active, the mask to clear");
+    }
+  }
+
+  // The row of one step. A table with several rows must reach it.
+  template <typename A>
+  Coefficient<A> coefficient(double value, const OptionalTensor& table, int64_t step) const {
+    if (!table) return {static_cast<A>(value), nullptr, false, 0};
+    const bool wide = table->scalar_type() == ScalarType::Double;
+    const int64_t rows = table->size(0);
+    if (rows > 1 && step >= rows) {
+      check_.fail("step", "row ", step, " was asked of a coefficient table with ", rows, " rows");
+    }
+    const int64_t offset = rows > 1 ? step * table->stride(0) : 0;
+    const char* data = static_cast<const char*>(table->const_data_ptr());
+    return {A(0), data + offset * (wide ? sizeof(double) : sizeof(float)), wide,
+            table->size(1) > 1 ? table->stride(1) : 0};
+  }
+
+  OpChecks check_;
+  const Tensor& x_;
+  int64_t batch_, per_chain_;
+};
+
+template <typename Backend>
+void run_langevin_step(const LangevinOp& op, const Tensor& x, const Tensor& x_out,
+                       const Tensor& grad, const Tensor& rng, const LangevinOptions& o) {
+  dispatch_floating(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = arithmetic_t<T>;
+    LangevinArgs<A> args = op.step_args<A>(x_out, grad, rng, o);
+    if (op.is_empty()) {
+      if (args.stats) torch::stable::fill_(*o.stats, 0.0);
+      return;
+    }
+    // Scratch comes from torch's allocator, so that it is safe on streams and in graphs.
+    OptionalTensor norm_scale;
+    if (o.grad_norm) {
+      norm_scale = torch::stable::new_empty(
+          x, {op.batch()}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+      args.norm_scale = static_cast<A*>(norm_scale->mutable_data_ptr());
+    }
+    Backend::template langevin_step<T>(args, x);
+  });
+}
+
+template <typename Backend>
+void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTensor drift_t,
+                    double noise, OptionalTensor noise_t, double decay, OptionalTensor decay_t,
+                    double pull, OptionalTensor pull_t, OptionalTensor x_ref, bool is_score,
+                    std::optional<double> grad_clip, std::optional<double> grad_norm,
+                    std::optional<double> step_clip, std::optional<double> clamp_low,
+                    std::optional<double> clamp_high, int64_t noise_when, int64_t step,
+                    int64_t chain_offset, OptionalTensor xi, OptionalTensor x_low,
+                    OptionalTensor stats, OptionalTensor active, bool freeze_nonfinite) {
+  const LangevinOptions o{drift,      drift_t,   noise,           noise_t,   decay,
+                          decay_t,    pull,      pull_t,          x_ref,     is_score,
+                          grad_clip,  grad_norm, step_clip,       clamp_low, clamp_high,
+                          noise_when, step,      chain_offset,    xi,        x_low,
+                          stats,      active,    freeze_nonfinite};
+  const LangevinOp op("langevin_step_", x);
+  op.check_step(grad, rng, o);
+  run_langevin_step<Backend>(op, x, x, grad, rng, o);
+}
+
+template <typename Backend>
+Tensor langevin_step(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTensor drift_t,
+                     double noise, OptionalTensor noise_t, double decay, OptionalTensor decay_t,
+                     double pull, OptionalTensor pull_t, OptionalTensor x_ref, bool is_score,
+                     std::optional<double> grad_clip, std::optional<double> grad_norm,
+                     std::optional<double> step_clip, std::optional<double> clamp_low,
+                     std::optional<double> clamp_high, int64_t noise_when, int64_t step,
+                     int64_t chain_offset, OptionalTensor xi) {
+  const LangevinOptions o{drift,        drift_t,      noise,        noise_t,   decay,
+                          decay_t,      pull,         pull_t,       x_ref,     is_score,
+                          grad_clip,    grad_norm,    step_clip,    clamp_low, clamp_high,
+                          noise_when,   step,         chain_offset, xi,        std::nullopt,
+                          std::nullopt, std::nullopt, false};
+  const LangevinOp op("langevin_step", x);
+  op.check_step(grad, rng, o);
+  Tensor x_out = torch::stable::empty_like(x);
+  run_langevin_step<Backend>(op, x, x_out, grad, rng, o);
+  return x_out;
+}
+
+template <typename Backend>
+void langevin_noise_(Tensor x, Tensor rng, double noise, OptionalTensor noise_t, int64_t step,
+                     int64_t chain_offset, OptionalTensor xi, OptionalTensor active) {
+  const LangevinOp op("langevin_noise_", x);
+  op.check_noise(rng, noise, noise_t, step, chain_offset, xi);
+  op.check_active(active);
+  if (op.is_empty()) return;
+  dispatch_floating(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    LangevinArgs<arithmetic_t<T>> args = op.noise_args<arithmetic_t<T>>(
+        x, rng, noise, noise_t, step, chain_offset, xi, NoiseWhen::kWithStep);
+    if (active) args.active = static_cast<bool*>(active->mutable_data_ptr());
+    if (args.noise_source == NoiseSource::kNone) return;
+    Backend::template langevin_step<T>(args, x);
+  });
+}
+
+}  // namespace coopflow

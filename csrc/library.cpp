@@ -1,0 +1,73 @@
+// Every op's schema. This is the only place that names an op.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <string>
+
+#include "coopflow/philox.h"
+#include "cpu/isa.h"
+
+#if !defined(COOPFLOW_CUDA_VERSION)  // built without CUDA code
+#define COOPFLOW_CUDA_VERSION ""
+#define COOPFLOW_CUDA_ARCHS ""
+#endif
+
+namespace coopflow {
+namespace {
+
+int64_t fold_in_op(int64_t seed, int64_t data) {
+  return static_cast<int64_t>(fold_in(static_cast<uint64_t>(seed), static_cast<uint64_t>(data)));
+}
+
+// JSON, so that it needs no type of its own.
+std::string build_info() {
+  return std::string("{\"version\": \"") + COOPFLOW_VERSION + "\", \"compiler\": \"" +
+         COOPFLOW_COMPILER + "\", \"torch\": \"" + COOPFLOW_TORCH_VERSION +
+         "\", \"cuda_version\": \"" + COOPFLOW_CUDA_VERSION + "\", \"cuda_architectures\": \"" +
+         COOPFLOW_CUDA_ARCHS + "\", \"cpu_isa\": \"" + isa_name(current_isa()) + "\"}";
+}
+
+}  // namespace
+}  // namespace coopflow
+
+// The coefficients of a Langevin step are pairs: a float, or a (T or 1, B or 1) table of which row
+// `step` is used. See csrc/include/coopflow/langevin.h for the update itself.
+#define COOPFLOW_LANGEVIN_ARGS                                                               \
+  "float drift=0.0, Tensor? drift_t=None, float noise=0.0, Tensor? noise_t=None, "           \
+  "float decay=0.0, Tensor? decay_t=None, float pull=0.0, Tensor? pull_t=None, "             \
+  "Tensor? x_ref=None, bool is_score=False, float? grad_clip=None, float? grad_norm=None, "  \
+  "float? step_clip=None, float? clamp_low=None, float? clamp_high=None, int noise_when=0, " \
+  "SymInt step=0, SymInt chain_offset=0, Tensor? xi=None"
+
+STABLE_TORCH_LIBRARY(coopflow, m) {
+  // Standard normals and uniforms, a pure function of (seed, time, chain, element).
+  m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0, SymInt chain_offset=0) -> ()");
+  m.def("uniform_(Tensor(a!) out, Tensor rng, *, SymInt step=0, SymInt chain_offset=0) -> ()");
+  // One Langevin update of every chain, in place, and as a function.
+  m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
+        ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
+        "bool freeze_nonfinite=False) -> ()");
+  m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
+  // The noise of one step alone.
+  m.def(
+      "langevin_noise_(Tensor(a!) x, Tensor rng, *, float noise=0.0, Tensor? noise_t=None, "
+      "SymInt step=0, SymInt chain_offset=0, Tensor? xi=None, Tensor? active=None) -> ()");
+  // y = x * e^a + b with log|det|, its inverse, and what their backward passes need.
+  m.def("affine_coupling(Tensor x, Tensor params) -> (Tensor, Tensor)");
+  m.def("affine_coupling_inverse(Tensor y, Tensor params) -> (Tensor, Tensor)");
+  m.def(
+      "affine_coupling_backward(Tensor grad_y, Tensor grad_ladj, Tensor x, Tensor params) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "affine_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor x, Tensor params) "
+      "-> (Tensor, Tensor)");
+  // The seed of a separate use.
+  m.def("fold_in(int seed, int data) -> int");
+  // Versions, architectures and instruction set, as JSON.
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coopflow, CompositeExplicitAutograd, m) {
+  m.impl("fold_in", TORCH_BOX(&coopflow::fold_in_op));
+  m.impl("build_info", TORCH_BOX(&coopflow::build_info));
+}
