@@ -17,12 +17,17 @@ from coopflow_ext import _autograd
 from coopflow_ext._extension import native
 from coopflow_ext.errors import BuildError
 
+# Plain PyTorch until its kernels stand.
+from coopflow_ext.reference import mixture_logistic_coupling, mixture_logistic_coupling_inverse
+
 __all__ = [
     "affine_coupling",
     "affine_coupling_inverse",
     "langevin_noise_",
     "langevin_step",
     "langevin_step_",
+    "mixture_logistic_coupling",
+    "mixture_logistic_coupling_inverse",
     "normal",
     "uniform",
 ]
