@@ -1,0 +1,70 @@
+"""The resource report's reading of a disassembly, and what it must say of our kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+sass_report = pytest.importorskip("sass_report", reason="needs the source tree's benchmarks/")
+
+RESOURCES = """
+Fatbin elf code:
+arch = sm_90
+ Function _Z5scaleIfLi4EEvPfl:
+  REG:32 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:552 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+# Two nested loops, 0x20-0x80 and 0x30-0x60; the inner one stores 16 bytes in 4 instructions.
+SASS = """
+	code for sm_90
+		Function : _Z5scaleIfLi4EEvPfl
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
+                                                               /* 0x000fe20000000800 */
+        /*0010*/              @!P0 STL.64 [R1], R2 ;           /* 0x0 */
+        /*0020*/                   LDG.E R4, [R2.64] ;         /* 0x0 */
+        /*0030*/                   LDG.E.128 R4, [R2.64] ;     /* 0x0 */
+        /*0040*/                   FMUL R4, R4, 2 ;            /* 0x0 */
+        /*0050*/              @P1  STG.E.128 [R2.64], R4 ;     /* 0x0 */
+        /*0060*/             @!P2  BRA 0x30 ;                  /* 0x0 */
+        /*0070*/                   STG.E.U16 [R2.64], R4 ;     /* 0x0 */
+        /*0080*/              @P3  BRA 0x20 ;                  /* 0x0 */
+        /*0090*/                   EXIT ;                      /* 0x0 */
+        /*00a0*/                   BRA 0xa0;                   /* 0x0 */
+"""
+
+
+def test_reads_a_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"-res-usage": RESOURCES, "-sass": SASS}
+    monkeypatch.setattr(
+        sass_report, "disassemble", lambda _library, option: iter(texts[option].splitlines())
+    )
+    (kernel,) = sass_report.read_kernels(Path("any.so"))
+    assert kernel.facts() == {
+        "kernel": "void scale<float, 4>(float*, long)",
+        "arch": "sm_90",
+        "registers": 32,
+        "stack_bytes": 16,
+        "spill_instructions": 1,
+        "loads": 2,
+        "loads_16_bytes": 1,
+        "stores": 2,
+        "stores_16_bytes": 1,
+        "instructions": 11,
+        "loop_instructions": 4,
+        "instructions_per_element": 1.0,
+    }
+    assert "scale<float, 4>" in sass_report.table([kernel])
+
+
+@pytest.mark.parametrize(
+    ("symbol", "size"),
+    [
+        ("_Z5scaleIfLi4EEvPfl", 4),
+        ("_Z5scaleIdLi2EEvPdl", 8),
+        ("_Z5scaleIN5torch10headeronly8BFloat16ELi8EEvPT_l", 2),
+        ("_Z5scaleIN5torch10headeronly4HalfELi8EEvPT_l", 2),
+        ("not_mangled", None),
+    ],
+)
+def test_element_size_is_the_first_template_argument(symbol: str, size: int | None) -> None:
+    assert sass_report.Kernel(symbol, "sm_90").item_bytes == size
