@@ -12,9 +12,10 @@ import pytest
 
 from coopflow_ext import cli
 
-SMALL = (
-    "--data digits --pretrain-steps 2 --steps 4 --batch-size 16 --langevin-steps 2 --n-samples 20"
-).split()
+SMALL = [
+    *("--data", "digits", "--pretrain-steps", "2", "--steps", "4", "--batch-size", "16"),
+    *("--langevin-steps", "2", "--n-samples", "20"),
+]
 OPTIONS = [
     "--flow-options",
     '{"net": "mlp", "couplings": 2, "widths": [8]}',
