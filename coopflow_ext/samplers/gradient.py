@@ -14,6 +14,8 @@ from coopflow_ext.samplers.output import State, Tensors, pack
 
 StateFunction = Callable[..., Any]
 
+_CHANGED = "energy changed its parameters during the chain; a sampler needs them constant"
+
 
 def module_of(function: object) -> nn.Module | None:
     """The nn.Module that a callable is, or is a method of."""
@@ -35,14 +37,20 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
     parameters = [] if module is None else list(module.parameters())
     required = [p.requires_grad for p in parameters]
     versions = [_version(p) for p in parameters]
+
+    def changed() -> bool:
+        return [_version(p) for p in parameters] != versions
+
     try:
         for p in parameters:
             p.requires_grad_(False)
         yield
-        if [_version(p) for p in parameters] != versions:
-            raise ValueError(
-                "energy changed its parameters during the chain; a sampler needs them constant"
-            )
+        if changed():
+            raise ValueError(_CHANGED)
+    except RuntimeError as error:
+        if changed():  # autograd noticed it first
+            raise ValueError(_CHANGED) from error
+        raise
     finally:
         for p, require in zip(parameters, required, strict=True):
             p.requires_grad_(require)

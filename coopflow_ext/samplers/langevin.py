@@ -326,7 +326,7 @@ class LangevinSampler:
         chain = Chain(self.plan, inputs)
         with frozen(self.plan.gradient.module):
             chain.run()
-        self._check_finite(chain)
+        self._check_finite(chain, chain.xs)
         return chain.xs, chain.trajectory, chain.statistics()
 
     def _run_captured(self, inputs: Inputs) -> _Result | None:
@@ -342,7 +342,7 @@ class LangevinSampler:
         chain = captured.chain
         trajectory = None if chain.trajectory is None else clones(chain.trajectory)
         result = clones(chain.xs), trajectory, chain.statistics()
-        self._check_finite(chain)
+        self._check_finite(chain, chain.xs)
         captured.release()
         return result
 
@@ -356,15 +356,15 @@ class LangevinSampler:
         starts = starts if whole else clones(chain.xs)
         steps = DifferentiableChain(chain, self.checkpoint_every)
         ends = steps.run(starts, self.plan.fast_steps)
-        self._check_finite(chain)
+        self._check_finite(chain, ends)
         return ends, steps.trajectory(), chain.statistics()
 
-    def _check_finite(self, chain: Chain) -> None:
-        """The one read of the mask, after the chain."""
+    def _check_finite(self, chain: Chain, xs: Tensors) -> None:
+        """The one read of the mask, after the chain that ended in ``xs``."""
         if self.on_nonfinite != "raise" or chain.active is None or chain.steps_alive is None:
             return
         if not bool(chain.active.all()):
-            raise _nonfinite_error(chain, chain.active, chain.steps_alive)
+            raise _nonfinite_error(chain.active, chain.steps_alive, xs)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:
@@ -410,7 +410,8 @@ def _rng_tensors(key: Key, xs: Tensors) -> Tensors:
     return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
 
 
-def _nonfinite_error(chain: Chain, active: Tensor, steps_alive: Tensor) -> NonFiniteError:
+def _nonfinite_error(active: Tensor, steps_alive: Tensor, xs: Tensors) -> NonFiniteError:
+    last = tuple(x.detach().clone() for x in xs)
     chains = (~active).nonzero().flatten().cpu()
     step = int(steps_alive.min())
     shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
@@ -419,5 +420,5 @@ def _nonfinite_error(chain: Chain, active: Tensor, steps_alive: Tensor) -> NonFi
         f"step {step}; use a smaller step, clips, or on_nonfinite='freeze'",
         step=step,
         chains=chains,
-        x=chain.xs[0].clone() if len(chain.xs) == 1 else clones(chain.xs),
+        x=last[0] if len(last) == 1 else last,
     )
