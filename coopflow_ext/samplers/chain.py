@@ -16,6 +16,10 @@ from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
 
+# The op itself. Its face in ops.py repeats at each call what is known here: that x and the gradient
+# have one layout, need no gradients and are seen by no other graph.
+_LANGEVIN_STEP = torch.ops.coopflow.langevin_step_.default
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,9 +39,6 @@ class Plan:
     masked: bool
     autocast: torch.dtype | None
     channels_last: bool
-
-    def clamp_at(self, step: int) -> tuple[float, float] | None:
-        return None if self.clamp_at_end and step + 1 < self.n_steps else self.clamp
 
     def records(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
@@ -146,7 +147,9 @@ class Chain:
             if plan.gradient.has_energy:
                 self.energies = first.new_empty(plan.n_steps, batch, dtype=wide)
 
-        self.calls = [self._step_arguments(j) for j in range(len(xs))]
+        # Arguments of the op for each tensor: those of every step, and those of one step.
+        self.constant = [self._constant_arguments(j) for j in range(len(xs))]
+        self.varying = [self._varying_arguments(j) for j in range(len(xs))]
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
 
     def load(self, inputs: Inputs) -> None:
@@ -162,29 +165,47 @@ class Chain:
         last = step + 1 == plan.fast_steps
         return 2 if last or self.settled is not None or plan.records(step) else 1
 
-    def _step_arguments(self, j: int) -> list[dict[str, Any]]:
-        """Keyword arguments of ``ops.langevin_step_`` for tensor j, one dict for each step."""
-        plan, inputs, x = self.plan, self.inputs, self.xs[j]
-        common: dict[str, Any] = {
-            name: place(name, value, x) for name, value in plan.coefficients.items()
-        }
-        common.update(plan.clips, is_score=plan.gradient.is_score, chain_offset=inputs.chain_offset)
-        if inputs.x_refs is not None:
-            common["x_ref"] = inputs.x_refs[j]
+    def _constant_arguments(self, j: int) -> dict[str, Any]:
+        plan, x = self.plan, self.xs[j]
+        constant: dict[str, Any] = {**plan.clips, "is_score": plan.gradient.is_score}
+        for name, value in plan.coefficients.items():
+            placed = place(name, value, x)
+            constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
+        constant["chain_offset"] = self.inputs.chain_offset
+        if plan.clamp is not None and not plan.clamp_at_end:
+            constant["clamp_low"], constant["clamp_high"] = plan.clamp
+        if self.inputs.x_refs is not None:
+            constant["x_ref"] = self.inputs.x_refs[j]
         if self.lows:
-            common["x_low"] = self.lows[j]
+            constant["x_low"] = self.lows[j]
         if self.active is not None:
-            common.update(active=self.active, freeze_nonfinite=len(self.xs) == 1)
-        rows = []
-        for step in range(plan.n_steps):
-            when = self.noise_when(step)
-            row = {**common, "step": step, "noise_when": when, "clamp": plan.clamp_at(step)}
-            if inputs.xis is not None:
-                row["xi"] = inputs.xis[j][step + (when == 1)]
+            constant.update(active=self.active, freeze_nonfinite=len(self.xs) == 1)
+        return constant
+
+    def _varying_arguments(self, j: int) -> list[dict[str, Any]]:
+        plan, xis = self.plan, self.inputs.xis
+        rows: list[dict[str, Any]] = [{"step": step} for step in range(plan.n_steps)]
+        for step, row in enumerate(rows):
+            if plan.noise_first:
+                row["noise_when"] = self.noise_when(step)
+            if xis is not None:
+                row["xi"] = xis[j][step + (self.noise_when(step) == 1)]
             if plan.keep_stats:
                 row["stats"] = self.sums[j][step]
-            rows.append(row)
+        if plan.clamp is not None and plan.clamp_at_end and rows:
+            rows[-1]["clamp_low"], rows[-1]["clamp_high"] = plan.clamp
         return rows
+
+    def functional_arguments(self, j: int, step: int) -> dict[str, Any]:
+        """Arguments of ``ops.langevin_step`` for tensor j, its noise in its own step."""
+        raw = {**self.constant[j], **self.varying[j][step]}
+        clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
+        for name in ("active", "freeze_nonfinite", "stats", "x_low"):
+            raw.pop(name, None)
+        call = {name.removesuffix("_t"): value for name, value in raw.items()}
+        call["noise_when"] = 2 if self.plan.noise_first else 0
+        call["clamp"] = None if clamp[0] is None else clamp
+        return call
 
     def _noise_arguments(self, j: int) -> list[dict[str, Any]]:
         """Keyword arguments of ``ops.langevin_noise_`` for tensor j, one dict for each step."""
@@ -244,19 +265,26 @@ class Chain:
 
     def update(self, step: int, grads: Tensors) -> None:
         """Move ``xs`` by one step, given the gradients."""
-        grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
         if len(grads) == 1:
-            ops.langevin_step_(self.xs[0], grads[0], self.rngs[0], **self.calls[0][step])
+            self._move(0, step, self._laid_out(0, grads[0]))
             return
+        grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
         if self.active is not None:
             mask_jointly(self.active, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
-        for x, grad, rng, calls in zip(self.xs, grads, self.rngs, self.calls, strict=True):
-            call = calls[step]
-            if shrink is not None:
-                drift = _row(call["drift"], step) * shrink[None]
-                call = {**call, "drift": drift, "grad_norm": None}
-            ops.langevin_step_(x, grad, rng, **call)
+        for j, grad in enumerate(grads):
+            if shrink is None:
+                self._move(j, step, grad)
+                continue
+            drift = place("drift", self.plan.coefficients["drift"], grad)
+            drift_t = _row(drift, step) * shrink[None]
+            self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
+
+    def _move(self, j: int, step: int, grad: Tensor, **replaced: Any) -> None:
+        arguments = self.constant[j]
+        if replaced:
+            arguments = {**arguments, **replaced}
+        _LANGEVIN_STEP(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""

@@ -15,9 +15,6 @@ from coopflow_ext.reference import clip_gradient
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
 from coopflow_ext.samplers.output import Tensors, pack
 
-# Arguments of the in-place op that its functional form does not have.
-_IN_PLACE_ONLY = ("active", "freeze_nonfinite", "stats", "x_low")
-
 _Masks = tuple[Tensor, Tensor]  # not frozen yet, steps until then; both (B,)
 
 
@@ -124,14 +121,12 @@ class DifferentiableChain:
         if not create_graph:
             points = tuple(p.detach() for p in points)
         mask = self._beside(step, points, tuple(g.detach() for g in grads), u, masks[0])
-        when = 2 if plan.noise_first else 0
-        calls = [{**calls[step], "noise_when": when} for calls in chain.calls]
+        calls = [chain.functional_arguments(j, step) for j in range(len(xs))]
         if len(xs) > 1:
             grads = self._joint_clip(grads, calls)
         moved = []
         for j, (x, grad) in enumerate(zip(points, grads, strict=True)):
-            arguments = {k: v for k, v in calls[j].items() if k not in _IN_PLACE_ONLY}
-            new = ops.langevin_step(x, laid_out(grad, x), chain.rngs[j], **arguments)
+            new = ops.langevin_step(x, laid_out(grad, x), chain.rngs[j], **calls[j])
             moved.append(torch.where(per_chain_view(mask, x), new, xs[j]) if plan.masked else new)
         return tuple(moved), (mask, masks[1] + mask)
 

@@ -101,6 +101,10 @@ def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
     return tuple(scores)
 
 
+def _detached(tensors: Tensors) -> Tensors:
+    return tuple(t.detach() for t in tensors) if any(t.requires_grad for t in tensors) else tensors
+
+
 class Gradient:
     """Callable: the state's leaves → (gradients or scores, U or None).
 
@@ -154,7 +158,7 @@ class Gradient:
                 return result
         if not self.has_energy:
             scores = check_score(self.function(state, **model_kwargs), leaves)
-            return scores if create_graph else tuple(s.detach() for s in scores), None
+            return scores if create_graph else _detached(scores), None
         u = self._energy(leaves, state, model_kwargs)
         check_depends(u)
         grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
@@ -184,7 +188,7 @@ class Gradient:
             plain = pack([leaf.detach() for leaf in leaves], state)
             if not self.has_energy:
                 scores = check_score(self._compiled(plain, **model_kwargs), leaves)
-                return tuple(s.detach() for s in scores), None
+                return _detached(scores), None
             if not self._checked:  # func.grad would give zeros for an energy detached from x
                 check_depends(self._energy(leaves, state, model_kwargs))
                 self._checked = True
