@@ -75,8 +75,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _optional_float(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text.lower() == "none" else parse(text)
 
 
 def _switch(text: str) -> bool:
@@ -87,11 +87,19 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": int,
     "float": float,
-    "float | None": _optional_float,
+    "float | None": _optional(float),
+    "int | None": _optional(int),
+    "str | None": _optional(str),
     "bool": _switch,
     "dict[str, Any]": _json_object,
 }
-_METAVARS = {"dict[str, Any]": "JSON", "bool": "true|false", "float | None": "FLOAT|none"}
+_METAVARS = {
+    "dict[str, Any]": "JSON",
+    "bool": "true|false",
+    "float | None": "FLOAT|none",
+    "int | None": "INT|none",
+    "str | None": "TEXT|none",
+}
 
 
 def _checked(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:
@@ -119,8 +127,14 @@ def _add_train(commands: Any) -> None:
         kind = str(field.type)
         pair = kind.startswith("tuple")
         name = "float" if pair else kind
+        option = "--" + field.name.replace("_", "-")
+        if kind == "bool" and field.default is False:
+            settings.add_argument(
+                option, action="store_true", default=argparse.SUPPRESS, help=field.metadata["help"]
+            )
+            continue
         settings.add_argument(
-            "--" + field.name.replace("_", "-"),
+            option,
             type=_checked(_PARSERS[name], name),
             nargs=2 if pair else None,
             metavar=_METAVARS.get(name, name.upper()),

@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from coopflow_ext import data
+from coopflow_ext.data import Dataset
+
 FORMAT_VERSION = 1
 
 
@@ -27,7 +30,10 @@ class TrainConfig:
         ValueError: for a value that makes no sense; the message names the field.
     """
 
-    data: str = _setting("digits", "data set")
+    data: str = _setting("digits", "data set: " + ", ".join(data.NAMES))
+    data_dir: str | None = _setting(None, "folder with the archive of cifar10, svhn or celeba")
+    image_size: int | None = _setting(None, "crop and scale images of celeba and folder:DIR to it")
+    skip_bad: bool = _setting(False, "leave out images of a folder that cannot be read")
     seed: int = _setting(0, "seed of everything random")
     steps: int = _setting(1000, "cooperative iterations")
     batch_size: int = _setting(28, "images of a batch, and chains of an iteration")
@@ -81,6 +87,12 @@ class TrainConfig:
         if self.total_steps < 1:
             raise ValueError("pretrain_steps + steps must be ≥ 1, got 0")
 
+    def load_data(self) -> Dataset:
+        """The data set that the settings name."""
+        return data.load(
+            self.data, self.data_dir, image_size=self.image_size, skip_bad=self.skip_bad
+        )
+
     @property
     def total_steps(self) -> int:
         """Pre-training and cooperative iterations together."""
@@ -127,6 +139,7 @@ _MINIMA = {
     "sample_step_size": 0,
     "noise": 0,
     "step_clip": 0,
+    "image_size": 4,
     "pretrain_steps": 0,
     "flow_frozen_steps": 0,
     "flow_every": 1,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from coopflow_ext import data as datasets
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.evaluate import Judge
@@ -101,7 +100,7 @@ def _start_run(
     if config is None:
         raise ValueError("config must be given for a new run, got None")
     RunFolder.check_free(out)
-    data = datasets.load(config.data)
+    data = config.load_data()
     trainer, judge = Trainer(config, data, device), Judge(data, config)
     return trainer, RunFolder.create(out, config), judge
 
@@ -113,7 +112,7 @@ def _continue_run(
     run = RunFolder.open(out)
     run.adopt(config)
     saved = run.load_latest() if run.checkpoints() else None
-    data = datasets.load(run.config.data)
+    data = run.config.load_data()
     trainer, judge = Trainer(run.config, data, device), Judge(data, run.config)
     if saved is not None:
         trainer.load(*saved)
