@@ -6,7 +6,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-CXX ?= c++
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
@@ -19,7 +21,7 @@ NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
 CXX_FILES = $(shell find csrc tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test check wheel sdist build lint clean
+.PHONY: help demo test check wheel sdist build lint clean FORCE
 
 help:
 	@echo "make demo   train on real images with the compiled kernels; says where the picture is"
@@ -64,7 +66,7 @@ $(VENV)/.dev: $(VENV)/.package pyproject.toml
 
 # --- the native library -------------------------------------------------------------------------------
 # Installed under another name and renamed, so that running processes keep the file they have mapped.
-$(LIBRARY): $(NATIVE_SOURCES) | $(VENV)/.build-tools
+$(LIBRARY): $(NATIVE_SOURCES) build/.options | $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B $(BUILD) -G Ninja --log-level=NOTICE \
 	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja"
@@ -72,6 +74,14 @@ $(LIBRARY): $(NATIVE_SOURCES) | $(VENV)/.build-tools
 	$(BIN)/cmake --install $(BUILD) --prefix $(BUILD)/stage >/dev/null
 	mv -f $(BUILD)/stage/coopflow_ext/*.so coopflow_ext/
 	touch $@
+
+# Changes only when the options do, and then the library is built again.
+OPTIONS := CUDA=$(COOPFLOW_CUDA) ARCHITECTURES=$(COOPFLOW_CUDA_ARCHITECTURES) \
+  HOST=$(COOPFLOW_BUILD_HOST)
+build/.options: FORCE
+	@mkdir -p build
+	@echo '$(OPTIONS)' | cmp -s - $@ || echo '$(OPTIONS)' >$@
+FORCE:
 
 build: $(LIBRARY)
 

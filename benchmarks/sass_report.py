@@ -5,7 +5,8 @@
 For each kernel and architecture: registers; stack frame and spill instructions (LDL, STL); global
 loads and stores, and how many of them are 16 bytes wide; and the instructions per element of the
 main loop, that is, of the innermost loop that stores most to global memory. Both sides of a branch
-inside the loop are counted, so the figure is an upper bound of what one thread executes.
+inside the loop are counted, so the figure is an upper bound of what one thread executes, as long as
+the loop stores one result per element (it is too low by that factor otherwise).
 
 The disassembler comes from a CUDA toolkit or from the PyPI packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm (in the `test` extra).
@@ -31,7 +32,7 @@ _ARCH = re.compile(r"^\s*(?:arch = |code for )(sm_\w+)")
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+?):?\s*$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-_ITEM_BYTES = {"bfloat16": 2, "half": 2, "float": 4, "double": 8}  # first match counts
+_ITEM_BYTES = {"float16": 2, "half": 2, "float": 4, "double": 8}  # also bfloat16; first counts
 
 
 class ToolMissingError(RuntimeError):
@@ -75,7 +76,9 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return demangle(self.symbol)
+        """The kernel and its template arguments, without namespaces, result and arguments."""
+        name = demangle(self.symbol).replace("(anonymous namespace)::", "")
+        return re.sub(r"\w+::", "", name).partition("(")[0].removeprefix("void ")
 
     @property
     def item_bytes(self) -> int | None:

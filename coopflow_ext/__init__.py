@@ -1,8 +1,8 @@
 """coopflow_ext: fused Langevin sampling, coupling layers and CoopFlow for PyTorch."""
 
-from coopflow_ext import ops, reference
+from coopflow_ext import ops, presets, reference
 from coopflow_ext.errors import BuildError, NonFiniteError
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers import LangevinSampler
 
-__all__ = ["BuildError", "Key", "LangevinSampler", "NonFiniteError", "ops", "reference"]
+__all__ = ["BuildError", "Key", "LangevinSampler", "NonFiniteError", "ops", "presets", "reference"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from coopflow_ext import _extension
 
 sass_report = pytest.importorskip("sass_report", reason="needs the source tree's benchmarks/")
 
@@ -40,7 +44,7 @@ def test_reads_a_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (kernel,) = sass_report.read_kernels(Path("any.so"))
     assert kernel.facts() == {
-        "kernel": "void scale<float, 4>(float*, long)",
+        "kernel": "scale<float, 4>",
         "arch": "sm_90",
         "registers": 32,
         "stack_bytes": 16,
@@ -61,10 +65,52 @@ def test_reads_a_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("_Z5scaleIfLi4EEvPfl", 4),
         ("_Z5scaleIdLi2EEvPdl", 8),
-        ("_Z5scaleIN5torch10headeronly8BFloat16ELi8EEvPT_l", 2),
-        ("_Z5scaleIN5torch10headeronly4HalfELi8EEvPT_l", 2),
+        ("_Z5scaleIN8coopflow8bfloat16ELi8EEvPT_l", 2),
+        ("_Z5scaleIN8coopflow7float16ELi8EEvPT_l", 2),
         ("not_mangled", None),
     ],
 )
 def test_element_size_is_the_first_template_argument(symbol: str, size: int | None) -> None:
     assert sass_report.Kernel(symbol, "sm_90").item_bytes == size
+
+
+@functools.cache
+def _kernels() -> list[Any]:
+    """The kernels of the library under test; skips where there is nothing to read."""
+    try:
+        kernels = sass_report.read_kernels(_extension.library_path())
+    except sass_report.ToolMissingError as error:
+        pytest.skip(str(error))
+    if not kernels:
+        pytest.skip("the native library was built without CUDA code")
+    return kernels
+
+
+def _named(pattern: str) -> list[Any]:
+    found = [kernel for kernel in _kernels() if kernel.name.startswith(pattern)]
+    assert found, f"no kernel {pattern}"
+    return found
+
+
+def test_no_kernel_spills_or_has_a_stack_frame() -> None:
+    wasteful = [
+        (kernel.arch, kernel.name)
+        for kernel in _kernels()
+        if kernel.stack_bytes or kernel.count("LDL", "STL")
+    ]
+    assert not wasteful
+
+
+@pytest.mark.parametrize("dtype_and_width", ["float, 4", "bfloat16, 8", "float16, 8", "double, 4"])
+def test_aligned_langevin_update_moves_16_bytes_at_a_time(dtype_and_width: str) -> None:
+    for kernel in _named(f"langevin_step_kernel<{dtype_and_width}, false"):
+        facts = kernel.facts()
+        assert facts["loads_16_bytes"] >= 2  # x and grad
+        assert facts["stores_16_bytes"] == facts["stores"]
+
+
+@pytest.mark.parametrize("dtype_and_width", ["float, 4", "bfloat16, 8"])
+def test_plain_langevin_update_stays_memory_bound(dtype_and_width: str) -> None:
+    """On an H200 fewer than 47 instructions per bfloat16 element hide behind its memory traffic."""
+    for kernel in _named(f"langevin_step_kernel<{dtype_and_width}, false"):
+        assert kernel.instructions_per_element <= 40, (kernel.arch, kernel.name)

@@ -3,22 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from coopflow_ext.data.bundled import digits, patches
 from coopflow_ext.data.dataset import Dataset
+from coopflow_ext.data.folder import celeba, folder
+from coopflow_ext.data.published import cifar10, svhn
+from coopflow_ext.data.toy import DENSITIES, toy
 
 _BUNDLED: dict[str, Callable[[], Dataset]] = {"digits": digits, "patches": patches}
+_PUBLISHED: dict[str, Callable[[Path], Dataset]] = {"cifar10": cifar10, "svhn": svhn}
 
-NAMES = tuple(_BUNDLED)
+NAMES = (
+    *_BUNDLED,
+    *_PUBLISHED,
+    "celeba",
+    "folder:DIR",
+    *(f"toy:{name}" for name in DENSITIES),
+)
 
 
-def load(name: str) -> Dataset:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    skip_bad: bool = False,
+) -> Dataset:
     """The data set of that name.
 
+    Args:
+        name: one of ``NAMES``.
+        root: where the published archives lie (cifar10, svhn, celeba).
+        image_size: crop and scale the images of ``celeba`` (default 32) and ``folder:DIR``.
+        skip_bad: leave out images that cannot be read, with a warning.
+
     Raises:
-        ValueError: for a name that is not in ``NAMES``.
-        ImportError: when the package that holds it is missing; the message says what to install.
+        ValueError: for an unknown name, a missing root, or a damaged file.
+        FileNotFoundError: the archive is not there; the message says where to get it.
+        ImportError: a package is missing; the message says what to install.
     """
-    if name not in _BUNDLED:
+    kind, _, rest = name.partition(":")
+    if name in _BUNDLED:
+        return _BUNDLED[name]()
+    if kind == "toy":
+        return toy(rest)
+    if kind == "folder" and rest:
+        return folder(Path(rest), size=image_size, skip_bad=skip_bad)
+    if name not in (*_PUBLISHED, "celeba"):
         raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
-    return _BUNDLED[name]()
+    if root is None:
+        raise ValueError(f"{name} needs the folder where its archive lies: --data-dir DIR")
+    if name == "celeba":
+        return celeba(Path(root), size=image_size or 32, skip_bad=skip_bad)
+    return _PUBLISHED[name](Path(root))

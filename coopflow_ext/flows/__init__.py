@@ -4,15 +4,18 @@ Data → latent is "forward". Layers map (B, …) tensors and return log|det J| 
 """
 
 from coopflow_ext.flows.base import Compose, Context, Inverse, Transform
-from coopflow_ext.flows.builders import glow, realnvp
+from coopflow_ext.flows.builders import flowpp, glow, realnvp
 from coopflow_ext.flows.couplings import (
     AffineCoupling,
     ChannelSplit,
     CheckerboardSplit,
+    MixtureLogisticCoupling,
     Split,
     VectorSplit,
+    check_finite,
 )
 from coopflow_ext.flows.flow import Flow
+from coopflow_ext.flows.gated import FlowPPConditioner
 from coopflow_ext.flows.layers import (
     ActNorm,
     Checkerboard,
@@ -23,7 +26,7 @@ from coopflow_ext.flows.layers import (
     Squeeze,
 )
 from coopflow_ext.flows.nets import Conditioner, ConvConditioner, Dropout, MLPConditioner
-from coopflow_ext.flows.preprocessing import Dequantize, Logit
+from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 
 __all__ = [
     "ActNorm",
@@ -40,15 +43,20 @@ __all__ = [
     "Flatten",
     "Flip",
     "Flow",
+    "FlowPPConditioner",
     "Inverse",
     "InvertibleConv1x1",
     "Logit",
     "MLPConditioner",
+    "MixtureLogisticCoupling",
     "Split",
     "SplitPrior",
     "Squeeze",
     "Transform",
+    "VariationalDequantize",
     "VectorSplit",
+    "check_finite",
+    "flowpp",
     "glow",
     "realnvp",
 ]

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import Compose, Inverse, Transform
-from coopflow_ext.flows.couplings import AffineCoupling, VectorSplit
+from coopflow_ext.flows.couplings import AffineCoupling, MixtureLogisticCoupling, VectorSplit
 from coopflow_ext.flows.flow import Flow
-from coopflow_ext.flows.layers import ActNorm, Flatten, InvertibleConv1x1, SplitPrior, Squeeze
+from coopflow_ext.flows.gated import AUX_CHANNELS, AuxNet, FlowPPConditioner
+from coopflow_ext.flows.layers import (
+    ActNorm,
+    Checkerboard,
+    Flatten,
+    Flip,
+    InvertibleConv1x1,
+    SplitPrior,
+    Squeeze,
+)
 from coopflow_ext.flows.nets import ConvConditioner, MLPConditioner
-from coopflow_ext.flows.preprocessing import Dequantize, Logit
+from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.rng import USE_INIT, Key
 
 ImageShape = tuple[int, int, int]
+_MakeCoupling = Callable[[int], Transform]
 
 
 def _check_at_least(minimum: int, **values: int) -> None:
@@ -199,3 +209,119 @@ def glow(
         return Compose([*layers, Inverse(Squeeze())])
 
     return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast)
+
+
+def _steps(n: int, pair_channels: int, make_coupling: _MakeCoupling) -> Compose:
+    """n × {ActNorm, invertible 1×1 convolution, coupling, Flip} on a concatenated pair."""
+    layers: list[Transform] = []
+    for _ in range(n):
+        layers += [ActNorm(pair_channels), InvertibleConv1x1(pair_channels)]
+        layers += [make_coupling(pair_channels // 2), Flip()]
+    return Compose(layers)
+
+
+def _check_scales(scales: Sequence[Sequence[int]], channels: int, width: int) -> None:
+    if not scales or any(len(s) != 2 or min(s) < 0 or sum(s) == 0 for s in scales):
+        raise ValueError(
+            "scales must be pairs (channel steps, checkerboard steps) with at least one step "
+            f"each, got {scales}"
+        )
+    if scales[0][0] and channels % 2:
+        raise ValueError(f"channel steps in the first scale need even channels, got {channels}")
+    for index, (_, n_checker_steps) in enumerate(scales):
+        if n_checker_steps and width % 2 ** (index + 1):
+            raise ValueError(
+                f"the width of image_shape must be a multiple of {2 ** (index + 1)} for a "
+                f"checkerboard in scale {index + 1}, got {width}"
+            )
+
+
+def flowpp(
+    image_shape: Sequence[int] = (3, 32, 32),
+    *,
+    scales: Sequence[Sequence[int]] = ((0, 4), (2, 3)),
+    channels: int = 96,
+    blocks: int = 10,
+    components: int = 32,
+    dequant_blocks: int = 2,
+    dequant_components: int = 32,
+    dropout: float = 0.2,
+    attention: bool = True,
+    levels: int = 256,
+    legacy_contrast: bool = False,
+    legacy_cdf_clamp: bool = False,
+    sampling_dropout: bool = False,
+) -> Flow:
+    """Flow++ for images in [−1, 1]; the defaults are the paper's CIFAR-10 model.
+
+    Args:
+        image_shape: (C, H, W), multiples of 2^(scales − 1), W even where a checkerboard halves it.
+        scales: for each scale (channel steps, checkerboard steps), in the order they run.
+        channels: hidden channels of the conditioners.
+        blocks: blocks of each conditioner.
+        components: logistics in each mixture.
+        dequant_blocks: blocks of the conditioners of the variational dequantiser; with 0 the
+            dequantisation is uniform.
+        dequant_components: logistics in each of the dequantiser's mixtures.
+        dropout: dropout of the conditioners, in training mode.
+        attention: conditioners with or without attention.
+        levels: grey levels of the dequantisation.
+        legacy_contrast, sampling_dropout: see :class:`Flow`.
+        legacy_cdf_clamp: see :class:`MixtureLogisticCoupling`.
+
+    Raises:
+        ValueError: for sizes that do not fit.
+    """
+    shape = _check_image_shape(image_shape, 2 ** max(len(scales) - 1, 0))
+    n_channels, height, width = shape
+    _check_scales(scales, n_channels, width)
+    _check_at_least(1, channels=channels, components=components)
+    _check_at_least(0, blocks=blocks, dequant_blocks=dequant_blocks)
+
+    def coupling(
+        size: tuple[int, int], n_blocks: int, components: int, aux_channels: int = 0
+    ) -> _MakeCoupling:
+        def make(features: int) -> MixtureLogisticCoupling:
+            net = FlowPPConditioner(
+                features,
+                (2 + 3 * components) * features,
+                size,
+                channels=channels,
+                blocks=n_blocks,
+                dropout=dropout,
+                aux_channels=aux_channels,
+                attention=attention,
+            )
+            return MixtureLogisticCoupling(
+                net, features, components, legacy_cdf_clamp=legacy_cdf_clamp
+            )
+
+        return make
+
+    def scale(index: int, n: int, height: int, width: int) -> Compose:
+        n_channel_steps, n_checker_steps = scales[index]
+        layers: list[Transform] = []
+        if n_channel_steps:
+            layers.append(_steps(n_channel_steps, n, coupling((height, width), blocks, components)))
+        if n_checker_steps:
+            make = coupling((height, width // 2), blocks, components)
+            layers += [Checkerboard(), _steps(n_checker_steps, 2 * n, make)]
+            layers.append(Inverse(Checkerboard()))
+        if index + 1 < len(scales):
+            inner = scale(index + 1, 2 * n, height // 2, width // 2)
+            layers += [Squeeze(), SplitPrior(inner), Inverse(Squeeze())]
+        return Compose(layers)
+
+    dequantize = Dequantize(levels)
+    if dequant_blocks:
+        make = coupling((height, width // 2), dequant_blocks, dequant_components, AUX_CHANNELS)
+        noise_flow = _steps(4, 2 * n_channels, make)
+        dequantize = VariationalDequantize(noise_flow, AuxNet(2 * n_channels), levels)
+    return Flow(
+        scale(0, n_channels, height, width),
+        shape,
+        dequantize=dequantize,
+        logit=Logit(),
+        legacy_contrast=legacy_contrast,
+        sampling_dropout=sampling_dropout,
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
@@ -107,6 +106,38 @@ def _as_split(split: Split | str, flip: bool) -> Split:
     raise ValueError(f"split must be 'channel', 'checkerboard' or a Split, got {split!r}")
 
 
+def _net_output(
+    net: nn.Module, kept: Tensor, context: Context, features: int, per_feature: int
+) -> Tensor:
+    """The conditioner's output as (B, per_feature, features, …)."""
+    raw: Tensor = net(kept, context)
+    if raw.shape[1] != per_feature * features:
+        raise ValueError(
+            f"net must return {per_feature}·{features} channels, got shape {tuple(raw.shape)}"
+        )
+    return raw.reshape(raw.shape[0], per_feature, features, *raw.shape[2:])
+
+
+def _bound_a(raw: Tensor, rescale: Tensor) -> Tensor:
+    """raw (B, n, features, …) with its first entry replaced by a = rescale·tanh(·)."""
+    return torch.cat((rescale * torch.tanh(raw[:, :1]), raw[:, 1:]), dim=1)
+
+
+def check_finite(params: Tensor) -> None:
+    """Explicit check of a coupling's parameters (B, …); it waits for the device.
+
+    The couplings themselves never look: a NaN or infinite parameter gives NaN in its element and
+    in its row's ladj.
+
+    Raises:
+        ValueError: naming the rows that hold a value which is not finite.
+    """
+    bad = ~params.flatten(1).isfinite().all(1)
+    if bool(bad.any()):
+        rows = bad.nonzero()[:, 0].tolist()
+        raise ValueError(f"params must be finite; rows with NaN or infinite values: {rows}")
+
+
 class AffineCoupling(Transform):
     """Changed half: y = x·e^a + b, with (a, b) a function of the kept half.
 
@@ -133,14 +164,9 @@ class AffineCoupling(Transform):
         self.rescale = nn.Parameter(torch.ones(features))
 
     def _params(self, kept: Tensor, context: Context) -> Tensor:
-        raw = cast(Tensor, self.net(kept, context))
-        if raw.shape[1] != 2 * self.features:
-            raise ValueError(
-                f"net must return 2·{self.features} channels, got shape {tuple(raw.shape)}"
-            )
-        a, b = raw.chunk(2, dim=1)
-        rescale = self.rescale.view((-1,) + (1,) * (a.ndim - 2))
-        return torch.stack((rescale * torch.tanh(a), b), dim=1)
+        raw = _net_output(self.net, kept, context, self.features, 2)
+        rescale = self.rescale.view((-1,) + (1,) * (kept.ndim - 2))
+        return _bound_a(raw, rescale)
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         changed, kept = self.split.split(x)
@@ -150,4 +176,73 @@ class AffineCoupling(Transform):
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         changed, kept = self.split.split(z)
         x, ladj = ops.affine_coupling_inverse(changed, self._params(kept, context))
+        return self.split.merge(x, kept), ladj
+
+
+class _Rescale(nn.Module):
+    """One factor per channel, weight-normed, for (B, features, H, W)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, 1, 1))
+        weight_norm(self, dim=0)
+
+
+class MixtureLogisticCoupling(Transform):
+    """Changed half: y = (logit F(x) + b)·e^a, F the CDF of a mixture of logistics.
+
+    a, b, and the mixture's K weight logits, means and log-scales are a function of the kept half;
+    a = rescale·tanh(·) with a weight-normed rescale per channel (Ho et al. 2019, section 3.2).
+
+    Args:
+        net: conditioner from the kept half to (B, (2 + 3K)·features, H, W), in the order a, b, K
+            logits, K means, K log-scales, each of ``features`` channels.
+        features: channels of the changed half.
+        components: K.
+        split: "channel", "checkerboard", or a :class:`Split` of images.
+        flip: change the other half.
+        legacy_cdf_clamp: the inverse clamps the CDF's value to [1e-5, 1 − 1e-5] before root
+            finding, as the published code does.
+
+    Raises:
+        ValueError: for K < 1, or when the net's output does not fit x.
+    """
+
+    def __init__(
+        self,
+        net: Conditioner,
+        features: int,
+        components: int = 32,
+        split: Split | str = "channel",
+        flip: bool = False,
+        *,
+        legacy_cdf_clamp: bool = False,
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components must be ≥ 1, got {components}")
+        self.net = net
+        self.features = features
+        self.components = components
+        self.split = _as_split(split, flip)
+        self.legacy_cdf_clamp = legacy_cdf_clamp
+        self.rescale = _Rescale(features)
+
+    def _params(self, kept: Tensor, context: Context) -> Tensor:
+        per_feature = 2 + 3 * self.components
+        raw = _net_output(self.net, kept, context, self.features, per_feature)
+        return _bound_a(raw, self.rescale.weight)
+
+    def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        changed, kept = self.split.split(x)
+        y, ladj = ops.mixture_logistic_coupling(changed.contiguous(), self._params(kept, context))
+        return self.split.merge(y, kept), ladj
+
+    def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
+        changed, kept = self.split.split(z)
+        x, ladj = ops.mixture_logistic_coupling_inverse(
+            changed.contiguous(),
+            self._params(kept, context),
+            legacy_cdf_clamp=self.legacy_cdf_clamp,
+        )
         return self.split.merge(x, kept), ladj

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import Context, Transform
+from coopflow_ext.flows.layers import InvertibleConv1x1
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit
 from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key
@@ -183,6 +186,27 @@ class Flow(nn.Module):
             context = self._context(key.fold_in(USE_PRIOR), z, chain_offset)
         y, _ = self.transform.inverse_and_ladj(z, context)
         return self.to_data(y)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.
+
+        That is the weights of weight-normed layers and the inverses of 1×1 convolutions. Inside,
+        the parameters must not change, and they get no gradients through what was folded.
+        """
+        mixers = [m for m in self.modules() if isinstance(m, InvertibleConv1x1)]
+        with parametrize.cached():
+            try:
+                with torch.no_grad():
+                    for mixer in mixers:
+                        mixer.fold()
+                    for module in self.modules():
+                        if parametrize.is_parametrized(module, "weight"):
+                            _ = module.weight
+                yield
+            finally:
+                for mixer in mixers:
+                    mixer.unfold()
 
     @torch.no_grad()
     def initialize(self, x: Tensor, *, key: Key | None = None, eps: Tensor | None = None) -> None:

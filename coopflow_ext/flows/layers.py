@@ -121,31 +121,45 @@ class InvertibleConv1x1(Transform):
         _check_positive("channels", channels)
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
         self.weight = nn.Parameter(rotation.contiguous())
+        self._folded: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep the inverse matrix and the log-determinant until :meth:`unfold`."""
+        self._folded = (self._inverse_matrix(), self._logabsdet())
+
+    def unfold(self) -> None:
+        self._folded = None
+
+    def _inverse_matrix(self) -> Tensor:
+        if self._folded is not None:
+            return self._folded[0]
+        # inv_ex without its check: reading the error code would wait for the device.
+        inverse: Tensor = torch.linalg.inv_ex(self.weight.double()).inverse
+        return inverse.to(self.weight.dtype)
+
+    def _logabsdet(self) -> Tensor:
+        if self._folded is not None:
+            return self._folded[1]
+        logabsdet: Tensor = torch.linalg.slogdet(self.weight).logabsdet
+        return logabsdet
 
     def _apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
+        _check_channels(self, x, matrix.shape[0])
         if x.ndim == 2:
             return F.linear(x, matrix)
-        return F.conv2d(x, matrix[:, :, None, None])
+        if x.ndim == 4:
+            return F.conv2d(x, matrix[:, :, None, None])
+        raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
 
     def _ladj(self, x: Tensor) -> Tensor:
-        positions = math.prod(x.shape[2:])
-        logabsdet: Tensor = torch.linalg.slogdet(self.weight).logabsdet
-        return (positions * logabsdet).expand(x.shape[0])
-
-    def _check(self, x: Tensor) -> None:
-        _check_channels(self, x, self.weight.shape[0])
-        if x.ndim not in (2, 4):
-            raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
+        return (math.prod(x.shape[2:]) * self._logabsdet()).expand(x.shape[0])
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        self._check(x)
         return self._apply_matrix(x, self.weight), self._ladj(x)
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        self._check(z)
-        # inv_ex without its check: reading the error code would wait for the device.
-        inverse = torch.linalg.inv_ex(self.weight.double()).inverse.to(z.dtype)
-        return self._apply_matrix(z, inverse), -self._ladj(z)
+        return self._apply_matrix(z, self._inverse_matrix()), -self._ladj(z)
 
 
 class _Rearrangement(Transform):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
-from coopflow_ext.flows.base import NO_CONTEXT, Context
+from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+from coopflow_ext.flows.layers import Checkerboard
 
 
 class Dequantize(nn.Module):
@@ -41,6 +42,36 @@ class Dequantize(nn.Module):
 
     def _mix(self, x: Tensor, u: Tensor) -> Tensor:
         return ((self.levels - 1) * x + u) / self.levels
+
+
+class VariationalDequantize(Dequantize):
+    """Dequantisation with learned noise: u = sigmoid(g(ε; x)), v = (255·x + u)/256.
+
+    ε ~ N(0, I) passes a flow g on the checkerboard pair, conditioned on features of the image;
+    ``call_and_ladj`` returns v and −log q(u | x) (Ho et al. 2019, section 3.1).
+    """
+
+    def __init__(self, transform: Transform, aux_net: nn.Module, levels: int = 256) -> None:
+        super().__init__(levels)
+        self.aux_net = aux_net
+        self.transform = transform
+        self.board = Checkerboard()
+
+    def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
+        """ε of one call, shape of x."""
+        return ops.normal(x.shape, rng, chain_offset=chain_offset, dtype=x.dtype)
+
+    def call_and_ladj(
+        self, x: Tensor, eps: Tensor, context: Context = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        aux = self.aux_net(self.board.rearrange(x - 0.5))
+        inner = Context(aux, context.dropout_rng, context.chain_offset)
+        w, ladj = self.transform.call_and_ladj(self.board.rearrange(eps), inner)
+        w = self.board.restore(w)
+        # −log q = ½ε² + ½ log 2π + ladj + log u + log(1 − u), u = sigmoid(w).
+        terms = 0.5 * eps.square() + F.logsigmoid(w) + F.logsigmoid(-w)
+        log_q = terms.flatten(1).sum(1) + 0.5 * math.log(2 * math.pi) * eps[0].numel()
+        return self._mix(x, torch.sigmoid(w)), ladj + log_q
 
 
 class Logit(nn.Module):

@@ -113,7 +113,8 @@ class RandomConvFeatures(nn.Module):
 
 def _he_normal(shape: tuple[int, ...], rng: Tensor) -> Tensor:
     fan_in = shape[1] * shape[2] * shape[3]
-    return ops.normal(shape, rng) * (2 / fan_in) ** 0.5
+    weights: Tensor = ops.normal(shape, rng) * (2 / fan_in) ** 0.5
+    return weights
 
 
 def feature_space(data: Dataset) -> FeatureSpace:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext.samplers.gradient import Gradient, Tensors
-from coopflow_ext.samplers.output import ChainStatistics, State
+from coopflow_ext.samplers.gradient import Gradient
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
+from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
+
+# The op itself. Its face in ops.py repeats at each call what is known here: that x and the gradient
+# have one layout, need no gradients and are seen by no other graph.
+_LANGEVIN_STEP = torch.ops.coopflow.langevin_step_.default
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Plan:
 
     gradient: Gradient
     n_steps: int
+    fast_steps: int  # steps of the in-place loop; the rest is differentiable
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
     clamp: tuple[float, float] | None
@@ -30,24 +37,63 @@ class Plan:
     keep_trajectory: bool
     keep_stats: bool
     masked: bool
-
-    def clamp_at(self, step: int) -> tuple[float, float] | None:
-        return None if self.clamp_at_end and step + 1 < self.n_steps else self.clamp
+    autocast: torch.dtype | None
+    channels_last: bool
 
     def records(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
 
 
-def pack(xs: Sequence[Tensor], like: State) -> State:
-    """Tensors in the structure (tensor, list or tuple) of ``like``."""
-    if isinstance(like, Tensor):
-        return xs[0]
-    return list(xs) if isinstance(like, list) else tuple(xs)
+@dataclass(frozen=True)
+class Inputs:
+    """What a chain is given at a call. All tensors of a state's layout where they have its shape.
+
+    Attributes:
+        like: a state whose structure (tensor, list, tuple) the energy is given.
+        xs: the start.
+        rngs: int64[2] for each tensor of the state.
+        x_refs: centres of the pull, or None.
+        xis: supplied normals for each tensor and step, or None.
+        chain_offset: number of the first chain.
+        model_kwargs: further arguments of the energy.
+    """
+
+    like: State
+    xs: Tensors
+    rngs: Tensors
+    x_refs: Tensors | None
+    xis: tuple[Tensors, ...] | None
+    chain_offset: int
+    model_kwargs: Mapping[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the inputs, always in the same order."""
+        kwargs = [v for v in self.model_kwargs.values() if isinstance(v, Tensor)]
+        rows = [row for rows in self.xis or () for row in rows]
+        return [*self.xs, *self.rngs, *(self.x_refs or ()), *rows, *kwargs]
+
+    def clone(self) -> Inputs:
+        """The same values in tensors of its own."""
+        kwargs = self.model_kwargs.items()
+        return replace(
+            self,
+            xs=clones(self.xs),
+            rngs=clones(self.rngs),
+            x_refs=None if self.x_refs is None else clones(self.x_refs),
+            xis=None if self.xis is None else tuple(map(clones, self.xis)),
+            model_kwargs={k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs},
+        )
 
 
-def unpack(state: State) -> Tensors:
-    return (state,) if isinstance(state, Tensor) else tuple(state)
+def clones(tensors: Tensors) -> Tensors:
+    """Each tensor in memory of its own, same layout."""
+    return tuple(t.clone() for t in tensors)
+
+
+def laid_out(value: Tensor, x: Tensor) -> Tensor:
+    """A copy of ``value`` with x's dtype, device and memory layout; gradients flow through."""
+    return torch.empty_like(x, requires_grad=False).copy_(value)
 
 
 def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
@@ -56,151 +102,189 @@ def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
 
 
 class Chain:
-    """One run of T steps on fixed buffers: after construction nothing is allocated by the loop
-    itself and nothing is read by the host, so that :meth:`run` can be captured in a CUDA graph.
+    """T steps on fixed buffers. After construction the loop itself allocates nothing and the host
+    reads nothing, so :meth:`run` can be captured in a CUDA graph and replayed.
 
-    Args:
-        plan: the sampler's options.
-        xs: the start, tensors that this chain may overwrite.
-        rngs: int64[2] for each tensor of the state.
-        like: a state whose structure the energy is given.
-        x_refs: centres of the pull, or None.
-        xis: supplied normals for each tensor and step, or None.
+    The chain owns the tensors of ``inputs`` and overwrites ``inputs.xs``.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        xs: Tensors,
-        rngs: Tensors,
-        *,
-        like: State,
-        x_refs: Tensors | None,
-        xis: tuple[Tensors, ...] | None,
-        chain_offset: int,
-        model_kwargs: Mapping[str, Any],
-    ) -> None:
-        self.plan, self.xs, self.rngs = plan, xs, rngs
-        self.model_kwargs = model_kwargs
+    def __init__(self, plan: Plan, inputs: Inputs) -> None:
+        self.plan, self.inputs = plan, inputs
+        self.xs = xs = inputs.xs
+        self.rngs = inputs.rngs
         first, batch = xs[0], xs[0].shape[0]
-        # Leaves share x's storage; a step's autograd graph is gone before x is overwritten.
+        # The model reads x itself, or with autocast a copy that the update keeps up to date.
+        dtype = plan.autocast
+        self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
+        # Leaves share storage; a step's autograd graph is gone before they are overwritten.
         differentiate = plan.gradient.has_energy
-        self.leaves = tuple(x.detach().requires_grad_() if differentiate else x for x in xs)
-        self.leaf_state = pack(self.leaves, like)
+        self.leaves = tuple(
+            x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
+        )
+        self.leaf_state = pack(self.leaves, inputs.like)
         self.grad_buffers: list[Tensor | None] = [None] * len(xs)
+        self.copies = WeightCopies(plan.gradient.module, dtype, channels_last=plan.channels_last)
 
         self.active: Tensor | None = None
         self.steps_alive: Tensor | None = None
         self.settled: Tensors | None = None
         if plan.masked:
-            self.active = first.new_ones(batch, dtype=torch.bool)
-            self.steps_alive = first.new_zeros(batch, dtype=torch.int64)
+            self.active = first.new_empty(batch, dtype=torch.bool)
+            self.steps_alive = first.new_empty(batch, dtype=torch.int64)
             if plan.noise_first:
                 # A frozen chain must not keep noise that no step has used.
-                self.settled = tuple(x.clone() for x in xs)
+                self.settled = tuple(torch.empty_like(x) for x in xs)
 
         self.trajectory: Tensors | None = None
         if plan.keep_trajectory:
             kept = plan.n_steps // plan.thin
             self.trajectory = tuple(x.new_empty(kept, *x.shape) for x in xs)
-        self.sums: tuple[Tensor, ...] = ()
+        self.sums: Tensors = ()
         self.energies: Tensor | None = None
         if plan.keep_stats:
-            dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-            empty = first.new_empty
-            self.sums = tuple(empty(plan.n_steps, batch, 5, dtype=dtype) for _ in xs)
+            wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+            self.sums = tuple(x.new_empty(plan.n_steps, batch, 5, dtype=wide) for x in xs)
             if plan.gradient.has_energy:
-                self.energies = empty(plan.n_steps, batch, dtype=dtype)
+                self.energies = first.new_empty(plan.n_steps, batch, dtype=wide)
 
-        self.calls = [
-            self._step_arguments(j, x, x_refs, xis, chain_offset) for j, x in enumerate(xs)
-        ]
-        self.noise_calls = [
-            self._noise_arguments(j, x, xis, chain_offset) if plan.noise_first else []
-            for j, x in enumerate(xs)
-        ]
+        # Arguments of the op for each tensor: those of every step, and those of one step.
+        self.constant = [self._constant_arguments(j) for j in range(len(xs))]
+        self.varying = [self._varying_arguments(j) for j in range(len(xs))]
+        self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
 
-    def _noise_when(self, step: int) -> int:
+    def load(self, inputs: Inputs) -> None:
+        """Take another call's inputs, alike in shape and kind, into this chain's tensors."""
+        for mine, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+            mine.copy_(given)
+
+    def noise_when(self, step: int) -> int:
+        """0: with the update; 1: the next step's after it; 2: none, or added apart from it."""
         plan = self.plan
         if not plan.noise_first:
             return 0
-        last = step + 1 == plan.n_steps
+        last = step + 1 == plan.fast_steps
         return 2 if last or self.settled is not None or plan.records(step) else 1
 
-    def _step_arguments(
-        self,
-        j: int,
-        x: Tensor,
-        x_refs: Tensors | None,
-        xis: tuple[Tensors, ...] | None,
-        chain_offset: int,
-    ) -> list[dict[str, Any]]:
-        """Keyword arguments of ``ops.langevin_step_`` for tensor j, one dict for each step."""
-        plan = self.plan
-        common: dict[str, Any] = {
-            name: place(name, value, x) for name, value in plan.coefficients.items()
-        }
-        common.update(plan.clips, is_score=plan.gradient.is_score, chain_offset=chain_offset)
-        if x_refs is not None:
-            common["x_ref"] = x_refs[j]
+    def _constant_arguments(self, j: int) -> dict[str, Any]:
+        plan, x = self.plan, self.xs[j]
+        constant: dict[str, Any] = {**plan.clips, "is_score": plan.gradient.is_score}
+        for name, value in plan.coefficients.items():
+            placed = place(name, value, x)
+            constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
+        constant["chain_offset"] = self.inputs.chain_offset
+        if plan.clamp is not None and not plan.clamp_at_end:
+            constant["clamp_low"], constant["clamp_high"] = plan.clamp
+        if self.inputs.x_refs is not None:
+            constant["x_ref"] = self.inputs.x_refs[j]
+        if self.lows:
+            constant["x_low"] = self.lows[j]
         if self.active is not None:
-            common.update(active=self.active, freeze_nonfinite=len(self.xs) == 1)
-        rows = []
-        for step in range(plan.n_steps):
-            row = {**common, "step": step, "noise_when": self._noise_when(step)}
-            row["clamp"] = plan.clamp_at(step)
+            constant.update(active=self.active, freeze_nonfinite=len(self.xs) == 1)
+        return constant
+
+    def _varying_arguments(self, j: int) -> list[dict[str, Any]]:
+        plan, xis = self.plan, self.inputs.xis
+        rows: list[dict[str, Any]] = [{"step": step} for step in range(plan.n_steps)]
+        for step, row in enumerate(rows):
+            if plan.noise_first:
+                row["noise_when"] = self.noise_when(step)
             if xis is not None:
-                row["xi"] = xis[j][min(step + (row["noise_when"] == 1), plan.n_steps - 1)]
+                row["xi"] = xis[j][step + (self.noise_when(step) == 1)]
             if plan.keep_stats:
                 row["stats"] = self.sums[j][step]
-            rows.append(row)
+        if plan.clamp is not None and plan.clamp_at_end and rows:
+            rows[-1]["clamp_low"], rows[-1]["clamp_high"] = plan.clamp
         return rows
 
-    def _noise_arguments(
-        self, j: int, x: Tensor, xis: tuple[Tensors, ...] | None, chain_offset: int
-    ) -> list[dict[str, Any]]:
-        noise = place("noise", self.plan.coefficients["noise"], x)
-        common: dict[str, Any] = {"noise": noise, "chain_offset": chain_offset}
+    def functional_arguments(self, j: int, step: int) -> dict[str, Any]:
+        """Arguments of ``ops.langevin_step`` for tensor j, its noise in its own step."""
+        raw = {**self.constant[j], **self.varying[j][step]}
+        clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
+        for name in ("active", "freeze_nonfinite", "stats", "x_low"):
+            raw.pop(name, None)
+        call = {name.removesuffix("_t"): value for name, value in raw.items()}
+        call["noise_when"] = 2 if self.plan.noise_first else 0
+        call["clamp"] = None if clamp[0] is None else clamp
+        return call
+
+    def _noise_arguments(self, j: int) -> list[dict[str, Any]]:
+        """Keyword arguments of ``ops.langevin_noise_`` for tensor j, one dict for each step."""
+        if not self.plan.noise_first:
+            return []
+        xis = self.inputs.xis
+        common: dict[str, Any] = {
+            "noise": place("noise", self.plan.coefficients["noise"], self.xs[j]),
+            "chain_offset": self.inputs.chain_offset,
+        }
         if self.active is not None:
             common["active"] = self.active
-        xi = None if xis is None else xis[j]
         return [
-            {**common, "step": step, "xi": None if xi is None else xi[step]}
+            {**common, "step": step, "xi": None if xis is None else xis[j][step]}
             for step in range(self.plan.n_steps)
         ]
 
-    def run(self) -> None:
-        """All steps of the chain, on ``xs`` in place."""
+    def run(self, n_steps: int | None = None) -> None:
+        """The in-place loop on ``xs``: all its steps, or the first ``n_steps`` to warm up."""
         plan = self.plan
-        if plan.noise_first and plan.n_steps:
-            self._add_noise(0)
-        for step in range(plan.n_steps):
-            grads, u = plan.gradient(self.leaves, self.leaf_state, self.model_kwargs, False)
-            self._update(step, grads)
-            if self.active is not None and self.steps_alive is not None:
-                self.steps_alive += self.active
-            if self.settled is not None:
-                self._settle()
-            if plan.keep_stats or plan.keep_trajectory:
-                self._record(step, u)
-            if plan.noise_first and step + 1 < plan.n_steps and self._noise_when(step) == 2:
-                self._add_noise(step + 1)
+        end = plan.fast_steps if n_steps is None else min(n_steps, plan.fast_steps)
+        self._begin()
+        with self.copies.swapped_in(), self.autocast():
+            if plan.noise_first and end:
+                self._add_noise(0)
+            for step in range(end):
+                grads, u = plan.gradient(self.leaves, self.leaf_state, self.inputs.model_kwargs)
+                self.update(step, grads)
+                if self.active is not None and self.steps_alive is not None:
+                    self.steps_alive += self.active
+                if self.settled is not None:
+                    self._settle()
+                if plan.keep_stats or plan.keep_trajectory:
+                    self._record(step, u)
+                if plan.noise_first and step + 1 < end and self.noise_when(step) == 2:
+                    self._add_noise(step + 1)
         if self.settled is not None:
             for x, settled in zip(self.xs, self.settled, strict=True):
                 x.copy_(settled)
 
-    def _update(self, step: int, grads: Tensors) -> None:
-        grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
+    def _begin(self) -> None:
+        if self.active is not None and self.steps_alive is not None:
+            self.active.fill_(True)
+            self.steps_alive.zero_()
+        for copies in filter(None, (self.lows, self.settled)):
+            for copy, x in zip(copies, self.xs, strict=True):
+                copy.copy_(x)
+        self.copies.refresh()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the model computes in."""
+        dtype = self.plan.autocast
+        if dtype is None:
+            return nullcontext()
+        # Without autocast's cache of casts, which must not outlive a graph's capture.
+        return torch.autocast(self.xs[0].device.type, dtype, cache_enabled=False)
+
+    def update(self, step: int, grads: Tensors) -> None:
+        """Move ``xs`` by one step, given the gradients."""
         if len(grads) == 1:
-            ops.langevin_step_(self.xs[0], grads[0], self.rngs[0], **self.calls[0][step])
+            self._move(0, step, self._laid_out(0, grads[0]))
             return
-        self._mask_jointly(grads)
-        shrink = self._joint_norm_scale(grads)
-        for x, grad, rng, calls in zip(self.xs, grads, self.rngs, self.calls, strict=True):
-            call = calls[step]
-            if shrink is not None:
-                call = {**call, "drift": _row(call["drift"], step) * shrink, "grad_norm": None}
-            ops.langevin_step_(x, grad, rng, **call)
+        grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
+        if self.active is not None:
+            mask_jointly(self.active, grads)
+        shrink = joint_norm_scale(self.plan.clips, grads)
+        for j, grad in enumerate(grads):
+            if shrink is None:
+                self._move(j, step, grad)
+                continue
+            drift = place("drift", self.plan.coefficients["drift"], grad)
+            drift_t = _row(drift, step) * shrink[None]
+            self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
+
+    def _move(self, j: int, step: int, grad: Tensor, **replaced: Any) -> None:
+        arguments = self.constant[j]
+        if replaced:
+            arguments = {**arguments, **replaced}
+        _LANGEVIN_STEP(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""
@@ -211,23 +295,6 @@ class Chain:
         if buffer is None:
             buffer = self.grad_buffers[j] = torch.empty_like(x)
         return buffer.copy_(grad)
-
-    def _mask_jointly(self, grads: Tensors) -> None:
-        """A chain of several tensors stops as a whole, before any of them moves."""
-        if self.active is not None:
-            for grad in grads:
-                self.active &= grad.flatten(1).isfinite().all(1)
-
-    def _joint_norm_scale(self, grads: Tensors) -> Tensor | None:
-        """Factor (1, B) that brings the norm over all tensors to at most grad_norm."""
-        limit, clip = self.plan.clips.get("grad_norm"), self.plan.clips.get("grad_clip")
-        if limit is None:
-            return None
-        flat = [grad.flatten(1) for grad in grads]
-        if clip is not None:
-            flat = [grad.clamp(-clip, clip) for grad in flat]
-        norm = torch.stack([g.square().sum(1) for g in flat]).sum(0).sqrt()
-        return (limit / norm).clamp(max=1.0)[None]
 
     def _settle(self) -> None:
         assert self.active is not None
@@ -244,23 +311,43 @@ class Chain:
                 kept[(step + 1) // self.plan.thin - 1].copy_(x)
 
     def _add_noise(self, step: int) -> None:
-        for x, rng, calls in zip(self.xs, self.rngs, self.noise_calls, strict=True):
-            ops.langevin_noise_(x, rng, **calls[step])
+        for j, x in enumerate(self.xs):
+            ops.langevin_noise_(x, self.rngs[j], **self.noise_calls[j][step])
+            if self.lows:
+                self.lows[j].copy_(x)
 
     def statistics(self) -> ChainStatistics | None:
         """The recorded sums as norms and fractions over the whole state."""
         if not self.plan.keep_stats:
             return None
         total = torch.stack(self.sums).sum(0)
-        n_elements = sum(x[0].numel() for x in self.xs) if total.shape[1] else 1
+        n_elements = max(sum(x[:1].numel() for x in self.xs), 1)
         return ChainStatistics(
-            energy=self.energies,
+            energy=None if self.energies is None else self.energies.clone(),
             grad_norm=total[..., 0].sqrt(),
             displacement=total[..., 1].sqrt(),
             clip_fraction=total[..., 2] / n_elements,
             clamp_fraction=total[..., 3] / n_elements,
             nonfinite=total[..., 4].to(torch.int64),
         )
+
+
+def mask_jointly(active: Tensor, grads: Tensors) -> None:
+    """A chain of several tensors stops as a whole, before any of them moves."""
+    for grad in grads:
+        active &= grad.flatten(1).isfinite().all(1)
+
+
+def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | None:
+    """Factor (B,) that brings the norm over all tensors of a chain to at most grad_norm."""
+    limit, clip = clips.get("grad_norm"), clips.get("grad_clip")
+    if limit is None:
+        return None
+    flat = [grad.flatten(1) for grad in grads]
+    if clip is not None:
+        flat = [grad.clamp(-clip, clip) for grad in flat]
+    norm = torch.stack([g.square().sum(1) for g in flat]).sum(0).sqrt()
+    return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
 
 def _row(value: Coefficient, step: int) -> Coefficient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext.samplers.output import State
+from coopflow_ext.samplers.output import State, Tensors, pack
 
-Tensors = tuple[Tensor, ...]
 StateFunction = Callable[..., Any]
+
+_CHANGED = "energy changed its parameters during the chain; a sampler needs them constant"
 
 
 def module_of(function: object) -> nn.Module | None:
     """The nn.Module that a callable is, or is a method of."""
     owner = getattr(function, "__self__", function)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -30,15 +36,21 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
     """
     parameters = [] if module is None else list(module.parameters())
     required = [p.requires_grad for p in parameters]
-    versions = [p._version for p in parameters]
+    versions = [_version(p) for p in parameters]
+
+    def changed() -> bool:
+        return [_version(p) for p in parameters] != versions
+
     try:
         for p in parameters:
             p.requires_grad_(False)
         yield
-        if [p._version for p in parameters] != versions:
-            raise ValueError(
-                "energy changed its parameters during the chain; a sampler needs them constant"
-            )
+        if changed():
+            raise ValueError(_CHANGED)
+    except RuntimeError as error:
+        if changed():  # autograd noticed it first
+            raise ValueError(_CHANGED) from error
+        raise
     finally:
         for p, require in zip(parameters, required, strict=True):
             p.requires_grad_(require)
@@ -89,14 +101,22 @@ def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
     return tuple(scores)
 
 
+def _detached(tensors: Tensors) -> Tensors:
+    return tuple(t.detach() for t in tensors) if any(t.requires_grad for t in tensors) else tensors
+
+
 class Gradient:
     """Callable: the state's leaves → (gradients or scores, U or None).
 
     Args:
-        energy: returns U (or f = −U, then ``is_score`` is True: its gradient is a score); None
-            with ``score``.
-        score: returns ∇log p.
+        energy: returns U, or f = −U with ``negative_energy``, whose gradient is a score.
+        score: returns ∇log p; instead of energy.
         negative_energy: ``energy`` returns f.
+        compile: compile the gradient (or the score) with torch.compile at the first call.
+
+    Attributes:
+        is_score: whether the gradients are those of log p.
+        module: the nn.Module whose parameters must stay constant, if there is one.
     """
 
     def __init__(
@@ -105,6 +125,7 @@ class Gradient:
         score: StateFunction | None,
         *,
         negative_energy: bool = False,
+        compile: bool = False,
     ) -> None:
         if (energy is None) == (score is None):
             raise ValueError("give exactly one of energy and score")
@@ -119,18 +140,65 @@ class Gradient:
         self.is_score = score is not None or negative_energy
         self.sign = -1.0 if negative_energy else 1.0
         self.module = module_of(function)
+        self._compiled: StateFunction | None = self._compile() if compile else None
+        self._checked = False
 
     def __call__(
-        self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any], create_graph: bool
+        self,
+        leaves: Tensors,
+        state: State,
+        model_kwargs: Mapping[str, Any],
+        *,
+        create_graph: bool = False,
     ) -> tuple[Tensors, Tensor | None]:
         """Gradients at ``state``, which is made of ``leaves`` in the caller's structure."""
-        result = self.function(state, **model_kwargs)
+        if self._compiled is not None and not create_graph:
+            result = self._call_compiled(leaves, state, model_kwargs)
+            if result is not None:
+                return result
         if not self.has_energy:
-            scores = check_score(result, leaves)
-            return scores if create_graph else tuple(s.detach() for s in scores), None
-        u = check_energy(result, leaves[0].shape[0])
+            scores = check_score(self.function(state, **model_kwargs), leaves)
+            return scores if create_graph else _detached(scores), None
+        u = self._energy(leaves, state, model_kwargs)
         check_depends(u)
         grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
         if None in grads:
             raise ValueError(f"energy does not depend on tensor {grads.index(None)} of the state")
-        return grads, u.detach() if self.sign > 0 else -u.detach()
+        return grads, self.sign * u.detach()
+
+    def _energy(self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]) -> Tensor:
+        return check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
+
+    def _compile(self) -> StateFunction:
+        if not self.has_energy:
+            return torch.compile(self.function)
+
+        def summed(state: State, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+            u = self.function(state, **model_kwargs)
+            return u.sum(), u
+
+        return torch.compile(torch.func.grad(summed, has_aux=True))
+
+    def _call_compiled(
+        self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]
+    ) -> tuple[Tensors, Tensor | None] | None:
+        """The compiled gradient; None, after one warning, where torch.compile cannot do it."""
+        assert self._compiled is not None
+        try:
+            plain = pack([leaf.detach() for leaf in leaves], state)
+            if not self.has_energy:
+                scores = check_score(self._compiled(plain, **model_kwargs), leaves)
+                return _detached(scores), None
+            if not self._checked:  # func.grad would give zeros for an energy detached from x
+                check_depends(self._energy(leaves, state, model_kwargs))
+                self._checked = True
+            scores, u = self._compiled(plain, model_kwargs)
+            return check_score(scores, leaves), self.sign * check_energy(u, leaves[0].shape[0])
+        except Exception as error:
+            self._compiled = None
+            warnings.warn(
+                "compile=True: torch.compile could not compile the gradient, which runs without: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                stacklevel=2,
+            )
+            return None

@@ -10,9 +10,18 @@ from torch import Tensor
 
 from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.chain import Chain, Plan, pack, unpack
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, Tensors, frozen
-from coopflow_ext.samplers.output import SamplerOutput, State
+from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
+from coopflow_ext.samplers.differentiable import DifferentiableChain
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.graph import ChainGraphs
+from coopflow_ext.samplers.output import (
+    ChainStatistics,
+    SamplerOutput,
+    State,
+    Tensors,
+    pack,
+    unpack,
+)
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
@@ -24,6 +33,8 @@ from coopflow_ext.samplers.schedule import (
 )
 
 _MAX_CHAIN = 2**63
+
+_Result = tuple[Tensors, Tensors | None, ChainStatistics | None]
 
 
 def _drift_and_noise(
@@ -65,9 +76,21 @@ def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | Non
     return lo, hi
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is choice or (value == choice != 1) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_differentiable(
+    differentiable: object, checkpoint_every: object, cuda_graph: object
+) -> None:
+    _check_choice("differentiable", differentiable, (True, False, "last"))
+    if checkpoint_every is not None:
+        check_count("checkpoint_every", checkpoint_every, 1)
+        if differentiable is not True:
+            raise ValueError("checkpoint_every needs differentiable=True")
+    if differentiable and cuda_graph is True:
+        raise ValueError("cuda_graph=True cannot be used with differentiable")
 
 
 def check_state(x0: State) -> Tensors:
@@ -90,13 +113,13 @@ def check_state(x0: State) -> Tensors:
     return xs
 
 
-def state_copy(x: Tensor) -> Tensor:
+def state_copy(x: Tensor, *, channels_last: bool = False) -> Tensor:
     """A copy that a chain may overwrite: dense, with the batch as outermost dimension."""
-    keep = x.ndim in (4, 5) and x.is_contiguous(
-        memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    )
-    layout = torch.preserve_format if keep else torch.contiguous_format
-    return x.detach().clone(memory_format=layout)
+    if channels_last and x.ndim != 4:
+        raise ValueError(f"channels_last needs x0 of shape (B, C, H, W), got {tuple(x.shape)}")
+    if channels_last or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x.detach().clone(memory_format=torch.channels_last)
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()) -> Tensors:
@@ -111,11 +134,6 @@ def _check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = (
             expected = (*lead, *x.shape)
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
     return given
-
-
-def _laid_out_like(value: Tensor, x: Tensor) -> Tensor:
-    """A copy of ``value`` with x's dtype, device and memory layout."""
-    return torch.empty_like(x).copy_(value)
 
 
 class LangevinSampler:
@@ -155,6 +173,17 @@ class LangevinSampler:
             last finite state; then "raise" :class:`NonFiniteError` after the chain, or "freeze"
             silently. "ignore": no mask, no check.
         chain_offset: number of the first chain; shards of one batch pass where they start.
+        autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
+            made once per chain; the state keeps its dtype.
+        channels_last: the state and 4-D weights are laid out as channels_last.
+        compile: compile the gradient with torch.compile at the first call; where that fails, one
+            warning says why and the chain runs without.
+        cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
+            where that is impossible, one warning says why. True: raise instead. False: never.
+        differentiable: gradients flow through the chain to x0 and to the energy's parameters,
+            which are not frozen; "last": only through the last step.
+        checkpoint_every: with differentiable, keep only every so many states and recompute the
+            steps between them in the backward pass.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
@@ -189,6 +218,12 @@ class LangevinSampler:
         stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
         chain_offset: int = 0,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        cuda_graph: bool | Literal["auto"] = "auto",
+        differentiable: bool | Literal["last"] = False,
+        checkpoint_every: int | None = None,
     ) -> None:
         n_steps = check_count("n_steps", n_steps, 0)
         _check_choice("clamp_when", clamp_when, ("step", "end"))
@@ -206,9 +241,19 @@ class LangevinSampler:
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.chain_offset = _check_offset(chain_offset)
         self.on_nonfinite = on_nonfinite
+        _check_differentiable(differentiable, checkpoint_every, cuda_graph)
+        _check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
+        self.differentiable, self.checkpoint_every = differentiable, checkpoint_every
+        self.cuda_graph = cuda_graph
+        use_graphs = cuda_graph is not False and not differentiable
+        self._graphs = ChainGraphs(required=cuda_graph is True) if use_graphs else None
+        if autocast is not None:
+            _check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
+        in_place_steps = {False: n_steps, True: 0, "last": max(n_steps - 1, 0)}
         self.plan = Plan(
-            gradient=Gradient(energy, score, negative_energy=negative_energy),
+            gradient=Gradient(energy, score, negative_energy=negative_energy, compile=compile),
             n_steps=n_steps,
+            fast_steps=in_place_steps[differentiable],
             coefficients=coefficients,
             clips={
                 name: check_number(name, limit, minimum=0.0, exclusive=True)
@@ -222,6 +267,8 @@ class LangevinSampler:
             keep_trajectory=return_trajectory,
             keep_stats=stats,
             masked=on_nonfinite != "ignore",
+            autocast=autocast,
+            channels_last=bool(channels_last),
         )
 
     def __call__(
@@ -253,25 +300,71 @@ class LangevinSampler:
         after = key.advance(self.plan.n_steps)
         offset = self.chain_offset if chain_offset is None else _check_offset(chain_offset)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
-        grad_mode = self.plan.gradient.has_energy or torch.is_grad_enabled()
-        with torch.inference_mode(False), frozen(self.plan.gradient.module):
-            starts = tuple(state_copy(x) for x in xs)
-            chain = Chain(
-                self.plan,
-                starts,
-                _rng_tensors(key, xs),
+        needs_grad = self.plan.gradient.has_energy or bool(self.differentiable)
+        grad_mode = needs_grad or torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
+            starts = tuple(state_copy(x, channels_last=self.plan.channels_last) for x in xs)
+            inputs = Inputs(
                 like=x0,
+                xs=starts,
+                rngs=_rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
                 xis=self._xis(xi, starts),
                 chain_offset=offset,
                 model_kwargs={} if model_kwargs is None else model_kwargs,
             )
-            with torch.set_grad_enabled(grad_mode):
-                chain.run()
-        if self.on_nonfinite == "raise":
-            _raise_if_frozen(chain, x0)
-        trajectory = None if chain.trajectory is None else pack(chain.trajectory, x0)
-        return SamplerOutput(pack(chain.xs, x0), after, trajectory, chain.statistics())
+            if self.differentiable:
+                result = self._run_differentiable(inputs, xs)
+            else:
+                result = self._run_captured(inputs) or self._run(inputs)
+        x, trajectory, stats = result
+        return SamplerOutput(
+            pack(x, x0), after, None if trajectory is None else pack(trajectory, x0), stats
+        )
+
+    def _run(self, inputs: Inputs) -> _Result:
+        chain = Chain(self.plan, inputs)
+        with frozen(self.plan.gradient.module):
+            chain.run()
+        self._check_finite(chain, chain.xs)
+        return chain.xs, chain.trajectory, chain.statistics()
+
+    def _run_captured(self, inputs: Inputs) -> _Result | None:
+        """The same as a CUDA graph; None where there is none to be had."""
+        device = inputs.xs[0].device
+        if self.cuda_graph is True and device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {device}")
+        if self._graphs is None or device.type != "cuda" or inputs.xs[0].numel() == 0:
+            return None
+        captured = self._graphs.run(self.plan, inputs)
+        if captured is None:
+            return None
+        chain = captured.chain
+        trajectory = None if chain.trajectory is None else clones(chain.trajectory)
+        result = clones(chain.xs), trajectory, chain.statistics()
+        self._check_finite(chain, chain.xs)
+        captured.release()
+        return result
+
+    def _run_differentiable(self, inputs: Inputs, xs: Tensors) -> _Result:
+        """``xs``: the caller's tensors, to which gradients flow unless only through the end."""
+        chain = Chain(self.plan, inputs)
+        with frozen(self.plan.gradient.module):
+            chain.run()
+        whole = self.differentiable is True
+        starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
+        starts = starts if whole else clones(chain.xs)
+        steps = DifferentiableChain(chain, self.checkpoint_every)
+        ends = steps.run(starts, self.plan.fast_steps)
+        self._check_finite(chain, ends)
+        return ends, steps.trajectory(), chain.statistics()
+
+    def _check_finite(self, chain: Chain, xs: Tensors) -> None:
+        """The one read of the mask, after the chain that ended in ``xs``."""
+        if self.on_nonfinite != "raise" or chain.active is None or chain.steps_alive is None:
+            return
+        if not bool(chain.active.all()):
+            raise _nonfinite_error(chain.active, chain.steps_alive, xs)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:
@@ -282,7 +375,7 @@ class LangevinSampler:
         if centre is None:
             raise ValueError("pull=(None, strength) needs x_ref= at the call")
         values = _check_like("x_ref", centre, xs)
-        return tuple(_laid_out_like(v, x) for v, x in zip(values, xs, strict=True))
+        return tuple(laid_out(v, x) for v, x in zip(values, xs, strict=True))
 
     def _xis(self, xi: State | None, xs: Tensors) -> tuple[tuple[Tensor, ...], ...] | None:
         """For each tensor of the state, the normals of each step in its layout."""
@@ -290,8 +383,7 @@ class LangevinSampler:
             return None
         values = _check_like("xi", xi, xs, lead=(self.plan.n_steps,))
         return tuple(
-            tuple(_laid_out_like(row, x) for row in v.unbind(0))
-            for v, x in zip(values, xs, strict=True)
+            tuple(laid_out(row, x) for row in v.unbind(0)) for v, x in zip(values, xs, strict=True)
         )
 
 
@@ -318,18 +410,15 @@ def _rng_tensors(key: Key, xs: Tensors) -> Tensors:
     return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
 
 
-def _raise_if_frozen(chain: Chain, like: State) -> None:
-    """The one read of the mask, after the chain."""
-    if chain.active is None or bool(chain.active.all()):
-        return
-    assert chain.steps_alive is not None
-    chains = (~chain.active).nonzero().flatten().cpu()
-    step = int(chain.steps_alive.min())
+def _nonfinite_error(active: Tensor, steps_alive: Tensor, xs: Tensors) -> NonFiniteError:
+    last = tuple(x.detach().clone() for x in xs)
+    chains = (~active).nonzero().flatten().cpu()
+    step = int(steps_alive.min())
     shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
-    raise NonFiniteError(
-        f"the gradient was not finite in {len(chains)} of {len(chain.active)} chains ({shown}), "
-        f"first at step {step}; use a smaller step, clips, or on_nonfinite='freeze'",
+    return NonFiniteError(
+        f"the gradient was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "
+        f"step {step}; use a smaller step, clips, or on_nonfinite='freeze'",
         step=step,
         chains=chains,
-        x=chain.xs[0] if isinstance(like, Tensor) else chain.xs,
+        x=last[0] if len(last) == 1 else last,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,21 @@ from coopflow_ext.rng import Key
 
 State = Tensor | list[Tensor] | tuple[Tensor, ...]
 """One tensor (B, …), or several with the same B: what a chain moves."""
+
+Tensors = tuple[Tensor, ...]
+"""The tensors of a state."""
+
+
+def pack(xs: Sequence[Tensor], like: State) -> State:
+    """Tensors in the structure (tensor, list or tuple) of ``like``."""
+    if isinstance(like, Tensor):
+        return xs[0]
+    return list(xs) if isinstance(like, list) else tuple(xs)
+
+
+def unpack(state: State) -> Tensors:
+    """The inverse of :func:`pack`."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
         table = torch.stack([row.expand(width) for row in rows]) if rows else torch.zeros(0, 1)
     else:
         try:
-            table = torch.as_tensor(value)
+            dtype = None if isinstance(value, Tensor) else torch.float64
+            table = torch.as_tensor(value, dtype=dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} must be a number, a callable of the step or a tensor, "

@@ -1,0 +1,222 @@
+"""The command line ``coopflow``.
+
+Exit codes: 0 done, 1 failed with one readable line, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Heavy imports are inside the commands, so that --help and usage errors answer at once.
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Bad usage exits with 2, as argparse does."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.command(args)
+    except KeyboardInterrupt as error:
+        print(f"coopflow: {error or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"coopflow: {message} (--debug shows the traceback)", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coopflow", description="Train CoopFlow, sample from it, judge it."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_sample(commands)
+    _add_command(commands, "info", "versions, devices and how the native library was built", info)
+    return parser
+
+
+def _add_command(
+    commands: Any, name: str, description: str, command: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=description, description=description[0].upper() + description[1:] + "."
+    )
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, …; default: a GPU if any"
+    )
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text.lower() == "none" else parse(text)
+
+
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": _optional(float),
+    "int | None": _optional(int),
+    "str | None": _optional(str),
+    "bool": _switch,
+    "dict[str, Any]": _json_object,
+}
+_METAVARS = {
+    "dict[str, Any]": "JSON",
+    "bool": "true|false",
+    "float | None": "FLOAT|none",
+    "int | None": "INT|none",
+    "str | None": "TEXT|none",
+}
+
+
+def _checked(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:
+    """argparse turns only some exceptions into a usage error."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, KeyError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind}") from error
+
+    return convert
+
+
+def _add_train(commands: Any) -> None:
+    from coopflow_ext.coop.config import PRESETS, TrainConfig
+
+    parser = _add_command(commands, "train", "train a CoopFlow and leave a run folder", train)
+    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    _add_device(parser)
+    settings = parser.add_argument_group("settings, in place of those of the preset")
+    for field in dataclasses.fields(TrainConfig):
+        kind = str(field.type)
+        pair = kind.startswith("tuple")
+        name = "float" if pair else kind
+        option = "--" + field.name.replace("_", "-")
+        if kind == "bool" and field.default is False:
+            settings.add_argument(
+                option, action="store_true", default=argparse.SUPPRESS, help=field.metadata["help"]
+            )
+            continue
+        settings.add_argument(
+            option,
+            type=_checked(_PARSERS[name], name),
+            nargs=2 if pair else None,
+            metavar=_METAVARS.get(name, name.upper()),
+            default=argparse.SUPPRESS,
+            help=field.metadata["help"],
+        )
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    from coopflow_ext.coop.config import TrainConfig
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def train(args: argparse.Namespace) -> None:
+    """``coopflow train``."""
+    from coopflow_ext import coop
+    from coopflow_ext.coop.config import default_preset
+    from coopflow_ext.coop.evaluate import fd_table
+
+    given = _settings(args)
+    if args.resume:
+        run = coop.RunFolder.open(args.out)
+        config = dataclasses.replace(run.config, **given)
+    else:
+        preset = args.preset or default_preset(given.get("data", "digits"))
+        config = coop.TrainConfig.from_dict({"preset": preset, **given})
+    summary = coop.train(config, args.out, resume=args.resume, device=_device(args.device))
+    print(
+        f"trained {summary['pretrain_steps']} + {summary['steps']} steps in "
+        f"{summary['seconds']:.0f} s ({summary['iterations_per_second']:.1f}/s)"
+    )
+    print(fd_table(summary["fd"]))
+    print(f"picture: {args.out / summary['picture']}  curves: {args.out / 'curves.png'}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this torch can use, got {name!r}: no CUDA here")
+    return name
+
+
+# --- sample --------------------------------------------------------------------------------------
+
+
+def _add_sample(commands: Any) -> None:
+    parser = _add_command(commands, "sample", "draw samples from a run into a picture", sample)
+    parser.add_argument("run", type=Path, help="a run folder or a checkpoint")
+    parser.add_argument("--n", type=int, default=64, help="how many (default 64)")
+    parser.add_argument("--out", type=Path, required=True, help="PNG, or .npy for the numbers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    _add_device(parser)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """``coopflow sample``."""
+    from coopflow_ext import Key, coop
+    from coopflow_ext.coop import pictures
+
+    if args.out.suffix not in (".png", ".npy"):
+        raise ValueError(f"out must end in .png or .npy, got {args.out}")
+    model = coop.CoopFlow.load(args.run, device=_device(args.device))
+    proposals, results = model.sample_pairs(args.n, Key(args.seed))
+    if args.out.suffix == ".npy":
+        pictures.save_array(args.out, results)
+    else:
+        pictures.save_panels(args.out, {"flow proposal": proposals, "after Langevin": results})
+    print(f"{args.n} samples: {args.out}")
+
+
+# --- info ----------------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> None:
+    """``coopflow info``."""
+    import coopflow_ext
+
+    for name, value in coopflow_ext.build_info().items():
+        print(f"{name}: {value}")

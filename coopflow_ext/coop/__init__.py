@@ -1,0 +1,18 @@
+"""CoopFlow: a normalizing flow and an energy-based model that train each other."""
+
+from coopflow_ext.coop.config import PRESETS, TrainConfig
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.run import RunError, RunFolder
+from coopflow_ext.coop.train import TrainingInterrupted, train
+from coopflow_ext.coop.trainer import Trainer
+
+__all__ = [
+    "PRESETS",
+    "CoopFlow",
+    "RunError",
+    "RunFolder",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
+    "train",
+]

@@ -1,0 +1,213 @@
+"""Settings of a training run, checked as soon as they are made, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from coopflow_ext import data
+from coopflow_ext.data import Dataset
+
+FORMAT_VERSION = 1
+
+
+def _setting(default: Any, description: str) -> Any:
+    """A field of :class:`TrainConfig`; the description is also the command line's help."""
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a run. The defaults are the authors' settings at T = 30.
+
+    CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
+    ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0.
+
+    Raises:
+        ValueError: for a value that makes no sense; the message names the field.
+    """
+
+    data: str = _setting("digits", "data set: " + ", ".join(data.NAMES))
+    data_dir: str | None = _setting(None, "folder with the archive of cifar10, svhn or celeba")
+    image_size: int | None = _setting(None, "crop and scale images of celeba and folder:DIR to it")
+    skip_bad: bool = _setting(False, "leave out images of a folder that cannot be read")
+    seed: int = _setting(0, "seed of everything random")
+    steps: int = _setting(1000, "cooperative iterations")
+    batch_size: int = _setting(28, "images of a batch, and chains of an iteration")
+    flow: str = _setting("glow", "builder of the flow in coopflow_ext.flows")
+    flow_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "its options, as JSON"}
+    )
+    energy: str = _setting("res", "energy network: res or mlp")
+    energy_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "its options, as JSON"}
+    )
+
+    langevin_steps: int = _setting(30, "T, Langevin steps of an iteration")
+    step_size: float = _setting(0.03, "δ: the drift is δ²/2")
+    sample_step_size: float | None = _setting(None, "δ when sampling after training; default δ")
+    noise: float = _setting(0.0, "standard deviation of the noise of a step")
+    step_clip: float | None = _setting(0.1, "bound of a step's drift, elementwise")
+
+    pretrain_steps: int = _setting(0, "maximum-likelihood updates of the flow before it all")
+    flow_frozen_steps: int = _setting(0, "iterations at the beginning that train the energy only")
+    flow_every: int = _setting(1, "after those, update the flow in every so many iterations")
+    flip: bool = _setting(True, "mirror images at random where the data set allows it")
+
+    pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training")
+    flow_lr: float = _setting(1e-4, "Adam's rate of the flow")
+    flow_betas: tuple[float, float] = _setting((0.9, 0.999), "Adam's betas of the flow")
+    flow_weight_decay: float = _setting(5e-5, "weight decay of weight-norm's g")
+    flow_grad_norm: float = _setting(1.0, "the flow's gradient is scaled to at most this norm")
+    energy_lr: float = _setting(1e-4, "Adam's rate of the energy")
+    energy_betas: tuple[float, float] = _setting((0.5, 0.5), "Adam's betas of the energy")
+    warmup_steps: int = _setting(200, "steps of linear warm-up, the first at rate 0")
+    flow_ema: float = _setting(0.0, "decay of the average of the flow's weights; 0: none")
+    energy_ema: float = _setting(0.0, "decay of the average of the energy's weights; 0: none")
+
+    n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
+    log_every: int = _setting(20, "steps between lines of metrics.jsonl")
+    sample_every: int = _setting(500, "steps between pictures")
+    checkpoint_every: int = _setting(500, "steps between checkpoints")
+    keep_checkpoints: int = _setting(2, "how many checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= minimum):
+                raise ValueError(f"{name} must be finite and ≥ {minimum}, got {value}")
+        for name in ("flow_ema", "energy_ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.step_clip == 0:
+            raise ValueError("step_clip must be > 0, or none for no clip, got 0")
+        if self.total_steps < 1:
+            raise ValueError("pretrain_steps + steps must be ≥ 1, got 0")
+
+    def load_data(self) -> Dataset:
+        """The data set that the settings name."""
+        return data.load(
+            self.data, self.data_dir, image_size=self.image_size, skip_bad=self.skip_bad
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Pre-training and cooperative iterations together."""
+        return self.pretrain_steps + self.steps
+
+    def to_json(self) -> str:
+        """What ``config.json`` holds."""
+        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: not JSON, another version of the format, or an unknown setting.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT_VERSION:
+            raise ValueError(f"the configuration is not of format {FORMAT_VERSION}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Settings by name; ``preset`` may name one to start from, other names are a ValueError."""
+        values = dict(values)
+        settings = {**preset(values.pop("preset", "default"))}
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - fields.keys())
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(fields)}")
+        settings.update(values)
+        for name in ("flow_betas", "energy_betas"):
+            if name in settings:
+                settings[name] = tuple(settings[name])
+        return cls(**settings)
+
+
+_MINIMA = {
+    "seed": 0,
+    "steps": 0,
+    "batch_size": 1,
+    "langevin_steps": 0,
+    "step_size": 0,
+    "sample_step_size": 0,
+    "noise": 0,
+    "step_clip": 0,
+    "image_size": 4,
+    "pretrain_steps": 0,
+    "flow_frozen_steps": 0,
+    "flow_every": 1,
+    "pretrain_lr": 0,
+    "flow_lr": 0,
+    "flow_weight_decay": 0,
+    "flow_grad_norm": 0,
+    "energy_lr": 0,
+    "warmup_steps": 0,
+    "n_samples": 2,
+    "log_every": 1,
+    "sample_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+}
+
+_DIGITS_SMALL: dict[str, Any] = {
+    "data": "digits",
+    "steps": 1000,
+    "batch_size": 128,
+    "flow": "realnvp",
+    "flow_options": {"net": "mlp", "couplings": 8, "widths": [256, 256]},
+    "energy": "mlp",
+    "energy_options": {"widths": [128, 128, 128]},
+    "langevin_steps": 20,
+    "step_size": 0.5,
+    "noise": 0.02,
+    "pretrain_steps": 1500,
+    "flow_frozen_steps": 300,
+    "pretrain_lr": 1e-3,
+    "flow_lr": 2e-4,
+    "energy_lr": 1e-3,
+    "energy_betas": (0.5, 0.9),
+    "flow_ema": 0.99,
+    "energy_ema": 0.99,
+}
+_PATCHES_SMALL: dict[str, Any] = {
+    "data": "patches",
+    "steps": 300,
+    "batch_size": 16,
+    "flow_options": {"scales": 2, "steps": 4, "channels": 32, "blocks": 1},
+    "energy_options": {"width": 16},
+    "langevin_steps": 15,
+    "pretrain_steps": 100,
+    "flow_frozen_steps": 50,
+    "pretrain_lr": 1e-3,
+    "flow_lr": 2e-4,
+    "warmup_steps": 50,
+    "n_samples": 256,
+    "sample_every": 100,
+    "checkpoint_every": 100,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "digits-small": _DIGITS_SMALL,
+    "patches-small": _PATCHES_SMALL,
+}
+PRESETS = tuple(_PRESETS)
+_PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small"}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset that differ from the defaults; ValueError for an unknown name."""
+    if name not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return dict(_PRESETS[name])
+
+
+def default_preset(data: str) -> str:
+    """The preset that is taken for a data set when none is named."""
+    return _PRESET_OF_DATA.get(data, "default")

@@ -1,0 +1,76 @@
+"""How good a model's proposals and samples are, always judged in the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.pictures import save_panels
+from coopflow_ext.data import Dataset
+from coopflow_ext.metrics import bits_per_dim, feature_space, frechet_distance
+from coopflow_ext.rng import USE_EVALUATION, Key
+
+_SHOWN = 64
+
+
+class Judge:
+    """Draws pairs (proposal, Langevin result) with one key and measures them.
+
+    Every Fréchet distance is to the whole training split, from the same number of events: a
+    small number biases the distance upwards, so only then are they comparable.
+    """
+
+    def __init__(self, data: Dataset, config: TrainConfig) -> None:
+        self.data = data
+        self.space = feature_space(data)
+        self.n = min(config.n_samples, len(data.held_out))
+        self.key = Key(config.seed).fold_in(USE_EVALUATION)
+        self.training = self.space.statistics(data.decode(data.train))
+        self.held_out = data.decode(data.held_out)
+
+    def distance(self, x: Tensor) -> float:
+        """Fréchet distance of the events x (n, *event_shape) to the training split."""
+        return frechet_distance(self.training, self.space.statistics(x.cpu()))
+
+    def pairs(self, model: CoopFlow) -> tuple[Tensor, Tensor]:
+        """n proposals and what the chain makes of them, the same noise at every call."""
+        return model.sample_pairs(self.n, self.key)
+
+    def observe(self, model: CoopFlow, picture: Path) -> dict[str, float]:
+        """Write a picture, proposals beside results; return the distances of both."""
+        proposals, results = self.pairs(model)
+        panels = {"flow proposal": proposals[:_SHOWN], "after Langevin": results[:_SHOWN]}
+        save_panels(picture, panels)
+        return {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
+
+    def facts(self, model: CoopFlow) -> dict[str, Any]:
+        """What does not change during training, and the likelihood of the held-out split."""
+        device = next(model.parameters()).device
+        facts: dict[str, Any] = {
+            "feature_space": self.space.name,
+            "n": self.n,
+            "held_out": self.distance(self.held_out[: self.n]),
+        }
+        if self.space.accuracy is not None:
+            facts["classifier_accuracy"] = self.space.accuracy
+        bits = bits_per_dim(model.flow, self.held_out.to(device), self.key)
+        return {"fd": facts, "bits_per_dim": bits}
+
+
+def fd_table(fd: dict[str, Any]) -> str:
+    """The Fréchet distances of a summary as lines for a terminal."""
+    rows = [
+        ("held-out data", fd["held_out"]),
+        ("after Langevin", fd["langevin"]),
+        ("flow proposal", fd["flow"]),
+        ("flow proposal at step 0", fd["flow_start"]),
+    ]
+    head = (
+        f"Fréchet distance to the training data ({fd['feature_space']} features, "
+        f"{fd['n']} samples each; less is better)"
+    )
+    return "\n".join([head, *(f"  {name:<24}{value:10.2f}" for name, value in rows)])

@@ -1,0 +1,216 @@
+"""The two models and the chain between them, and how they are built from settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext import energies, flows
+from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
+from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.rng import USE_INIT, Key
+from coopflow_ext.samplers import LangevinSampler
+
+_FLOWS: dict[str, Callable[..., flows.Flow]] = {"realnvp": flows.realnvp, "glow": flows.glow}
+_ENERGIES = ("res", "mlp")
+
+
+@dataclass(frozen=True)
+class EventSpec:
+    """What the models must know of the data: event shape, and grey levels (None for vectors)."""
+
+    shape: tuple[int, ...]
+    levels: int | None
+
+    @property
+    def clamp(self) -> tuple[float, float] | None:
+        """The range to which chains are clamped."""
+        return None if self.levels is None else (-1.0, 1.0)
+
+
+def build_flow(config: TrainConfig, event: EventSpec) -> flows.Flow:
+    """The flow that the settings name; ValueError for an unknown name or option."""
+    if config.flow not in _FLOWS:
+        raise ValueError(f"flow must be one of {', '.join(_FLOWS)}, got {config.flow!r}")
+    options: dict[str, Any] = {}
+    if event.levels is not None:
+        options = {"image_shape": event.shape, "levels": event.levels}
+    elif config.flow == "realnvp":
+        options = {"dim": event.shape[0]}
+    else:
+        raise ValueError(f"flow must be realnvp for vectors, got {config.flow!r}")
+    try:
+        return _FLOWS[config.flow](**{**options, **config.flow_options})
+    except TypeError as error:
+        raise ValueError(f"flow_options do not fit {config.flow}: {error}") from error
+
+
+def build_energy(config: TrainConfig, event: EventSpec) -> nn.Module:
+    """The energy that the settings name; ValueError for an unknown name or option."""
+    if config.energy not in _ENERGIES:
+        raise ValueError(f"energy must be one of {', '.join(_ENERGIES)}, got {config.energy!r}")
+    try:
+        if config.energy == "mlp":
+            dim = torch.Size(event.shape).numel()
+            return energies.MLPEnergy(dim, **config.energy_options)
+        if len(event.shape) != 3 or event.shape[1] != event.shape[2]:
+            raise ValueError(f"energy must be mlp for events of shape {event.shape}, got 'res'")
+        channels, size, _ = event.shape
+        return energies.ResEnergy(channels, image_size=size, **config.energy_options)
+    except TypeError as error:
+        raise ValueError(f"energy_options do not fit {config.energy}: {error}") from error
+
+
+def build_sampler(
+    config: TrainConfig, energy: nn.Module, event: EventSpec, *, training: bool
+) -> LangevinSampler:
+    """The chain toward ``energy``: that of training, or that of sampling afterwards."""
+    delta = config.step_size
+    if not training and config.sample_step_size is not None:
+        delta = config.sample_step_size
+    return LangevinSampler(
+        energy,
+        n_steps=config.langevin_steps,
+        drift=delta**2 / 2,
+        noise=config.noise,
+        step_clip=config.step_clip,
+        clamp=event.clamp,
+    )
+
+
+class CoopFlow(nn.Module):
+    """A flow that proposes and an energy-based model whose Langevin chain refines.
+
+    Args:
+        flow: a :class:`coopflow_ext.flows.Flow`.
+        energy: U(x), (B, …) → (B,).
+        sampler: a sampler of ``energy``: called as ``sampler(x0, key=key, chain_offset=c).x``.
+
+    Source: Xie, Zhu, Li, Li, *A Tale of Two Flows*, ICLR 2022, arXiv 2205.06924.
+    """
+
+    def __init__(self, flow: flows.Flow, energy: nn.Module, sampler: LangevinSampler) -> None:
+        super().__init__()
+        self.flow = flow
+        self.energy = energy
+        self.sampler = sampler
+        self.config: TrainConfig | None = None
+        self.event: EventSpec | None = None
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, event: EventSpec) -> CoopFlow:
+        """Untrained models, with weights drawn from the settings' seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Key(config.seed).fold_in(USE_INIT).seed)
+            flow = build_flow(config, event)
+            energy = build_energy(config, event)
+        model = cls(flow, energy, build_sampler(config, energy, event, training=False))
+        model.config, model.event = config, event
+        return model
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, the mode of each model as it was afterwards."""
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def propose(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
+        """n samples of the flow, the starts of the chains, (n, *event_shape)."""
+        return self.flow.sample(n, key, chain_offset=chain_offset)
+
+    def refine(self, x0: Tensor, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
+        """The states of the Langevin chains that start at x0 (B, *event_shape)."""
+        x = self.sampler(x0, key=key, chain_offset=chain_offset).x
+        assert isinstance(x, Tensor)
+        return x
+
+    def sample_pairs(
+        self, n: int, key: Key | None = None, *, batch_size: int = 500
+    ) -> tuple[Tensor, Tensor]:
+        """n flow proposals and the Langevin results that they lead to, each (n, *event_shape).
+
+        Made in batches of ``batch_size``, which changes nothing beyond the rounding of the
+        networks.
+        """
+        if n < 1:
+            raise ValueError(f"n must be ≥ 1, got {n}")
+        key = Key.from_default_generator() if key is None else key
+        proposals, results = [], []
+        with self.evaluating():
+            for start in range(0, n, batch_size):
+                size = min(batch_size, n - start)
+                proposals.append(self.propose(size, key, chain_offset=start))
+                results.append(self.refine(proposals[-1], key, chain_offset=start))
+        return torch.cat(proposals), torch.cat(results)
+
+    def sample(self, n: int, key: Key | None = None, *, batch_size: int = 500) -> Tensor:
+        """n samples: flow proposals refined by the chain, (n, *event_shape)."""
+        return self.sample_pairs(n, key, batch_size=batch_size)[1]
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and settings to one safetensors file, which :meth:`load` reads.
+
+        Raises:
+            ValueError: the models were not built from settings, so a file could not rebuild them;
+                save ``state_dict()`` instead.
+        """
+        if self.config is None or self.event is None:
+            raise ValueError(
+                "save needs a model made by CoopFlow.from_config or CoopFlow.load; "
+                "save state_dict() of models of your own"
+            )
+        tensors = {f"{k}": v for k, v in self.state_dict().items()}
+        save_checkpoint(Path(path), tensors, self.metadata())
+
+    def metadata(self) -> dict[str, Any]:
+        """What a file must hold beside the weights so that the models can be rebuilt."""
+        assert self.config is not None
+        assert self.event is not None
+        return {"config": self.config.to_json(), "event": asdict(self.event)}
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> CoopFlow:
+        """Rebuild the models from a file of :meth:`save`, a checkpoint, or a run folder.
+
+        Of a run the averaged weights are taken where it keeps them.
+
+        Raises:
+            RunError: the file or folder is missing, damaged or of another format.
+        """
+        from coopflow_ext.coop.run import RunFolder  # run.py builds on this module
+
+        path = Path(path)
+        if path.is_dir():
+            path = RunFolder.open(path).latest_checkpoint()
+        tensors, metadata = load_checkpoint(path)
+        config = TrainConfig.from_json(metadata["config"])
+        event = metadata["event"]
+        model = cls.from_config(config, EventSpec(tuple(event["shape"]), event["levels"]))
+        averages = {
+            name.replace("_ema.", ".", 1): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(("flow_ema.", "energy_ema."))
+        }
+        weights = {name: {**tensors, **averages}[name] for name in model.state_dict()}
+        model.load_state_dict(weights)
+        return model.to(device)
+
+
+def describe(config: TrainConfig) -> str:
+    """One line that names the models and the chain."""
+    return (
+        f"{config.flow} {json.dumps(config.flow_options)} + {config.energy} "
+        f"{json.dumps(config.energy_options)}, T={config.langevin_steps}"
+    )

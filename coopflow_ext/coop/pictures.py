@@ -1,0 +1,111 @@
+"""Pictures of samples and curves of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from coopflow_ext._optional import require
+from coopflow_ext.coop.checkpoint import write_atomically
+
+_MIN_TILE = 32
+_BORDER = 2
+_MARGIN = 8
+_CAPTION = 14
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def check_installed() -> None:
+    """ImportError, with what to install, unless pictures can be made."""
+    require("PIL.Image", extra="train", distribution="pillow")
+    require("matplotlib.figure", extra="train", distribution="matplotlib")
+
+
+def to_pixels(x: Tensor) -> Pixels:
+    """Images (B, C, H, W) in [−1, 1], C = 1 or 3 → (B, H, W, 3) uint8, rounded to 256 levels."""
+    levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    colour = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    pixels: Pixels = colour.contiguous().numpy()
+    return pixels
+
+
+def grid(x: Tensor, columns: int) -> Pixels:
+    """Images in rows of ``columns`` on a white ground, small ones enlarged by whole factors."""
+    pixels = to_pixels(x)
+    scale = max(1, -(-_MIN_TILE // pixels.shape[2]))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + _BORDER), columns * (width + _BORDER), 3), 255, np.uint8)
+    for i, tile in enumerate(pixels):
+        top, left = (i // columns) * (height + _BORDER), (i % columns) * (width + _BORDER)
+        canvas[top : top + height, left : left + width] = tile
+    return canvas
+
+
+def save_panels(path: Path, panels: Mapping[str, Tensor], columns: int = 8) -> None:
+    """Write several grids side by side, each under its caption, as one PNG."""
+    image = require("PIL.Image", extra="train", distribution="pillow")
+    draw = require("PIL.ImageDraw", extra="train", distribution="pillow")
+    grids = {caption: grid(x, columns) for caption, x in panels.items()}
+    width = sum(g.shape[1] for g in grids.values()) + _MARGIN * (len(grids) + 1)
+    height = max(g.shape[0] for g in grids.values()) + 2 * _MARGIN + _CAPTION
+    canvas = image.new("RGB", (width, height), "white")
+    left = _MARGIN
+    for caption, pixels in grids.items():
+        draw.Draw(canvas).text((left, _MARGIN // 2), caption, fill="black")
+        canvas.paste(image.fromarray(pixels), (left, _MARGIN + _CAPTION))
+        left += pixels.shape[1] + _MARGIN
+    save_image(path, canvas)
+
+
+def save_image(path: Path, canvas: Any) -> None:
+    """A PIL image as PNG, written atomically."""
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+_CURVES = {
+    "mean energy of a batch": ("energy_data", "energy_samples"),
+    "flow: negative log-likelihood per element": ("flow_nll",),
+    "moment gap, data to samples": ("moment_gap",),
+    "Fréchet distance to the training data": ("fd_flow", "fd_langevin"),
+    "way from proposal to sample, root mean square": ("langevin_distance",),
+    "gradient norms": ("flow_grad_norm", "energy_grad_norm"),
+}
+
+
+def save_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
+    """Draw what ``metrics.jsonl`` holds over the steps, one panel for each quantity."""
+    figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    figure = figure_module.Figure(figsize=(13, 6), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, _CURVES.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        if "Fréchet" in title:
+            axes.set_yscale("log")
+        if axes.has_data():
+            axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_array(path: Path, x: Tensor) -> None:
+    """The numbers themselves as a NumPy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, x.detach().cpu().numpy(), allow_pickle=False)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,185 @@
+"""A run is a folder: settings, metrics, pictures, checkpoints, summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coopflow_ext.coop.checkpoint import (
+    RunError,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from coopflow_ext.coop.config import TrainConfig
+
+__all__ = ["RunError", "RunFolder"]
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+
+
+class RunFolder:
+    """Reads and writes one run. Make it with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
+        """A new run in a folder that is empty or does not exist yet.
+
+        Raises:
+            RunError: there is something already.
+        """
+        path = Path(path)
+        cls.check_free(path)
+        for part in ("samples", "checkpoints"):
+            (path / part).mkdir(parents=True, exist_ok=True)
+        run = cls(path, config)
+        run.write_config()
+        return run
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """RunError unless a run could be created at ``path``."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; choose another --out")
+        if path.is_dir() and any(path.iterdir()):
+            raise RunError(f"{path} exists: continue it with --resume, or choose another --out")
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            RunError: it is not a run, or of another version of the format.
+        """
+        path = Path(path)
+        try:
+            text = (path / "config.json").read_text()
+        except OSError as error:
+            raise RunError(f"{path} is not a run: it has no readable config.json") from error
+        try:
+            return cls(path, TrainConfig.from_json(text))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path / 'config.json'} cannot be used: {error}") from error
+
+    def write_config(self) -> None:
+        write_atomically(self.path / "config.json", self.config.to_json().encode())
+
+    def adopt(self, config: TrainConfig | None) -> None:
+        """Take over the number of steps of ``config`` for a resumed run.
+
+        Raises:
+            RunError: another setting differs, or the run has done more steps already.
+        """
+        if config is None or config == self.config:
+            return
+        mine, theirs = dataclasses.asdict(self.config), dataclasses.asdict(config)
+        for name in mine:
+            if name != "steps" and mine[name] != theirs[name]:
+                raise RunError(
+                    f"{self.path} was made with {name}={mine[name]!r}; --resume cannot change it "
+                    f"to {theirs[name]!r} (only steps may change)"
+                )
+        done = self.checkpoints()
+        if done and done[-1][0] > config.total_steps:
+            raise RunError(
+                f"{self.path} has done {done[-1][0]} steps already, more than the "
+                f"{config.total_steps} asked for"
+            )
+        self.config = config
+        self.write_config()
+
+    # --- metrics ----------------------------------------------------------------------------------
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines; a last line that was cut off is left out."""
+        if not self.metrics_path.exists():
+            return []
+        lines = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will make again."""
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+        write_atomically(self.metrics_path, "".join(kept).encode())
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, path) of every checkpoint, oldest first."""
+        found = []
+        for path in (self.path / "checkpoints").glob("*.safetensors"):
+            match = _CHECKPOINT.fullmatch(path.name)
+            if match:
+                found.append((int(match[1]), path))
+        return sorted(found)
+
+    def latest_checkpoint(self) -> Path:
+        """The newest checkpoint; RunError when there is none."""
+        found = self.checkpoints()
+        if not found:
+            raise RunError(f"{self.path} has no checkpoint yet")
+        return found[-1][1]
+
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
+        """Write a checkpoint, then remove those that are too old to keep."""
+        path = self.path / "checkpoints" / f"step-{step:07d}.safetensors"
+        save_checkpoint(path, tensors, metadata)
+        for _, old in self.checkpoints()[: -self.config.keep_checkpoints]:
+            old.unlink()
+        return path
+
+    def load_latest(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The newest checkpoint.
+
+        Raises:
+            RunError: there is none, or it is damaged; the message names an older one.
+        """
+        latest = self.latest_checkpoint()
+        try:
+            return load_checkpoint(latest)
+        except RunError as error:
+            older = [path.name for _, path in self.checkpoints()[:-1]]
+            advice = f"delete it to go on from {older[-1]}" if older else "there is no older one"
+            raise RunError(f"{error}; {advice}") from error
+
+    # --- results ----------------------------------------------------------------------------------
+
+    def picture_path(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:07d}.png"
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(
+            self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``; RunError when the run has not finished."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            raise RunError(f"{self.path} has no summary.json: the run has not finished")
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary

@@ -1,0 +1,196 @@
+"""A training run from start to summary: logging, pictures, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from coopflow_ext.coop import pictures
+from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.run import RunError, RunFolder
+from coopflow_ext.coop.trainer import Trainer
+from coopflow_ext.errors import NonFiniteError
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C after its state was saved; the message says how to go on."""
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step is never cut in two; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(signum: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(
+    config: TrainConfig | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Train a CoopFlow and leave a run folder behind.
+
+    Args:
+        config: the settings. With ``resume`` they are the run's own: give None, or the same ones
+            with another number of ``steps``.
+        out: the run folder; must be empty or missing unless ``resume``.
+        resume: continue from the last checkpoint. On the CPU the result has the same bits as that
+            of a run that was never stopped.
+        device: where to train.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        RunError: the folder cannot be used, or training diverged.
+        TrainingInterrupted: Ctrl-C, after a checkpoint was written.
+        OSError: the disk is full or not writable; the last good checkpoint stays readable.
+    """
+    pictures.check_installed()
+    if resume:
+        trainer, run, judge = _continue_run(config, out, device)
+    else:
+        trainer, run, judge = _start_run(config, out, device)
+    total = trainer.config.total_steps
+    with _interrupts() as asked, _progress(trainer) as bar:
+        if trainer.step == 0:
+            _observe(trainer, run, judge)
+        while trainer.step < total:
+            _advance(trainer, run, judge, bar)
+            if asked.is_set() and trainer.step < total:
+                _checkpoint(trainer, run)
+                raise TrainingInterrupted(
+                    f"stopped at step {trainer.step} and saved; go on with: "
+                    f"coopflow train --out {run.path} --resume"
+                )
+    return _finish(trainer, run, judge)
+
+
+def _start_run(
+    config: TrainConfig | None, out: str | Path, device: torch.device | str
+) -> tuple[Trainer, RunFolder, Judge]:
+    """Everything that can fail is made before the folder is."""
+    if config is None:
+        raise ValueError("config must be given for a new run, got None")
+    RunFolder.check_free(out)
+    data = config.load_data()
+    trainer, judge = Trainer(config, data, device), Judge(data, config)
+    return trainer, RunFolder.create(out, config), judge
+
+
+def _continue_run(
+    config: TrainConfig | None, out: str | Path, device: torch.device | str
+) -> tuple[Trainer, RunFolder, Judge]:
+    """A run without a checkpoint yet starts from its beginning, which is the same."""
+    run = RunFolder.open(out)
+    run.adopt(config)
+    saved = run.load_latest() if run.checkpoints() else None
+    data = run.config.load_data()
+    trainer, judge = Trainer(run.config, data, device), Judge(data, run.config)
+    if saved is not None:
+        trainer.load(*saved)
+    run.forget_after(trainer.step if saved else -1)
+    return trainer, run, judge
+
+
+def _progress(trainer: Trainer) -> tqdm[Any]:
+    """A bar on a terminal, nothing elsewhere."""
+    return tqdm(total=trainer.config.total_steps, initial=trainer.step, disable=None, unit="it")
+
+
+def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> None:
+    """One step, and what is due after it."""
+    config = trainer.config
+    begin = time.perf_counter()
+    try:
+        metrics = trainer.train_step()
+    except NonFiniteError as error:
+        raise RunError(f"training diverged at step {trainer.step}: {error}") from error
+    bar.update()
+    last = trainer.step == config.total_steps
+    if trainer.step % config.log_every == 0 or last:
+        _log(trainer, run, metrics, bar)
+    if trainer.step % config.sample_every == 0 or last:
+        _observe(trainer, run, judge)
+    trainer.seconds += time.perf_counter() - begin
+    if trainer.step % config.checkpoint_every == 0 or last:
+        _checkpoint(trainer, run)
+
+
+def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm[Any]) -> None:
+    line: dict[str, Any] = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
+    line.update({name: float(value) for name, value in metrics.items()})
+    gap = trainer.take_moment_gap()
+    if gap is not None:
+        line["moment_gap"] = gap
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        raise RunError(f"training diverged: {bad[0]} is not finite at step {trainer.step}")
+    run.log(line)
+    shown = ("energy_data", "energy_samples", "flow_nll", "moment_gap")
+    bar.set_postfix({name: f"{line[name]:.3g}" for name in shown if name in line})
+
+
+def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
+    with trainer.averaged() as model:
+        distances = judge.observe(model, run.picture_path(trainer.step))
+    run.log({"step": trainer.step, **distances})
+
+
+def _checkpoint(trainer: Trainer, run: RunFolder) -> None:
+    run.save(trainer.step, trainer.tensors(), trainer.metadata())
+
+
+def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
+    """Write curves and summary."""
+    metrics = run.metrics()
+    distances = [line for line in metrics if "fd_flow" in line]
+    gaps = [line["moment_gap"] for line in metrics if "moment_gap" in line]
+    with trainer.averaged() as model:
+        facts = judge.facts(model)
+    facts["fd"].update(
+        flow=distances[-1]["fd_flow"],
+        langevin=distances[-1]["fd_langevin"],
+        flow_start=distances[0]["fd_flow"],
+    )
+    summary = {
+        "seconds": trainer.seconds,
+        "steps": trainer.config.steps,
+        "pretrain_steps": trainer.config.pretrain_steps,
+        "iterations_per_second": trainer.config.total_steps / max(trainer.seconds, 1e-9),
+        **facts,
+        "moment_gap": gaps[-1] if gaps else None,
+        "moment_gap_start": gaps[0] if gaps else None,
+        "picture": str(run.picture_path(trainer.step).relative_to(run.path)),
+        "device": str(trainer.device),
+    }
+    pictures.save_curves(run.path / "curves.png", metrics)
+    run.write_summary(summary)
+    return summary

@@ -1,0 +1,174 @@
+"""The algorithm of the paper, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.learner import Learner
+from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
+from coopflow_ext.data import Batches, Dataset
+from coopflow_ext.metrics import RunningMoments, moment_gap
+from coopflow_ext.rng import Key
+
+_INITIALISATION_IMAGES = 1024
+
+
+class Trainer:
+    """One step at a time of the paper's algorithm; all state is in :meth:`tensors`.
+
+    Args:
+        config: the settings.
+        data: the data set they name.
+        device: where to train.
+
+    Random numbers come from one key whose time counts Langevin steps and maximum-likelihood
+    updates, so a step is a function of the weights and of this key.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: Dataset, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.device = torch.device(device)
+        event = EventSpec(data.event_shape, data.levels)
+        self.model = CoopFlow.from_config(config, event).to(self.device)
+        self.sampler = build_sampler(config, self.model.energy, event, training=True)
+        self.key = Key(config.seed)
+        self.step = 0
+        self.seconds = 0.0
+        flip = config.flip and data.flip
+        self.batches = Batches(data, config.batch_size, self.key, device=self.device, flip=flip)
+        self._initialize_flow()
+        self.flow = Learner(
+            "flow",
+            self.model.flow,
+            betas=config.flow_betas,
+            weight_decay=config.flow_weight_decay,
+            grad_norm=config.flow_grad_norm,
+            warmup=config.warmup_steps,
+            ema=config.flow_ema,
+        )
+        self.energy = Learner(
+            "energy",
+            self.model.energy,
+            betas=config.energy_betas,
+            warmup=config.warmup_steps,
+            ema=config.energy_ema,
+        )
+        self.data_moments = RunningMoments(data.dim, self.device)
+        for rows in data.train.split(1000):
+            self.data_moments.update(data.decode(rows).to(self.device))
+        # Of the samples since the last line of the metrics.
+        self.sample_moments = RunningMoments(data.dim, self.device)
+
+    def _initialize_flow(self) -> None:
+        size = min(len(self.data.train), _INITIALISATION_IMAGES)
+        x = Batches(self.data, size, self.key, device=self.device)[0]
+        self.model.flow.initialize(x, key=self.key)
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the next step is one of the flow's pre-training."""
+        return self.step < self.config.pretrain_steps
+
+    def train_step(self) -> dict[str, Tensor]:
+        """The next step; returns its numbers as 0-d tensors, which are not waited for."""
+        x = self.batches[self.step]
+        self.model.train()
+        metrics = self.pretrain(x) if self.pretraining else self.cooperate(x)
+        self.step += 1
+        return metrics
+
+    def pretrain(self, x: Tensor) -> dict[str, Tensor]:
+        """The flow learns the data by maximum likelihood."""
+        metrics = self.update_flow(x, self.config.pretrain_lr)
+        self.key = self.key.advance(1)
+        return metrics
+
+    def cooperate(self, x: Tensor) -> dict[str, Tensor]:
+        """One iteration of the paper's algorithm on the data batch x."""
+        proposal = self.model.propose(len(x), self.key)
+        samples = self.run_chain(proposal)
+        metrics = {"langevin_distance": (samples - proposal).square().mean().sqrt()}
+        if self._flow_learns():
+            metrics.update(self.update_flow(samples, self.config.flow_lr))
+        metrics.update(self.update_energy(x, samples))
+        self.sample_moments.update(samples)
+        self.key = self.key.advance(max(1, self.config.langevin_steps))
+        return metrics
+
+    def run_chain(self, proposal: Tensor) -> Tensor:
+        """The Langevin flow: T steps from the proposals toward the energy's distribution."""
+        samples = self.sampler(proposal, key=self.key).x
+        assert isinstance(samples, Tensor)
+        return samples
+
+    def _flow_learns(self) -> bool:
+        iteration = self.step - self.config.pretrain_steps - self.config.flow_frozen_steps
+        return iteration >= 0 and iteration % self.config.flow_every == 0
+
+    def update_flow(self, x: Tensor, lr: float) -> dict[str, Tensor]:
+        """Flow step: the negative log-likelihood of x goes down; of the samples, not the data."""
+        loss = -self.model.flow.log_prob(x, key=self.key).mean()
+        norm = self.flow.update(loss, lr)
+        return {"flow_nll": loss.detach() / self.data.dim, "flow_grad_norm": norm}
+
+    def update_energy(self, x: Tensor, samples: Tensor) -> dict[str, Tensor]:
+        """EBM step: f = −U goes up on the data and down on the samples."""
+        on_both = self.model.energy(torch.cat((x, samples)))
+        on_data, on_samples = on_both[: len(x)].mean(), on_both[len(x) :].mean()
+        norm = self.energy.update(on_data - on_samples, self.config.energy_lr)
+        return {
+            "energy_data": on_data.detach(),
+            "energy_samples": on_samples.detach(),
+            "energy_grad_norm": norm,
+        }
+
+    def take_moment_gap(self) -> float | None:
+        """The gap of the samples since it was last asked; None when there were none."""
+        if float(self.sample_moments.count) == 0:
+            return None
+        gap = moment_gap(self.data_moments, self.sample_moments)
+        self.sample_moments.reset()
+        return gap
+
+    @contextmanager
+    def averaged(self) -> Iterator[CoopFlow]:
+        """The model with averaged weights, where the settings ask for them."""
+        with self.flow.averaged(), self.energy.averaged():
+            yield self.model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, optimizers, averages and running sums, by name."""
+        moments = self.sample_moments.state_dict()
+        return {
+            **self.flow.tensors(),
+            **self.energy.tensors(),
+            **{f"moments.{name}": tensor for name, tensor in moments.items()},
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the tensors."""
+        return {
+            **self.model.metadata(),
+            "step": self.step,
+            "key": self.key.state_dict(),
+            "seconds": self.seconds,
+        }
+
+    def load(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.flow.load_tensors(tensors)
+        self.energy.load_tensors(tensors)
+        names = self.sample_moments.state_dict()
+        self.sample_moments.load_state_dict({name: tensors[f"moments.{name}"] for name in names})
+        self.step = metadata["step"]
+        self.key = Key.from_state_dict(metadata["key"])
+        self.seconds = metadata["seconds"]

@@ -1,0 +1,166 @@
+"""Images in folders: CelebA as published, and any folder of the user's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coopflow_ext._optional import require
+from coopflow_ext.data.batches import permutation
+from coopflow_ext.data.dataset import Dataset, check_images
+from coopflow_ext.rng import Key
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_SPLIT_KEY = Key(10)
+_HELD_OUT_SHARE = 0.1
+_CELEBA_FOLDER = "img_align_celeba"
+_CELEBA_PARTITION = "list_eval_partition.txt"
+_CELEBA_CROP = 140
+_CELEBA_SOURCE = (
+    "get img_align_celeba.zip and list_eval_partition.txt from "
+    "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and unpack the images there"
+)
+
+
+class BadImageError(ValueError):
+    """An image that cannot be read."""
+
+
+def read_image(path: Path, *, size: int | None = None, crop: int | None = None) -> Tensor:
+    """One image as (3, H, W) uint8, or (1, H, W) for a grey one.
+
+    Args:
+        path: the file.
+        size: height and width of the result, after a centred square crop; None keeps the image.
+        crop: side of that square; None takes the largest that fits.
+
+    Raises:
+        BadImageError: the file is damaged or no image; the message names it.
+    """
+    image_module = require("PIL.Image", extra="train", distribution="pillow")
+    try:
+        with image_module.open(path) as image:
+            image.load()
+            pixels = image.convert("L" if image.mode in ("L", "1", "LA") else "RGB")
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise BadImageError(f"{path} cannot be read as an image: {error}") from error
+    if size is not None:
+        pixels = _crop_and_resize(pixels, size, crop, path)
+    array = np.array(pixels, dtype=np.uint8)
+    tensor = torch.from_numpy(array)
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _crop_and_resize(image: Any, size: int, crop: int | None, path: Path) -> Any:
+    resampling = require("PIL.Image", extra="train", distribution="pillow").Resampling
+    side = min(image.size) if crop is None else crop
+    if side > min(image.size):
+        raise BadImageError(f"{path} is {image.size}, too small for a crop of {side}")
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), resampling.BICUBIC)
+
+
+def read_images(
+    paths: Sequence[Path],
+    *,
+    size: int | None = None,
+    crop: int | None = None,
+    skip_bad: bool = False,
+) -> tuple[Tensor, list[Path]]:
+    """Images of one size as (N, C, H, W) uint8, and the paths they came from, in order.
+
+    Grey images become colour images where both kinds occur.
+
+    Raises:
+        BadImageError: an image is damaged; with ``skip_bad`` it is left out with a warning.
+        ValueError: sizes differ and ``size`` is None.
+    """
+
+    def read(path: Path) -> Tensor | BadImageError:
+        try:
+            return read_image(path, size=size, crop=crop)
+        except BadImageError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(read, paths))
+    kept: list[Path] = []
+    images: list[Tensor] = []
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, Tensor):
+            kept.append(path)
+            images.append(result)
+        elif skip_bad:
+            warnings.warn(f"left out: {result}", stacklevel=2)
+        else:
+            raise BadImageError(f"{result}; --skip-bad leaves such images out") from result
+    if not images:
+        raise ValueError("there is no image that can be read")
+    first = images[0].shape[1:]
+    for path, image in zip(kept, images, strict=True):
+        if image.shape[1:] != first:
+            raise ValueError(
+                f"images must have one size: {kept[0]} is {tuple(first)} and {path} is "
+                f"{tuple(image.shape[1:])}; --image-size N crops and scales all to N×N"
+            )
+    channels = max(image.shape[0] for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images]), kept
+
+
+def folder(root: Path, *, size: int | None = None, skip_bad: bool = False) -> Dataset:
+    """Every image below ``root``, in the order of their names; a tenth is held out, at random.
+
+    Args:
+        root: the folder.
+        size: crop and scale all images to size × size; None wants images of one size.
+        skip_bad: leave out images that cannot be read instead of raising.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise ValueError(f"{root} holds no images ({', '.join(_SUFFIXES)})")
+    images, _ = read_images(paths, size=size, skip_bad=skip_bad)
+    if len(images) < 2:
+        raise ValueError(f"{root} must hold at least 2 images, one to hold out; got {len(images)}")
+    order = permutation(len(images), _SPLIT_KEY)
+    n_held_out = max(1, round(_HELD_OUT_SHARE * len(images)))
+    check_images(images, 256)
+    return Dataset(
+        f"folder:{root}",
+        images[order[n_held_out:]],
+        images[order[:n_held_out]],
+        256,
+        flip=True,
+    )
+
+
+def celeba(root: Path, *, size: int = 32, skip_bad: bool = False) -> Dataset:
+    """CelebA, aligned: the centred 140×140 square of each 178×218 image, scaled to size × size.
+
+    ``root`` holds the folder img_align_celeba and list_eval_partition.txt; the published training
+    and validation parts train, the test part is held out.
+
+    Source: Z. Liu et al., *Deep Learning Face Attributes in the Wild*, ICCV 2015.
+    """
+    images_root, partition = root / _CELEBA_FOLDER, root / _CELEBA_PARTITION
+    for path in (images_root, partition):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: {_CELEBA_SOURCE}")
+    splits: dict[bool, list[Path]] = {True: [], False: []}
+    for number, line in enumerate(partition.read_text().splitlines(), 1):
+        fields = line.split()
+        if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
+            raise ValueError(f"{partition}:{number} must be 'NAME 0|1|2', got {line!r}")
+        splits[fields[1] == "2"].append(images_root / fields[0])
+    train, _ = read_images(splits[False], size=size, crop=_CELEBA_CROP, skip_bad=skip_bad)
+    held_out, _ = read_images(splits[True], size=size, crop=_CELEBA_CROP, skip_bad=skip_bad)
+    return Dataset("celeba", train, held_out, 256, flip=True)

@@ -1,0 +1,311 @@
+"""Checkpoints of the authors' published code: their names and shapes ↔ ours."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext.energies import ResEnergy
+from coopflow_ext.flows.base import Compose
+from coopflow_ext.flows.builders import flowpp
+from coopflow_ext.flows.flow import Flow
+from coopflow_ext.flows.layers import ActNorm, SplitPrior
+from coopflow_ext.flows.preprocessing import VariationalDequantize
+
+Checkpoint = Mapping[str, Any]
+StateDict = dict[str, Tensor]
+
+_MODULE_PREFIX = "module."
+
+# Starts of names, ours → theirs, tried in order.
+_CONDITIONER_NAMES = (
+    (r"net\.first\.", "nn.in_conv.conv."),
+    (r"net\.last\.", "nn.out_conv.conv."),
+    (r"rescale\.", "nn.rescale."),
+    (r"net\.blocks\.(\d+)\.conv\.conv\.", r"nn.mid_convs.\1.conv.conv.conv."),
+    (r"net\.blocks\.(\d+)\.conv\.gate\.", r"nn.mid_convs.\1.conv.gate.conv."),
+    (r"net\.blocks\.(\d+)\.conv\.aux\.", r"nn.mid_convs.\1.conv.aux_conv.conv."),
+    (r"net\.blocks\.(\d+)\.norm([12])\.", r"nn.mid_convs.\1.norm_\2."),
+    (r"net\.blocks\.(\d+)\.attention\.project\.", r"nn.mid_convs.\1.attn.in_proj."),
+    (r"net\.blocks\.(\d+)\.attention\.gate\.", r"nn.mid_convs.\1.attn.gate."),
+)
+_AUX_NET_NAMES = (
+    (r"layers\.(\d+)\.conv\.", r"\1.conv.conv."),
+    (r"layers\.(\d+)\.gate\.", r"\1.gate.conv."),
+    (r"layers\.0\.", "0."),
+)
+_WEIGHT_NORM = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+_ACTNORM_NAMES = {"mean": "mean", "inv_std": "inv_std", "initialized": "is_initialized"}
+
+
+def _translate(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for ours, theirs in table:
+        match = re.match(ours, name)
+        if match:
+            rest = name[match.end() :]
+            return match.expand(theirs) + _WEIGHT_NORM.get(rest, rest)
+    raise ValueError(f"no counterpart in the authors' code for {name!r}")
+
+
+def _step_names(steps: Compose, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    """Names of a chain of {ActNorm, 1×1 convolution, coupling, Flip}."""
+    for index, layer in enumerate(steps.transforms):
+        for name in layer.state_dict():
+            if isinstance(layer, ActNorm):
+                there = _ACTNORM_NAMES[name]
+            elif index % 4 == 1:
+                there = name
+            else:
+                there = _translate(name, _CONDITIONER_NAMES)
+            yield f"{ours}transforms.{index}.{name}", f"{theirs}.{index}.{there}"
+
+
+def _scale_names(scale: Compose, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    for index, layer in enumerate(scale.transforms):
+        here = f"{ours}transforms.{index}."
+        if isinstance(layer, Compose):
+            # Channel steps come first; checkerboard steps follow the rearrangement of the board.
+            stage = "channels" if index == 0 else "checkers"
+            yield from _step_names(layer, here, f"{theirs}.{stage}")
+        elif isinstance(layer, SplitPrior):
+            inner = layer.inner
+            assert isinstance(inner, Compose)
+            yield from _scale_names(inner, here + "inner.", f"{theirs}.next")
+
+
+def _flow_names(flow: Flow) -> dict[str, str]:
+    """Our names → theirs, for a flow made by :func:`flowpp` with a variational dequantiser."""
+    dequantize, transform = flow.dequantize, flow.transform
+    if not isinstance(dequantize, VariationalDequantize) or not isinstance(transform, Compose):
+        raise ValueError(
+            "only a flow made by flowpp with dequant_blocks ≥ 1 has an official counterpart"
+        )
+    names = dict(_scale_names(transform, "transform.", "flows"))
+    noise_flow = dequantize.transform
+    assert isinstance(noise_flow, Compose)
+    names |= _step_names(noise_flow, "dequantize.transform.", "dequant_flows.flows")
+    for name in dequantize.aux_net.state_dict():
+        there = _translate(name, _AUX_NET_NAMES)
+        names[f"dequantize.aux_net.{name}"] = f"dequant_flows.aux_conv.{there}"
+    return names
+
+
+def _energy_names(energy: ResEnergy) -> dict[str, str]:
+    parts = {"stem": "f.0", "head": f"f.{2 + len(energy.blocks)}"}
+    for index in range(len(energy.blocks)):
+        for ours, theirs in (("conv1", "conv1"), ("conv2", "conv2"), ("skip", "res")):
+            parts[f"blocks.{index}.{ours}"] = f"f.{2 + index}.{theirs}"
+    return {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for (ours, theirs), kind in itertools.product(parts.items(), ("weight", "bias"))
+    }
+
+
+def _check_tensors(name: str, net: object) -> StateDict:
+    """A net's state dict with the prefix ``module.`` taken off."""
+    if not isinstance(net, Mapping):
+        raise ValueError(f"{name} must be a state dict, got {type(net).__name__}")
+    state: StateDict = {}
+    for key, value in net.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must hold tensors only, got {type(value).__name__} for {key!r}"
+            )
+        state[key.removeprefix(_MODULE_PREFIX)] = value
+    return state
+
+
+def _load(module: nn.Module, names: dict[str, str], state: StateDict, title: str) -> None:
+    """Load ``state`` under our names, strict about names and shapes."""
+    missing = sorted(set(names.values()) - set(state))
+    unknown = sorted(set(state) - set(names.values()))
+    if missing or unknown:
+        raise ValueError(
+            f"{title} does not fit: {len(missing)} missing {missing[:5]}, "
+            f"{len(unknown)} unknown {unknown[:5]}"
+        )
+    ours: StateDict = {}
+    for name, target in module.state_dict().items():
+        value = state[names[name]]
+        if value.numel() != target.numel() or _squeezed(value) != _squeezed(target):
+            raise ValueError(
+                f"{title}: {names[name]} must have the shape {tuple(target.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        ours[name] = value.reshape(target.shape).to(target.dtype)
+    module.load_state_dict(ours)
+
+
+def _squeezed(x: Tensor) -> list[int]:
+    return [n for n in x.shape if n != 1]
+
+
+def _count(state: StateDict, pattern: str) -> int:
+    """1 + the largest number that ``pattern``'s group matches at the start of a name, else 0."""
+    found = (re.match(pattern, name) for name in state)
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _shape(state: StateDict, name: str, title: str) -> torch.Size:
+    if name not in state:
+        raise ValueError(f"{title} does not fit: {name} is missing")
+    return state[name].shape
+
+
+def _components(state: StateDict, net: str, title: str) -> int:
+    """K, from a conditioner's (2 + 3K)·features outputs."""
+    features = _shape(state, f"{net}.in_conv.conv.weight_v", title)[1]
+    outputs = _shape(state, f"{net}.out_conv.conv.weight_v", title)[0]
+    components, rest = divmod(outputs - 2 * features, 3 * features)
+    if rest or components < 1:
+        raise ValueError(
+            f"{title} does not fit: {net} has {outputs} outputs, which is not (2 + 3K)·{features}"
+        )
+    return components
+
+
+def _load_flow(
+    state: StateDict, image_shape: Sequence[int], legacy_contrast: bool, legacy_cdf_clamp: bool
+) -> Flow:
+    title = "flow_net"
+    scales: list[tuple[int, int]] = []
+    prefix = "flows"
+    while True:
+        n_channel = _count(state, rf"{re.escape(prefix)}\.channels\.(\d+)\.nn\.")
+        n_checker = _count(state, rf"{re.escape(prefix)}\.checkers\.(\d+)\.nn\.")
+        if n_channel + n_checker == 0:
+            break
+        # A step is 4 layers, of which the third holds the network.
+        scales.append(((n_channel + 1) // 4, (n_checker + 1) // 4))
+        prefix += ".next"
+    if not scales:
+        raise ValueError(f"{title} does not fit: no layer of a Flow++ (flows.checkers.…) in it")
+    stage = "checkers" if scales[0][1] else "channels"
+    net = f"flows.{stage}.2.nn"
+    hidden, n_in = _shape(state, f"{net}.in_conv.conv.weight_v", title)[:2]
+    if n_in * (1 if stage == "checkers" else 2) != image_shape[0]:
+        raise ValueError(f"image_shape {tuple(image_shape)} does not fit: {n_in} channels found")
+    flow = flowpp(
+        image_shape,
+        scales=scales,
+        channels=hidden,
+        blocks=_count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\."),
+        components=_components(state, net, title),
+        dequant_blocks=_count(state, r"dequant_flows\.flows\.2\.nn\.mid_convs\.(\d+)\."),
+        dequant_components=_components(state, "dequant_flows.flows.2.nn", title),
+        attention=f"{net}.mid_convs.0.attn.in_proj.weight_g" in state,
+        legacy_contrast=legacy_contrast,
+        legacy_cdf_clamp=legacy_cdf_clamp,
+    )
+    state = dict(state)
+    bound = state.pop("bounds", None)
+    if bound is None or bound.numel() != 1:
+        raise ValueError(f"{title} does not fit: bounds is missing or not one number")
+    assert flow.logit is not None
+    flow.logit.bound = bound.item()
+    _load(flow, _flow_names(flow), state, title)
+    return flow
+
+
+def _load_energy(state: StateDict, image_shape: Sequence[int]) -> ResEnergy:
+    width, channels = _shape(state, "f.0.weight", "ebm_net")[:2]
+    blocks = _count(state, r"f\.(\d+)\.conv1\.") - 2
+    size = 4 << max(blocks, 0)
+    if tuple(image_shape) != (channels, size, size):
+        raise ValueError(
+            f"image_shape {tuple(image_shape)} does not fit: "
+            f"ebm_net is for {(channels, size, size)}"
+        )
+    energy = ResEnergy(channels, width, size)
+    _load(energy, _energy_names(energy), state, "ebm_net")
+    return energy
+
+
+def _read(path: str | PathLike[str]) -> Checkpoint:
+    try:
+        checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} must hold a dict, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def load_official(
+    path_or_dict: str | PathLike[str] | Checkpoint,
+    image_shape: Sequence[int] = (3, 32, 32),
+    *,
+    legacy_contrast: bool = True,
+    legacy_cdf_clamp: bool = True,
+) -> tuple[Flow | None, ResEnergy | None]:
+    """The models in a checkpoint of the authors' published code.
+
+    Sizes are inferred from the tensors. Names may start with ``module.``.
+
+    Args:
+        path_or_dict: a checkpoint file (read with ``weights_only=True``) or what it holds: a dict
+            with ``flow_net``, ``ebm_net`` or both.
+        image_shape: (C, H, W) of the images that the models were trained on.
+        legacy_contrast, legacy_cdf_clamp: their models were trained with both, see :func:`flowpp`.
+
+    Returns:
+        (flow, energy); the one that the checkpoint does not hold is None.
+
+    Raises:
+        ValueError: for a file that holds more than tensors, missing or unknown names, or shapes
+            that do not fit.
+        FileNotFoundError: when there is no such file.
+    """
+    checkpoint = path_or_dict if isinstance(path_or_dict, Mapping) else _read(path_or_dict)
+    if "flow_net" not in checkpoint and "ebm_net" not in checkpoint:
+        raise ValueError(
+            f"a checkpoint must hold flow_net or ebm_net, got {sorted(map(str, checkpoint))[:5]}"
+        )
+    flow = energy = None
+    if "flow_net" in checkpoint:
+        state = _check_tensors("flow_net", checkpoint["flow_net"])
+        flow = _load_flow(state, image_shape, legacy_contrast, legacy_cdf_clamp)
+    if "ebm_net" in checkpoint:
+        energy = _load_energy(_check_tensors("ebm_net", checkpoint["ebm_net"]), image_shape)
+    return flow, energy
+
+
+def export_official(flow: Flow | None, energy: ResEnergy | None) -> dict[str, StateDict]:
+    """The way back: a dict with ``flow_net`` and ``ebm_net`` under the authors' names and shapes.
+
+    Raises:
+        ValueError: for a flow that has no counterpart in their code.
+    """
+    checkpoint: dict[str, StateDict] = {}
+    if flow is not None:
+        names = _flow_names(flow)
+        assert flow.logit is not None
+        state = {"bounds": torch.tensor([flow.logit.bound])}
+        for name, value in flow.state_dict().items():
+            state[names[name]] = _their_shape(names[name], value.detach().clone())
+        checkpoint["flow_net"] = state
+    if energy is not None:
+        ours = energy.state_dict()
+        checkpoint["ebm_net"] = {
+            theirs: ours[name].detach().clone() for name, theirs in _energy_names(energy).items()
+        }
+    return checkpoint
+
+
+def _their_shape(name: str, value: Tensor) -> Tensor:
+    if name.endswith((".mean", ".inv_std")):
+        return value.view(1, -1, 1, 1)
+    if name.endswith(".is_initialized"):
+        return value.float().view(1)
+    return value

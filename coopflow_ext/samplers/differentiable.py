@@ -1,0 +1,225 @@
+"""Chains through which gradients flow, with respect to the start and the energy's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from coopflow_ext import ops
+from coopflow_ext.reference import clip_gradient
+from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
+from coopflow_ext.samplers.output import Tensors, pack
+
+_Masks = tuple[Tensor, Tensor]  # not frozen yet, steps until then; both (B,)
+
+
+class DifferentiableChain:
+    """The steps of a chain from ``first_step`` on, as functions instead of updates in place.
+
+    The in-place update runs beside each functional one, on the chain's own buffers: it keeps the
+    mask of non-finite gradients and the statistics.
+
+    Args:
+        chain: gives the plan, the inputs and the arguments of each step.
+        checkpoint_every: recompute instead of store, in segments of so many steps.
+    """
+
+    def __init__(self, chain: Chain, checkpoint_every: int | None) -> None:
+        self.chain, self.plan = chain, chain.plan
+        self.checkpoint_every = checkpoint_every
+        self.recorded: list[Tensors] = []
+
+    def run(self, xs: Tensors, first_step: int) -> Tensors:
+        """The last state. Records trajectory and statistics on the way."""
+        chain, n_steps = self.chain, self.plan.n_steps
+        masks = self._masks(first_step)
+        stride = self.checkpoint_every or max(n_steps, 1)
+        weights = self._leaves(xs) if self.checkpoint_every and n_steps else ()
+        for start in range(first_step, n_steps, stride):
+            segment = partial(self._segment, start, min(start + stride, n_steps))
+            if self.checkpoint_every is None:
+                outputs = segment(masks, xs)
+            else:
+                outputs = _Checkpoint.apply(  # type: ignore[no-untyped-call]
+                    segment, masks, len(xs), *xs, *weights
+                )
+            masks = (outputs[0], outputs[1])
+            states = outputs[2:]
+            rows = [states[i : i + len(xs)] for i in range(0, len(states), len(xs))]
+            self.recorded += rows[:-1]
+            xs = rows[-1]
+        if chain.active is not None and chain.steps_alive is not None:
+            chain.active.copy_(masks[0])
+            chain.steps_alive.copy_(masks[1])
+        return xs
+
+    def trajectory(self) -> Tensors | None:
+        """The recorded states: those of the chain's in-place steps, then those of :meth:`run`."""
+        kept = self.chain.trajectory
+        if kept is None or not self.recorded:
+            return kept
+        return tuple(
+            torch.cat([fast[: len(fast) - len(self.recorded)], torch.stack(states)])
+            for fast, states in zip(kept, zip(*self.recorded, strict=True), strict=True)
+        )
+
+    def _masks(self, first_step: int) -> _Masks:
+        chain, x = self.chain, self.chain.xs[0]
+        if first_step and chain.active is not None and chain.steps_alive is not None:
+            return chain.active.clone(), chain.steps_alive.clone()
+        ones = x.new_ones(x.shape[0], dtype=torch.bool)
+        return ones, x.new_zeros(x.shape[0], dtype=torch.int64)
+
+    def _leaves(self, xs: Tensors) -> Tensors:
+        """The tensors other than x that the model's output depends on and that want gradients."""
+        points = tuple(x.detach().requires_grad_() for x in xs)
+        with torch.enable_grad(), self.chain.autocast():
+            output = self.plan.gradient.function(
+                pack(points, self.chain.inputs.like), **self.chain.inputs.model_kwargs
+            )
+        outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+        seen: set[Any] = set()
+        found: list[Tensor] = []
+        nodes = [o.grad_fn for o in outputs]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and not any(leaf is p for p in points):
+                found.append(leaf)
+        return tuple(found)
+
+    def _segment(
+        self, start: int, stop: int, masks: _Masks, xs: Tensors, create_graph: bool = True
+    ) -> Tensors:
+        """The two masks, the recorded states and the last state."""
+        kept: list[Tensor] = []
+        for step in range(start, stop):
+            xs, masks = self._step(step, xs, masks, create_graph)
+            if self.plan.records(step):
+                kept += xs
+        return *masks, *kept, *xs
+
+    def _step(
+        self, step: int, xs: Tensors, masks: _Masks, create_graph: bool
+    ) -> tuple[Tensors, _Masks]:
+        chain, plan = self.chain, self.plan
+        points = self._with_noise_before(step, xs)
+        points = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in points)
+        state = pack(points, chain.inputs.like)
+        kwargs = chain.inputs.model_kwargs
+        with chain.autocast():
+            grads, u = plan.gradient(points, state, kwargs, create_graph=create_graph)
+        if not create_graph:
+            points = tuple(p.detach() for p in points)
+        mask = self._beside(step, points, tuple(g.detach() for g in grads), u, masks[0])
+        calls = [chain.functional_arguments(j, step) for j in range(len(xs))]
+        if len(xs) > 1:
+            grads = self._joint_clip(grads, calls)
+        moved = []
+        for j, (x, grad) in enumerate(zip(points, grads, strict=True)):
+            new = ops.langevin_step(x, laid_out(grad, x), chain.rngs[j], **calls[j])
+            moved.append(torch.where(per_chain_view(mask, x), new, xs[j]) if plan.masked else new)
+        return tuple(moved), (mask, masks[1] + mask)
+
+    def _with_noise_before(self, step: int, xs: Tensors) -> Tensors:
+        if not self.plan.noise_first:
+            return xs
+        noisy = []
+        for j, x in enumerate(xs):
+            arguments = {k: v for k, v in self.chain.noise_calls[j][step].items() if k != "active"}
+            noise = torch.zeros_like(x, requires_grad=False)
+            noisy.append(x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments))
+        return tuple(noisy)
+
+    @torch.no_grad()
+    def _beside(
+        self, step: int, xs: Tensors, grads: Tensors, u: Tensor | None, mask: Tensor
+    ) -> Tensor:
+        """The same step in place on the chain's buffers; returns the mask after it."""
+        chain = self.chain
+        if not (self.plan.masked or self.plan.keep_stats):
+            return mask
+        for buffer, x in zip(chain.xs, xs, strict=True):
+            buffer.copy_(x)
+        if chain.energies is not None and u is not None:
+            chain.energies[step].copy_(u)
+        if chain.active is None:
+            chain.update(step, grads)
+            return mask
+        chain.active.copy_(mask)
+        chain.update(step, grads)
+        return chain.active.clone()
+
+    def _joint_clip(self, grads: Tensors, calls: list[dict[str, Any]]) -> Tensors:
+        """Clips whose norm is over all tensors, applied here instead of by the op."""
+        shrink = joint_norm_scale(self.plan.clips, grads)
+        if shrink is None:
+            return grads
+        for call in calls:
+            call.update(grad_clip=None, grad_norm=None)
+        clip = self.plan.clips.get("grad_clip")
+        return tuple(
+            clip_gradient(grad, grad_clip=clip) * per_chain_view(shrink, grad) for grad in grads
+        )
+
+
+class _Checkpoint(torch.autograd.Function):
+    """A segment of a chain that keeps its inputs and is run again for its gradient.
+
+    torch.utils.checkpoint would recompute the segment already in the forward pass, once for the
+    energy's gradient at each step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        segment: Callable[..., Tensors],
+        masks: _Masks,
+        n_states: int,
+        *tensors: Tensor,
+    ) -> Tensors:
+        xs, weights = tensors[:n_states], tensors[n_states:]
+        ctx.segment, ctx.weights = segment, weights  # type: ignore[attr-defined]
+        ctx.random = _random_state(xs[0].device)  # type: ignore[attr-defined]
+        ctx.save_for_backward(*masks, *xs)
+        with torch.enable_grad():
+            outputs = segment(masks, tuple(x.detach() for x in xs), create_graph=False)
+        outputs = tuple(o.detach() for o in outputs)
+        ctx.mark_non_differentiable(*outputs[:2])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        active, alive, *saved = ctx.saved_tensors
+        xs = tuple(x.detach().requires_grad_() for x in saved)
+        device = xs[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _set_random_state(ctx.random, device)
+            with torch.enable_grad():
+                outputs = ctx.segment((active, alive), xs)[2:]
+        inputs = (*xs, *ctx.weights)
+        return (None, None, None, *torch.autograd.grad(
+            outputs, inputs, grads[2:], allow_unused=True
+        ))  # fmt: skip
+
+
+def _random_state(device: torch.device) -> Tensors:
+    """State of the generators that an energy may draw from (dropout)."""
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+
+
+def _set_random_state(state: Tensors, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

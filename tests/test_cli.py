@@ -1,0 +1,142 @@
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coopflow_ext import cli
+
+SMALL = [
+    *("--data", "digits", "--pretrain-steps", "2", "--steps", "4", "--batch-size", "16"),
+    *("--langevin-steps", "2", "--n-samples", "20"),
+]
+OPTIONS = [
+    "--flow-options",
+    '{"net": "mlp", "couplings": 2, "widths": [8]}',
+    "--energy-options",
+    '{"widths": [8]}',
+]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "coopflow_ext", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    result = run("train", "--out", str(out), *SMALL, *OPTIONS)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout, result.stderr
+
+
+def test_train_prints_the_table_and_the_place_of_the_picture(
+    trained: tuple[Path, str, str],
+) -> None:
+    out, printed, errors = trained
+    assert "Fréchet distance to the training data (digit-classifier-64 features, 20 samples" in (
+        printed
+    )
+    for row in ("held-out data", "after Langevin", "flow proposal", "flow proposal at step 0"):
+        assert row in printed
+    assert f"picture: {out / 'samples' / 'step-0000006.png'}" in printed
+    assert errors == ""  # no progress bar where there is no terminal
+
+
+def test_resume_with_more_steps(trained: tuple[Path, str, str]) -> None:
+    out, _, _ = trained
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
+    assert (out / "samples" / "step-0000007.png").exists()
+
+
+def test_sample(trained: tuple[Path, str, str], tmp_path: Path) -> None:
+    out, _, _ = trained
+    assert cli.main(["sample", str(out), "--n", "9", "--out", str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["sample", str(out), "--n", "9", "--out", str(tmp_path / "s.npy")]) == 0
+    numbers = np.load(tmp_path / "s.npy")
+    assert numbers.shape == (9, 1, 8, 8)
+    assert np.abs(numbers).max() <= 1
+
+
+def test_one_line_for_an_error_and_a_traceback_on_request(
+    trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _, _ = trained
+    command = ["train", "--out", str(out), *SMALL, *OPTIONS]
+    assert cli.main(command) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith(f"coopflow: {out} exists: continue it with --resume")
+    with pytest.raises(RuntimeError, match="exists"):
+        cli.main([*command, "--debug"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["train", "--out", "x", "--steps", "many"],
+        ["train", "--out", "x", "--preset", "huge"],
+        ["train", "--out", "x", "--flow-options", "[1]"],
+        ["sample", "x"],
+    ],
+)
+def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 2
+    assert "usage: coopflow" in capsys.readouterr().err
+
+
+def test_errors_of_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", str(tmp_path), "--out", str(tmp_path / "s.gif")]) == 1
+    assert "out must end in .png or .npy" in capsys.readouterr().err
+    assert cli.main(["sample", str(tmp_path), "--out", str(tmp_path / "s.png")]) == 1
+    assert "is not a run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_setting_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["train", "--out", str(out), "--batch-size", "0"]) == 1
+    assert "batch_size must be finite and ≥ 1, got 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_interrupt_is_130(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    from coopflow_ext.coop import Trainer
+
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> object:
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    out = tmp_path / "run"
+    assert cli.main(["train", "--out", str(out), *SMALL, *OPTIONS]) == 130
+    expected = f"stopped at step 4 and saved; go on with: coopflow train --out {out} --resume"
+    assert expected in capsys.readouterr().err
+
+
+def test_info_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert cli.main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out

@@ -1,0 +1,451 @@
+"""The cooperative algorithm, and what happens to a run when things go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coopflow_ext import Key, coop, reference
+from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
+from coopflow_ext.coop.checkpoint import load_checkpoint, write_atomically
+from coopflow_ext.coop.learner import Learner
+from coopflow_ext.data import Dataset, load
+from coopflow_ext.rng import USE_PRIOR
+
+TINY: dict[str, Any] = {
+    "preset": "digits-small",
+    "flow_options": {"net": "mlp", "couplings": 2, "widths": [16]},
+    "energy_options": {"widths": [16, 16]},
+    "batch_size": 16,
+    "langevin_steps": 3,
+    "pretrain_steps": 3,
+    "flow_frozen_steps": 2,
+    "steps": 7,
+    "warmup_steps": 2,
+    "n_samples": 20,
+    "log_every": 2,
+    "sample_every": 5,
+    "checkpoint_every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_dict({**TINY, **changes})
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+# --- the algorithm ------------------------------------------------------------------------------
+
+
+def test_one_iteration_is_the_papers(digits: Dataset) -> None:
+    """Proposal, T Langevin steps, flow step on the samples, EBM step: in plain PyTorch again."""
+    changes = {"pretrain_steps": 0, "flow_frozen_steps": 0, "warmup_steps": 0}
+    config = tiny(**changes, flow_ema=0.0, energy_ema=0.0)
+    trainer, twin = Trainer(config, digits), Trainer(config, digits)
+    flow, energy = twin.model.flow, twin.model.energy
+
+    # The twin's step by hand.
+    x, rng = twin.batches[0], Key(0).tensor()
+    z = reference.normal((16, 1, 8, 8), Key(0).fold_in(USE_PRIOR).tensor())
+    with torch.no_grad():
+        state = flow.to_data(flow.inverse_and_ladj(z)[0])
+    for step in range(3):
+        leaf = state.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+        state = reference.langevin_step(
+            state, grad, rng, drift=0.125, noise=0.02, step_clip=0.1, clamp=(-1, 1), step=step
+        )
+    flow_optimizer = torch.optim.Adam(flow.parameters(), config.flow_lr)
+    (-flow.log_prob(state, key=Key(0)).mean()).backward()
+    torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+    flow_optimizer.step()
+    energy.zero_grad()
+    energy_optimizer = torch.optim.Adam(energy.parameters(), config.energy_lr, (0.5, 0.9))
+    (energy(x).mean() - energy(state).mean()).backward()
+    energy_optimizer.step()
+
+    metrics = trainer.train_step()
+    assert trainer.key == Key(0, time=3)
+    assert metrics["energy_grad_norm"] > 0
+    for own, by_hand in zip(
+        trainer.model.state_dict().values(), twin.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(own, by_hand, rtol=1e-4, atol=2e-6)
+    assert not same(weights(trainer.model), weights(Trainer(config, digits).model))
+
+
+def test_pre_training_then_a_frozen_flow_then_both_learn(digits: Dataset) -> None:
+    trainer = Trainer(tiny(warmup_steps=0), digits)
+    learned = []
+    for _ in range(7):
+        flow, energy = weights(trainer.model.flow), weights(trainer.model.energy)
+        trainer.train_step()
+        now = not same(flow, weights(trainer.model.flow))
+        learned.append((now, not same(energy, weights(trainer.model.energy))))
+    assert learned == [(True, False)] * 3 + [(False, True)] * 2 + [(True, True)] * 2
+
+
+def test_flow_every(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=1, flow_every=3), digits)
+    updates = []
+    for _ in range(8):
+        trainer.train_step()
+        updates.append(trainer.flow.updates)
+    assert updates == [0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_warm_up_starts_at_rate_zero_and_rises_linearly() -> None:
+    layer = torch.nn.Linear(2, 1)
+    learner = Learner("l", layer, betas=(0.9, 0.999), warmup=4)
+    rates = []
+    for _ in range(6):
+        before = weights(layer)
+        learner.update(layer(torch.ones(3, 2)).square().mean(), 0.1)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        assert same(before, weights(layer)) == (len(rates) == 1)
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_weight_decay_acts_on_weight_norms_g_only() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    learner = Learner("l", layer, betas=(0.9, 0.999), weight_decay=5e-5)
+    decays = {
+        name: group["weight_decay"]
+        for group in learner.optimizer.param_groups
+        for name, p in layer.named_parameters()
+        if any(p is q for q in group["params"])
+    }
+    assert decays == {
+        "bias": 0.0,
+        "parametrizations.weight.original0": 5e-5,
+        "parametrizations.weight.original1": 0.0,
+    }
+
+
+def test_gradient_clip_bounds_the_norm() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    learner = Learner("l", layer, betas=(0.9, 0.999), grad_norm=0.5)
+    norm = learner.update(100 * layer(torch.ones(1, 2)).sum(), 0.1)
+    assert float(norm) == pytest.approx(100 * math.sqrt(2), rel=1e-5)
+    assert layer.weight.grad is not None
+    assert float(layer.weight.grad.norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_averaged_weights() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False)
+    learner = Learner("l", layer, betas=(0.9, 0.999), ema=0.5)
+    average = layer.weight.item()
+    for n in range(1, 13):
+        learner.update(layer(torch.ones(1, 1)).sum(), 0.1)
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * layer.weight.item()
+    own = layer.weight.item()
+    with learner.averaged():
+        assert layer.weight.item() == pytest.approx(average, abs=1e-6)
+    assert layer.weight.item() == own != pytest.approx(average, abs=1e-3)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    coop.train(tiny(), path)
+    return path
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C arrives in the middle of that step."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> dict[str, torch.Tensor]:
+        if self.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_run_folder_holds_what_it_promises(finished: Path) -> None:
+    assert TrainConfig.from_json((finished / "config.json").read_text()) == tiny()
+    steps = [line["step"] for line in RunFolder.open(finished).metrics()]
+    assert steps == [0, 2, 4, 5, 6, 8, 10, 10]
+    pictures = sorted(p.name for p in (finished / "samples").iterdir())
+    assert pictures == ["step-0000000.png", "step-0000005.png", "step-0000010.png"]
+    checkpoints = [step for step, _ in RunFolder.open(finished).checkpoints()]
+    assert checkpoints == [8, 10]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 7
+    assert summary["seconds"] > 0
+    assert summary["iterations_per_second"] > 0
+    assert summary["fd"]["n"] == 20
+    assert summary["fd"]["feature_space"] == "digit-classifier-64"
+    for name in ("held_out", "flow", "langevin", "flow_start"):
+        assert summary["fd"][name] > 0
+    assert summary["moment_gap"] > 0
+    assert summary["bits_per_dim"] > 0
+    assert (finished / summary["picture"]).exists()
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])  # in pre-training, frozen, both learning
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(coop.TrainingInterrupted, match=r"--resume") as stopped:
+            coop.train(tiny(), path)
+    assert str(path) in str(stopped.value)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert RunFolder.open(path).checkpoints()[-1][0] == step + 1
+    torch.rand(7)  # nothing may depend on torch's own generator
+    coop.train(None, path, resume=True)
+    ours, theirs = RunFolder.open(path), RunFolder.open(finished)
+    assert without_times(ours.metrics()) == without_times(theirs.metrics())
+    a, facts_a = load_checkpoint(ours.latest_checkpoint())
+    b, facts_b = load_checkpoint(theirs.latest_checkpoint())
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert facts_a["key"] == facts_b["key"]
+    picture = "samples/step-0000010.png"
+    assert (path / picture).read_bytes() == (finished / picture).read_bytes()
+
+
+def test_killed_between_checkpoints_repeats_the_steps_that_were_lost(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "run", Trainer.train_step
+
+    def die(self: Trainer) -> dict[str, torch.Tensor]:
+        if self.step == 7:
+            raise SystemError("killed")
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", die)
+        with pytest.raises(SystemError):
+            coop.train(tiny(), path)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "energy_')  # a line that was cut off
+    coop.train(None, path, resume=True)
+    ours, theirs = RunFolder.open(path), RunFolder.open(finished)
+    assert without_times(ours.metrics()) == without_times(theirs.metrics())
+
+
+def test_more_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    coop.train(tiny(steps=4), path)
+    summary = coop.train(tiny(), path, resume=True)
+    assert summary["steps"] == 7
+    a, _ = load_checkpoint(RunFolder.open(path).latest_checkpoint())
+    b, _ = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
+    assert all(torch.equal(a[name], b[name]) for name in b if not name.startswith("moments"))
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_existing_folder_without_resume(finished: Path) -> None:
+    before = snapshot(finished)
+    with pytest.raises(RunError, match=r"exists: continue it with --resume, or choose another"):
+        coop.train(tiny(), finished)
+    assert snapshot(finished) == before
+
+
+def test_resume_refuses_other_settings_and_fewer_steps(finished: Path) -> None:
+    before = snapshot(finished)
+    with pytest.raises(RunError, match=r"made with batch_size=16; --resume cannot change it to 8"):
+        coop.train(tiny(batch_size=8), finished, resume=True)
+    with pytest.raises(RunError, match="has done 10 steps already, more than the 5 asked for"):
+        coop.train(tiny(steps=2), finished, resume=True)
+    assert snapshot(finished) == before
+
+
+def test_resume_of_what_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is not a run: it has no readable config.json"):
+        coop.train(None, tmp_path, resume=True)
+    (tmp_path / "config.json").write_text('{"format": 99}')
+    with pytest.raises(RunError, match="not of format 1"):
+        coop.train(None, tmp_path, resume=True)
+
+
+def test_truncated_checkpoint_is_named_and_the_older_one_works(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny())
+    for _, path in RunFolder.open(finished).checkpoints():
+        (run.path / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    latest = run.latest_checkpoint()
+    latest.write_bytes(latest.read_bytes()[:-100])
+    expected = r"step-0000010.safetensors is truncated.*delete it to go on from step-0000008"
+    with pytest.raises(RunError, match=expected):
+        coop.train(None, run.path, resume=True)
+    latest.unlink()
+    assert coop.train(None, run.path, resume=True)["steps"] == 7
+
+
+def test_full_disk_during_a_run_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "run", os.fsync
+    checkpoint_syncs = 0
+
+    def fsync(fd: int) -> None:
+        nonlocal checkpoint_syncs
+        target = os.readlink(f"/proc/self/fd/{fd}")
+        checkpoint_syncs += target.endswith(".tmp") and "safetensors" in target
+        if checkpoint_syncs > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left on device"):
+            coop.train(tiny(), path)
+    run = RunFolder.open(path)
+    assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-0000004.safetensors"]
+    assert load_checkpoint(run.latest_checkpoint())[1]["step"] == 4
+    assert coop.train(None, path, resume=True)["steps"] == 7
+
+
+def test_a_write_that_the_system_cuts_off_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_divergence_is_reported_and_the_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.update_energy
+
+    def explode(self: Trainer, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+        metrics = original(self, *args)
+        if self.step == 5:
+            with torch.no_grad():
+                next(self.model.energy.parameters()).fill_(math.inf)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update_energy", explode)
+    with pytest.raises(RunError, match="diverged at step"):
+        coop.train(tiny(), tmp_path / "run")
+    assert RunFolder.open(tmp_path / "run").load_latest()[1]["step"] == 4
+
+
+def test_nothing_is_left_behind_by_settings_that_do_not_work(tmp_path: Path) -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"data": "mnist"}, "data must be one of"),
+        ({"flow": "nice"}, "flow must be one of realnvp"),
+        ({"flow_options": {"width": 3}}, "flow_options do not fit realnvp: .*'width'"),
+        ({"energy": "conv"}, "energy must be one of"),
+        ({"energy_options": {"depth": 3}}, "energy_options do not fit mlp"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            coop.train(tiny(**changes), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 1}, "unknown setting 'stepz'"),
+        ({"preset": "big"}, "preset must be one of"),
+        ({"batch_size": 0}, "batch_size must be finite and ≥ 1, got 0"),
+        ({"noise": -0.1}, "noise must be finite and ≥ 0, got -0.1"),
+        ({"step_size": math.nan}, "step_size must be finite"),
+        ({"flow_ema": 1.0}, r"flow_ema must be in \[0, 1\), got 1.0"),
+        ({"step_clip": 0.0}, "step_clip must be > 0"),
+        ({"steps": 0, "pretrain_steps": 0}, "must be ≥ 1, got 0"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_settings_survive_json() -> None:
+    for name in coop.PRESETS:
+        config = TrainConfig.from_dict({"preset": name})
+        assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_samples_do_not_depend_on_the_batch_size(finished: Path) -> None:
+    model = coop.CoopFlow.load(finished)
+    whole = model.sample(10, Key(1))
+    torch.testing.assert_close(model.sample(10, Key(1), batch_size=3), whole, rtol=0, atol=1e-5)
+    assert whole.shape == (10, 1, 8, 8)
+    assert whole.abs().max() <= 1
+    assert not torch.equal(whole, model.sample(10, Key(2)))
+
+
+def test_save_and_load(finished: Path, tmp_path: Path) -> None:
+    model = coop.CoopFlow.load(finished)
+    model.save(tmp_path / "model.safetensors")
+    again = coop.CoopFlow.load(tmp_path / "model.safetensors")
+    assert torch.equal(model.sample(4, Key(1)), again.sample(4, Key(1)))
+
+
+def test_load_takes_the_averaged_weights(finished: Path) -> None:
+    tensors, _ = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
+    loaded = coop.CoopFlow.load(finished).state_dict()
+    name = "energy.layers.0.weight"
+    assert torch.equal(loaded[name], tensors["energy_ema.layers.0.weight"])
+    assert not torch.equal(loaded[name], tensors[name])
+
+
+def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path) -> None:
+    built = coop.CoopFlow.load(finished)
+    own = coop.CoopFlow(built.flow, built.energy, built.sampler)
+    with pytest.raises(ValueError, match="save needs a model made by"):
+        own.save(tmp_path / "model.safetensors")
+    with pytest.raises(RunError, match="does not exist"):
+        coop.CoopFlow.load(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="n must be ≥ 1, got 0"):
+        own.sample(0)

@@ -1,0 +1,330 @@
+"""Flow++: the mixture coupling, the gated conditioner, the variational dequantiser, the builder."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from coopflow_ext import Key, flows
+from coopflow_ext.flows.gated import (
+    AuxNet,
+    ConditionerBlock,
+    GatedAttention,
+    GatedConv,
+    sinusoidal_positions,
+)
+from coopflow_ext.flows.layers import ActNorm
+
+DOUBLE = torch.float64
+SMALL = {"channels": 8, "blocks": 1, "components": 3, "dequant_blocks": 1, "dequant_components": 2}
+
+
+def _small(image_shape=(1, 4, 4), **overrides) -> flows.Flow:
+    torch.manual_seed(0)
+    return flows.flowpp(image_shape, **(SMALL | overrides))
+
+
+def _jacobian_ladj(function, x: Tensor) -> Tensor:
+    jacobian = torch.autograd.functional.jacobian(
+        lambda flat: function(flat.reshape(x.shape)).flatten(), x.flatten()
+    )
+    return torch.linalg.slogdet(jacobian).logabsdet
+
+
+def _conditioner(n_in: int, n_out: int, size: tuple[int, int], **kwargs) -> nn.Module:
+    return flows.FlowPPConditioner(n_in, n_out, size, channels=8, blocks=1, dropout=0.0, **kwargs)
+
+
+@pytest.mark.parametrize("split", ["channel", "checkerboard"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_mixture_coupling_ladj_and_inverse(split, flip):
+    torch.manual_seed(0)
+    features, size = (2, (4, 2)) if split == "checkerboard" else (1, (4, 4))
+    net = _conditioner(features, (2 + 9) * features, size)
+    coupling = flows.MixtureLogisticCoupling(net, features, 3, split, flip).double()
+    x = torch.randn(2, 2, 4, 4, dtype=DOUBLE)
+    y, ladj = coupling.call_and_ladj(x)
+    for i in range(2):
+        expected = _jacobian_ladj(lambda row: coupling.call_and_ladj(row)[0], x[i : i + 1])
+        torch.testing.assert_close(ladj[i], expected)
+    back, ladj_back = coupling.inverse_and_ladj(y)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)
+    torch.testing.assert_close(ladj_back, -ladj, rtol=0, atol=1e-7)
+
+
+def test_mixture_coupling_starts_from_rescaled_tanh():
+    """a = rescale·tanh(raw): at rescale g = 0 the coupling has no affine scale."""
+    net = _conditioner(1, 2 + 9, (4, 4))
+    coupling = flows.MixtureLogisticCoupling(net, 1, 3)
+    kept = torch.randn(2, 1, 4, 4)
+    raw = net(kept).view(2, 11, 1, 4, 4)
+    params = coupling._params(kept, flows.Context())
+    torch.testing.assert_close(params[:, 0], torch.tanh(raw[:, 0]))
+    assert torch.equal(params[:, 1:], raw[:, 1:])
+    with torch.no_grad():
+        coupling.rescale.parametrizations.weight.original0.fill_(0.5)
+    torch.testing.assert_close(
+        coupling._params(kept, flows.Context())[:, 0], 0.5 * torch.tanh(raw[:, 0])
+    )
+
+
+def test_positions_are_sines_and_cosines_of_geometric_timescales():
+    code = sinusoidal_positions(50, 6)
+    for position in (0, 1, 49):
+        for i, timescale in enumerate((1.0, 100.0, 10_000.0)):
+            assert code[position, i].item() == pytest.approx(
+                math.sin(position / timescale), abs=1e-5
+            )
+            assert code[position, 3 + i].item() == pytest.approx(
+                math.cos(position / timescale), abs=1e-5
+            )
+    assert sinusoidal_positions(4, 5)[:, 4].abs().max() == 0
+
+
+def test_gated_conv_is_the_written_formula():
+    torch.manual_seed(0)
+    layer = GatedConv(4, aux_channels=2).double()
+    x = torch.randn(2, 4, 3, 3, dtype=DOUBLE)
+    aux = torch.randn(2, 2, 3, 3, dtype=DOUBLE)
+
+    def concat_elu(t: Tensor) -> Tensor:
+        return torch.cat((nn.functional.elu(t), nn.functional.elu(-t)), 1)
+
+    h = nn.functional.conv2d(concat_elu(x), layer.conv.weight, layer.conv.bias, padding=1)
+    h = h + nn.functional.conv2d(concat_elu(aux), layer.aux.weight, layer.aux.bias)
+    h = nn.functional.conv2d(concat_elu(h), layer.gate.weight, layer.gate.bias)
+    expected = h[:, :4] * torch.sigmoid(h[:, 4:])
+    torch.testing.assert_close(layer(x, flows.Context(aux=aux)), expected)
+    with pytest.raises(ValueError, match=r"context\.aux is missing"):
+        layer(x)
+
+
+def test_gated_attention_is_the_written_formula():
+    torch.manual_seed(0)
+    layer = GatedAttention(8).double()
+    x = torch.randn(2, 5, 8, dtype=DOUBLE)
+    positions = sinusoidal_positions(5, 8).double()
+    keys, values, queries = ((x + positions) @ layer.project.weight.T).split(8, dim=-1)
+    heads = []
+    for h in range(4):
+        s = slice(2 * h, 2 * h + 2)
+        weights = (queries[..., s] @ keys[..., s].transpose(1, 2) / math.sqrt(2)).softmax(-1)
+        heads.append(weights @ values[..., s])
+    gate = torch.cat(heads, -1) @ layer.gate.weight.T + layer.gate.bias
+    expected = gate[..., :8] * torch.sigmoid(gate[..., 8:])
+    torch.testing.assert_close(layer(x, positions), expected)
+
+
+def test_attention_with_dropout_follows_the_same_formula():
+    """With a dropout too small to hit, the masked path equals the fused one."""
+    torch.manual_seed(0)
+    layer = GatedAttention(8, dropout=1e-9)
+    x, positions = torch.randn(2, 5, 8), sinusoidal_positions(5, 8)
+    masked = layer(x, positions, flows.Context(dropout_rng=Key(0).tensor()))
+    torch.testing.assert_close(masked, layer(x, positions))
+
+
+def test_block_does_not_depend_on_the_memory_format():
+    block = ConditionerBlock(8, 0.0)
+    x, positions = torch.randn(2, 8, 3, 5), sinusoidal_positions(15, 8)
+    there = block(x.contiguous(memory_format=torch.channels_last), positions)
+    torch.testing.assert_close(there, block(x, positions))
+
+
+def test_variational_dequantiser_is_a_density():
+    """ladj is −log q(u | x) of the noise u that was mixed in: −log N(ε) + log |du/dε|."""
+    torch.manual_seed(0)
+    flow = _small().double().eval()
+    dequantize = flow.dequantize
+    x = torch.rand(2, 1, 4, 4, dtype=DOUBLE)
+    eps = torch.randn_like(x)
+    v, ladj = dequantize.call_and_ladj(x, eps)
+    u = 256 * v - 255 * x
+    assert u.min() > 0
+    assert u.max() < 1
+    for i in range(2):
+        log_det = _jacobian_ladj(
+            lambda row, i=i: 256 * dequantize.call_and_ladj(x[i : i + 1], row)[0], eps[i : i + 1]
+        )
+        log_normal = -0.5 * eps[i].square().sum() - 8 * math.log(2 * math.pi)
+        torch.testing.assert_close(ladj[i], log_det - log_normal)
+
+
+def test_noise_of_the_dequantiser_is_normal_and_keyed():
+    dequantize = _small().dequantize
+    eps = dequantize.draw(torch.zeros(200, 1, 4, 4), Key(0).tensor())
+    # 3,200 draws: one standard deviation of the mean is 0.018, of the variance 0.025.
+    assert abs(eps.mean().item()) < 5 * 0.018
+    assert abs(eps.var().item() - 1) < 5 * 0.025
+    assert torch.equal(eps, dequantize.draw(torch.zeros(200, 1, 4, 4), Key(0).tensor()))
+
+
+def test_paper_configuration_has_the_papers_parameter_count():
+    with torch.device("meta"):
+        flow = flows.flowpp()
+    assert sum(p.numel() for p in flow.parameters()) == 28_784_792
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("image_shape", [(1, 4, 4), (3, 8, 8), (1, 6, 4)])
+def test_data_to_latent_and_back(image_shape, dtype):
+    """Law 6, after data-dependent initialisation."""
+    flow = _small(image_shape).to(dtype)
+    x = torch.rand(8, *image_shape, dtype=dtype) * 2 - 1
+    eps = torch.randn(8, *image_shape, dtype=dtype)
+    flow.initialize(x, eps=eps)
+    flow.eval()
+    with torch.no_grad():
+        z, _ = flow.call_and_ladj(x, eps=eps)
+        y, _ = flow.inverse_and_ladj(z)
+        v, _ = flow.dequantize.call_and_ladj((x + 1) / 2, eps)
+        logits, _ = flow.logit.call_and_ladj(v)
+    assert z.shape == x.shape
+    torch.testing.assert_close(y, logits, rtol=0, atol=1e-7 if dtype == DOUBLE else 2e-3)
+
+
+def test_ladj_of_the_whole_flow_is_that_of_the_jacobian():
+    flow = _small((1, 4, 4)).double().eval()
+    y = torch.randn(1, 1, 4, 4, dtype=DOUBLE)
+    expected = _jacobian_ladj(lambda t: flow.transform.call_and_ladj(t)[0], y)
+    torch.testing.assert_close(flow.transform.call_and_ladj(y)[1][0], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dequant_blocks": 0},
+        {"attention": False, "channels": 6},
+        {"scales": ((0, 2),)},
+        {"scales": ((0, 1), (1, 0))},
+        {"scales": ((0, 1), (1, 1), (2, 0)), "image_shape": (1, 8, 8)},
+        {"scales": ((1, 1),), "image_shape": (2, 4, 4)},
+        {"legacy_contrast": True, "legacy_cdf_clamp": True, "levels": 17},
+        {"blocks": 0},
+    ],
+)
+def test_configurations_train_and_sample(options):
+    flow = _small(**options)
+    x = torch.rand(4, *flow.event_shape) * 2 - 1
+    flow.initialize(x)
+    bits = flow.bits_per_dim(x, key=Key(0))
+    bits.backward()
+    assert bits.isfinite()
+    used = [p for p in flow.parameters() if p.grad is not None]
+    assert len(used) == len(list(flow.parameters()))
+    assert all(p.grad.isfinite().all() for p in used)
+    samples = flow.sample(2, Key(0))
+    assert samples.shape == (2, *flow.event_shape)
+    assert samples.abs().max() <= 1
+
+
+def test_a_few_steps_lower_the_bits_per_dim():
+    flow = _small((1, 4, 4), scales=((0, 2),), dequant_blocks=0, dropout=0.1)
+    x = torch.randint(0, 2, (32, 1, 4, 4)).float() * 2 - 1
+    flow.initialize(x, key=Key(0))
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    history = []
+    for step in range(20):
+        loss = flow.bits_per_dim(x, key=Key(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < history[0] - 1
+
+
+def test_dropout_is_keyed_and_off_in_eval_mode():
+    flow = _small(dropout=0.5)
+    x = torch.rand(4, 1, 4, 4)
+    eps = torch.randn(4, 1, 4, 4)
+    flow.initialize(x, eps=eps)
+    first = flow.log_prob(x, key=Key(1), eps=eps)
+    assert torch.equal(first, flow.log_prob(x, key=Key(1), eps=eps))
+    assert not torch.equal(first, flow.log_prob(x, key=Key(2), eps=eps))
+    flow.eval()
+    assert torch.equal(flow.log_prob(x, key=Key(1), eps=eps), flow.log_prob(x, eps=eps))
+
+
+def test_folded_passes_are_the_same_and_leave_no_trace():
+    flow = _small().eval()
+    z = torch.randn(2, 1, 4, 4)
+    expected, _ = flow.inverse_and_ladj(z)
+    with flow.folded():
+        torch.testing.assert_close(flow.inverse_and_ladj(z)[0], expected, rtol=0, atol=0)
+        weight = flow.transform.transforms[1].transforms[2].net.first.weight
+        assert weight is flow.transform.transforms[1].transforms[2].net.first.weight
+        assert not weight.requires_grad
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(flow.inverse_and_ladj(z)[0], expected)
+    assert flow.transform.transforms[1].transforms[2].net.first.weight.requires_grad
+
+
+def test_every_convolution_of_the_conditioner_is_weight_normed():
+    net = _conditioner(2, 4, (4, 4))
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 6
+    assert all(parametrize.is_parametrized(m, "weight") for m in layers)
+    assert not any(parametrize.is_parametrized(m) for m in AuxNet(2).layers[:1])
+
+
+def test_initialisation_survives_loading():
+    flow, other = _small(), _small()
+    flow.initialize(torch.rand(16, 1, 4, 4) * 2 - 1, key=Key(0))
+    other.load_state_dict(flow.state_dict())
+    before = [m.mean.clone() for m in other.modules() if isinstance(m, ActNorm)]
+    other.log_prob(torch.rand(16, 1, 4, 4), key=Key(1))
+    after = [m.mean for m in other.modules() if isinstance(m, ActNorm)]
+    assert len(before) == 9 + 4
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_log_prob_is_one_graph():
+    flow = _small(scales=((0, 1),))
+    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    eps = torch.randn(2, 1, 4, 4)
+    flow.initialize(x, eps=eps)
+    flow.eval()
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, eps=eps), flow.log_prob(x, eps=eps))
+
+
+def test_check_finite_names_the_rows():
+    params = torch.zeros(4, 11, 1, 2, 2)
+    flows.check_finite(params)
+    params[1, 0, 0, 0, 0] = math.nan
+    params[3, 5, 0, 1, 1] = math.inf
+    with pytest.raises(ValueError, match=r"infinite values: \[1, 3\]"):
+        flows.check_finite(params)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _small(components=0), "components must be ≥ 1"),
+        (lambda: flows.MixtureLogisticCoupling(nn.Identity(), 1, 0), "components must be ≥ 1"),
+        (lambda: _small(channels=6), "multiple of 4 heads"),
+        (lambda: _small((1, 5, 4)), "multiples of 2"),
+        (lambda: _small((1, 6, 6)), "multiple of 4 for a checkerboard in scale 2"),
+        (lambda: _small((4, 4)), r"image_shape must be \(C, H, W\)"),
+        (lambda: _small(scales=()), "scales must be pairs"),
+        (lambda: _small(scales=((0, 4), (0, 0))), "scales must be pairs"),
+        (lambda: _small(scales=((1, 1),)), "even channels"),
+        (lambda: _small(dequant_blocks=-1), "dequant_blocks must be ≥ 0"),
+        (lambda: _small(dropout=-0.1), "dropout must be"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_wrong_conditioner_output_is_refused():
+    coupling = flows.MixtureLogisticCoupling(_conditioner(1, 12, (4, 4)), 1, 3)
+    with pytest.raises(ValueError, match="net must return 11·1 channels"):
+        coupling.call_and_ladj(torch.zeros(1, 2, 4, 4))

@@ -1,0 +1,253 @@
+"""Every preset against its equation, in plain PyTorch with supplied normals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from coopflow_ext import presets
+from coopflow_ext.energies import MLPEnergy
+
+B, D, T = 6, 4, 20
+
+
+def smooth_energy(x: Tensor) -> Tensor:
+    """Not quadratic, with gradients of order one."""
+    return (0.3 * x.square() + torch.sin(2 * x)).sum(1)
+
+
+def gradient(x: Tensor, energy=smooth_energy) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return torch.rand(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def xi() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(T, B, D, dtype=torch.float64, generator=generator)
+
+
+def check(sampler, x0: Tensor, xi: Tensor, step, **call) -> None:
+    """``step(x, k, ξ)`` repeated T times equals the sampler, to rounding in float64."""
+    x = x0
+    for k in range(T):
+        x = step(x, k, xi[k])
+    torch.testing.assert_close(sampler(x0, xi=xi, **call).x, x, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(x, x0)
+
+
+def test_coopflow(x0, xi):
+    def step(x, k, z):
+        d = (0.5 * 0.3**2 * gradient(x)).clamp(-0.1, 0.1)
+        return (x - d).clamp(-1, 1)
+
+    check(presets.coopflow(smooth_energy, step_size=0.3, n_steps=T), x0, xi, step)
+
+
+def test_coopnets(x0, xi):
+    def step(x, k, z):
+        return x - 0.5 * 0.002**2 * (gradient(x) + x / 0.016**2) + 0.002 * z
+
+    check(presets.coopnets(smooth_energy, n_steps=T), x0, xi, step)
+
+
+def test_coopvaebm(x0, xi):
+    def step(x, k, z):
+        return x - 0.5 * 0.002**2 * (gradient(x) + x / 0.016**2)
+
+    check(presets.coopvaebm(smooth_energy, n_steps=T), x0, xi, step)
+
+
+@pytest.mark.parametrize("preset", [presets.short_run, presets.jem])
+def test_short_run_and_jem(preset, x0, xi):
+    def energy(x):  # curvature below 2, or the map x − ∇U would be chaotic
+        return 0.2 * smooth_energy(x)
+
+    def step(x, k, z):
+        return x - gradient(x, energy) + 0.01 * z
+
+    check(preset(energy, n_steps=T), x0, xi, step)
+
+
+@pytest.mark.parametrize("m", [None, 1e-3])
+def test_life_cycle(m, x0, xi):
+    eps, tau = 0.005, 1e-4
+
+    def step(x, k, z):
+        g = gradient(x) / tau
+        if m is not None:
+            norm = g.norm(dim=1, keepdim=True)
+            g = g * (m / (0.5 * eps**2) / norm).clamp(max=1)
+        return x - 0.5 * eps**2 * g + eps * z
+
+    check(presets.life_cycle(smooth_energy, n_steps=T, max_step_norm=m), x0, xi, step)
+
+
+def test_hat_ebm(x0, xi):
+    eps, tau, m = 5e-4, 1e-8, 2.5
+    slope = torch.linspace(0, 0.5, B, dtype=torch.float64)
+
+    def energy(x):  # the norm's limit acts on some chains
+        return 0.02 * smooth_energy(x) + slope * x.sum(1)
+
+    def step(x, k, z):
+        g = gradient(x, energy) / tau
+        norm = g.norm(dim=1, keepdim=True)
+        g = g * (m / (0.5 * eps**2) / norm).clamp(max=1)
+        return x - 0.5 * eps**2 * g + eps * z
+
+    check(presets.hat_ebm(energy, n_steps=T), x0, xi, step)
+
+
+def test_igebm(x0, xi):
+    def step(x, k, z):
+        x = x + 0.005 * z
+        return (x - 10 * gradient(x).clamp(-0.01, 0.01)).clamp(0, 1)
+
+    check(presets.igebm(smooth_energy, n_steps=T), x0, xi, step)
+    check(presets.igebm(smooth_energy, n_steps=T, on_nonfinite="ignore"), x0, xi, step)
+
+
+@pytest.mark.parametrize("decay_noise", [False, True])
+def test_improved_cd(decay_noise, x0, xi):
+    def energy(x):
+        return 0.002 * smooth_energy(x)
+
+    def step(x, k, z):
+        d_k = (T - k - 1) / T if decay_noise else 1.0
+        x = x + 0.001 * d_k * z
+        return (x - 100 * gradient(x, energy)).clamp(0, 1)
+
+    check(presets.improved_cd(energy, n_steps=T, decay_noise=decay_noise), x0, xi, step)
+
+
+def test_improved_cd_last_step_is_differentiable(x0, xi):
+    """The KL term's gradient: through the last step only, with its x taken as a constant."""
+    energy = MLPEnergy(D, widths=(8,)).double()
+    sampler = presets.improved_cd(energy, n_steps=T, differentiable_last=True)
+    parameters = list(energy.parameters())
+    end = sampler(x0, xi=xi).x
+    got = torch.autograd.grad(end.square().sum(), parameters, allow_unused=True)
+
+    x = x0
+    for k in range(T):
+        x = (x + 0.001 * xi[k]).detach().requires_grad_()
+        last = k == T - 1
+        (g,) = torch.autograd.grad(energy(x).sum(), x, create_graph=last)
+        x = (x - 100 * g).clamp(0, 1)
+    torch.testing.assert_close(end, x, rtol=1e-10, atol=1e-12)
+    expected = torch.autograd.grad(x.square().sum(), parameters, allow_unused=True)
+    assert sum(g is not None for g in got) >= 3
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_clel(x0, xi):
+    def energy(x):
+        return 0.002 * smooth_energy(x)
+
+    def step(x, k, z):
+        return (x - 100 * gradient(x, energy) + 0.001 * z).clamp(0, 1)
+
+    check(presets.clel(energy, n_steps=T), x0, xi, step)
+
+
+def test_vaebm_moves_every_tensor_of_the_state(x0, xi):
+    eta = 0.02
+
+    def energy(state):
+        x, z = state
+        return smooth_energy(x) + (x.mean(1, keepdim=True) * z).square().sum(1)
+
+    z0, zeta = x0[:, :3] - 0.5, xi.flip(0)[..., :3]
+    x, z = x0, z0
+    for k in range(T):
+        x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
+        gx, gz = torch.autograd.grad(energy((x, z)).sum(), (x, z))
+        x = x - 0.5 * eta * gx + eta**0.5 * xi[k]
+        z = z - 0.5 * eta * gz + eta**0.5 * zeta[k]
+    out = presets.vaebm(energy, n_steps=T, step_size=eta)((x0, z0), xi=(xi, zeta))
+    assert isinstance(out.x, tuple)
+    torch.testing.assert_close(out.x, (x, z), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1.0, 0.99])
+def test_drl_with_values_per_chain(n, x0, xi):
+    s = torch.linspace(0.05, 0.3, B, dtype=torch.float64)
+    sigma = torch.linspace(0.2, 1.0, B, dtype=torch.float64)
+    x_ref = x0.flip(0)
+    col = (slice(None), None)
+
+    def step(x, k, z):
+        pulled = gradient(x) + (x - x_ref) / sigma[col] ** 2
+        return x - 0.5 * s[col] ** 2 * pulled + n * s[col] * z
+
+    sampler = presets.drl(
+        smooth_energy, n_steps=T, step_size=s[None], pull_std=sigma, noise_scale=n
+    )
+    check(sampler, x0, xi, step, x_ref=x_ref)
+
+
+def test_ula(x0, xi):
+    eta, tau = 0.05, 0.3
+
+    def step(x, k, z):
+        return x - eta * gradient(x) + (2 * eta * tau) ** 0.5 * z
+
+    check(presets.ula(smooth_energy, n_steps=T, step_size=eta, temperature=tau), x0, xi, step)
+
+
+def test_overrides_replace_the_loops_own_options(x0, xi):
+    def step(x, k, z):
+        d = (0.5 * 0.3**2 * gradient(x)).clamp(-0.02, 0.02)
+        return x - d + 0.1 * z
+
+    sampler = presets.coopflow(
+        smooth_energy, step_size=0.3, n_steps=T, step_clip=0.02, clamp=None, noise=0.1
+    )
+    check(sampler, x0, xi, step)
+
+    def quiet(x, k, z):
+        return x - 0.5 * 0.2**2 * (gradient(x) + x / 0.5**2)
+
+    sampler = presets.coopnets(
+        smooth_energy, step_size=0.2, reference_std=0.5, n_steps=T, noise=0.0
+    )
+    check(sampler, x0, xi, quiet)
+
+
+def test_defaults_are_those_of_the_table():
+    steps = {"coopflow": 30, "coopnets": 15, "coopvaebm": 15, "short_run": 100, "life_cycle": 100,
+             "hat_ebm": 50, "igebm": 60, "improved_cd": 40, "clel": 60, "jem": 20,
+             "vaebm": 10}  # fmt: skip
+    for name, n_steps in steps.items():
+        assert getattr(presets, name)(smooth_energy).plan.n_steps == n_steps
+    assert presets.coopflow(smooth_energy).plan.coefficients["drift"] == pytest.approx(0.03**2 / 2)
+    assert presets.vaebm(smooth_energy).plan.coefficients["noise"] == pytest.approx(8e-5**0.5)
+    assert presets.drl(smooth_energy, step_size=0.1, pull_std=1.0).plan.n_steps == 30
+    assert set(presets.__all__) == {*steps, "drl", "ula"}
+
+
+def test_required_letters_and_wrong_values():
+    with pytest.raises(TypeError, match="temperature"):
+        presets.ula(smooth_energy, n_steps=3, step_size=0.1)
+    with pytest.raises(TypeError, match="pull_std"):
+        presets.drl(smooth_energy, step_size=0.1)
+    with pytest.raises(ValueError, match="pull_std"):
+        presets.drl(smooth_energy, step_size=0.1, pull_std=0.0)
+    with pytest.raises(ValueError, match="max_step_norm"):
+        presets.life_cycle(smooth_energy, step_size=lambda k: 0.1, max_step_norm=1.0)
+    with pytest.raises(ValueError, match="energy_temperature"):
+        presets.life_cycle(smooth_energy, energy_temperature=0.0)
+    with pytest.raises(ValueError, match="temperature and noise"):
+        presets.jem(smooth_energy, temperature=0.5)
+    with pytest.raises(ValueError, match="x_ref"):
+        presets.drl(smooth_energy, step_size=0.1, pull_std=1.0)(torch.zeros(2, 3))

@@ -1,0 +1,247 @@
+"""Bad input to LangevinSampler, and chains that blow up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.samplers import LangevinSampler
+
+
+def energy(x: Tensor) -> Tensor:
+    return 0.5 * x.square().flatten(1).sum(1)
+
+
+X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({}, ValueError, "step_size.*drift"),
+        ({"step_size": 0.1, "drift": 0.1}, ValueError, "step_size.*drift"),
+        ({"step_size": 0.1, "noise": 0.1}, ValueError, "noise goes with drift"),
+        ({"drift": 0.1, "noise": 0.1, "temperature": 1.0}, ValueError, "temperature and noise"),
+        ({"drift": 0.1, "noise": -0.1}, ValueError, "noise must be ≥ 0"),
+        ({"drift": float("nan")}, ValueError, "drift"),
+        ({"drift": float("inf")}, ValueError, "drift"),
+        ({"drift": "0.1"}, TypeError, "drift"),
+        ({"drift": True}, TypeError, "drift must be a number"),
+        ({"drift": torch.ones(5)}, ValueError, "drift must have one value for each of 3 steps"),
+        ({"drift": [0.1, 0.2]}, ValueError, "drift must have one value for each of 3 steps"),
+        ({"drift": torch.ones(2, 4)}, ValueError, r"drift must be .*got shape \(2, 4\)"),
+        ({"drift": torch.tensor([0.1, float("nan"), 0.1])}, ValueError, "drift must be finite"),
+        ({"drift": lambda k: -1.0}, ValueError, "drift"),
+        ({"drift": torch.ones(3, dtype=torch.complex64)}, TypeError, "drift must be real"),
+        ({"step_size": 0.1, "temperature": -1.0}, ValueError, "temperature"),
+        ({"step_size": 0.1, "grad_clip": 0.0}, ValueError, "grad_clip must be > 0"),
+        ({"step_size": 0.1, "grad_norm": -1.0}, ValueError, "grad_norm"),
+        ({"step_size": 0.1, "step_clip": float("nan")}, ValueError, "step_clip"),
+        ({"step_size": 0.1, "clamp": (1.0, -1.0)}, ValueError, "clamp must be"),
+        ({"step_size": 0.1, "clamp": (0.0, float("nan"))}, ValueError, "clamp must be"),
+        ({"step_size": 0.1, "clamp": 1.0}, TypeError, "clamp must be a pair"),
+        ({"step_size": 0.1, "clamp_when": "start"}, ValueError, "clamp_when"),
+        ({"step_size": 0.1, "on_nonfinite": "stop"}, ValueError, "on_nonfinite"),
+        ({"step_size": 0.1, "reference_std": 0.0}, ValueError, "reference_std"),
+        ({"step_size": 0.1, "pull": 1.0}, TypeError, "pull must be a pair"),
+        ({"step_size": 0.1, "pull": (None, -1.0)}, ValueError, "strength"),
+        ({"step_size": 0.1, "thin": 0}, ValueError, "thin must be ≥ 1"),
+        ({"step_size": 0.1, "chain_offset": -1}, ValueError, "chain_offset"),
+        ({"step_size": 0.1, "chain_offset": 2**63}, ValueError, "chain_offset"),
+        ({"step_size": 0.1, "n_steps": 2.0}, TypeError, "n_steps must be an int"),
+        ({"step_size": 0.1, "n_steps": -1}, ValueError, "n_steps"),
+        ({"step_size": 0.1, "autocast": torch.float32}, ValueError, "autocast"),
+        ({"step_size": 0.1, "cuda_graph": "yes"}, ValueError, "cuda_graph"),
+        ({"step_size": 0.1, "differentiable": "first"}, ValueError, "differentiable"),
+        ({"step_size": 0.1, "checkpoint_every": 2}, ValueError, "checkpoint_every needs"),
+        ({"step_size": 0.1, "cuda_graph": True, "differentiable": True}, ValueError, "cuda_graph"),
+        ({"step_size": 0.1, "score": lambda x: -x}, ValueError, "exactly one of energy and score"),
+        ({"step_size": 0.1, "negative_score": True}, TypeError, "negative_score"),
+    ],
+)
+def test_options_are_refused_by_name(options, error, match):
+    with pytest.raises(error, match=match):
+        LangevinSampler(energy, **{"n_steps": 3, **options})
+
+
+def test_what_to_sample_is_refused_by_name():
+    with pytest.raises(ValueError, match="exactly one of energy and score"):
+        LangevinSampler(n_steps=3, step_size=0.1)
+    with pytest.raises(TypeError, match="energy must be callable"):
+        LangevinSampler(3.0, n_steps=3, step_size=0.1)
+    with pytest.raises(TypeError, match="score must be callable"):
+        LangevinSampler(score=3.0, n_steps=3, step_size=0.1)
+    with pytest.raises(ValueError, match="negative_energy"):
+        LangevinSampler(score=energy, n_steps=3, step_size=0.1, negative_energy=True)
+
+
+class Unchanged:
+    """x0 and the network's requires_grad must survive what happens inside."""
+
+    def __init__(self) -> None:
+        self.net = MLPEnergy(3)
+        next(self.net.parameters()).requires_grad_(False)
+        self.before = [p.requires_grad for p in self.net.parameters()]
+
+    def check(self) -> None:
+        assert [p.requires_grad for p in self.net.parameters()] == self.before
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module, change) -> None:
+        super().__init__()
+        self.net, self.change = net, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.net(x))
+
+
+def change_a_parameter(net: nn.Module):
+    def change(u):
+        with torch.no_grad():
+            next(net.parameters()).add_(0.0)
+        return u
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda u: u.sum(), ValueError, r"energy must return .*\(4,\).*got shape \(\)"),
+        (lambda u: u[:3], ValueError, r"got shape \(3,\)"),
+        (lambda u: u[:, None, None], ValueError, r"got shape \(4, 1, 1\)"),
+        (lambda u: u[:, None].expand(4, 2), ValueError, r"got shape \(4, 2\)"),
+        (lambda u: u.detach(), ValueError, "detached"),
+        (lambda u: u.long(), TypeError, "energy must return floating-point numbers"),
+        (lambda u: u.tolist(), TypeError, "energy must return a tensor, got list"),
+        (lambda u: 1 / 0, ZeroDivisionError, "division"),
+        ("parameter", ValueError, "energy changed its parameters"),
+    ],
+)
+@pytest.mark.parametrize("stats", [False, True])
+def test_energies_are_refused(change, error, match, stats):
+    guard = Unchanged()
+    change = change_a_parameter(guard.net) if change == "parameter" else change
+    x0 = X0.clone()
+    sampler = LangevinSampler(Wrapped(guard.net, change), n_steps=3, step_size=0.1, stats=stats)
+    with pytest.raises(error, match=match):
+        sampler(x0)
+    guard.check()
+    assert torch.equal(x0, X0)
+
+
+def test_an_energy_that_ignores_a_tensor_of_the_state():
+    with pytest.raises(ValueError, match="does not depend on tensor 1"):
+        LangevinSampler(lambda s: energy(s[0]), n_steps=1, step_size=0.1)([X0, X0])
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "match"),
+    [
+        (lambda x: x.sum(1), ValueError, r"score must have the shape of x, \(4, 3\), got \(4,\)"),
+        (lambda x: x.long(), TypeError, "score must return floating-point"),
+        (lambda x: [x, x], TypeError, r"score must return 1 tensor"),
+        (lambda x: None, TypeError, "score must return"),
+    ],
+)
+def test_scores_are_refused(score, error, match):
+    with pytest.raises(error, match=match):
+        LangevinSampler(score=score, n_steps=3, step_size=0.1)(X0)
+
+
+@pytest.mark.parametrize(
+    ("x0", "call", "error", "match"),
+    [
+        (X0.long(), {}, TypeError, "x0 must be floating point, got torch.int64"),
+        (torch.tensor(1.0), {}, ValueError, "x0 must be"),
+        (3.0, {}, TypeError, "x0 must be a tensor"),
+        ([], {}, TypeError, "x0 must be a tensor or a non-empty"),
+        ([X0, X0[:2]], {}, ValueError, "same number of chains"),
+        (X0, {"xi": torch.zeros(2, 4, 3)}, ValueError, r"xi must have shape \(3, 4, 3\)"),
+        (X0, {"xi": [0.0]}, TypeError, "xi must be a tensor"),
+        (X0, {"x_ref": X0}, ValueError, "x_ref needs the option pull"),
+        (X0, {"chain_offset": -2}, ValueError, "chain_offset"),
+        (X0, {"key": cf.Key(0, time=2**32 - 2)}, OverflowError, "fold_in"),
+    ],
+)
+def test_calls_are_refused(x0, call, error, match):
+    with pytest.raises(error, match=match):
+        LangevinSampler(energy, n_steps=3, step_size=0.1)(x0, **call)
+
+
+def test_values_per_chain_must_fit_the_batch():
+    sampler = LangevinSampler(energy, n_steps=3, drift=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="drift has values for 5 chains, but x0 has 4"):
+        sampler(X0)
+
+
+def test_options_that_need_a_kind_of_x0():
+    with pytest.raises(ValueError, match="channels_last needs x0"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1, channels_last=True)(X0)
+    with pytest.raises(ValueError, match="cuda_graph=True needs x0 on a CUDA device"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1, cuda_graph=True)(X0)
+    with pytest.raises(ValueError, match="x_ref must have shape"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1, pull=(X0, 1.0))(X0[:2])
+
+
+class BlowsUp:
+    """A quadratic whose gradient is NaN in one chain from the third call on."""
+
+    def __init__(self, chain: int = 2) -> None:
+        self.chain, self.calls = chain, 0
+
+    def __call__(self, x: Tensor | list[Tensor]) -> Tensor:
+        x = x if isinstance(x, Tensor) else x[1] + 0 * x[0]
+        self.calls += 1
+        factor = torch.ones(len(x))
+        if self.calls > 2:
+            factor[self.chain] = float("nan")
+        return 0.5 * factor * x.square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("noise_first", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_chain_keeps_its_last_finite_state(noise_first, several, differentiable):
+    options = {"drift": 0.1, "noise": 0.1, "noise_before_gradient": noise_first,
+               "differentiable": differentiable}  # fmt: skip
+    x0 = [X0, X0] if several else X0
+    key = cf.Key(3)
+
+    def last(state):
+        return torch.stack(state) if several else state
+
+    two = LangevinSampler(BlowsUp(), n_steps=2, **options)(x0, key=key)
+    sampler = LangevinSampler(
+        BlowsUp(), n_steps=6, on_nonfinite="freeze", stats=True, return_trajectory=True, **options
+    )
+    out = sampler(x0, key=key)
+    x = last(out.x)
+    assert x.isfinite().all()
+    assert torch.equal(x[..., 2, :], last(two.x)[..., 2, :])
+    trajectory = last(out.trajectory)
+    assert torch.equal(trajectory[..., -1, 2, :], x[..., 2, :])
+    assert torch.equal(trajectory[..., 2, 2, :], x[..., 2, :])
+    assert (out.stats.nonfinite[:, 2] > 0).tolist() == [False, False, True, True, True, True]
+
+    healthy = LangevinSampler(lambda s: energy(s[1] + 0 * s[0] if several else s), n_steps=6,
+                              **options)(x0, key=key)  # fmt: skip
+    others = [0, 1, 3]
+    torch.testing.assert_close(x[..., others, :], last(healthy.x)[..., others, :])
+
+    with pytest.raises(cf.NonFiniteError, match="first at step 2") as caught:
+        LangevinSampler(BlowsUp(), n_steps=6, **options)(x0, key=key)
+    assert caught.value.step == 2
+    assert caught.value.chains.tolist() == [2]
+    kept = caught.value.x
+    assert torch.equal(torch.stack(kept) if several else kept, x)
+
+
+def test_ignore_lets_a_chain_go():
+    out = LangevinSampler(BlowsUp(), n_steps=6, step_size=0.1, on_nonfinite="ignore")(X0)
+    assert out.x[2].isnan().all()
+    assert out.x[[0, 1, 3]].isfinite().all()
