@@ -4,6 +4,9 @@
 
 #include "tile.h"
 
+// Says that the elements of a block do not depend on one another: too many rows to check pairwise.
+#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep")
+
 namespace coopflow {
 namespace COOPFLOW_ISA {
 namespace {
@@ -39,16 +42,15 @@ class Components {
       for (int64_t i = 0; i < kWidth; ++i) peak[i] = larger_of(peak[i], row[i]);
     }
     for (int64_t k = 0; k < count; ++k) {
-      A* logit = log_weight + k * kWidth;
-      A* weight = weight_ + k * kWidth;
-      A* inv_scale = inv_scale_ + k * kWidth;
-      const A* scale = log_scale + k * kWidth;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        logit[i] -= peak[i];
-        const Component<A> c = make_component(logit[i], A(0), scale[i]);
-        weight[i] = c.weight;
-        inv_scale[i] = c.inv_scale;
-      }
+      for (int64_t i = 0; i < kWidth; ++i) log_weight[k * kWidth + i] -= peak[i];
+    }
+    // One loop over all rows: what make_component reads and writes does not overlap.
+    A* __restrict weight = weight_;
+    A* __restrict inv_scale = inv_scale_;
+    for (int64_t j = 0; j < count * kWidth; ++j) {
+      const Component<A> c = make_component(log_weight[j], A(0), log_scale[j]);
+      weight[j] = c.weight;
+      inv_scale[j] = c.inv_scale;
     }
   }
 
@@ -88,6 +90,7 @@ template <typename A>
 void direct_sums(const Components<A>& m, const A* x, Sums<A>& sums) {
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, MixtureSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       MixtureSums<A> s = sums.at(i);
       add(s, x[i], m.at(k, i));
@@ -112,6 +115,7 @@ template <typename A>
 void find_peaks(const Components<A>& m, const A* x, Peaks<A>& peaks) {
   for (int64_t i = 0; i < kWidth; ++i) peaks.set(i, MixturePeaks<A>());
   for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       MixturePeaks<A> p = peaks.at(i);
       raise(p, x[i], m.at(k, i), m.log_at(k, i));
@@ -144,6 +148,7 @@ void scaled_sums(const Components<A>& m, const A* x, Scaled<A>& sums) {
   find_peaks(m, x, sums.peaks);
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, ScaledSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       ScaledSums<A> s = sums.at(i);
       add(s, x[i], m.at(k, i), m.log_at(k, i), sums.peaks.at(i));
@@ -165,42 +170,48 @@ struct Logits {
 
 // logit F and its slope at x for the elements that are pending; others may hold anything.
 template <typename A>
-void evaluate(const Components<A>& m, const A* x, const bool* pending, Sums<A>& sums,
+void evaluate(const Components<A>& m, const A* x, const int32_t* pending, Sums<A>& sums,
               Logits<A>& logits) {
   direct_sums(m, x, sums);
-  bool direct = true;
+  int32_t any = 0;
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     logits.set(i, direct_logit(sums.at(i)));
-    direct &= !pending[i] || logit_is_direct(sums.at(i));
+    any |= logit_is_direct(sums.at(i)) ? 0 : pending[i];
   }
-  if (direct) return;
+  if (any == 0) return;
   Scaled<A> scaled;
   scaled_sums(m, x, scaled);
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    if (!logit_is_direct(sums.at(i))) {
-      logits.set(i, scaled_logit(scaled.at(i), scaled.peaks.at(i)));
-    }
+    const bool direct = logit_is_direct(sums.at(i));
+    const MixtureLogit<A> of = scaled_logit(scaled.at(i), scaled.peaks.at(i));
+    logits.value[i] = direct ? logits.value[i] : of.value;
+    logits.slope[i] = direct ? logits.slope[i] : of.slope;
   }
 }
 
 // logit F and the logarithm of its slope, from the direct sums at x.
 template <typename A>
 void finish(const Components<A>& m, const A* x, const Sums<A>& sums, A* logit, A* log_slope) {
-  bool direct = true;
+  int32_t any = 0;
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     const MixtureLogit<A> at = direct_logit(sums.at(i));
     logit[i] = at.value;
     log_slope[i] = direct_log_slope(at);
-    direct &= all_is_direct(sums.at(i));
+    any |= all_is_direct(sums.at(i)) ? 0 : 1;
   }
-  if (direct) return;
+  if (any == 0) return;
   Scaled<A> scaled;
   scaled_sums(m, x, scaled);
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    if (all_is_direct(sums.at(i))) continue;
+    const bool direct = all_is_direct(sums.at(i));
     const MixtureLogit<A> at = scaled_logit(scaled.at(i), scaled.peaks.at(i));
-    logit[i] = at.value;
-    log_slope[i] = scaled_log_slope(at, scaled.at(i), scaled.peaks.at(i));
+    const A of = scaled_log_slope(at, scaled.at(i), scaled.peaks.at(i));
+    logit[i] = direct ? logit[i] : at.value;
+    log_slope[i] = direct ? log_slope[i] : of;
   }
 }
 
@@ -208,13 +219,16 @@ void finish(const Components<A>& m, const A* x, const Sums<A>& sums, A* logit, A
 template <typename A>
 void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
   alignas(64) A low[kWidth], high[kWidth], step[kWidth], step_before[kWidth], total[kWidth];
-  bool pending[kWidth];
+  int32_t pending[kWidth];
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     low[i] = INFINITY;
     high[i] = -INFINITY;
     x[i] = total[i] = A(0);
+    sums.set(i, MixtureSums<A>());
   }
   for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       const Component<A> c = m.at(k, i);
       const A quantile = component_quantile(c, target[i]);
@@ -224,27 +238,36 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
       total[i] += c.weight;
     }
   }
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     x[i] = clamp_keep_nan(x[i] / total[i], low[i], high[i]);
     step[i] = step_before[i] = A(2) * (high[i] - low[i]);
-    pending[i] = is_finite(target[i]);
+    pending[i] = is_finite(target[i]) ? 1 : 0;
   }
   Logits<A> logits;
-  bool any = true;
-  for (int n = 0; any && n < MixtureConstants<A>::kMaxEvaluations; ++n) {
-    evaluate(m, x, pending, sums, logits);
-    any = false;
+  Sums<A> at_x;
+  int32_t any = 1;
+  for (int n = 0; any != 0 && n < MixtureConstants<A>::kMaxEvaluations; ++n) {
+    evaluate(m, x, pending, at_x, logits);
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
-      RootSearch<A> s{x[i], low[i], high[i], step[i], step_before[i], pending[i]};
+      sums.cdf[i] = pending[i] != 0 ? at_x.cdf[i] : sums.cdf[i];
+      sums.survival[i] = pending[i] != 0 ? at_x.survival[i] : sums.survival[i];
+      sums.density[i] = pending[i] != 0 ? at_x.density[i] : sums.density[i];
+    }
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      RootSearch<A> s{x[i], low[i], high[i], step[i], step_before[i], pending[i] != 0};
       advance(s, target[i], logits.at(i));
       x[i] = s.x;
       low[i] = s.low;
       high[i] = s.high;
       step[i] = s.step;
       step_before[i] = s.step_before;
-      pending[i] = s.pending;
-      any |= s.pending;
+      pending[i] = s.pending ? 1 : 0;
     }
+    any = 0;
+    for (int64_t i = 0; i < kWidth; ++i) any |= pending[i];
   }
 }
 
@@ -303,10 +326,12 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scra
       Sums<A> sums;
       if (args.inverse) {
         alignas(64) A target[kWidth], correction[kWidth] = {};
+        COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           target[i] = multiply_add(in[i], exponential(-p.a[i]), -p.b[i]) + p.poison[i];
         }
         if (args.legacy_cdf_clamp) {
+          COOPFLOW_INDEPENDENT
           for (int64_t i = 0; i < kWidth; ++i) {
             const A clamped = legacy_clamp(target[i]);
             correction[i] = log_logistic_density(clamped) - log_logistic_density(target[i]);
@@ -315,6 +340,7 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scra
         }
         solve(m, target, x, sums);
         finish(m, x, sums, logit, ladj);
+        COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           ladj[i] = -(ladj[i] + p.a[i] + correction[i]);
           out[i] = x[i];
@@ -322,11 +348,13 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scra
       } else {
         direct_sums(m, in, sums);
         finish(m, in, sums, logit, ladj);
+        COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           ladj[i] += p.a[i];
           out[i] = (logit[i] + p.b[i]) * exponential(p.a[i]);
         }
       }
+      COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) {
         out[i] += p.poison[i];
         ladj[i] += p.poison[i];
@@ -371,6 +399,7 @@ void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
                    GradientBlock<A>& sums) {
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, GradientSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       const Component<A> c = m.at(k, i);
       const Logistic<A> at = logistic(x[i], c);
@@ -381,6 +410,20 @@ void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
   }
 }
 
+template <typename A>
+struct Reciprocals {
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
+
+  explicit Reciprocals(const GradientBlock<A>& sums) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      cdf[i] = A(1) / sums.cdf[i];
+      survival[i] = A(1) / sums.survival[i];
+      density[i] = A(1) / sums.density[i];
+      weight[i] = A(1) / sums.weight[i];
+    }
+  }
+};
+
 // Gradients of one component's parameters, a row for each.
 template <typename A>
 struct ComponentRows {
@@ -389,16 +432,17 @@ struct ComponentRows {
 
 template <bool kScaled, typename A>
 void component_rows(const Components<A>& m, int64_t k, const A* x, const Peaks<A>& peaks,
-                    const GradientBlock<A>& sums, const A* grad_u, const A* grad_l,
+                    const Reciprocals<A>& per, const A* grad_u, const A* grad_l,
                     ComponentRows<A>& rows) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     const Component<A> c = m.at(k, i);
     const Logistic<A> at = logistic(x[i], c);
     const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
-    const MixtureTerms<A> share{of.cdf / sums.cdf[i], of.survival / sums.survival[i],
-                                of.density / sums.density[i]};
+    const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
+                                of.density * per.density[i]};
     const ComponentGradient<A> g = component_gradient(
-        at, c.inv_scale, share, c.weight / sums.weight[i], grad_u[i], grad_l[i]);
+        at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
     const A log_scale = m.log_scale[k * kWidth + i];
     rows.logit[i] = g.logit;
     rows.mean[i] = g.mean;
@@ -425,39 +469,60 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
     Peaks<A> peaks;
     GradientBlock<A> sums, scaled;
     gradient_sums<false>(m, x, peaks, sums);
-    bool use_scaled[kWidth];
-    bool any_scaled = false;
+    int32_t use_scaled[kWidth];
+    int32_t any_scaled = 0;
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       use_scaled[i] =
-          !all_is_direct(MixtureSums<A>{sums.cdf[i], sums.survival[i], sums.density[i]});
+          all_is_direct(MixtureSums<A>{sums.cdf[i], sums.survival[i], sums.density[i]}) ? 0 : 1;
       any_scaled |= use_scaled[i];
     }
-    if (any_scaled) {
+    if (any_scaled != 0) {
       find_peaks(m, x, peaks);
       gradient_sums<true>(m, x, peaks, scaled);
     }
 
     alignas(64) A grad_u[kWidth], grad_l[kWidth], grad_in[kWidth], grad_a[kWidth], grad_b[kWidth];
     const A grad_ladj = args.grad_ladj[chain];
+    alignas(64) A logit[kWidth], slope[kWidth], log_slope[kWidth];
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
-      const MixtureSlopes<A> at = mixture_slopes(use_scaled[i] ? scaled.at(i) : sums.at(i));
-      CouplingGradient<A> g;
-      if (args.inverse()) {
-        g = mixture_inverse_gradient(grad_out[i], grad_ladj, at, y[i], p.a[i], p.b[i],
-                                     args.legacy_cdf_clamp);
-      } else {
-        const A u = use_scaled[i]
-                        ? scaled_logit_value(scaled.cdf[i], scaled.survival[i], peaks.at(i))
-                        : direct_logit(MixtureSums<A>{sums.cdf[i], sums.survival[i],
-                                                      sums.density[i]})
-                              .value;
-        g = mixture_forward_gradient(grad_out[i], grad_ladj, at, u, p.a[i], p.b[i]);
+      const GradientSums<A> s = sums.at(i);
+      logit[i] = direct_logit(MixtureSums<A>{s.cdf, s.survival, s.density}).value;
+      slope[i] = mixture_slopes(s).logit;
+      log_slope[i] = mixture_slopes(s).log_slope;
+    }
+    if (any_scaled != 0) {
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const GradientSums<A> s = scaled.at(i);
+        const A of_logit = scaled_logit_value(s.cdf, s.survival, peaks.at(i));
+        const MixtureSlopes<A> of = mixture_slopes(s);
+        logit[i] = use_scaled[i] != 0 ? of_logit : logit[i];
+        slope[i] = use_scaled[i] != 0 ? of.logit : slope[i];
+        log_slope[i] = use_scaled[i] != 0 ? of.log_slope : log_slope[i];
       }
+    }
+    const auto put = [&](int64_t i, const CouplingGradient<A>& g) {
       grad_u[i] = g.u + p.poison[i];
       grad_l[i] = g.l;
       grad_in[i] = g.input + p.poison[i];
       grad_a[i] = g.a + p.poison[i];
       grad_b[i] = g.b + p.poison[i];
+    };
+    if (args.inverse()) {
+      const bool legacy = args.legacy_cdf_clamp;
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        put(i, mixture_inverse_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, y[i],
+                                        p.a[i], p.b[i], legacy));
+      }
+    } else {
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        put(i, mixture_forward_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, logit[i],
+                                        p.a[i], p.b[i]));
+      }
     }
     store<T>(grad_in, offset, n, args.grad_in);
     int64_t row = chain * shape.rows() * stride + e;
@@ -467,12 +532,14 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
       row += 2 * stride;
     }
     const int64_t kind = shape.components * stride;  // from logits to means to log-scales
+    const Reciprocals<A> per_sum(sums), per_scaled(any_scaled != 0 ? scaled : sums);
     for (int64_t k = 0; k < shape.components; ++k, row += stride) {
       ComponentRows<A> rows;
-      component_rows<false>(m, k, x, peaks, sums, grad_u, grad_l, rows);
-      if (any_scaled) {
+      component_rows<false>(m, k, x, peaks, per_sum, grad_u, grad_l, rows);
+      if (any_scaled != 0) {
         ComponentRows<A> other;
-        component_rows<true>(m, k, x, peaks, scaled, grad_u, grad_l, other);
+        component_rows<true>(m, k, x, peaks, per_scaled, grad_u, grad_l, other);
+        COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           rows.logit[i] = use_scaled[i] ? other.logit[i] : rows.logit[i];
           rows.mean[i] = use_scaled[i] ? other.mean[i] : rows.mean[i];

@@ -121,12 +121,12 @@ COOPFLOW_HD void add(MixtureSums<A>& sums, A x, const Component<A>& c) {
 template <typename A>
 COOPFLOW_HD bool logit_is_direct(const MixtureSums<A>& sums) {
   constexpr A kLeast = MixtureConstants<A>::kSmallestSum;
-  return sums.cdf >= kLeast && sums.survival >= kLeast;
+  return (sums.cdf >= kLeast) & (sums.survival >= kLeast);
 }
 
 template <typename A>
 COOPFLOW_HD bool all_is_direct(const MixtureSums<A>& sums) {
-  return logit_is_direct(sums) && sums.density >= MixtureConstants<A>::kSmallestSum;
+  return logit_is_direct(sums) & (sums.density >= MixtureConstants<A>::kSmallestSum);
 }
 
 // logit F and its slope.
@@ -256,7 +256,8 @@ COOPFLOW_HD A root_tolerance(A target) {
   return A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(target));
 }
 
-// One evaluation's progress. x stays where it is once the search ends; NaN ends it.
+// One evaluation's progress. The step that ends the search is Newton's too where it can be: it costs
+// no evaluation. NaN ends the search.
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
@@ -270,13 +271,15 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   const A newton = error * MixtureConstants<A>::kUnit / logit.slope;
   const A length = larger_of(absolute(newton), ulp);
   const A guess = error > A(0) ? s.x - length : s.x + length;
-  const bool take = guess > low && guess < high && length <= A(0.5) * s.step_before;
-  const bool move = s.pending && !solved && !closed;
+  const bool take = (guess > low) & (guess < high) & (length <= A(0.5) * s.step_before);
+  const bool move = s.pending & !solved & !closed;
   s.low = low;
   s.high = high;
   s.step_before = s.step;
   s.step = take ? length : A(0.5) * width;
-  s.x = move ? (take ? guess : multiply_add(A(0.5), width, low)) : s.x;
+  const A last = s.x - newton;
+  const A end = s.pending & solved & (last >= low) & (last <= high) ? last : s.x;
+  s.x = move ? (take ? guess : multiply_add(A(0.5), width, low)) : end;
   s.pending = move;
 }
 
@@ -385,10 +388,11 @@ COOPFLOW_HD CouplingGradient<A> mixture_inverse_gradient(A grad_x, A grad_ladj,
   const A v = multiply_add(y, scale, -b);
   const A grad_target = (grad_x - grad_ladj * at.log_slope) /
                         larger_of(at.logit, MixtureConstants<A>::kSmallestSlope);
-  const bool clamped = legacy_cdf_clamp && v != legacy_clamp(v);
+  const bool clamped = legacy_cdf_clamp & (v != legacy_clamp(v));
   const A small = exponential(-absolute(v));
   const A lean = (A(1) - small) / (A(1) + small);  // tanh(|v| / 2)
-  const A grad_v = clamped ? (v > A(0) ? -grad_ladj : grad_ladj) * lean : grad_target;
+  const A lean_v = v > A(0) ? -lean : lean;
+  const A grad_v = clamped ? grad_ladj * lean_v : grad_target;
   return {-grad_target, -grad_ladj, grad_v * scale, -multiply_add(grad_v, y * scale, grad_ladj),
           -grad_v};
 }
