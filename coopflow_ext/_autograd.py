@@ -224,9 +224,9 @@ class MixtureLogisticCouplingBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, hx: Tensor, hparams: Tensor) -> Gradients:
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            results = _mixture_gradients(*tensors, affine=ctx.affine)
-            return tuple(r.to(t.dtype) for r, t in zip(results, tensors[2:], strict=True))
+        def gradients(gy: Tensor, gl: Tensor, x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+            gx, gparams = _mixture_gradients(gy, gl, x, params, ctx.affine)
+            return gx.to(x.dtype), gparams.to(params.dtype)
 
         pull_back = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
         return (*pull_back((hx, hparams)), None)
@@ -278,11 +278,13 @@ class MixtureLogisticCouplingInverseBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, hy: Tensor, hparams: Tensor) -> Gradients:
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            results = _mixture_inverse_gradients(
-                *tensors, affine=ctx.affine, legacy_cdf_clamp=ctx.legacy_cdf_clamp
+        def gradients(
+            gx: Tensor, gl: Tensor, y: Tensor, x: Tensor, params: Tensor
+        ) -> tuple[Tensor, ...]:
+            gy, gparams = _mixture_inverse_gradients(
+                gx, gl, y, x, params, ctx.affine, ctx.legacy_cdf_clamp
             )
-            return tuple(r.to(t.dtype) for r, t in zip(results, tensors[3:], strict=True))
+            return gy.to(y.dtype), gparams.to(params.dtype)
 
         pull_back = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
         return (*pull_back((hy, hparams)), None, None)

@@ -41,10 +41,12 @@ std::tuple<Tensor, Tensor> run_mixture_coupling(const char* name, const char* st
 
 // y is the inverse's input; the forward map has none.
 template <typename Backend>
-std::tuple<Tensor, Tensor> run_mixture_coupling_backward(
-    const char* name, const char* grad_name, const Tensor& grad_out, const Tensor& grad_ladj,
-    const Tensor& x, const std::optional<Tensor>& y, const Tensor& params, bool affine,
-    bool legacy_cdf_clamp) {
+std::tuple<Tensor, Tensor> run_mixture_coupling_backward(const char* name, const char* grad_name,
+                                                         const Tensor& grad_out,
+                                                         const Tensor& grad_ladj, const Tensor& x,
+                                                         const std::optional<Tensor>& y,
+                                                         const Tensor& params, bool affine,
+                                                         bool legacy_cdf_clamp) {
   const CouplingOp op(name, "x", x, params);
   const MixtureShape shape{op.batch(), op.per_chain(), op.check_mixture_params(affine), affine};
   op.check_like_state(grad_name, grad_out);

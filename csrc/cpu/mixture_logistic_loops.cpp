@@ -366,7 +366,8 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scra
   }
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------
 
 template <typename A>
 struct GradientBlock {
@@ -441,8 +442,8 @@ void component_rows(const Components<A>& m, int64_t k, const A* x, const Peaks<A
     const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
     const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
                                 of.density * per.density[i]};
-    const ComponentGradient<A> g = component_gradient(
-        at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
+    const ComponentGradient<A> g =
+        component_gradient(at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
     const A log_scale = m.log_scale[k * kWidth + i];
     rows.logit[i] = g.logit;
     rows.mean[i] = g.mean;

@@ -55,7 +55,7 @@ COOPFLOW_HD A clamp_log_scale(A log_scale) {
 // One component as every evaluation needs it.
 template <typename A>
 struct Component {
-  A weight;     // relative to the largest
+  A weight;  // relative to the largest
   A mean;
   A inv_scale;  // in units
 };
@@ -101,7 +101,8 @@ COOPFLOW_HD Logistic<A> logistic(A x, const Component<A>& c) {
   return {t, right ? larger : smaller, right ? smaller : larger, larger};
 }
 
-// --- the direct form ------------------------------------------------------------------------------
+// --- the direct form
+// ------------------------------------------------------------------------------
 
 template <typename A>
 struct MixtureSums {
@@ -148,7 +149,8 @@ COOPFLOW_HD A direct_log_slope(const MixtureLogit<A>& logit) {
   return log_positive(logit.slope) - MixtureConstants<A>::kLogUnit;
 }
 
-// --- the scaled form ------------------------------------------------------------------------------
+// --- the scaled form
+// ------------------------------------------------------------------------------
 
 // Logarithms of about the largest term of each sum, in units.
 template <typename A>
@@ -226,14 +228,14 @@ COOPFLOW_HD MixtureLogit<A> scaled_logit(const ScaledSums<A>& sums, const Mixtur
 template <typename A>
 COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>& sums,
                                const MixturePeaks<A>& peaks) {
-  const A of_density =
-      (peaks.density - peaks.cdf - peaks.survival) / MixtureConstants<A>::kUnit +
-      (log_positive(sums.density) + log_positive(sums.weight)) -
-      (log_positive(sums.cdf) + log_positive(sums.survival));
+  const A of_density = (peaks.density - peaks.cdf - peaks.survival) / MixtureConstants<A>::kUnit +
+                       (log_positive(sums.density) + log_positive(sums.weight)) -
+                       (log_positive(sums.cdf) + log_positive(sums.survival));
   return logit.slope >= MixtureConstants<A>::kSmallestSum ? direct_log_slope(logit) : of_density;
 }
 
-// --- the inverse ----------------------------------------------------------------------------------
+// --- the inverse
+// ----------------------------------------------------------------------------------
 
 // Solves logit F(x) = target: the root lies between the smallest and the largest quantile of the
 // components. A step is Newton's while that stays inside the bracket and is at most half the step
@@ -256,8 +258,8 @@ COOPFLOW_HD A root_tolerance(A target) {
   return A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(target));
 }
 
-// One evaluation's progress. The step that ends the search is Newton's too where it can be: it costs
-// no evaluation. NaN ends the search.
+// One evaluation's progress. The step that ends the search is Newton's too where it can be: it
+// costs no evaluation. NaN ends the search.
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
@@ -297,8 +299,9 @@ COOPFLOW_HD A log_logistic_density(A v) {
   return A(-2) * log_positive(A(1) + exponential(-size)) - size;
 }
 
-// --- derivatives ----------------------------------------------------------------------------------
-// u = logit F, l = log slope. Of x: du/dx = slope and
+// --- derivatives
+// ---------------------------------------------------------------------------------- u = logit F, l
+// = log slope. Of x: du/dx = slope and
 //   dl/dx = bend - D/F + D/S,  bend = sum_k (D_k/D) (sigma(-t_k) - sigma(t_k)) / scale_k.
 // Both forms of the sums give them from the terms F_k, S_k, D_k; what the terms of one sum have in
 // common cancels.
@@ -397,7 +400,8 @@ COOPFLOW_HD CouplingGradient<A> mixture_inverse_gradient(A grad_x, A grad_ladj,
           -grad_v};
 }
 
-// --- launches -------------------------------------------------------------------------------------
+// --- launches
+// -------------------------------------------------------------------------------------
 
 // `in`, `out` are (batch, per_chain); params and grad_params (batch, rows, per_chain), rows = a and
 // b if `affine`, then the logits, means and log-scales of the components. The parameters may have
