@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.layers import Checkerboard
+from coopflow_ext.flows.recompute import call_and_ladj
 
 
 class Dequantize(nn.Module):
@@ -56,6 +57,7 @@ class VariationalDequantize(Dequantize):
         self.aux_net = aux_net
         self.transform = transform
         self.board = Checkerboard()
+        self.recompute = False
 
     def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
         """ε of one call, shape of x."""
@@ -66,7 +68,8 @@ class VariationalDequantize(Dequantize):
     ) -> tuple[Tensor, Tensor]:
         aux = self.aux_net(self.board.rearrange(x - 0.5))
         inner = Context(aux, context.dropout_rng, context.chain_offset)
-        w, ladj = self.transform.call_and_ladj(self.board.rearrange(eps), inner)
+        pair = self.board.rearrange(eps)
+        w, ladj = call_and_ladj(self.transform, pair, inner, recompute=self.recompute)
         w = self.board.restore(w)
         # −log q = ½ε² + ½ log 2π + ladj + log u + log(1 − u), u = sigmoid(w).
         terms = 0.5 * eps.square() + F.logsigmoid(w) + F.logsigmoid(-w)
