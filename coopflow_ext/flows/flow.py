@@ -34,6 +34,9 @@ class Flow(nn.Module):
         logit: the logit map of an image flow; goes with ``dequantize``.
         legacy_contrast: ``sample`` returns 2·sigmoid(y) − 1 without dividing by the logit's bound,
             as the published code does: every sample then has 10% less contrast.
+        round_samples: ``sample`` returns grey levels of the data, the exact inverse of
+            dequantisation, not values between them. By default when there are fewer than 256
+            levels, where the noise of dequantisation would show.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
             inverses: memory does not grow with depth, a step takes about 1.5 times as long.
         sampling_dropout: in training mode, dropout stays on in ``sample`` too, as in the published
@@ -52,20 +55,26 @@ class Flow(nn.Module):
         dequantize: Dequantize | None = None,
         logit: Logit | None = None,
         legacy_contrast: bool = False,
+        round_samples: bool | None = None,
         sampling_dropout: bool = False,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         if (dequantize is None) != (logit is None):
             raise ValueError("dequantize and logit go together: give both or neither")
-        if legacy_contrast and logit is None:
-            raise ValueError("legacy_contrast is for image flows only")
+        if (legacy_contrast or round_samples) and logit is None:
+            raise ValueError("legacy_contrast and round_samples are for image flows only")
+        if legacy_contrast and round_samples:
+            raise ValueError("legacy_contrast and round_samples exclude each other")
         self.transform = transform
         self.event_shape = tuple(event_shape)
         self.dim = math.prod(self.event_shape)
         self.dequantize = dequantize
         self.logit = logit
         self.legacy_contrast = legacy_contrast
+        if round_samples is None:
+            round_samples = dequantize is not None and dequantize.levels < 256
+        self.round_samples = round_samples and not legacy_contrast
         self.sampling_dropout = sampling_dropout
         self.recompute = recompute
         if recompute:
@@ -143,12 +152,15 @@ class Flow(nn.Module):
         return self.transform.inverse_and_ladj(z)
 
     def to_data(self, y: Tensor) -> Tensor:
-        """What ``inverse_and_ladj`` returned → x; images are clamped to [−1, 1]."""
-        if self.logit is None:
+        """What ``inverse_and_ladj`` returned → x, as in ``sample``; images lie in [−1, 1]."""
+        if self.logit is None or self.dequantize is None:
             return y
         if self.legacy_contrast:
             return torch.tanh(y / 2)
-        return (2 * self.logit.inverse(y) - 1).clamp(-1, 1)
+        v = self.logit.inverse(y)
+        if self.round_samples:
+            v = self.dequantize.round(v)
+        return (2 * v - 1).clamp(-1, 1)
 
     def log_prob(
         self,

@@ -41,6 +41,11 @@ class Dequantize(nn.Module):
         """x in [0, 1] and noise ``eps``, both (B, C, H, W) → v, ladj (B,)."""
         return self._mix(x, eps), x.new_zeros(x.shape[0])
 
+    def round(self, v: Tensor) -> Tensor:
+        """The grey level in [0, 1] that v was made from, the inverse of dequantisation."""
+        level = (self.levels * v).floor().clamp(0, self.levels - 1)
+        return level / (self.levels - 1)
+
     def _mix(self, x: Tensor, u: Tensor) -> Tensor:
         return ((self.levels - 1) * x + u) / self.levels
 
