@@ -57,7 +57,7 @@ class TrainConfig:
     flow_every: int = _setting(1, "after those, update the flow in every so many iterations")
     flip: bool = _setting(True, "mirror images at random where the data set allows it")
 
-    pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training")
+    pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training, falls linearly to 0")
     flow_lr: float = _setting(1e-4, "Adam's rate of the flow")
     flow_betas: tuple[float, float] = _setting((0.9, 0.999), "Adam's betas of the flow")
     flow_weight_decay: float = _setting(5e-5, "weight decay of weight-norm's g")

@@ -87,8 +87,9 @@ class Trainer:
         return metrics
 
     def pretrain(self, x: Tensor) -> dict[str, Tensor]:
-        """The flow learns the data by maximum likelihood."""
-        metrics = self.update_flow(x, self.config.pretrain_lr)
+        """The flow learns the data by maximum likelihood, at a rate that falls linearly to 0."""
+        left = 1 - self.step / self.config.pretrain_steps
+        metrics = self.update_flow(x, left * self.config.pretrain_lr)
         self.key = self.key.advance(1)
         return metrics
 
