@@ -3,6 +3,22 @@
 from coopflow_ext import ops, presets, reference
 from coopflow_ext.errors import BuildError, NonFiniteError
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers import LangevinSampler
+from coopflow_ext.samplers import (
+    LangevinSampler,
+    MALASampler,
+    ReplayBuffer,
+    UnderdampedLangevinSampler,
+)
 
-__all__ = ["BuildError", "Key", "LangevinSampler", "NonFiniteError", "ops", "presets", "reference"]
+__all__ = [
+    "BuildError",
+    "Key",
+    "LangevinSampler",
+    "MALASampler",
+    "NonFiniteError",
+    "ReplayBuffer",
+    "UnderdampedLangevinSampler",
+    "ops",
+    "presets",
+    "reference",
+]
