@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sample(commands)
+    _add_ablate(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -209,6 +210,27 @@ def sample(args: argparse.Namespace) -> None:
     else:
         pictures.save_panels(args.out, {"flow proposal": proposals, "after Langevin": results})
     print(f"{args.n} samples: {args.out}")
+
+
+# --- ablate ---------------------------------------------------------------------------------------
+
+
+def _add_ablate(commands: Any) -> None:
+    parser = _add_command(
+        commands, "ablate", "train a list of settings with several seeds and compare them", ablate
+    )
+    parser.add_argument("--configs", type=Path, required=True, help="JSON: seeds, base, rows")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
+    _add_device(parser)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """``coopflow ablate``."""
+    from coopflow_ext.coop import ablate as ablation
+
+    rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
+    print(ablation.table(rows), end="")
+    print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
 
 
 # --- info ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from coopflow_ext import data
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
+STARTS = ("flow", "uniform")
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -24,7 +25,9 @@ class TrainConfig:
     """Everything that determines a run. The defaults are the authors' settings at T = 30.
 
     CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
-    ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0.
+    ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0. The flow alone, by maximum likelihood:
+    ``steps`` = 0 and ``langevin_steps`` = 0. The energy alone, by short runs from noise:
+    ``start`` = "uniform".
 
     Raises:
         ValueError: for a value that makes no sense; the message names the field.
@@ -46,6 +49,9 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "its options, as JSON"}
     )
 
+    start: str = _setting(
+        "flow", "start of the chains: flow, or uniform noise for an energy-based model alone"
+    )
     langevin_steps: int = _setting(30, "T, Langevin steps of an iteration")
     step_size: float = _setting(0.03, "δ: the drift is δ²/2")
     sample_step_size: float | None = _setting(None, "δ when sampling after training; default δ")
@@ -82,6 +88,8 @@ class TrainConfig:
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         if self.step_clip == 0:
             raise ValueError("step_clip must be > 0, or none for no clip, got 0")
         if self.total_steps < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext import energies, flows
+from coopflow_ext import energies, flows, ops
 from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
-from coopflow_ext.rng import USE_INIT, Key
+from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
 from coopflow_ext.samplers import LangevinSampler
 
 _FLOWS: dict[str, Callable[..., flows.Flow]] = {"realnvp": flows.realnvp, "glow": flows.glow}
@@ -28,6 +27,11 @@ class EventSpec:
 
     shape: tuple[int, ...]
     levels: int | None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Where uniform noise for the start of a chain lies."""
+        return (-4.0, 4.0) if self.levels is None else (-1.0, 1.0)
 
     @property
     def clamp(self) -> tuple[float, float] | None:
@@ -127,8 +131,15 @@ class CoopFlow(nn.Module):
                 module.training = mode
 
     def propose(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
-        """n samples of the flow, the starts of the chains, (n, *event_shape)."""
-        return self.flow.sample(n, key, chain_offset=chain_offset)
+        """The starts of n chains, (n, *event_shape): samples of the flow, or uniform noise."""
+        if self.config is None or self.event is None or self.config.start == "flow":
+            return self.flow.sample(n, key, chain_offset=chain_offset)
+        key = Key.from_default_generator() if key is None else key
+        like = next(self.parameters())
+        rng = key.fold_in(USE_CHAIN).tensor(like.device)
+        u = ops.uniform((n, *self.event.shape), rng, chain_offset=chain_offset, dtype=like.dtype)
+        low, high = self.event.range
+        return low + (high - low) * u
 
     def refine(self, x0: Tensor, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
         """The states of the Langevin chains that start at x0 (B, *event_shape)."""
@@ -206,11 +217,3 @@ class CoopFlow(nn.Module):
         weights = {name: {**tensors, **averages}[name] for name in model.state_dict()}
         model.load_state_dict(weights)
         return model.to(device)
-
-
-def describe(config: TrainConfig) -> str:
-    """One line that names the models and the chain."""
-    return (
-        f"{config.flow} {json.dumps(config.flow_options)} + {config.energy} "
-        f"{json.dumps(config.energy_options)}, T={config.langevin_steps}"
-    )

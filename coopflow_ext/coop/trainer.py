@@ -112,6 +112,8 @@ class Trainer:
         return samples
 
     def _flow_learns(self) -> bool:
+        if self.config.start != "flow":
+            return False
         iteration = self.step - self.config.pretrain_steps - self.config.flow_frozen_steps
         return iteration >= 0 and iteration % self.config.flow_every == 0
 
