@@ -55,6 +55,34 @@ def test_energy_alone_starts_from_noise_and_leaves_the_flow() -> None:
     assert trainer.energy.updates == 3
 
 
+def test_persistent_chains_go_on_where_they_were(tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(
+        {**BASE, "start": "buffer", "buffer_size": 40, "buffer_reinit": 0.0}
+    )
+    data = load("digits")
+    trainer = Trainer(config, data)
+    assert trainer.model.buffer is not None
+    before = trainer.model.buffer.states.clone()
+    for _ in range(3):
+        trainer.train_step()
+    moved = (trainer.model.buffer.states != before).flatten(1).any(1)
+    assert 16 <= int(moved.sum()) <= 40
+    assert float((trainer.model.buffer.states - before).abs().max()) < 3 * 2 * (0.1 + 5 * 0.02)
+    # Saved with the run: a second trainer that takes over does the same next step.
+    twin = Trainer(config, data)
+    saved = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    twin.load(saved, trainer.metadata())
+    trainer.train_step()
+    twin.train_step()
+    assert torch.equal(trainer.model.buffer.states, twin.model.buffer.states)
+    # Samples of the trained model start from the persistent chains.
+    states = {bytes(x.numpy()) for x in trainer.model.buffer.states}
+    assert {bytes(x.numpy()) for x in trainer.model.propose(10, Key(0))} <= states
+    trainer.model.save(tmp_path / "model.safetensors")
+    loaded = CoopFlow.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.sample(4, Key(0)), trainer.model.sample(4, Key(0)))
+
+
 def test_ablation_writes_table_and_plot_and_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from coopflow_ext import data
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
-STARTS = ("flow", "uniform")
+STARTS = ("flow", "uniform", "buffer")
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -26,8 +26,8 @@ class TrainConfig:
 
     CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
     ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0. The flow alone, by maximum likelihood:
-    ``steps`` = 0 and ``langevin_steps`` = 0. The energy alone, by short runs from noise:
-    ``start`` = "uniform".
+    ``steps`` = 0 and ``langevin_steps`` = 0. The energy alone: ``start`` =
+    "uniform" for short runs from noise, "buffer" for persistent chains.
 
     Raises:
         ValueError: for a value that makes no sense; the message names the field.
@@ -50,8 +50,10 @@ class TrainConfig:
     )
 
     start: str = _setting(
-        "flow", "start of the chains: flow, or uniform noise for an energy-based model alone"
+        "flow", "start of the chains: flow; uniform (noise) or buffer (persistent) train no flow"
     )
+    buffer_size: int = _setting(10_000, "persistent chains")
+    buffer_reinit: float = _setting(0.05, "probability that a persistent chain starts anew")
     langevin_steps: int = _setting(30, "T, Langevin steps of an iteration")
     step_size: float = _setting(0.03, "δ: the drift is δ²/2")
     sample_step_size: float | None = _setting(None, "δ when sampling after training; default δ")
@@ -85,6 +87,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= minimum):
                 raise ValueError(f"{name} must be finite and ≥ {minimum}, got {value}")
+        if not 0 <= self.buffer_reinit <= 1:
+            raise ValueError(f"buffer_reinit must be in [0, 1], got {self.buffer_reinit}")
+        if self.start == "buffer" and self.buffer_size < self.batch_size:
+            raise ValueError(
+                f"buffer_size must be ≥ batch_size {self.batch_size}, got {self.buffer_size}"
+            )
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -142,6 +150,7 @@ _MINIMA = {
     "seed": 0,
     "steps": 0,
     "batch_size": 1,
+    "buffer_size": 1,
     "langevin_steps": 0,
     "step_size": 0,
     "sample_step_size": 0,

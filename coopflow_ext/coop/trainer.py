@@ -95,8 +95,11 @@ class Trainer:
 
     def cooperate(self, x: Tensor) -> dict[str, Tensor]:
         """One iteration of the paper's algorithm on the data batch x."""
-        proposal = self.model.propose(len(x), self.key)
+        persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
+        proposal = self.model.propose(len(x), self.key) if persistent is None else persistent.x
         samples = self.run_chain(proposal)
+        if self.model.buffer and persistent:
+            self.model.buffer.write(persistent.indices, samples)
         metrics = {"langevin_distance": (samples - proposal).square().mean().sqrt()}
         if self._flow_learns():
             metrics.update(self.update_flow(samples, self.config.flow_lr))
@@ -154,6 +157,7 @@ class Trainer:
         return {
             **self.flow.tensors(),
             **self.energy.tensors(),
+            **self.model.buffer_tensors(),
             **{f"moments.{name}": tensor for name, tensor in moments.items()},
         }
 
@@ -170,6 +174,7 @@ class Trainer:
         """Continue from a checkpoint."""
         self.flow.load_tensors(tensors)
         self.energy.load_tensors(tensors)
+        self.model.load_buffer(tensors)
         names = self.sample_moments.state_dict()
         self.sample_moments.load_state_dict({name: tensors[f"moments.{name}"] for name in names})
         self.step = metadata["step"]
