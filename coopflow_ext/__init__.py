@@ -1,6 +1,6 @@
 """coopflow_ext: fused Langevin sampling, coupling layers and CoopFlow for PyTorch."""
 
-from coopflow_ext import diagnostics, ops, presets, reference
+from coopflow_ext import diagnostics, energies, flows, ops, presets, reference
 from coopflow_ext.errors import BuildError, NonFiniteError
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers import (
@@ -19,6 +19,8 @@ __all__ = [
     "ReplayBuffer",
     "UnderdampedLangevinSampler",
     "diagnostics",
+    "energies",
+    "flows",
     "ops",
     "presets",
     "reference",
