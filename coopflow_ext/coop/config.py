@@ -209,10 +209,68 @@ _PATCHES_SMALL: dict[str, Any] = {
     "sample_every": 100,
     "checkpoint_every": 100,
 }
+# Flow++ small enough for a CPU.
+_SMALL_FLOWPP: dict[str, Any] = {
+    "channels": 32,
+    "blocks": 1,
+    "components": 8,
+    "dequant_blocks": 1,
+    "dequant_components": 4,
+    "dropout": 0.0,
+}
+_DIGITS_FLOWPP: dict[str, Any] = {
+    **_DIGITS_SMALL,
+    "flow": "flowpp",
+    "flow_options": _SMALL_FLOWPP,
+    "steps": 600,
+    "batch_size": 64,
+    "pretrain_steps": 600,
+    "flow_frozen_steps": 200,
+    "pretrain_lr": 2e-3,
+}
+_PATCHES_FLOWPP: dict[str, Any] = {
+    **_PATCHES_SMALL,
+    "flow": "flowpp",
+    "flow_options": {**_SMALL_FLOWPP, "attention": False},
+    "steps": 100,
+    "pretrain_steps": 100,
+    "flow_frozen_steps": 30,
+    "n_samples": 128,
+}
+
+
+def _authors(data_set: str, images: int, *, sample_step_size: float, **changes: Any) -> Any:
+    """The authors' settings for 200 epochs of ``images`` images; the rest are the defaults."""
+    epoch = images // 28
+    return {
+        "data": data_set,
+        "steps": 200 * epoch,
+        "flow": "flowpp",
+        "sample_step_size": sample_step_size,
+        "log_every": 100,
+        "sample_every": epoch,
+        "checkpoint_every": epoch,
+        **changes,
+    }
+
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits-small": _DIGITS_SMALL,
     "patches-small": _PATCHES_SMALL,
+    "digits-flowpp": _DIGITS_FLOWPP,
+    "patches-flowpp": _PATCHES_FLOWPP,
+    "cifar10": _authors("cifar10", 50_000, sample_step_size=0.04),
+    "cifar10-pre": _authors(
+        "cifar10",
+        50_000,
+        sample_step_size=0.04,
+        pretrain_steps=200 * (50_000 // 28),
+        flow_frozen_steps=25 * (50_000 // 28),
+    ),
+    "cifar10-long": _authors("cifar10", 50_000, sample_step_size=0.04, langevin_steps=200),
+    "svhn": _authors("svhn", 73_257, sample_step_size=0.035),
+    "celeba": _authors("celeba", 162_770, sample_step_size=0.035, image_size=32),
 }
 PRESETS = tuple(_PRESETS)
 _PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small"}

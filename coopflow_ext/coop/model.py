@@ -17,7 +17,11 @@ from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
 
-_FLOWS: dict[str, Callable[..., flows.Flow]] = {"realnvp": flows.realnvp, "glow": flows.glow}
+_FLOWS: dict[str, Callable[..., flows.Flow]] = {
+    "realnvp": flows.realnvp,
+    "glow": flows.glow,
+    "flowpp": flows.flowpp,
+}
 _ENERGIES = ("res", "mlp")
 
 
