@@ -140,7 +140,7 @@ class LangevinSampler:
         differentiable: gradients flow through the chain to x0 and to the energy's parameters,
             which are not frozen; "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass.
+            steps between them in the backward pass. The energy's parameters must be leaves.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
