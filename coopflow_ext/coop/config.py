@@ -12,6 +12,7 @@ from coopflow_ext import data
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
+PRECISIONS = ("float32", "bfloat16")
 STARTS = ("flow", "uniform", "buffer")
 
 
@@ -76,6 +77,10 @@ class TrainConfig:
     flow_ema: float = _setting(0.0, "decay of the average of the flow's weights; 0: none")
     energy_ema: float = _setting(0.0, "decay of the average of the energy's weights; 0: none")
 
+    accumulate: int = _setting(1, "parts of a batch that are handled one after the other")
+    precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
+    compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
+
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
     log_every: int = _setting(20, "steps between lines of metrics.jsonl")
     sample_every: int = _setting(500, "steps between pictures")
@@ -98,6 +103,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.step_clip == 0:
             raise ValueError("step_clip must be > 0, or none for no clip, got 0")
         if self.total_steps < 1:
@@ -166,6 +175,7 @@ _MINIMA = {
     "flow_grad_norm": 0,
     "energy_lr": 0,
     "warmup_steps": 0,
+    "accumulate": 1,
     "n_samples": 2,
     "log_every": 1,
     "sample_every": 1,
@@ -239,7 +249,9 @@ _PATCHES_FLOWPP: dict[str, Any] = {
 }
 
 
-def _authors(data_set: str, images: int, *, sample_step_size: float, **changes: Any) -> Any:
+def _authors(
+    data_set: str, images: int, *, sample_step_size: float, **changes: Any
+) -> dict[str, Any]:
     """The authors' settings for 200 epochs of ``images`` images; the rest are the defaults."""
     epoch = images // 28
     return {
@@ -261,6 +273,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "digits-flowpp": _DIGITS_FLOWPP,
     "patches-flowpp": _PATCHES_FLOWPP,
     "cifar10": _authors("cifar10", 50_000, sample_step_size=0.04),
+    # For how long the authors pre-trained the flow is not published; here as long as they trained.
     "cifar10-pre": _authors(
         "cifar10",
         50_000,

@@ -90,6 +90,8 @@ def build_sampler(
         noise=config.noise,
         step_clip=config.step_clip,
         clamp=event.clamp,
+        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        compile=config.compile,
     )
 
 
