@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
+    _add_experiments(commands)
+    _add_ablate(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -209,6 +212,91 @@ def sample(args: argparse.Namespace) -> None:
     else:
         pictures.save_panels(args.out, {"flow proposal": proposals, "after Langevin": results})
     print(f"{args.n} samples: {args.out}")
+
+
+# --- evaluate and the paper's experiments ---------------------------------------------------------
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _add_command(commands, "evaluate", "measure a finished run", evaluate)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--n", type=int, help="samples; default as in the run's settings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--fid", action="store_true", help="also the FID with Inception features")
+    parser.add_argument("--export-png", type=Path, metavar="DIR", help="write the samples as PNG")
+    _add_device(parser)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``coopflow evaluate``."""
+    from coopflow_ext.coop.judgement import evaluate_run
+
+    summary = evaluate_run(
+        args.run,
+        n=args.n,
+        seed=args.seed,
+        inception=args.fid,
+        export_png=args.export_png,
+        device=_device(args.device),
+    )
+    print(json.dumps(summary, indent=2))
+    print(f"pictures: {args.run / 'evaluation'}")
+
+
+_EXPERIMENTS = {
+    "reconstruct": "reconstruct held-out images by searching the start of the chain",
+    "inpaint": "fill a hole in held-out images",
+    "interpolate": "walk between images in the flow's latent space",
+}
+
+
+def _add_experiments(commands: Any) -> None:
+    for name, description in _EXPERIMENTS.items():
+        parser = _add_command(commands, name, description, experiment)
+        parser.set_defaults(experiment=name)
+        parser.add_argument("run", type=Path, help="a run folder")
+        parser.add_argument("--n", type=int, help="how many images")
+        parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
+        _add_device(parser)
+        if name == "inpaint":
+            parser.add_argument("--chains", type=int, help="fillings of each image (default 4)")
+            parser.add_argument("--mask", type=Path, help=".npy, bool (H, W), True where known")
+        if name == "interpolate":
+            parser.add_argument("--points", type=int, help="points of a line (default 21)")
+
+
+def experiment(args: argparse.Namespace) -> None:
+    """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
+    from coopflow_ext.coop import experiments
+
+    names = ("n", "seed", "chains", "mask", "points")
+    options = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in options.items() if value is not None}
+    run = getattr(experiments, f"{args.experiment}_run")
+    results = run(args.run, device=_device(args.device), **given)
+    results.pop("errors", None)
+    print(json.dumps(results, indent=2))
+
+
+# --- ablate ---------------------------------------------------------------------------------------
+
+
+def _add_ablate(commands: Any) -> None:
+    parser = _add_command(
+        commands, "ablate", "train a list of settings with several seeds and compare them", ablate
+    )
+    parser.add_argument("--configs", type=Path, required=True, help="JSON: seeds, base, rows")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
+    _add_device(parser)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """``coopflow ablate``."""
+    from coopflow_ext.coop import ablate as ablation
+
+    rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
+    print(ablation.table(rows), end="")
+    print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
 
 
 # --- info ----------------------------------------------------------------------------------------

@@ -50,10 +50,9 @@ else:
 
 def _argument_error(error: RuntimeError) -> Exception:
     """What a kernel's own check found, as ValueError or TypeError; other errors as they are."""
-    text = str(error)
-    if not text.startswith("coopflow::"):
+    message = str(error).splitlines()[0]
+    if not message.startswith("coopflow::"):
         return error
-    message = text.splitlines()[0]
     is_type = any(sign in message for sign in ("dtype", "must be a tensor", "Expected a value"))
     return (TypeError if is_type else ValueError)(message)
 
@@ -63,9 +62,9 @@ def _pair(name: str, value: Coefficient) -> dict[str, Any]:
     return {f"{name}_t": value} if isinstance(value, Tensor) else {name: value}
 
 
-def _refuse_autograd(op: str, **tensors: Tensor | None) -> None:
+def _refuse_autograd(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but an in-place op has no derivative; call it under "
                 f"torch.no_grad(), detach {name}, or use ops.langevin_step"

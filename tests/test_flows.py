@@ -306,6 +306,19 @@ def test_legacy_contrast_shrinks_samples_by_the_bound():
     torch.testing.assert_close(legacy.to_data(y), 2 * y.sigmoid() - 1)
 
 
+def test_samples_of_few_grey_levels_are_grey_levels():
+    """Rounding undoes dequantisation exactly, for every level and noise."""
+    flow = flows.realnvp(image_shape=(1, 4, 4), net="mlp", couplings=2, widths=(8,), levels=17)
+    levels = torch.arange(17.0).repeat(16)[:256].reshape(16, 1, 4, 4)
+    x = levels / 8 - 1
+    for u in (0.01, 0.5, 0.99):
+        z, _ = flow.call_and_ladj(x, eps=torch.full_like(x, u))
+        torch.testing.assert_close(flow.to_data(flow.inverse_and_ladj(z)[0]), x, rtol=0, atol=1e-6)
+    samples = (flow.sample(8, Key(0)) + 1) * 8
+    torch.testing.assert_close(samples, samples.round(), rtol=0, atol=1e-5)
+    assert not flows.realnvp(image_shape=(1, 4, 4), net="mlp").round_samples
+
+
 def test_keys_decide_every_draw():
     flow = flows.realnvp(image_shape=(1, 4, 4), net="mlp", couplings=2, widths=(8,))
     x = torch.zeros(4, 1, 4, 4)
@@ -439,6 +452,7 @@ def test_bad_input_is_refused():
         (lambda: flows.VectorSplit(torch.ones(3)), "mask must be a bool tensor"),
         (lambda: _affine(2, 2, "rows"), "split must be"),
         (lambda: flows.Flow(ActNorm(2), (2,), legacy_contrast=True), "image flows only"),
+        (lambda: flows.Flow(ActNorm(2), (2,), round_samples=True), "image flows only"),
         (lambda: flows.Flow(ActNorm(2), (2,), logit=flows.Logit()), "go together"),
         (lambda: flows.Squeeze().call_and_ladj(torch.zeros(1, 1, 3, 4)), "Squeeze: x must be"),
         (lambda: flows.Checkerboard().call_and_ladj(torch.zeros(1, 1, 4, 3)), "Checkerboard: x"),

@@ -12,6 +12,8 @@ from coopflow_ext import data
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
+PRECISIONS = ("float32", "bfloat16")
+STARTS = ("flow", "uniform", "buffer")
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -24,7 +26,9 @@ class TrainConfig:
     """Everything that determines a run. The defaults are the authors' settings at T = 30.
 
     CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
-    ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0.
+    ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0. The flow alone, by maximum likelihood:
+    ``steps`` = 0 and ``langevin_steps`` = 0. The energy alone: ``start`` =
+    "uniform" for short runs from noise, "buffer" for persistent chains.
 
     Raises:
         ValueError: for a value that makes no sense; the message names the field.
@@ -46,6 +50,11 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "its options, as JSON"}
     )
 
+    start: str = _setting(
+        "flow", "start of the chains: flow; uniform (noise) or buffer (persistent) train no flow"
+    )
+    buffer_size: int = _setting(10_000, "persistent chains")
+    buffer_reinit: float = _setting(0.05, "probability that a persistent chain starts anew")
     langevin_steps: int = _setting(30, "T, Langevin steps of an iteration")
     step_size: float = _setting(0.03, "δ: the drift is δ²/2")
     sample_step_size: float | None = _setting(None, "δ when sampling after training; default δ")
@@ -57,7 +66,7 @@ class TrainConfig:
     flow_every: int = _setting(1, "after those, update the flow in every so many iterations")
     flip: bool = _setting(True, "mirror images at random where the data set allows it")
 
-    pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training")
+    pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training, falls linearly to 0")
     flow_lr: float = _setting(1e-4, "Adam's rate of the flow")
     flow_betas: tuple[float, float] = _setting((0.9, 0.999), "Adam's betas of the flow")
     flow_weight_decay: float = _setting(5e-5, "weight decay of weight-norm's g")
@@ -67,6 +76,10 @@ class TrainConfig:
     warmup_steps: int = _setting(200, "steps of linear warm-up, the first at rate 0")
     flow_ema: float = _setting(0.0, "decay of the average of the flow's weights; 0: none")
     energy_ema: float = _setting(0.0, "decay of the average of the energy's weights; 0: none")
+
+    accumulate: int = _setting(1, "parts of a batch that are handled one after the other")
+    precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
+    compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
 
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
     log_every: int = _setting(20, "steps between lines of metrics.jsonl")
@@ -79,9 +92,21 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= minimum):
                 raise ValueError(f"{name} must be finite and ≥ {minimum}, got {value}")
+        if not 0 <= self.buffer_reinit <= 1:
+            raise ValueError(f"buffer_reinit must be in [0, 1], got {self.buffer_reinit}")
+        if self.start == "buffer" and self.buffer_size < self.batch_size:
+            raise ValueError(
+                f"buffer_size must be ≥ batch_size {self.batch_size}, got {self.buffer_size}"
+            )
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.step_clip == 0:
             raise ValueError("step_clip must be > 0, or none for no clip, got 0")
         if self.total_steps < 1:
@@ -134,6 +159,7 @@ _MINIMA = {
     "seed": 0,
     "steps": 0,
     "batch_size": 1,
+    "buffer_size": 1,
     "langevin_steps": 0,
     "step_size": 0,
     "sample_step_size": 0,
@@ -149,6 +175,7 @@ _MINIMA = {
     "flow_grad_norm": 0,
     "energy_lr": 0,
     "warmup_steps": 0,
+    "accumulate": 1,
     "n_samples": 2,
     "log_every": 1,
     "sample_every": 1,
@@ -192,10 +219,71 @@ _PATCHES_SMALL: dict[str, Any] = {
     "sample_every": 100,
     "checkpoint_every": 100,
 }
+# Flow++ small enough for a CPU.
+_SMALL_FLOWPP: dict[str, Any] = {
+    "channels": 32,
+    "blocks": 1,
+    "components": 8,
+    "dequant_blocks": 1,
+    "dequant_components": 4,
+    "dropout": 0.0,
+}
+_DIGITS_FLOWPP: dict[str, Any] = {
+    **_DIGITS_SMALL,
+    "flow": "flowpp",
+    "flow_options": _SMALL_FLOWPP,
+    "steps": 600,
+    "batch_size": 64,
+    "pretrain_steps": 600,
+    "flow_frozen_steps": 200,
+    "pretrain_lr": 2e-3,
+}
+_PATCHES_FLOWPP: dict[str, Any] = {
+    **_PATCHES_SMALL,
+    "flow": "flowpp",
+    "flow_options": {**_SMALL_FLOWPP, "attention": False},
+    "steps": 100,
+    "pretrain_steps": 100,
+    "flow_frozen_steps": 30,
+    "n_samples": 128,
+}
+
+
+def _authors(
+    data_set: str, images: int, *, sample_step_size: float, **changes: Any
+) -> dict[str, Any]:
+    """The authors' settings for 200 epochs of ``images`` images; the rest are the defaults."""
+    epoch = images // 28
+    return {
+        "data": data_set,
+        "steps": 200 * epoch,
+        "flow": "flowpp",
+        "sample_step_size": sample_step_size,
+        "log_every": 100,
+        "sample_every": epoch,
+        "checkpoint_every": epoch,
+        **changes,
+    }
+
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits-small": _DIGITS_SMALL,
     "patches-small": _PATCHES_SMALL,
+    "digits-flowpp": _DIGITS_FLOWPP,
+    "patches-flowpp": _PATCHES_FLOWPP,
+    "cifar10": _authors("cifar10", 50_000, sample_step_size=0.04),
+    # For how long the authors pre-trained the flow is not published; here as long as they trained.
+    "cifar10-pre": _authors(
+        "cifar10",
+        50_000,
+        sample_step_size=0.04,
+        pretrain_steps=200 * (50_000 // 28),
+        flow_frozen_steps=25 * (50_000 // 28),
+    ),
+    "cifar10-long": _authors("cifar10", 50_000, sample_step_size=0.04, langevin_steps=200),
+    "svhn": _authors("svhn", 73_257, sample_step_size=0.035),
+    "celeba": _authors("celeba", 162_770, sample_step_size=0.035, image_size=32),
 }
 PRESETS = tuple(_PRESETS)
 _PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext import energies, flows
+from coopflow_ext import energies, flows, ops
 from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
-from coopflow_ext.rng import USE_INIT, Key
-from coopflow_ext.samplers import LangevinSampler
+from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
+from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
 
-_FLOWS: dict[str, Callable[..., flows.Flow]] = {"realnvp": flows.realnvp, "glow": flows.glow}
+_FLOWS: dict[str, Callable[..., flows.Flow]] = {
+    "realnvp": flows.realnvp,
+    "glow": flows.glow,
+    "flowpp": flows.flowpp,
+}
 _ENERGIES = ("res", "mlp")
 
 
@@ -28,6 +31,11 @@ class EventSpec:
 
     shape: tuple[int, ...]
     levels: int | None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Where uniform noise for the start of a chain lies."""
+        return (-4.0, 4.0) if self.levels is None else (-1.0, 1.0)
 
     @property
     def clamp(self) -> tuple[float, float] | None:
@@ -82,6 +90,24 @@ def build_sampler(
         noise=config.noise,
         step_clip=config.step_clip,
         clamp=event.clamp,
+        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        compile=config.compile,
+    )
+
+
+def build_buffer(config: TrainConfig, event: EventSpec) -> ReplayBuffer:
+    """Persistent chains that start as uniform noise."""
+    low, high = event.range
+
+    def init(shape: tuple[int, ...], key: Key) -> Tensor:
+        return low + (high - low) * ops.uniform(shape, key.tensor())
+
+    return ReplayBuffer(
+        event.shape,
+        size=config.buffer_size,
+        reinit_probability=config.buffer_reinit,
+        init=init,
+        key=Key(config.seed),
     )
 
 
@@ -103,6 +129,7 @@ class CoopFlow(nn.Module):
         self.sampler = sampler
         self.config: TrainConfig | None = None
         self.event: EventSpec | None = None
+        self.buffer: ReplayBuffer | None = None
 
     @classmethod
     def from_config(cls, config: TrainConfig, event: EventSpec) -> CoopFlow:
@@ -113,7 +140,16 @@ class CoopFlow(nn.Module):
             energy = build_energy(config, event)
         model = cls(flow, energy, build_sampler(config, energy, event, training=False))
         model.config, model.event = config, event
+        if config.start == "buffer":
+            model.buffer = build_buffer(config, event)
         return model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoopFlow:
+        """What ``to`` does to the weights, also for the persistent chains."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.buffer is not None:
+            self.buffer.states = fn(self.buffer.states)
+        return self
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -127,8 +163,18 @@ class CoopFlow(nn.Module):
                 module.training = mode
 
     def propose(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
-        """n samples of the flow, the starts of the chains, (n, *event_shape)."""
-        return self.flow.sample(n, key, chain_offset=chain_offset)
+        """The starts of n chains, (n, *event_shape): flow samples, noise, or persistent chains."""
+        if self.config is None or self.event is None or self.config.start == "flow":
+            return self.flow.sample(n, key, chain_offset=chain_offset)
+        key = Key.from_default_generator() if key is None else key
+        like = next(self.parameters())
+        rng = key.fold_in(USE_CHAIN).tensor(like.device)
+        if self.buffer is not None:
+            u = ops.uniform((n, 1), rng, chain_offset=chain_offset, dtype=torch.float64)
+            return self.buffer.states[(u[:, 0] * self.buffer.size).long()]
+        u = ops.uniform((n, *self.event.shape), rng, chain_offset=chain_offset, dtype=like.dtype)
+        low, high = self.event.range
+        return low + (high - low) * u
 
     def refine(self, x0: Tensor, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
         """The states of the Langevin chains that start at x0 (B, *event_shape)."""
@@ -171,14 +217,30 @@ class CoopFlow(nn.Module):
                 "save needs a model made by CoopFlow.from_config or CoopFlow.load; "
                 "save state_dict() of models of your own"
             )
-        tensors = {f"{k}": v for k, v in self.state_dict().items()}
-        save_checkpoint(Path(path), tensors, self.metadata())
+        save_checkpoint(Path(path), {**self.state_dict(), **self.buffer_tensors()}, self.metadata())
 
     def metadata(self) -> dict[str, Any]:
         """What a file must hold beside the weights so that the models can be rebuilt."""
         assert self.config is not None
         assert self.event is not None
         return {"config": self.config.to_json(), "event": asdict(self.event)}
+
+    def buffer_tensors(self) -> dict[str, Tensor]:
+        """The persistent chains and how often they were drawn from; empty without them."""
+        if self.buffer is None:
+            return {}
+        state = self.buffer.state_dict()
+        return {
+            "buffer.states": state["states"],
+            "buffer.draws": torch.tensor(state["time"]),
+        }
+
+    def load_buffer(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`buffer_tensors`."""
+        if self.buffer is not None:
+            state = self.buffer.state_dict()
+            state.update(states=tensors["buffer.states"], time=int(tensors["buffer.draws"]))
+            self.buffer.load_state_dict(state)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> CoopFlow:
@@ -205,12 +267,5 @@ class CoopFlow(nn.Module):
         }
         weights = {name: {**tensors, **averages}[name] for name in model.state_dict()}
         model.load_state_dict(weights)
+        model.load_buffer(tensors)
         return model.to(device)
-
-
-def describe(config: TrainConfig) -> str:
-    """One line that names the models and the chain."""
-    return (
-        f"{config.flow} {json.dumps(config.flow_options)} + {config.energy} "
-        f"{json.dumps(config.energy_options)}, T={config.langevin_steps}"
-    )

@@ -184,6 +184,8 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
         "seconds": trainer.seconds,
         "steps": trainer.config.steps,
         "pretrain_steps": trainer.config.pretrain_steps,
+        "flow_updates": trainer.flow.updates,
+        "energy_updates": trainer.energy.updates,
         "iterations_per_second": trainer.config.total_steps / max(trainer.seconds, 1e-9),
         **facts,
         "moment_gap": gaps[-1] if gaps else None,

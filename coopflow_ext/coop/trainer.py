@@ -87,15 +87,19 @@ class Trainer:
         return metrics
 
     def pretrain(self, x: Tensor) -> dict[str, Tensor]:
-        """The flow learns the data by maximum likelihood."""
-        metrics = self.update_flow(x, self.config.pretrain_lr)
+        """The flow learns the data by maximum likelihood, at a rate that falls linearly to 0."""
+        left = 1 - self.step / self.config.pretrain_steps
+        metrics = self.update_flow(x, left * self.config.pretrain_lr)
         self.key = self.key.advance(1)
         return metrics
 
     def cooperate(self, x: Tensor) -> dict[str, Tensor]:
         """One iteration of the paper's algorithm on the data batch x."""
-        proposal = self.model.propose(len(x), self.key)
+        persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
+        proposal = self.model.propose(len(x), self.key) if persistent is None else persistent.x
         samples = self.run_chain(proposal)
+        if self.model.buffer and persistent:
+            self.model.buffer.write(persistent.indices, samples)
         metrics = {"langevin_distance": (samples - proposal).square().mean().sqrt()}
         if self._flow_learns():
             metrics.update(self.update_flow(samples, self.config.flow_lr))
@@ -111,6 +115,8 @@ class Trainer:
         return samples
 
     def _flow_learns(self) -> bool:
+        if self.config.start != "flow":
+            return False
         iteration = self.step - self.config.pretrain_steps - self.config.flow_frozen_steps
         return iteration >= 0 and iteration % self.config.flow_every == 0
 
@@ -151,6 +157,7 @@ class Trainer:
         return {
             **self.flow.tensors(),
             **self.energy.tensors(),
+            **self.model.buffer_tensors(),
             **{f"moments.{name}": tensor for name, tensor in moments.items()},
         }
 
@@ -167,6 +174,7 @@ class Trainer:
         """Continue from a checkpoint."""
         self.flow.load_tensors(tensors)
         self.energy.load_tensors(tensors)
+        self.model.load_buffer(tensors)
         names = self.sample_moments.state_dict()
         self.sample_moments.load_state_dict({name: tensors[f"moments.{name}"] for name in names})
         self.step = metadata["step"]

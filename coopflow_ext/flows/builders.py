@@ -77,7 +77,11 @@ def _vector_couplings(
 
 
 def _image_flow(
-    transform: Transform, image_shape: ImageShape, levels: int, legacy_contrast: bool
+    transform: Transform,
+    image_shape: ImageShape,
+    levels: int,
+    legacy_contrast: bool,
+    recompute: bool,
 ) -> Flow:
     return Flow(
         transform,
@@ -85,6 +89,7 @@ def _image_flow(
         dequantize=Dequantize(levels),
         logit=Logit(),
         legacy_contrast=legacy_contrast,
+        recompute=recompute,
     )
 
 
@@ -102,6 +107,7 @@ def realnvp(
     blocks: int = 2,
     levels: int = 256,
     legacy_contrast: bool = False,
+    recompute: bool = False,
 ) -> Flow:
     """RealNVP (Dinh et al. 2017) for vectors or for images in [−1, 1].
 
@@ -123,7 +129,7 @@ def realnvp(
         channels: hidden channels of each "conv" network.
         blocks: residual blocks of each "conv" network.
         levels: grey levels of the dequantisation of images.
-        legacy_contrast: see :class:`Flow`.
+        legacy_contrast, recompute: see :class:`Flow`.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -144,7 +150,7 @@ def realnvp(
         shape = _check_image_shape(image_shape, 1)
         layers = _vector_couplings(math.prod(shape), couplings, widths, dropout, mask_seed)
         transform: Transform = Compose([Flatten(shape), *layers, Inverse(Flatten(shape))])
-        return _image_flow(transform, shape, levels, legacy_contrast)
+        return _image_flow(transform, shape, levels, legacy_contrast, recompute)
 
     def couplings_of(n: int, split: str) -> list[Transform]:
         # A checkerboard's halves have n channels each, a channel split's n / 2.
@@ -163,7 +169,7 @@ def realnvp(
         return Compose(layers)
 
     shape = _check_image_shape(image_shape, 2**scales)
-    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast)
+    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast, recompute)
 
 
 def glow(
@@ -175,6 +181,7 @@ def glow(
     blocks: int = 2,
     levels: int = 256,
     legacy_contrast: bool = False,
+    recompute: bool = False,
 ) -> Flow:
     """Glow (Kingma & Dhariwal 2018) for images in [−1, 1].
 
@@ -187,7 +194,7 @@ def glow(
         channels: hidden channels of each conditioner.
         blocks: residual blocks of each conditioner.
         levels: grey levels of the dequantisation.
-        legacy_contrast: see :class:`Flow`.
+        legacy_contrast, recompute: see :class:`Flow`.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -208,7 +215,7 @@ def glow(
             layers.append(SplitPrior(scale(2 * n, scales_left - 1)))
         return Compose([*layers, Inverse(Squeeze())])
 
-    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast)
+    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast, recompute)
 
 
 def _steps(n: int, pair_channels: int, make_coupling: _MakeCoupling) -> Compose:
@@ -251,6 +258,7 @@ def flowpp(
     legacy_contrast: bool = False,
     legacy_cdf_clamp: bool = False,
     sampling_dropout: bool = False,
+    recompute: bool = False,
 ) -> Flow:
     """Flow++ for images in [−1, 1]; the defaults are the paper's CIFAR-10 model.
 
@@ -266,7 +274,7 @@ def flowpp(
         dropout: dropout of the conditioners, in training mode.
         attention: conditioners with or without attention.
         levels: grey levels of the dequantisation.
-        legacy_contrast, sampling_dropout: see :class:`Flow`.
+        legacy_contrast, sampling_dropout, recompute: see :class:`Flow`.
         legacy_cdf_clamp: see :class:`MixtureLogisticCoupling`.
 
     Raises:
@@ -324,4 +332,5 @@ def flowpp(
         logit=Logit(),
         legacy_contrast=legacy_contrast,
         sampling_dropout=sampling_dropout,
+        recompute=recompute,
     )

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
-from coopflow_ext.flows.layers import Checkerboard
+from coopflow_ext.flows.layers import Checkerboard, halves
 from coopflow_ext.flows.nets import Conditioner
 
 
@@ -30,11 +30,7 @@ class ChannelSplit(Split):
         self.flip = flip
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[1] % 2:
-            raise ValueError(
-                f"a channel split needs an even dimension 1 of x, got shape {tuple(x.shape)}"
-            )
-        first, second = x.chunk(2, dim=1)
+        first, second = halves(x)
         return (second, first) if self.flip else (first, second)
 
     def merge(self, changed: Tensor, kept: Tensor) -> Tensor:

@@ -33,11 +33,10 @@ def _check_image(layer: nn.Module, x: Tensor, *, height: int, width: int, channe
         )
 
 
-def _halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of dimension 1; ValueError when it is odd."""
     if x.ndim < 2 or x.shape[1] % 2:
-        raise ValueError(
-            f"{type(layer).__name__}: dimension 1 of x must be even, got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"dimension 1 of x must be even, got shape {tuple(x.shape)}")
     first, second = x.chunk(2, dim=1)
     return first, second
 
@@ -207,7 +206,7 @@ class Checkerboard(_Rearrangement):
         return torch.cat(self._exchange_odd_rows(left, right), dim=1)
 
     def restore(self, z: Tensor) -> Tensor:
-        left, right = self._exchange_odd_rows(*_halves(self, z))
+        left, right = self._exchange_odd_rows(*halves(z))
         return torch.stack((left, right), dim=-1).flatten(3)
 
     @staticmethod
@@ -220,7 +219,7 @@ class Flip(_Rearrangement):
     """Exchange the two halves of dimension 1, so that the next coupling changes the other one."""
 
     def rearrange(self, x: Tensor) -> Tensor:
-        first, second = _halves(self, x)
+        first, second = halves(x)
         return torch.cat((second, first), dim=1)
 
     def restore(self, z: Tensor) -> Tensor:
@@ -252,11 +251,11 @@ class SplitPrior(Transform):
         self.inner = inner
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        kept, factored_out = _halves(self, x)
+        kept, factored_out = halves(x)
         z, ladj = self.inner.call_and_ladj(kept, context)
         return torch.cat((z, factored_out), dim=1), ladj
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        kept, factored_out = _halves(self, z)
+        kept, factored_out = halves(z)
         x, ladj = self.inner.inverse_and_ladj(kept, context)
         return torch.cat((x, factored_out), dim=1), ladj

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.layers import Checkerboard
+from coopflow_ext.flows.recompute import call_and_ladj
 
 
 class Dequantize(nn.Module):
@@ -40,6 +41,11 @@ class Dequantize(nn.Module):
         """x in [0, 1] and noise ``eps``, both (B, C, H, W) → v, ladj (B,)."""
         return self._mix(x, eps), x.new_zeros(x.shape[0])
 
+    def round(self, v: Tensor) -> Tensor:
+        """The grey level in [0, 1] that v was made from, the inverse of dequantisation."""
+        level = (self.levels * v).floor().clamp(0, self.levels - 1)
+        return level / (self.levels - 1)
+
     def _mix(self, x: Tensor, u: Tensor) -> Tensor:
         return ((self.levels - 1) * x + u) / self.levels
 
@@ -56,6 +62,7 @@ class VariationalDequantize(Dequantize):
         self.aux_net = aux_net
         self.transform = transform
         self.board = Checkerboard()
+        self.recompute = False
 
     def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
         """ε of one call, shape of x."""
@@ -66,7 +73,8 @@ class VariationalDequantize(Dequantize):
     ) -> tuple[Tensor, Tensor]:
         aux = self.aux_net(self.board.rearrange(x - 0.5))
         inner = Context(aux, context.dropout_rng, context.chain_offset)
-        w, ladj = self.transform.call_and_ladj(self.board.rearrange(eps), inner)
+        pair = self.board.rearrange(eps)
+        w, ladj = call_and_ladj(self.transform, pair, inner, recompute=self.recompute)
         w = self.board.restore(w)
         # −log q = ½ε² + ½ log 2π + ladj + log u + log(1 − u), u = sigmoid(w).
         terms = 0.5 * eps.square() + F.logsigmoid(w) + F.logsigmoid(-w)

@@ -8,8 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.rng import Key
+from coopflow_ext.samplers.call import (
+    check_choice,
+    check_like,
+    check_offset,
+    check_state,
+    nonfinite_error,
+    rng_tensors,
+    state_copy,
+)
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
@@ -20,7 +28,6 @@ from coopflow_ext.samplers.output import (
     State,
     Tensors,
     pack,
-    unpack,
 )
 from coopflow_ext.samplers.schedule import (
     Coefficient,
@@ -31,8 +38,6 @@ from coopflow_ext.samplers.schedule import (
     per_chain,
     sqrt,
 )
-
-_MAX_CHAIN = 2**63
 
 _Result = tuple[Tensors, Tensors | None, ChainStatistics | None]
 
@@ -76,64 +81,16 @@ def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | Non
     return lo, hi
 
 
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if not any(value is choice or (value == choice != 1) for choice in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def _check_differentiable(
     differentiable: object, checkpoint_every: object, cuda_graph: object
 ) -> None:
-    _check_choice("differentiable", differentiable, (True, False, "last"))
+    check_choice("differentiable", differentiable, (True, False, "last"))
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every, 1)
         if differentiable is not True:
             raise ValueError("checkpoint_every needs differentiable=True")
     if differentiable and cuda_graph is True:
         raise ValueError("cuda_graph=True cannot be used with differentiable")
-
-
-def check_state(x0: State) -> Tensors:
-    """The tensors of a state; TypeError or ValueError unless they are chains that can move."""
-    if not isinstance(x0, (Tensor, list, tuple)):
-        raise TypeError(f"x0 must be a tensor or a list or tuple of them, got {type(x0).__name__}")
-    xs = unpack(x0)
-    if not xs or not all(isinstance(x, Tensor) for x in xs):
-        raise TypeError("x0 must be a tensor or a non-empty list or tuple of tensors")
-    for x in xs:
-        if not x.is_floating_point():
-            raise TypeError(f"x0 must be floating point, got {x.dtype}")
-        if x.ndim == 0:
-            raise ValueError("x0 must be (B, …): dimension 0 counts the chains; got a scalar")
-        if x.shape[0] != xs[0].shape[0] or x.device != xs[0].device:
-            raise ValueError(
-                "the tensors of x0 must have the same number of chains and the same device, got "
-                f"{xs[0].shape[0]} on {xs[0].device} and {x.shape[0]} on {x.device}"
-            )
-    return xs
-
-
-def state_copy(x: Tensor, *, channels_last: bool = False) -> Tensor:
-    """A copy that a chain may overwrite: dense, with the batch as outermost dimension."""
-    if channels_last and x.ndim != 4:
-        raise ValueError(f"channels_last needs x0 of shape (B, C, H, W), got {tuple(x.shape)}")
-    if channels_last or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x.detach().clone(memory_format=torch.channels_last)
-    return x.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()) -> Tensors:
-    """The tensors of ``values``; each must have the shape of the state's, after ``lead``."""
-    given = unpack(values)
-    if len(given) != len(xs):
-        raise ValueError(f"{name} must have {len(xs)} tensor(s), like x0, got {len(given)}")
-    for value, x in zip(given, xs, strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor like x0, got {type(value).__name__}")
-        if value.shape != (*lead, *x.shape):
-            expected = (*lead, *x.shape)
-            raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-    return given
 
 
 class LangevinSampler:
@@ -183,7 +140,7 @@ class LangevinSampler:
         differentiable: gradients flow through the chain to x0 and to the energy's parameters,
             which are not frozen; "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass.
+            steps between them in the backward pass. The energy's parameters must be leaves.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
@@ -226,8 +183,8 @@ class LangevinSampler:
         checkpoint_every: int | None = None,
     ) -> None:
         n_steps = check_count("n_steps", n_steps, 0)
-        _check_choice("clamp_when", clamp_when, ("step", "end"))
-        _check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
+        check_choice("clamp_when", clamp_when, ("step", "end"))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
         a, s = _drift_and_noise(step_size, drift, noise, temperature, n_steps)
         coefficients = {"drift": a, "noise": s}
         if reference_std is not None:
@@ -239,16 +196,16 @@ class LangevinSampler:
             self.x_ref, strength = _check_pull(pull)
             coefficients["pull"] = a * strength
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
-        self.chain_offset = _check_offset(chain_offset)
+        self.chain_offset = check_offset(chain_offset)
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
-        _check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
+        check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
         self.differentiable, self.checkpoint_every = differentiable, checkpoint_every
         self.cuda_graph = cuda_graph
         use_graphs = cuda_graph is not False and not differentiable
         self._graphs = ChainGraphs(required=cuda_graph is True) if use_graphs else None
         if autocast is not None:
-            _check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
+            check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
         in_place_steps = {False: n_steps, True: 0, "last": max(n_steps - 1, 0)}
         self.plan = Plan(
             gradient=Gradient(energy, score, negative_energy=negative_energy, compile=compile),
@@ -298,7 +255,7 @@ class LangevinSampler:
         xs = check_state(x0)
         key = Key.from_default_generator() if key is None else key
         after = key.advance(self.plan.n_steps)
-        offset = self.chain_offset if chain_offset is None else _check_offset(chain_offset)
+        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
         needs_grad = self.plan.gradient.has_energy or bool(self.differentiable)
         grad_mode = needs_grad or torch.is_grad_enabled()
@@ -307,7 +264,7 @@ class LangevinSampler:
             inputs = Inputs(
                 like=x0,
                 xs=starts,
-                rngs=_rng_tensors(key, xs),
+                rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
                 xis=self._xis(xi, starts),
                 chain_offset=offset,
@@ -364,7 +321,7 @@ class LangevinSampler:
         if self.on_nonfinite != "raise" or chain.active is None or chain.steps_alive is None:
             return
         if not bool(chain.active.all()):
-            raise _nonfinite_error(chain.active, chain.steps_alive, xs)
+            raise nonfinite_error(chain.active, chain.steps_alive, xs)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:
@@ -374,14 +331,14 @@ class LangevinSampler:
             return None
         if centre is None:
             raise ValueError("pull=(None, strength) needs x_ref= at the call")
-        values = _check_like("x_ref", centre, xs)
+        values = check_like("x_ref", centre, xs)
         return tuple(laid_out(v, x) for v, x in zip(values, xs, strict=True))
 
     def _xis(self, xi: State | None, xs: Tensors) -> tuple[tuple[Tensor, ...], ...] | None:
         """For each tensor of the state, the normals of each step in its layout."""
         if xi is None:
             return None
-        values = _check_like("xi", xi, xs, lead=(self.plan.n_steps,))
+        values = check_like("xi", xi, xs, lead=(self.plan.n_steps,))
         return tuple(
             tuple(laid_out(row, x) for row in v.unbind(0)) for v, x in zip(values, xs, strict=True)
         )
@@ -396,29 +353,3 @@ def _check_pull(
     if x_ref is not None and not isinstance(x_ref, (Tensor, list, tuple)):
         raise TypeError(f"pull's x_ref must be a tensor or None, got {type(x_ref).__name__}")
     return x_ref, per_chain("pull's strength", strength)
-
-
-def _check_offset(chain_offset: object) -> int:
-    offset = check_count("chain_offset", chain_offset, 0)
-    if offset >= _MAX_CHAIN:
-        raise ValueError(f"chain_offset must be below 2**63, got {offset}")
-    return offset
-
-
-def _rng_tensors(key: Key, xs: Tensors) -> Tensors:
-    """Tensor 0 of a state uses the key's seed, tensor j folds in j."""
-    return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
-
-
-def _nonfinite_error(active: Tensor, steps_alive: Tensor, xs: Tensors) -> NonFiniteError:
-    last = tuple(x.detach().clone() for x in xs)
-    chains = (~active).nonzero().flatten().cpu()
-    step = int(steps_alive.min())
-    shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
-    return NonFiniteError(
-        f"the gradient was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "
-        f"step {step}; use a smaller step, clips, or on_nonfinite='freeze'",
-        step=step,
-        chains=chains,
-        x=last[0] if len(last) == 1 else last,
-    )

@@ -101,13 +101,6 @@ void for_each_run(int64_t quads_per_chain, int64_t begin, int64_t end, const F& 
   }
 }
 
-template <typename A>
-bool chains_share_coefficients(const LangevinArgs<A>& args) {
-  return args.norm_scale == nullptr && args.active == nullptr && args.drift.chain_stride == 0 &&
-         args.noise.chain_stride == 0 && args.decay.chain_stride == 0 &&
-         args.pull.chain_stride == 0;
-}
-
 // One tile of the flat range of quads over all chains.
 template <typename T, bool kFull>
 void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end,
@@ -160,7 +153,7 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
 template <typename T>
 void update_tiles(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   const int64_t quads = args.batch * divide_up(args.per_chain, 4);
-  const bool shared = chains_share_coefficients(args);
+  const bool shared = args.shares_coefficients();
   const bool plain = args.is_plain();
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kQuadsPerTile;

@@ -110,10 +110,10 @@ COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
 }
 
 COOPFLOW_HD void sincos_turns(uint32_t turns, double* sine, double* cosine) {
-  const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;
 #if COOPFLOW_DEVICE_CODE
-  sincos(angle, sine, cosine);
+  sincospi(static_cast<double>(turns) * 0x1p-31, sine, cosine);
 #else
+  const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;  // 2 * pi * 2^-32
   *sine = std::sin(angle);
   *cosine = std::cos(angle);
 #endif

@@ -28,6 +28,17 @@ COOPFLOW_HD double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// The full product. Written in C++ the device compiler adds a useless zero to its high word.
+COOPFLOW_HD uint64_t multiply_words(uint32_t a, uint32_t b) {
+#if COOPFLOW_DEVICE_CODE
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 COOPFLOW_HD uint32_t float_bits(float x) {
 #if COOPFLOW_DEVICE_CODE
   return __float_as_uint(x);
@@ -66,7 +77,13 @@ COOPFLOW_HD double clamp_keep_nan(double x, double low, double high) {
   return y > high ? high : y;
 }
 
-COOPFLOW_HD float absolute(float x) { return bits_float(float_bits(x) & 0x7FFFFFFFu); }
+COOPFLOW_HD float absolute(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return fabsf(x);
+#else
+  return bits_float(float_bits(x) & 0x7FFFFFFFu);
+#endif
+}
 
 COOPFLOW_HD double absolute(double x) { return x < 0.0 ? -x : x; }
 
@@ -121,5 +138,34 @@ COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
 #endif
 
 COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
+
+// Plain words of 16 and 8 bytes, which compilers move in one access.
+struct alignas(16) Word16 {
+  uint32_t a, b, c, d;
+};
+struct alignas(8) Word8 {
+  uint32_t a, b;
+};
+
+// One store of the full width. Written out as a struct copy the compiler sometimes splits it.
+COOPFLOW_HD void store_word(Word16 word, Word16* to) {
+#if COOPFLOW_DEVICE_CODE
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(word.a), "r"(word.b), "r"(word.c), "r"(word.d)
+               : "memory");
+#else
+  *to = word;
+#endif
+}
+
+COOPFLOW_HD void store_word(Word8 word, Word8* to) {
+#if COOPFLOW_DEVICE_CODE
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word.a),
+               "r"(word.b)
+               : "memory");
+#else
+  *to = word;
+#endif
+}
 
 }  // namespace coopflow

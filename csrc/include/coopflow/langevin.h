@@ -125,6 +125,12 @@ struct LangevinArgs {
   // Whether a pass over the gradient must come first.
   COOPFLOW_HD bool needs_gradient_pass() const { return norm_scale != nullptr || freeze_nonfinite; }
 
+  // Whether all chains move by the same coefficients.
+  COOPFLOW_HD bool shares_coefficients() const {
+    return norm_scale == nullptr && active == nullptr && drift.chain_stride == 0 &&
+           noise.chain_stride == 0 && decay.chain_stride == 0 && pull.chain_stride == 0;
+  }
+
   // Whether the plain path of langevin_update is enough.
   COOPFLOW_HD bool is_plain() const {
     return x_ref == nullptr && norm_scale == nullptr && decay.row == nullptr &&

@@ -17,6 +17,15 @@
 #define COOPFLOW_DEVICE_CODE 0
 #endif
 
+// Asks for full unrolling, so that small arrays stay in registers.
+#if defined(__CUDA_ARCH__)
+#define COOPFLOW_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // host pass of nvcc: nothing in it is run
+#define COOPFLOW_UNROLL
+#else
+#define COOPFLOW_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 // Name of the instruction set a CPU loop file is being compiled for.
 #if !defined(COOPFLOW_ISA)
 #define COOPFLOW_ISA baseline

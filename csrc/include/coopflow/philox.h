@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "coopflow/intrinsics.h"
 #include "coopflow/macros.h"
 
 namespace coopflow {
@@ -41,17 +42,13 @@ struct WideProduct {
 };
 
 COOPFLOW_HD WideProduct<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
-  const uint64_t product = static_cast<uint64_t>(a) * b;
+  const uint64_t product = multiply_words(a, b);
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
 }
 
 template <typename Word>
 COOPFLOW_HD PhiloxBlock<Word> philox4x32_10(PhiloxBlock<Word> c, PhiloxKey k) {
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
+  COOPFLOW_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const WideProduct<Word> p0 = multiply_wide(c.w0, kPhiloxMultiplier0);
     const WideProduct<Word> p1 = multiply_wide(c.w2, kPhiloxMultiplier1);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "coopflow/intrinsics.h"
 #include "coopflow/macros.h"
@@ -105,5 +106,26 @@ template <typename T>
 COOPFLOW_HD T from_arithmetic(arithmetic_t<T> x) {
   return FromArithmetic<T>::convert(x);
 }
+
+// Two at a time: half-precision pairs are one instruction on a GPU.
+template <typename T>
+COOPFLOW_HD void from_arithmetic_pair(arithmetic_t<T> first, arithmetic_t<T> second, T* pair) {
+  pair[0] = from_arithmetic<T>(first);
+  pair[1] = from_arithmetic<T>(second);
+}
+
+#if COOPFLOW_DEVICE_CODE
+template <>
+COOPFLOW_HD void from_arithmetic_pair<bfloat16>(float first, float second, bfloat16* pair) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  memcpy(pair, &both, sizeof(both));
+}
+
+template <>
+COOPFLOW_HD void from_arithmetic_pair<float16>(float first, float second, float16* pair) {
+  const __half2 both = __floats2half2_rn(first, second);
+  memcpy(pair, &both, sizeof(both));
+}
+#endif
 
 }  // namespace coopflow

@@ -1,0 +1,179 @@
+"""A list of settings, each trained with several seeds: table, plot and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coopflow_ext._optional import require
+from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.run import RunFolder
+from coopflow_ext.coop.train import train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file of configurations says.
+
+    Attributes:
+        seeds: every row is trained once with each.
+        rows: settings by the name of the row, without the seed.
+    """
+
+    seeds: tuple[int, ...]
+    rows: dict[str, TrainConfig]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """``{"seeds": [...], "base": {settings}, "rows": {name: {settings}}}``, JSON.
+
+        Raises:
+            ValueError: not such a file, or settings that make no sense; the row is named.
+            OSError: it cannot be read.
+        """
+        try:
+            content = json.loads(path.read_text())
+            seeds = tuple(int(seed) for seed in content["seeds"])
+            base, rows = dict(content.get("base", {})), dict(content["rows"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} must be JSON with seeds, rows and maybe base: {error!r}"
+            ) from error
+        if not seeds or not rows:
+            raise ValueError(f"{path} must have at least one seed and one row")
+        configs = {}
+        for name, settings in rows.items():
+            try:
+                configs[name] = TrainConfig.from_dict({**base, **settings})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, row {name!r}: {error}") from error
+        return cls(seeds, configs)
+
+
+def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+    """Train every row with every seed below ``out``; write table.md, table.json, ablation.png.
+
+    What was finished before is kept and what was begun is continued, so an interrupted ablation
+    goes on when it is started again.
+
+    Returns:
+        One dictionary for each row, as in table.json.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, config in plan.rows.items():
+        summaries = [_one_run(name, config, seed, out, device) for seed in plan.seeds]
+        rows.append(_row(name, config, summaries))
+    write_atomically(out / "table.json", (json.dumps(rows, indent=2) + "\n").encode())
+    write_atomically(out / "table.md", table(rows).encode())
+    save_plot(out / "ablation.png", rows)
+    return rows
+
+
+def _one_run(
+    name: str, config: TrainConfig, seed: int, out: Path, device: torch.device | str
+) -> dict[str, Any]:
+    settings = {**json.loads(config.to_json()), "seed": seed}
+    settings.pop("format")
+    path = out / "runs" / f"{_file_name(name)}-seed{seed}"
+    config = TrainConfig.from_dict(settings)
+    if (path / "config.json").exists():
+        run = RunFolder.open(path)
+        run.adopt(config)
+        if (path / "summary.json").exists():
+            return run.summary()
+        return train(None, path, resume=True, device=device)
+    return train(config, path, device=device)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": spread}
+
+
+def _row(name: str, config: TrainConfig, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    gaps = [s["moment_gap"] for s in summaries if s["moment_gap"] is not None]
+    return {
+        "name": name,
+        "langevin_steps": config.langevin_steps,
+        "step_size": config.step_size,
+        "flow_updates": summaries[0]["flow_updates"],
+        "energy_updates": summaries[0]["energy_updates"],
+        "seeds": len(summaries),
+        "held_out": _spread([s["fd"]["held_out"] for s in summaries]),
+        "flow": _spread([s["fd"]["flow"] for s in summaries]),
+        "langevin": _spread([s["fd"]["langevin"] for s in summaries]),
+        "moment_gap": _spread(gaps) if gaps else None,
+        "seconds": _spread([s["seconds"] for s in summaries]),
+        "starts_from_flow": config.start == "flow",
+        "feature_space": summaries[0]["fd"]["feature_space"],
+        "n": summaries[0]["fd"]["n"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, mean ± standard deviation over the seeds."""
+
+    def cell(value: dict[str, float] | None) -> str:
+        return "–" if value is None else f"{value['mean']:.2f} ± {value['std']:.2f}"
+
+    head = rows[0]
+    lines = [
+        f"Fréchet distance to the training data ({head['feature_space']} features, {head['n']} "
+        f"samples each, {head['seeds']} seeds, mean ± standard deviation); "
+        f"held-out data: {head['held_out']['mean']:.2f}",
+        "",
+        "| | T | δ | flow updates | energy updates | proposal | after Langevin | moment gap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        has_chain = row["langevin_steps"] > 0
+        lines.append(
+            f"| {row['name']} | {row['langevin_steps']} | {row['step_size'] if has_chain else '–'} "
+            f"| {row['flow_updates']} | {row['energy_updates']} "
+            f"| {cell(row['flow']) if row['starts_from_flow'] else '–'} "
+            f"| {cell(row['langevin']) if has_chain else '–'} | {cell(row['moment_gap'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def save_plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Quality against the number of Langevin steps and against the step size, one dot a row."""
+    figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    figure = figure_module.Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    names = [row["name"] for row in rows]
+    for kind, label in (("flow", "proposal"), ("langevin", "after Langevin")):
+        shown = [r for r in rows if r["starts_from_flow"] or kind == "langevin"]
+        shown = [r for r in shown if r["langevin_steps"] > 0 or kind == "flow"]
+        mean = [r[kind]["mean"] for r in shown]
+        std = [r[kind]["std"] for r in shown]
+        style: dict[str, Any] = {"fmt": "o", "capsize": 3, "label": label}
+        axes[0].errorbar(mean, [names.index(r["name"]) for r in shown], xerr=std, **style)
+        axes[1].errorbar([r["langevin_steps"] for r in shown], mean, yerr=std, **style)
+        axes[2].errorbar([r["step_size"] for r in shown], mean, yerr=std, **style)
+    axes[0].axvline(rows[0]["held_out"]["mean"], color="grey", linestyle=":", label="held-out data")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("Fréchet distance")
+    for panel, name in ((axes[1], "Langevin steps T"), (axes[2], "step size δ")):
+        panel.axhline(rows[0]["held_out"]["mean"], color="grey", linestyle=":")
+        panel.set_yscale("log")
+        panel.set_xlabel(name)
+        panel.set_ylabel("Fréchet distance")
+    axes[0].legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())

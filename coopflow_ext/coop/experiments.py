@@ -1,0 +1,157 @@
+"""The paper's experiments on a finished run: pictures and numbers in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coopflow_ext.coop import inversion
+from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.pictures import save_panels
+from coopflow_ext.coop.run import RunFolder
+from coopflow_ext.data import Dataset
+from coopflow_ext.rng import Key
+
+
+def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[RunFolder, CoopFlow, Dataset]:
+    """The run's folder, its trained models and its data."""
+    run = RunFolder.open(path)
+    return run, CoopFlow.load(path, device=device), run.config.load_data()
+
+
+def held_out_images(data: Dataset, n: int, device: torch.device | str) -> Tensor:
+    """The first n held-out events; ValueError when there are fewer, or vectors."""
+    if not data.is_image:
+        raise ValueError(f"this is for images, and {data.name} holds vectors")
+    if not 1 <= n <= len(data.held_out):
+        raise ValueError(f"n must be in [1, {len(data.held_out)}], got {n}")
+    return data.decode(data.held_out[:n]).to(device)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def reconstruct_run(
+    path: Path, *, n: int = 32, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Reconstruct held-out images: picture and errors in RUN/reconstruct."""
+    run, model, data = open_run(path, device)
+    observed = held_out_images(data, n, device)
+    found = inversion.reconstruct(model, observed, Key(seed))
+    out = _folder(run, "reconstruct")
+    panels = {"observed": observed, "start of the chain": found.start, "result": found.result}
+    save_panels(out / "reconstruct.png", panels)
+    return _finish(
+        out / "errors.json",
+        {
+            "n": n,
+            "steps": inversion.RECONSTRUCTION_STEPS,
+            "error_per_pixel": float(found.error.mean()),
+            "error_per_pixel_of_flow_proposals": float(found.untouched_error.mean()),
+            "errors": found.error.tolist(),
+            "picture": str(out / "reconstruct.png"),
+        },
+    )
+
+
+def inpaint_run(
+    path: Path,
+    *,
+    n: int = 8,
+    chains: int = 4,
+    mask: Path | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Fill a hole in held-out images: mask grid and errors in RUN/inpaint.
+
+    ``mask`` is a .npy file with a bool array (H, W), True where the pixel is known; without it,
+    the hole of the paper.
+    """
+    run, model, data = open_run(path, device)
+    observed = held_out_images(data, n, device)
+    height, width = observed.shape[-2:]
+    known = inversion.centre_hole(height, width) if mask is None else read_mask(mask)
+    filled = inversion.inpaint(model, observed, known, Key(seed), chains=chains)
+    holed = torch.where(known.to(observed.device), observed, 0.0)
+    out = _folder(run, "inpaint")
+    rows = torch.cat((observed[:, None], holed[:, None], filled), 1)
+    caption = f"observed | known | {chains} fillings"
+    save_panels(out / "inpaint.png", {caption: rows.flatten(0, 1)}, columns=chains + 2)
+    hole = ~known.expand(height, width)
+    error = (filled - observed[:, None])[..., hole].square().sum((2, 3)) / hole.sum().clamp(min=1)
+    return _finish(
+        out / "errors.json",
+        {
+            "n": n,
+            "chains": chains,
+            "unknown_pixels": int(hole.sum()),
+            "error_per_unknown_pixel": float(error.mean()),
+            "best_of_chains": float(error.min(1).values.mean()),
+            "picture": str(out / "inpaint.png"),
+        },
+    )
+
+
+def read_mask(path: Path) -> Tensor:
+    """A bool array from a .npy file; ValueError when it is none."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"mask {path} cannot be read as a .npy array: {error}") from error
+    if array.dtype != np.bool_:
+        raise ValueError(f"mask {path} must be bool, got {array.dtype}")
+    return torch.from_numpy(array)
+
+
+def interpolate_run(
+    path: Path,
+    *,
+    n: int = 8,
+    points: int = 21,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Lines between reconstructed held-out images, and between flow samples: RUN/interpolate."""
+    run, model, data = open_run(path, device)
+    observed = held_out_images(data, 2 * n, device)
+    found = inversion.reconstruct(model, observed, Key(seed))
+    _, between = inversion.interpolate(model, found.start[:n], found.start[n:], points=points)
+    starts = model.flow.sample(2 * n, Key(seed).fold_in(1))
+    _, random_lines = inversion.interpolate(model, starts[:n], starts[n:], points=points)
+    out = _folder(run, "interpolate")
+    for name, lines in (("images", between), ("random", random_lines)):
+        caption = f"from left to right, {points} points"
+        save_panels(out / f"{name}.png", {caption: lines.flatten(0, 1)}, columns=points)
+    ends = torch.cat((between[:, 0], between[:, -1]))
+    return _finish(
+        out / "errors.json",
+        {
+            "n": n,
+            "points": points,
+            "largest_difference_of_ends_to_reconstructions": float(
+                (ends - found.result).abs().max()
+            ),
+            "reconstruction_error_per_pixel": float(found.error.mean()),
+            "pictures": [str(out / "images.png"), str(out / "random.png")],
+        },
+    )
+
+
+def _folder(run: RunFolder, name: str) -> Path:
+    out = run.path / name
+    out.mkdir(exist_ok=True)
+    return out
+
+
+def _finish(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    write_json(path, results)
+    return results

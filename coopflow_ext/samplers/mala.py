@@ -1,0 +1,224 @@
+"""The Metropolis-adjusted Langevin algorithm: Langevin proposals with exact acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coopflow_ext import ops
+from coopflow_ext.rng import USE_ACCEPT, Key
+from coopflow_ext.samplers.call import (
+    check_offset,
+    check_single_state,
+    nonfinite_error,
+    normals_like,
+    state_copy,
+)
+from coopflow_ext.samplers.chain import per_chain_view
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.schedule import Schedule, check_count, check_number, coefficient, place
+from coopflow_ext.samplers.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class MALAStatistics:
+    """Per step and per chain, each (T, B).
+
+    Attributes:
+        energy: U after the step.
+        acceptance: probability with which the proposal was accepted.
+        accepted: whether it was.
+        step_size: δ of the proposal.
+    """
+
+    energy: Tensor
+    acceptance: Tensor
+    accepted: Tensor
+    step_size: Tensor
+
+
+class MALAOutput(NamedTuple):
+    """See :class:`SamplerOutput`; ``step_size`` is (B,), δ after the adaptation."""
+
+    x: Tensor
+    key: Key
+    trajectory: Tensor | None
+    stats: MALAStatistics | None
+    step_size: Tensor
+
+
+class MALASampler:
+    """Chains whose stationary distribution is p ∝ exp(−U/temperature) exactly.
+
+    One step proposes y = x − (δ²/2)·∇U(x) + δ·√temperature·ξ and accepts it with probability
+    min(1, p(y) q(x|y) / (p(x) q(y|x))); a proposal whose energy or gradient is not finite is
+    rejected. Roberts and Tweedie, Bernoulli 2 (1996).
+
+    Args:
+        energy: as in :class:`LangevinSampler`; the acceptance needs U, so there is no ``score=``.
+        n_steps: number of steps T, adaptation included.
+        step_size: δ, the first one when it is adapted; a float, (T,) or (T or 1, B or 1).
+        temperature: a number > 0.
+        negative_energy: ``energy`` returns −U.
+        adapt_steps: in the first so many steps, move each chain's own δ toward the target
+            acceptance (stochastic approximation; then the mean of log δ over the second half of
+            them). Their samples are not from the stationary distribution.
+        target_accept: acceptance to adapt to; 0.574 is optimal in high dimension.
+        return_trajectory, thin, stats, chain_offset: as in :class:`LangevinSampler`; ``stats`` are
+            :class:`MALAStatistics`.
+
+    Raises:
+        ValueError, TypeError: for an option out of range, by name.
+    """
+
+    def __init__(
+        self,
+        energy: StateFunction,
+        *,
+        n_steps: int,
+        step_size: Schedule,
+        temperature: float = 1.0,
+        negative_energy: bool = False,
+        adapt_steps: int = 0,
+        target_accept: float = 0.574,
+        return_trajectory: bool = False,
+        thin: int = 1,
+        stats: bool = False,
+        chain_offset: int = 0,
+    ) -> None:
+        self.gradient = Gradient(energy, None, negative_energy=negative_energy)
+        self.n_steps = check_count("n_steps", n_steps, 0)
+        self.delta = coefficient("step_size", step_size, n_steps)
+        if not bool((torch.as_tensor(self.delta) > 0).all()):
+            raise ValueError("step_size must be > 0")
+        self.temperature = check_number("temperature", temperature, minimum=0.0, exclusive=True)
+        self.adapt_steps = check_count("adapt_steps", adapt_steps, 0)
+        if self.adapt_steps and isinstance(self.delta, Tensor) and self.delta.shape[0] > 1:
+            raise ValueError("adapt_steps needs a step_size that is the same at every step")
+        if self.adapt_steps > n_steps:
+            raise ValueError(f"adapt_steps must be ≤ n_steps = {n_steps}, got {adapt_steps}")
+        self.target_accept = check_number("target_accept", target_accept)
+        if not 0 < self.target_accept < 1:
+            raise ValueError(f"target_accept must be between 0 and 1, got {target_accept}")
+        self.return_trajectory = return_trajectory
+        self.thin = check_count("thin", thin, 1)
+        self.stats = stats
+        self.chain_offset = check_offset(chain_offset)
+
+    def __call__(
+        self,
+        x0: Tensor,
+        *,
+        key: Key | None = None,
+        xi: Tensor | None = None,
+        chain_offset: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> MALAOutput:
+        """Run the chains from x0 (B, …), which is not modified; arguments as LangevinSampler's.
+
+        Raises:
+            NonFiniteError: the energy or its gradient is not finite at x0.
+        """
+        x0 = check_single_state("MALASampler", x0)
+        key = Key.from_default_generator() if key is None else key
+        after = key.advance(self.n_steps)
+        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
+        kwargs = {} if model_kwargs is None else model_kwargs
+        with torch.inference_mode(False), torch.enable_grad(), frozen(self.gradient.module):
+            x, y = state_copy(x0), state_copy(x0)
+            xis = normals_like(x, xi, self.n_steps)
+            rng, accept_rng = key.tensor(x.device), key.fold_in(USE_ACCEPT).tensor(x.device)
+            steps = _StepSizes(self, x)
+            trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
+            rows: list[tuple[Tensor, ...]] = []
+            u, grad = self._evaluate(x, kwargs)
+            _check_start(x, u, grad)
+            for step in range(self.n_steps):
+                ops.langevin_step_(
+                    y.copy_(x), grad, rng, drift=steps.drift, noise=steps.noise, step=step,
+                    chain_offset=offset, xi=None if xis is None else xis[step],
+                )  # fmt: skip
+                u_y, grad_y = self._evaluate(y, kwargs)
+                delta = steps.at(step)
+                log_ratio = self._log_ratio(x, u, grad, y, u_y, grad_y, delta)
+                uniform = ops.uniform((len(x),), accept_rng, step=step, chain_offset=offset)
+                accepted = uniform.log() < log_ratio  # false where the ratio is NaN
+                u = torch.where(accepted, u_y, u)
+                chains = per_chain_view(accepted, x)
+                torch.where(chains, y, x, out=x)
+                torch.where(chains, grad_y, grad, out=grad)
+                acceptance = log_ratio.nan_to_num(-torch.inf).exp().clamp(max=1)
+                trajectory.record(step, x)
+                if self.stats:
+                    rows.append((u, acceptance, accepted, delta.clone()))
+                if step < self.adapt_steps:
+                    steps.adapt(step, acceptance)
+        stats = MALAStatistics(*map(torch.stack, zip(*rows, strict=True))) if rows else None
+        last = steps.at(max(self.n_steps - 1, 0)).clone()
+        return MALAOutput(x, after, trajectory.states, stats, last)
+
+    def _evaluate(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """U (B,) in at least float32, and ∇U in x's layout, in memory of its own."""
+        leaf = x.detach().requires_grad_()
+        (grad,), u = self.gradient((leaf,), leaf, kwargs)
+        assert u is not None
+        laid_out = torch.empty_like(x).copy_(-grad if self.gradient.is_score else grad)
+        return u.to(_wide(x)), laid_out
+
+    def _log_ratio(
+        self, x: Tensor, u: Tensor, grad: Tensor, y: Tensor, u_y: Tensor, grad_y: Tensor,
+        delta: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """log of p(y) q(x|y) / (p(x) q(y|x)), (B,)."""
+        move = (y - x).flatten(1).to(u.dtype)
+        drift = (delta * delta / 2)[:, None]
+        forward = (move + drift * grad.flatten(1)).square().sum(1)
+        backward = (-move + drift * grad_y.flatten(1)).square().sum(1)
+        proposals = (forward - backward) / (2 * delta * delta)
+        return (u - u_y + proposals) / self.temperature
+
+
+class _StepSizes:
+    """δ of each chain, and the coefficients that follow from it."""
+
+    def __init__(self, sampler: MALASampler, x: Tensor) -> None:
+        delta = place("step_size", sampler.delta, x)
+        table = torch.as_tensor(delta, dtype=_wide(x), device=x.device)
+        rows = table.shape[0] if table.ndim == 2 else 1
+        self.delta = table.expand(rows, len(x)).clone()
+        self._scale = sampler.temperature**0.5
+        self._steps, self._target = sampler.adapt_steps, sampler.target_accept
+        self._log = self.delta[0].log()
+        self._sum, self._count = torch.zeros_like(self._log), 0
+        self._derive()
+
+    def _derive(self) -> None:
+        self.drift = self.delta * self.delta / 2
+        self.noise = self.delta * self._scale
+
+    def at(self, step: int) -> Tensor:
+        return self.delta[step if len(self.delta) > 1 else 0]
+
+    def adapt(self, step: int, acceptance: Tensor) -> None:
+        """One step of stochastic approximation (Andrieu and Thoms, Stat. Comput. 2008)."""
+        self._log += (acceptance - self._target) * (step + 1) ** -0.6
+        if 2 * step >= self._steps:
+            self._sum += self._log
+            self._count += 1
+        mean = self._sum / max(self._count, 1)
+        self.delta[0] = (mean if step + 1 == self._steps else self._log).exp()
+        self._derive()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_start(x: Tensor, u: Tensor, grad: Tensor) -> None:
+    finite = u.isfinite() & grad.flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        raise nonfinite_error(finite, finite.to(torch.int64).mul(0), (x,))

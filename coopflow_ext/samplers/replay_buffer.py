@@ -1,0 +1,131 @@
+"""A buffer of persistent chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coopflow_ext import ops
+from coopflow_ext.rng import USE_BUFFER, Key
+from coopflow_ext.samplers.schedule import check_count, check_number
+
+Init = Literal["uniform", "normal"] | Callable[[tuple[int, ...], Key], Tensor]
+
+# What the buffer's key is folded with for each separate use.
+_FILL, _CHOOSE, _REINIT, _FRESH = range(4)
+
+
+class BufferDraw(NamedTuple):
+    """Starts of chains, (n, *shape), and where in the buffer they belong, int64 (n,)."""
+
+    x: Tensor
+    indices: Tensor
+
+
+class ReplayBuffer:
+    """Persistent chains, kept on the device, of which a few start anew at each draw::
+
+        x0, indices = buffer.draw(64)
+        out = sampler(x0, key=key)
+        buffer.write(indices, out.x)
+
+    Every draw is determined by the key and the number of draws before it.
+
+    Args:
+        shape: of one chain's state.
+        size: number of chains.
+        reinit_probability: probability that a drawn chain starts anew.
+        init: what a new chain is: "uniform" on [−1, 1), "normal", or a callable
+            (shape, key) → tensor.
+        key: where the draws come from; None draws a seed from torch's default generator.
+        device, dtype: of the states.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range, by name.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        size: int = 10_000,
+        reinit_probability: float = 0.05,
+        init: Init = "uniform",
+        key: Key | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.size = check_count("size", size, 1)
+        self.reinit_probability = check_number("reinit_probability", reinit_probability)
+        if not 0 <= self.reinit_probability <= 1:
+            raise ValueError(f"reinit_probability must be in [0, 1], got {reinit_probability}")
+        if not callable(init) and init not in ("uniform", "normal"):
+            raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
+        self._init = init
+        self._key = (Key.from_default_generator() if key is None else key).fold_in(USE_BUFFER)
+        self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
+        self.states.copy_(self._fresh(self.size, _FILL))
+
+    def draw(self, n: int) -> BufferDraw:
+        """n different chains, some of them started anew; the buffer's states stay as they are.
+
+        Raises:
+            ValueError: n is larger than the buffer.
+        """
+        if check_count("n", n, 1) > self.size:
+            raise ValueError(f"n must be at most the buffer's size {self.size}, got {n}")
+        device = self.states.device
+        chances = ops.uniform((self.size,), self._rng(_CHOOSE))
+        indices = chances.topk(n, sorted=True).indices
+        x = self.states.index_select(0, indices)
+        anew = ops.uniform((n,), self._rng(_REINIT)) < self.reinit_probability
+        fresh = self._fresh(n, _FRESH).to(device, x.dtype)
+        x = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), fresh, x)
+        self._key = self._key.advance(1)
+        return BufferDraw(x, indices)
+
+    def write(self, indices: Tensor, x: Tensor) -> None:
+        """Put the states of drawn chains back.
+
+        Raises:
+            ValueError: x does not have one state for each of ``indices``.
+        """
+        if x.shape != (len(indices), *self.states.shape[1:]):
+            expected = (len(indices), *self.states.shape[1:])
+            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        self.states.index_copy_(0, indices, x.detach().to(self.states))
+
+    def _rng(self, use: int) -> Tensor:
+        return self._key.fold_in(use).tensor(self.states.device)
+
+    def _fresh(self, n: int, use: int) -> Tensor:
+        shape = (n, *self.states.shape[1:])
+        if callable(self._init):
+            fresh = self._init(shape, self._key.fold_in(use))
+            if fresh.shape != shape:
+                raise ValueError(f"init must return shape {shape}, got {tuple(fresh.shape)}")
+            return fresh
+        if self._init == "normal":
+            return ops.normal(shape, self._rng(use), dtype=self.states.dtype)
+        return 2 * ops.uniform(shape, self._rng(use), dtype=self.states.dtype) - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states and the key: a tensor and two integers."""
+        return {"states": self.states.clone(), **self._key.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: it is of a buffer of another size or shape.
+        """
+        if state["states"].shape != self.states.shape:
+            raise ValueError(
+                f"states must have shape {tuple(self.states.shape)}, "
+                f"got {tuple(state['states'].shape)}"
+            )
+        self.states.copy_(state["states"])
+        self._key = Key(seed=int(state["seed"]), time=int(state["time"]))

@@ -1,0 +1,188 @@
+"""Underdamped Langevin dynamics with the BAOAB splitting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coopflow_ext import ops
+from coopflow_ext.rng import USE_MOMENTUM, Key
+from coopflow_ext.samplers.call import (
+    check_choice,
+    check_like,
+    check_offset,
+    check_single_state,
+    nonfinite_error,
+    normals_like,
+    state_copy,
+)
+from coopflow_ext.samplers.chain import laid_out, per_chain_view
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.schedule import (
+    Coefficient,
+    Schedule,
+    check_count,
+    coefficient,
+    place,
+    sqrt,
+)
+from coopflow_ext.samplers.trajectory import Trajectory
+
+
+class UnderdampedOutput(NamedTuple):
+    """See :class:`SamplerOutput`; ``velocity``, like x, continues the path with ``key``."""
+
+    x: Tensor
+    key: Key
+    trajectory: Tensor | None
+    velocity: Tensor
+
+
+class UnderdampedLangevinSampler:
+    """dx = v dt, dv = −∇U dt − γv dt + √(2γτ) dW, unit mass, by the BAOAB splitting.
+
+    One step of size h, with c = exp(−γh)::
+
+        v -= h/2 · ∇U(x);  x += h/2 · v
+        v = c · v + √(τ(1 − c²)) · ξ
+        x += h/2 · v;  v -= h/2 · ∇U(x)
+
+    For U = λx²/2 the stationary variance of the position is exactly τ/λ for every h²λ < 4.
+    Leimkuhler and Matthews, J. Chem. Phys. 138 (2013).
+
+    Args:
+        energy, score, negative_energy: as in :class:`LangevinSampler`.
+        n_steps: number of steps T; each takes one gradient.
+        step_size: h; a float, a callable of the step, (T,) or (T or 1, B or 1), as are the next.
+        friction: γ ≥ 0.
+        temperature: τ ≥ 0; p ∝ exp(−U/τ).
+        return_trajectory, thin, chain_offset: as in :class:`LangevinSampler`.
+        on_nonfinite: a chain whose gradient is not finite stays where that was found; then
+            "raise", "freeze" or "ignore" as in :class:`LangevinSampler`.
+
+    Raises:
+        ValueError, TypeError: for an option out of range, by name.
+    """
+
+    def __init__(
+        self,
+        energy: StateFunction | None = None,
+        *,
+        n_steps: int,
+        step_size: Schedule,
+        friction: Schedule = 1.0,
+        temperature: Schedule = 1.0,
+        score: StateFunction | None = None,
+        negative_energy: bool = False,
+        return_trajectory: bool = False,
+        thin: int = 1,
+        on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
+        chain_offset: int = 0,
+    ) -> None:
+        self.gradient = Gradient(energy, score, negative_energy=negative_energy)
+        self.n_steps = check_count("n_steps", n_steps, 0)
+        self.half_step = coefficient("step_size", step_size, n_steps) / 2
+        gamma = coefficient("friction", friction, n_steps)
+        self.keep = _exp(-2 * gamma * self.half_step)
+        tau = coefficient("temperature", temperature, n_steps)
+        self.noise = sqrt(tau * (1 - self.keep * self.keep))
+        self.start_std = sqrt(tau)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
+        self.on_nonfinite = on_nonfinite
+        self.return_trajectory = return_trajectory
+        self.thin = check_count("thin", thin, 1)
+        self.chain_offset = check_offset(chain_offset)
+
+    def __call__(
+        self,
+        x0: Tensor,
+        *,
+        key: Key | None = None,
+        xi: Tensor | None = None,
+        velocity: Tensor | None = None,
+        chain_offset: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> UnderdampedOutput:
+        """Run the chains from x0 (B, …), which is not modified; arguments as LangevinSampler's.
+
+        Args:
+            velocity: v at the start, shape of x0; by default drawn from N(0, τ) with the key.
+
+        Raises:
+            NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.
+        """
+        x0 = check_single_state("UnderdampedLangevinSampler", x0)
+        key = Key.from_default_generator() if key is None else key
+        after = key.advance(self.n_steps)
+        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
+        kwargs = {} if model_kwargs is None else model_kwargs
+        grad_mode = self.gradient.has_energy or torch.is_grad_enabled()
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad_mode),
+            frozen(self.gradient.module),
+        ):
+            x = state_copy(x0)
+            if velocity is None:
+                v = self._start_velocity(x, key, offset)
+            else:
+                v = laid_out(check_like("velocity", velocity, (x,))[0].detach(), x)
+            xis = normals_like(x, xi, self.n_steps)
+            noise, rng = place("temperature", self.noise, x), key.tensor(x.device)
+            keep, half = place("friction", self.keep, x), place("step_size", self.half_step, x)
+            trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
+            active = x.new_ones(len(x), dtype=torch.bool)
+            alive = x.new_zeros(len(x), dtype=torch.int64)
+            grad = self._gradient(x, kwargs, active)
+            for step in range(self.n_steps):
+                h, c = _at(half, step, x), _at(keep, step, x)
+                alive += active
+                v_new = v - h * grad
+                x_new = x + h * v_new
+                v_new = ops.langevin_noise_(
+                    c * v_new, rng, noise=noise, step=step, chain_offset=offset,
+                    xi=None if xis is None else xis[step],
+                )  # fmt: skip
+                x_new += h * v_new
+                self._assign(x, x_new, active)
+                self._assign(v, v_new, active)
+                grad = self._gradient(x, kwargs, active)
+                self._assign(v, v - h * grad, active)
+                trajectory.record(step, x)
+        if self.on_nonfinite == "raise" and not bool(active.all()):
+            raise nonfinite_error(active, alive, (x,))
+        return UnderdampedOutput(x, after, trajectory.states, v)
+
+    def _start_velocity(self, x: Tensor, key: Key, offset: int) -> Tensor:
+        std = place("temperature", self.start_std, x)
+        rng = key.fold_in(USE_MOMENTUM).tensor(x.device)
+        return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std, chain_offset=offset)
+
+    def _gradient(self, x: Tensor, kwargs: Mapping[str, Any], active: Tensor) -> Tensor:
+        """∇U at x; chains where it is not finite are no longer active."""
+        leaf = x.detach().requires_grad_() if self.gradient.has_energy else x
+        (grad,), _ = self.gradient((leaf,), leaf, kwargs)
+        if self.on_nonfinite != "ignore":
+            active &= grad.flatten(1).isfinite().all(1)
+        return -grad if self.gradient.is_score else grad
+
+    def _assign(self, target: Tensor, value: Tensor, active: Tensor) -> None:
+        if self.on_nonfinite == "ignore":
+            target.copy_(value)
+        else:
+            torch.where(per_chain_view(active, target), value, target, out=target)
+
+
+def _exp(value: Coefficient) -> Coefficient:
+    return value.exp() if isinstance(value, Tensor) else math.exp(value)
+
+
+def _at(value: Coefficient, step: int, x: Tensor) -> Coefficient:
+    """The coefficient at a step, shaped to broadcast against x."""
+    if not isinstance(value, Tensor):
+        return value
+    return per_chain_view(value[step if value.shape[0] > 1 else 0], x).to(x.dtype)

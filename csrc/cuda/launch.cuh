@@ -1,0 +1,83 @@
+// The one place where a kernel is launched: device, stream, grid and the check after.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "coopflow/op_checks.h"
+#include "items.cuh"
+
+// Present in torch with CUDA only; weak, so that the library loads beside a CPU-only torch.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                            void** stream);
+
+namespace coopflow {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("coopflow: CUDA error in ") + what + ": " +
+                           cudaGetErrorString(status));
+}
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr ||
+      aoti_torch_get_current_cuda_stream(device, &stream) != 0) {
+    throw std::runtime_error("coopflow: this torch has no CUDA streams");
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Blocks that fill the device with this kernel: enough for a grid-stride loop, and no more.
+template <auto kKernel>
+int64_t resident_blocks(int device, int threads) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> cache[kDevices];
+  const bool cached = device < kDevices;
+  if (cached && cache[device] > 0) return cache[device];
+  int multiprocessors = 0;
+  int blocks = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const int resident = std::max(1, multiprocessors * blocks);
+  if (cached) cache[device] = resident;
+  return resident;
+}
+
+// Launches kKernel(args...) with this many blocks on the device and current stream of x.
+template <auto kKernel, typename... Args>
+void launch_exactly(const Tensor& x, int64_t blocks, int threads, const Args&... args) {
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = current_stream(device);
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
+}
+
+// For a kernel that loops over `blocks` units of work: no more blocks than the device holds.
+template <auto kKernel, typename... Args>
+void launch(const Tensor& x, int64_t blocks, int threads, const Args&... args) {
+  const int64_t resident = resident_blocks<kKernel>(x.get_device_index(), threads);
+  launch_exactly<kKernel>(x, std::min(blocks, resident), threads, args...);
+}
+
+// For a kernel (args, ItemGrid) that walks with an ItemCursor<kCount>.
+template <auto kKernel, int kCount, typename Args>
+void launch_over_items(const Tensor& x, int64_t batch, int64_t per_chain, const Args& args) {
+  const int64_t wanted = divide_up(batch * divide_up(per_chain, kCount), kBlockThreads);
+  const int64_t blocks =
+      std::min(wanted, resident_blocks<kKernel>(x.get_device_index(), kBlockThreads));
+  launch_exactly<kKernel>(x, blocks, kBlockThreads, args,
+                          make_item_grid<kCount>(batch, per_chain, blocks * kBlockThreads));
+}
+
+}  // namespace coopflow

@@ -1,0 +1,143 @@
+"""Training variants, and the comparison of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coopflow_ext import Key, cli
+from coopflow_ext.coop import CoopFlow, RunError, TrainConfig, Trainer
+from coopflow_ext.coop.ablate import Plan, ablate
+from coopflow_ext.data import load
+
+BASE: dict[str, Any] = {
+    "preset": "digits-small",
+    "flow_options": {"net": "mlp", "couplings": 2, "widths": [8]},
+    "energy_options": {"widths": [8]},
+    "batch_size": 16,
+    "langevin_steps": 2,
+    "pretrain_steps": 0,
+    "flow_frozen_steps": 0,
+    "steps": 4,
+    "n_samples": 20,
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "flow alone": {"steps": 0, "pretrain_steps": 4, "langevin_steps": 0},
+    "energy alone": {"start": "uniform"},
+    "CoopFlow(T=2)": {},
+    "CoopFlow(Pre)": {"pretrain_steps": 2, "flow_frozen_steps": 2},
+}
+
+
+def write_plan(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps({"seeds": [0, 1], "base": BASE, "rows": ROWS, **changes}))
+    return path
+
+
+def test_energy_alone_starts_from_noise_and_leaves_the_flow() -> None:
+    config = TrainConfig.from_dict({**BASE, "start": "uniform", "warmup_steps": 0})
+    trainer = Trainer(config, load("digits"))
+    starts = trainer.model.propose(2000, Key(0))
+    assert starts.min() > -1
+    assert starts.max() < 1
+    assert float(starts.mean()) == pytest.approx(0, abs=0.02)
+    assert float(starts.std()) == pytest.approx(2 / 12**0.5, rel=0.02)
+    assert torch.equal(trainer.model.propose(5, Key(0), chain_offset=3), starts[3:8])
+    before = [p.detach().clone() for p in trainer.model.flow.parameters()]
+    for _ in range(3):
+        trainer.train_step()
+    after = trainer.model.flow.parameters()
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert trainer.energy.updates == 3
+
+
+def test_persistent_chains_go_on_where_they_were(tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(
+        {**BASE, "start": "buffer", "buffer_size": 40, "buffer_reinit": 0.0}
+    )
+    data = load("digits")
+    trainer = Trainer(config, data)
+    assert trainer.model.buffer is not None
+    before = trainer.model.buffer.states.clone()
+    for _ in range(3):
+        trainer.train_step()
+    moved = (trainer.model.buffer.states != before).flatten(1).any(1)
+    assert 16 <= int(moved.sum()) <= 40
+    assert float((trainer.model.buffer.states - before).abs().max()) < 3 * 2 * (0.1 + 5 * 0.02)
+    # Saved with the run: a second trainer that takes over does the same next step.
+    twin = Trainer(config, data)
+    saved = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    twin.load(saved, trainer.metadata())
+    trainer.train_step()
+    twin.train_step()
+    assert torch.equal(trainer.model.buffer.states, twin.model.buffer.states)
+    # Samples of the trained model start from the persistent chains.
+    states = {bytes(x.numpy()) for x in trainer.model.buffer.states}
+    assert {bytes(x.numpy()) for x in trainer.model.propose(10, Key(0))} <= states
+    trainer.model.save(tmp_path / "model.safetensors")
+    loaded = CoopFlow.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.sample(4, Key(0)), trainer.model.sample(4, Key(0)))
+
+
+def test_ablation_writes_table_and_plot_and_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = Plan.read(write_plan(tmp_path / "plan.json")), tmp_path / "out"
+    rows = ablate(plan, out)
+    assert [row["name"] for row in rows] == list(ROWS)
+    assert [row["flow_updates"] for row in rows] == [4, 0, 4, 4]
+    assert [row["energy_updates"] for row in rows] == [0, 4, 4, 4]
+    assert all(row["seeds"] == 2 for row in rows)
+    assert rows[2]["flow"]["std"] > 0
+    # Without a chain, what comes after it is the proposal.
+    assert rows[0]["langevin"] == rows[0]["flow"]
+    written = (out / "table.md").read_text()
+    assert "| CoopFlow(Pre) | 2 |" in written
+    assert json.loads((out / "table.json").read_text()) == rows
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    model = CoopFlow.load(out / "runs" / "energy-alone-seed1")
+    assert model.sample(3, Key(0)).shape == (3, 1, 8, 8)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr("coopflow_ext.coop.ablate.train", fail)
+    assert ablate(plan, out) == rows
+
+
+def test_other_settings_do_not_mix_with_the_runs_that_are_there(tmp_path: Path) -> None:
+    one_row = {"CoopFlow(T=2)": {}}
+    plan = Plan.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=one_row))
+    ablate(plan, tmp_path / "out")
+    other = {"CoopFlow(T=2)": {"noise": 0.1}}
+    plan = Plan.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=other))
+    with pytest.raises(RunError, match=r"made with noise=0.02; --resume cannot change it to 0.1"):
+        ablate(plan, tmp_path / "out")
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"flow alone": ROWS["flow alone"]}
+    path = write_plan(tmp_path / "plan.json", seeds=[0], rows=rows)
+    assert cli.main(["ablate", "--configs", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "| flow alone | 0 | – | 4 | 0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "must be JSON with seeds, rows and maybe base"),
+        ('{"rows": {}}', "KeyError.*seeds"),
+        ('{"seeds": [], "rows": {"a": {}}}', "at least one seed and one row"),
+        ('{"seeds": [0], "rows": {"a": {"noise": -1}}}', "row 'a': noise must be finite"),
+        ('{"seeds": [0], "rows": {"a": {"start": "x"}}}', "row 'a': start must be one of flow"),
+    ],
+)
+def test_bad_plans(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Plan.read(path)

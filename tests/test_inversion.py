@@ -1,0 +1,150 @@
+"""Reconstruction, inpainting and interpolation through the differentiable chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coopflow_ext import Key
+from coopflow_ext.coop import CoopFlow, TrainConfig, Trainer
+from coopflow_ext.coop.inversion import (
+    centre_hole,
+    decode,
+    encode,
+    inpaint,
+    interpolate,
+    pixel_error,
+    reconstruct,
+)
+from coopflow_ext.data import load
+
+SETTINGS = {
+    "preset": "digits-small",
+    "flow_options": {"net": "mlp", "couplings": 4, "widths": [32]},
+    "energy_options": {"widths": [32, 32]},
+    "batch_size": 64,
+    "langevin_steps": 5,
+    "pretrain_steps": 150,
+    "flow_frozen_steps": 30,
+    "steps": 60,
+    "warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[CoopFlow, CoopFlow]:
+    """A trained model and the same before training."""
+    data, config = load("digits"), TrainConfig.from_dict(SETTINGS)
+    trainer = Trainer(config, data)
+    for _ in range(config.total_steps):
+        trainer.train_step()
+    return trainer.model, Trainer(config, data).model
+
+
+@pytest.fixture(scope="module")
+def held_out() -> torch.Tensor:
+    data = load("digits")
+    return data.decode(data.held_out[:6])
+
+
+def test_one_descent_step_is_the_recipe(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    model, _ = models
+    x0 = model.propose(6, Key(1))
+    leaf = x0.clone().requires_grad_()
+    x = leaf
+    for _ in range(5):
+        (grad,) = torch.autograd.grad(model.energy(x).sum(), x, create_graph=True)
+        x = x - 0.125 * grad
+    (grad,) = torch.autograd.grad((held_out - x).square().sum(), leaf)
+    expected = (x0 - 0.05 * grad).clamp(-1, 1)
+    got = reconstruct(model, held_out, Key(1), steps=1)
+    torch.testing.assert_close(got.start, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_is_better_with_a_trained_model(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    trained, untrained = (reconstruct(m, held_out, Key(1), steps=30) for m in models)
+    assert trained.start.abs().max() <= 1
+    torch.testing.assert_close(trained.error, pixel_error(held_out, trained.result))
+    assert bool((trained.error < trained.untouched_error).all())
+    assert float(trained.untouched_error.mean()) < float(untrained.untouched_error.mean())
+    # The descent itself is what both share; what the models add shows before it is over.
+    early_trained, early_untrained = (
+        reconstruct(m, held_out, Key(1), steps=5).error.mean() for m in models
+    )
+    assert float(early_trained) < float(early_untrained)
+
+
+def test_memory_bounded_reconstruction_is_the_same(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    whole = reconstruct(models[0], held_out, Key(1), steps=3)
+    bounded = reconstruct(models[0], held_out, Key(1), steps=3, checkpoint_every=2)
+    torch.testing.assert_close(whole.start, bounded.start)
+
+
+def test_inpainting_leaves_known_pixels_untouched(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    known = centre_hole(8, 8)
+    filled = inpaint(models[0], held_out, known, Key(2), chains=3, steps=10)
+    assert filled.shape == (6, 3, 1, 8, 8)
+    assert torch.equal(filled[..., known], held_out[:, None].expand(-1, 3, -1, -1, -1)[..., known])
+    holes = filled[..., ~known]
+    assert holes.abs().max() <= 1
+    assert not torch.equal(holes[:, 0], holes[:, 1])
+
+
+def test_inpainting_does_not_look_at_unknown_pixels(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    known = centre_hole(8, 8)
+    other = torch.where(known, held_out, 0.5)
+    a = inpaint(models[0], held_out, known, Key(2), chains=1, steps=5)
+    b = inpaint(models[0], other, known, Key(2), chains=1, steps=5)
+    assert torch.equal(a, b)
+
+
+def test_the_papers_hole() -> None:
+    rows, columns = (~centre_hole(32, 32)).nonzero(as_tuple=True)
+    assert (int(rows.min()), int(rows.max())) == (7, 22)
+    assert (int(columns.min()), int(columns.max())) == (7, 22)
+
+
+def test_interpolation_ends_are_the_two_reconstructions(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    model, _ = models
+    found = reconstruct(model, held_out, Key(1), steps=10)
+    a, b = slice(0, 3), slice(3, 6)
+    proposals, results = interpolate(model, found.start[a], found.start[b], points=5)
+    assert results.shape == (3, 5, 1, 8, 8)
+    ends = ((0, a), (-1, b))
+    for end, rows in ends:
+        torch.testing.assert_close(proposals[:, end], found.start[rows], rtol=0, atol=2e-3)
+        torch.testing.assert_close(results[:, end], found.result[rows], rtol=0, atol=5e-3)
+    assert not torch.allclose(results[:, 2], results[:, 0], atol=1e-2)
+
+
+def test_encode_is_undone_by_the_flow(models: tuple[CoopFlow, CoopFlow]) -> None:
+    flow = models[0].flow
+    x = 1.8 * torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.9
+    torch.testing.assert_close(decode(flow, encode(flow, x)), x, rtol=0, atol=1e-4)
+
+
+def test_bad_input(models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor) -> None:
+    model, _ = models
+    with pytest.raises(ValueError, match=r"shape \(B ≥ 1, 1, 8, 8\), got \(6, 64\)"):
+        reconstruct(model, held_out.flatten(1), Key(0))
+    with pytest.raises(ValueError, match=r"mask must have shape \(8, 8\) or .* got \(4, 4\)"):
+        inpaint(model, held_out, torch.ones(4, 4, dtype=torch.bool), Key(0))
+    with pytest.raises(TypeError, match=r"mask must be bool, got torch.float32"):
+        inpaint(model, held_out, torch.ones(8, 8), Key(0))
+    with pytest.raises(ValueError, match="points must be ≥ 2, got 1"):
+        interpolate(model, held_out, held_out, points=1)
+    own = CoopFlow(model.flow, model.energy, model.sampler)
+    with pytest.raises(ValueError, match="made from settings"):
+        reconstruct(own, held_out, Key(0))

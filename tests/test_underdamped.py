@@ -1,0 +1,127 @@
+"""BAOAB: its equations, its exact stationary law, and continuing a path."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.samplers import UnderdampedLangevinSampler
+
+
+def quadratic(lam):
+    return lambda x: 0.5 * lam * x.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("lam", "h", "gamma", "tau"), [(1.0, 1.0, 1.0, 1.0), (4.0, 0.9, 0.5, 2.0), (0.5, 2.0, 3.0, 0.3)]
+)
+def test_stationary_variances_law_5(lam, h, gamma, tau):
+    """Position τ/λ exactly, velocity τ(1 − h²λ/4) at the end of a step."""
+    n = 200_000
+    sampler = UnderdampedLangevinSampler(
+        quadratic(lam), n_steps=60, step_size=h, friction=gamma, temperature=tau
+    )
+    x0 = math.sqrt(tau / lam) * cf.ops.normal((n, 1), cf.Key(1).tensor())
+    out = sampler(x0, key=cf.Key(2))
+    band = 5 * math.sqrt(2 / n)
+    assert out.x.var().item() == pytest.approx(tau / lam, rel=band)
+    assert out.velocity.var().item() == pytest.approx(tau * (1 - h * h * lam / 4), rel=band)
+
+
+def test_equals_its_equations():
+    net = MLPEnergy(3).double()
+    x = x0 = torch.randn(4, 3, dtype=torch.float64)
+    v = v0 = torch.randn(4, 3, dtype=torch.float64)
+    xi = torch.randn(6, 4, 3, dtype=torch.float64)
+    tau = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    h, gamma = 0.3, 0.7
+
+    def grad(x):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(net(leaf).sum(), leaf)[0]
+
+    states = []
+    for k in range(6):
+        c = math.exp(-gamma * h)
+        v = v - h / 2 * grad(x)
+        x = x + h / 2 * v
+        v = c * v + math.sqrt(tau[k] * (1 - c * c)) * xi[k]
+        x = x + h / 2 * v
+        v = v - h / 2 * grad(x)
+        states.append(x)
+    out = UnderdampedLangevinSampler(
+        net, n_steps=6, step_size=h, friction=gamma, temperature=tau, return_trajectory=True, thin=2
+    )(x0, xi=xi, velocity=v0)
+    torch.testing.assert_close(out.x, x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.velocity, v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.trajectory, torch.stack(states[1::2]), rtol=1e-12, atol=1e-12)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_continues_from_key_and_velocity_and_is_independent_of_the_batch():
+    x0, key = torch.linspace(-1, 1, 12).reshape(4, 3), cf.Key(5)
+    long = UnderdampedLangevinSampler(quadratic(1.0), n_steps=10, step_size=0.5)(x0, key=key)
+    half = UnderdampedLangevinSampler(quadratic(1.0), n_steps=5, step_size=0.5)
+    first = half(x0, key=key)
+    second = half(first.x, key=first.key, velocity=first.velocity)
+    assert torch.equal(second.x, long.x)
+    assert second.key == long.key
+    one = half(x0[2:3], key=key, chain_offset=2)
+    assert torch.equal(one.x[0], first.x[2])
+
+
+def test_energy_and_score_agree():
+    x0, key = torch.randn(4, 3), cf.Key(0)
+    options = {"n_steps": 5, "step_size": 0.2}
+    a = UnderdampedLangevinSampler(quadratic(1.0), **options)(x0, key=key)
+    b = UnderdampedLangevinSampler(score=lambda x: -x, **options)(x0, key=key)
+    c = UnderdampedLangevinSampler(lambda x: -quadratic(1.0)(x), negative_energy=True, **options)(
+        x0, key=key
+    )
+    assert torch.equal(a.x, b.x)
+    assert torch.equal(a.x, c.x)
+
+
+def test_a_chain_that_blows_up():
+    def score(x):  # NaN beyond 1
+        return torch.where(x > 1, torch.nan, -x)
+
+    x0 = torch.tensor([[0.0], [0.9]])
+    velocity = torch.tensor([[0.0], [2.0]])
+    options = {"n_steps": 5, "step_size": 0.2, "temperature": 0.0}
+    out = UnderdampedLangevinSampler(score=score, on_nonfinite="freeze", **options)(
+        x0, velocity=velocity
+    )
+    assert out.x.isfinite().all()
+    assert out.velocity.isfinite().all()
+    assert out.x[1, 0] > 1
+    with pytest.raises(cf.NonFiniteError) as caught:
+        UnderdampedLangevinSampler(score=score, **options)(x0, velocity=velocity)
+    assert caught.value.chains.tolist() == [1]
+    assert torch.equal(caught.value.x, out.x)
+    gone = UnderdampedLangevinSampler(score=score, on_nonfinite="ignore", **options)(
+        x0, velocity=velocity
+    )
+    assert gone.x[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"step_size": -1.0}, "step_size"),
+        ({"friction": -1.0}, "friction"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"on_nonfinite": "stop"}, "on_nonfinite"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        UnderdampedLangevinSampler(quadratic(1.0), **{"n_steps": 5, "step_size": 0.1, **options})
+    with pytest.raises(ValueError, match="velocity must have shape"):
+        UnderdampedLangevinSampler(quadratic(1.0), n_steps=1, step_size=0.1)(
+            torch.zeros(2, 1), velocity=torch.zeros(2, 2)
+        )
