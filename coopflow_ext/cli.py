@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_experiments(commands)
     _add_ablate(commands)
+    _add_import_official(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -300,6 +301,48 @@ def ablate(args: argparse.Namespace) -> None:
 
 
 # --- info ----------------------------------------------------------------------------------------
+
+
+# --- the authors' checkpoints ---------------------------------------------------------------------
+
+
+def _add_import_official(commands: Any) -> None:
+    from coopflow_ext.coop.config import PRESETS
+
+    parser = _add_command(
+        commands,
+        "import-official",
+        "turn a checkpoint of the authors' published code into a run",
+        import_official,
+    )
+    parser.add_argument("checkpoint", type=Path, help="the file with flow_net and ebm_net")
+    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="cifar10", help="settings of the chain and the data"
+    )
+    parser.add_argument(
+        "--image-shape", type=_image_shape, default=(3, 32, 32), help="C,H,W; default: 3,32,32"
+    )
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not C,H,W") from error
+    return channels, height, width
+
+
+def import_official(args: argparse.Namespace) -> None:
+    """``coopflow import-official``."""
+    from coopflow_ext import coop
+
+    coop.RunFolder.check_free(args.out)
+    model = coop.CoopFlow.from_official(args.checkpoint, args.image_shape, preset=args.preset)
+    assert model.config is not None
+    run = coop.RunFolder.create(args.out, model.config)
+    run.save(0, model.state_dict(), model.metadata())
+    print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
 
 
 def info(args: argparse.Namespace) -> None:
