@@ -300,9 +300,6 @@ def ablate(args: argparse.Namespace) -> None:
     print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
 
 
-# --- info ----------------------------------------------------------------------------------------
-
-
 # --- the authors' checkpoints ---------------------------------------------------------------------
 
 
@@ -343,6 +340,9 @@ def import_official(args: argparse.Namespace) -> None:
     run = coop.RunFolder.create(args.out, model.config)
     run.save(0, model.state_dict(), model.metadata())
     print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
+
+
+# --- info ----------------------------------------------------------------------------------------
 
 
 def info(args: argparse.Namespace) -> None:
