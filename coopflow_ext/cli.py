@@ -160,6 +160,7 @@ def train(args: argparse.Namespace) -> None:
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
     from coopflow_ext.coop.evaluate import fd_table
+    from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
     if args.resume:
@@ -168,7 +169,10 @@ def train(args: argparse.Namespace) -> None:
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
-    summary = coop.train(config, args.out, resume=args.resume, device=_device(args.device))
+    with process_group(_device(args.device)) as device:
+        summary = coop.train(config, args.out, resume=args.resume, device=device)
+    if not summary:
+        return
     print(
         f"trained {summary['pretrain_steps']} + {summary['steps']} steps in "
         f"{summary['seconds']:.0f} s ({summary['iterations_per_second']:.1f}/s)"
