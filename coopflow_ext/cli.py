@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_experiments(commands)
     _add_ablate(commands)
+    _add_import_official(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -159,6 +160,7 @@ def train(args: argparse.Namespace) -> None:
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
     from coopflow_ext.coop.evaluate import fd_table
+    from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
     if args.resume:
@@ -167,7 +169,10 @@ def train(args: argparse.Namespace) -> None:
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
-    summary = coop.train(config, args.out, resume=args.resume, device=_device(args.device))
+    with process_group(_device(args.device)) as device:
+        summary = coop.train(config, args.out, resume=args.resume, device=device)
+    if not summary:
+        return
     print(
         f"trained {summary['pretrain_steps']} + {summary['steps']} steps in "
         f"{summary['seconds']:.0f} s ({summary['iterations_per_second']:.1f}/s)"
@@ -297,6 +302,48 @@ def ablate(args: argparse.Namespace) -> None:
     rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
     print(ablation.table(rows), end="")
     print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
+
+
+# --- the authors' checkpoints ---------------------------------------------------------------------
+
+
+def _add_import_official(commands: Any) -> None:
+    from coopflow_ext.coop.config import PRESETS
+
+    parser = _add_command(
+        commands,
+        "import-official",
+        "turn a checkpoint of the authors' published code into a run",
+        import_official,
+    )
+    parser.add_argument("checkpoint", type=Path, help="the file with flow_net and ebm_net")
+    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="cifar10", help="settings of the chain and the data"
+    )
+    parser.add_argument(
+        "--image-shape", type=_image_shape, default=(3, 32, 32), help="C,H,W; default: 3,32,32"
+    )
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not C,H,W") from error
+    return channels, height, width
+
+
+def import_official(args: argparse.Namespace) -> None:
+    """``coopflow import-official``."""
+    from coopflow_ext import coop
+
+    coop.RunFolder.check_free(args.out)
+    model = coop.CoopFlow.from_official(args.checkpoint, args.image_shape, preset=args.preset)
+    assert model.config is not None
+    run = coop.RunFolder.create(args.out, model.config)
+    run.save(0, model.state_dict(), model.metadata())
+    print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
 
 
 # --- info ----------------------------------------------------------------------------------------

@@ -74,8 +74,8 @@ class RunFolder:
     def write_config(self) -> None:
         write_atomically(self.path / "config.json", self.config.to_json().encode())
 
-    def adopt(self, config: TrainConfig | None) -> None:
-        """Take over the number of steps of ``config`` for a resumed run.
+    def adopt(self, config: TrainConfig | None, *, write: bool = True) -> None:
+        """Take over the number of steps of ``config`` for a resumed run, and ``write`` it down.
 
         Raises:
             RunError: another setting differs, or the run has done more steps already.
@@ -96,7 +96,8 @@ class RunFolder:
                 f"{config.total_steps} asked for"
             )
         self.config = config
-        self.write_config()
+        if write:
+            self.write_config()
 
     # --- metrics ----------------------------------------------------------------------------------
 
