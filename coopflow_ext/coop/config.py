@@ -185,10 +185,10 @@ _MINIMA = {
 
 _DIGITS_SMALL: dict[str, Any] = {
     "data": "digits",
-    "steps": 1000,
+    "steps": 1100,
     "batch_size": 128,
     "flow": "realnvp",
-    "flow_options": {"net": "mlp", "couplings": 8, "widths": [256, 256]},
+    "flow_options": {"net": "mlp", "couplings": 8, "widths": [256, 256], "dropout": 0.1},
     "energy": "mlp",
     "energy_options": {"widths": [128, 128, 128]},
     "langevin_steps": 20,
@@ -196,12 +196,13 @@ _DIGITS_SMALL: dict[str, Any] = {
     "noise": 0.02,
     "pretrain_steps": 1500,
     "flow_frozen_steps": 300,
-    "pretrain_lr": 1e-3,
-    "flow_lr": 2e-4,
-    "energy_lr": 1e-3,
-    "energy_betas": (0.5, 0.9),
-    "flow_ema": 0.99,
-    "energy_ema": 0.99,
+    "flow_every": 3,
+    "pretrain_lr": 2e-3,
+    "flow_lr": 1e-4,
+    "energy_lr": 2e-3,
+    "energy_betas": (0.9, 0.99),
+    "flow_ema": 0.995,
+    "energy_ema": 0.995,
 }
 _PATCHES_SMALL: dict[str, Any] = {
     "data": "patches",
