@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from coopflow_ext.coop.checkpoint import write_atomically
 from coopflow_ext.coop.evaluate import Judge
 from coopflow_ext.coop.experiments import open_run, write_json
 from coopflow_ext.coop.model import CoopFlow
-from coopflow_ext.coop.pictures import save_image, save_panels, to_pixels
+from coopflow_ext.coop.pictures import figure_bytes, save_image, save_panels, to_pixels
 from coopflow_ext.data import Dataset
 from coopflow_ext.metrics.fid import check_installed, fid
 from coopflow_ext.metrics.neighbours import nearest_neighbours
@@ -140,9 +139,7 @@ def save_histograms(path: Path, kinds: dict[str, dict[str, Any]]) -> None:
     axes.set_xlabel("energy U")
     axes.set_ylabel("density")
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, figure_bytes(figure))
 
 
 def _check_empty(folder: Path) -> None:

@@ -78,22 +78,25 @@ def build_energy(config: TrainConfig, event: EventSpec) -> nn.Module:
 
 
 def build_sampler(
-    config: TrainConfig, energy: nn.Module, event: EventSpec, *, training: bool
+    config: TrainConfig, energy: nn.Module, event: EventSpec, *, training: bool, **options: Any
 ) -> LangevinSampler:
-    """The chain toward ``energy``: that of training, or that of sampling afterwards."""
+    """The chain toward ``energy``: that of training, or that of sampling afterwards.
+
+    ``options`` are further ones of :class:`LangevinSampler`, or replace those of the settings.
+    """
     delta = config.step_size
     if not training and config.sample_step_size is not None:
         delta = config.sample_step_size
-    return LangevinSampler(
-        energy,
-        n_steps=config.langevin_steps,
-        drift=delta**2 / 2,
-        noise=config.noise,
-        step_clip=config.step_clip,
-        clamp=event.clamp,
-        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
-        compile=config.compile,
-    )
+    settings: dict[str, Any] = {
+        "n_steps": config.langevin_steps,
+        "drift": delta**2 / 2,
+        "noise": config.noise,
+        "step_clip": config.step_clip,
+        "clamp": event.clamp,
+        "autocast": torch.bfloat16 if config.precision == "bfloat16" else None,
+        "compile": config.compile,
+    }
+    return LangevinSampler(energy, **{**settings, **options})
 
 
 def build_buffer(config: TrainConfig, event: EventSpec) -> ReplayBuffer:

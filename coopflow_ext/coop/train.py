@@ -18,6 +18,7 @@ from tqdm import tqdm
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunError, RunFolder
 from coopflow_ext.coop.trainer import Trainer
@@ -191,6 +192,8 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     gaps = [line["moment_gap"] for line in metrics if "moment_gap" in line]
     with trainer.averaged() as model:
         facts = judge.facts(model)
+        if trainer.data.name.startswith("toy:"):
+            facts.update(report_plane(model, trainer.data, run.path))
     facts["fd"].update(
         flow=distances[-1]["fd_flow"],
         langevin=distances[-1]["fd_langevin"],
