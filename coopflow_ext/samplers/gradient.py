@@ -65,14 +65,14 @@ def check_energy(u: object, batch: int) -> Tensor:
     """
     if not isinstance(u, Tensor):
         raise TypeError(f"energy must return a tensor, got {type(u).__name__}")
-    if u.shape not in ((batch,), (batch, 1), (batch, 1, 1, 1)):
+    if u.shape != (batch,) and u.shape not in ((batch, 1), (batch, 1, 1, 1)):
         raise ValueError(
             f"energy must return one value for each of the {batch} chains, shape ({batch},), "
             f"({batch}, 1) or ({batch}, 1, 1, 1), got shape {tuple(u.shape)}"
         )
     if not u.is_floating_point():
         raise TypeError(f"energy must return floating-point numbers, got {u.dtype}")
-    return u.reshape(batch)
+    return u if u.ndim == 1 else u.reshape(batch)
 
 
 def check_depends(u: Tensor) -> None:
