@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "langevin_steps": 3,
     "pretrain_steps": 2,
     "flow_frozen_steps": 1,
+    "flow_every": 1,
     "steps": 4,
     "warmup_steps": 0,
     "n_samples": 20,
