@@ -1,4 +1,4 @@
-"""How this project measures: contestants in turns within one process, checked before they are timed.
+"""How this project measures: in turns within one process, and checked before it is timed.
 
 A `Case` builds a `Contest`: the functions to compare, "ours" first, a check of all of them, and the
 bytes that each has to move. `measure` checks, warms up, chooses how many calls make one sample, and
