@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cuda_emulation import harness
 from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
 
@@ -87,7 +86,31 @@ def test_every_kernel_and_template_variant_runs(emulation: harness.Emulation) ->
         for dtype in DTYPES:
             for shape in COVERING_SHAPES:
                 for aligned in (True, False):
-                    _run(emulation, name, dtype, shape, aligned)
+                    results = _run(emulation, name, dtype, shape, aligned)
+                    expected = CASES[name](Inputs(dtype, shape, aligned))
+                    _assert_agrees(results, expected, (name, dtype, shape, aligned))
     missed = set(emulation.kernels.values()) - set(emulation.take_launches())
     assert emulation.kernels
     assert not missed
+
+
+def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:
+    with emulation.settings(blocks=harness.FAR_BLOCKS):
+        assert emulation.wrong_index() == ""
+
+
+def test_tensor_of_more_than_2_to_the_31_elements(emulation: harness.Emulation) -> None:
+    """One thread per item and few of the blocks: only a few pages of the tensor are touched."""
+    if "sanitized" in str(emulation.library):
+        pytest.skip("AddressSanitizer would mark every page of the tensor")
+    batch, per_chain = (1 << 20) + 3, 2048
+    x = torch.empty(batch, per_chain, dtype=torch.bfloat16)
+    rng = Inputs(torch.bfloat16, (1, 1), True).rng
+    last_block = batch * per_chain // 8 // 256 - 1  # a chain's 256 items are one block
+    chains = (0, 1 << 19, last_block)
+    with emulation.settings(device=harness.ALL_BLOCKS, blocks=chains):
+        emulation.raw.normal_(x, rng)
+    for chain in chains:
+        expected = torch.empty(1, per_chain, dtype=torch.bfloat16)
+        torch.ops.coopflow.normal_(expected, rng, chain_offset=chain)
+        assert torch.equal(x[chain], expected[0]), chain

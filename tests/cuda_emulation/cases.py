@@ -1,8 +1,9 @@
 """Calls of every op, for every storage type, width and option that chooses another kernel.
 
-A case makes its inputs of a dtype and a shape, aligned or not, calls `cf.ops`, and returns the results
-by name. The same call runs on the CPU ops and on the emulated CUDA kernels. Results are equal bit by
-bit, unless their name says that they are sums, or depend on one: those agree to rounding.
+A case makes its inputs of a dtype and a shape, aligned or not, calls `cf.ops`, and returns the
+results by name. The same call runs on the CPU ops and on the emulated CUDA kernels. Results are
+equal bit by bit, unless their name says that they are sums, or depend on one: those agree to
+rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from cuda_emulation.harness import misaligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Empty; one element; tails of an item; a warp and a block per chain; one and several chunks of a
-# sum; more work than the grid has threads.
+# sum; more chains and more items than the grid has blocks and threads.
 SHAPES = (
-    (0, 5), (3, 0), (1, 1), (3, 2), (5, 4), (3, 5), (2, 127), (300, 8), (3, 512), (2, 519),
-    (1, 16384), (2, 16392), (1, 32771), (65, 1031),
+    (0, 5), (3, 0), (1, 1), (3, 2), (5, 4), (3, 5), (2, 127), (40, 8), (3, 512), (2, 519),
+    (2, 16391), (1, 32776), (9, 1031),
 )  # fmt: skip
 # What reaches every kernel: a length that fills its items and one that does not, each with one
 # chunk and with two.
-COVERING_SHAPES = ((5, 8), (5, 7), (2, 16392), (2, 16391))
+COVERING_SHAPES = ((2, 8), (2, 7), (1, 16392), (1, 16391))
 
 Results = dict[str, Tensor]
 Case = Callable[["Inputs"], Results]

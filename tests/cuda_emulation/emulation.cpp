@@ -91,9 +91,9 @@ class Device {
     emulated_block_dim = launch.block;
     emulated_grid_dim = launch.grid;
     dynamic_shared_.reset(new char[launch.dynamic_shared]);
-    launched.push_back(launch.kernel);
+    if (launch.kernel) launched.push_back(launch.kernel);
     prepare_stacks();
-    races_begin_launch();
+    races_begin_launch(dynamic_shared_.get(), launch.dynamic_shared);
     const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
     for (uint64_t block : blocks_in_order(blocks)) {
       if (block < blocks) run_block(block);
@@ -150,7 +150,6 @@ class Device {
 
   Thread* current() { return current_; }
   char* dynamic_shared() { return dynamic_shared_.get(); }
-  size_t dynamic_shared_bytes() const { return launch_->dynamic_shared; }
 
   Moment now() const {
     return {static_cast<uint32_t>(current_->number), static_cast<uint32_t>(current_->warp()),
@@ -476,10 +475,6 @@ void* dynamic_shared() { return device().dynamic_shared(); }
 
 bool thread_is_running() { return device().current() != nullptr; }
 Moment now() { return device().now(); }
-bool is_dynamic_shared(const void* address) {
-  const char* const begin = device().dynamic_shared();
-  return address >= begin && address < begin + device().dynamic_shared_bytes();
-}
 std::string source_lines(const void* instruction) {
   Dl_info module;
   if (dladdr(instruction, &module) == 0) return "?";

@@ -70,11 +70,10 @@ struct Moment {
 };
 bool thread_is_running();
 Moment now();
-bool is_dynamic_shared(const void* address);
 [[noreturn]] void fail_access(const std::string& what);
 // Source lines of an instruction in a kernel, innermost inlined function first.
 std::string source_lines(const void* instruction);
-void races_begin_launch();
+void races_begin_launch(const char* dynamic_shared, size_t bytes);
 void races_begin_block();
 
 }  // namespace cuda_emulation

@@ -19,7 +19,8 @@ _UNKNOWN_NAME = re.compile(
     r"|(?:use of undeclared identifier|unknown type name|no member named) ['‘](?P<clang>\w+)['’])"
 )
 _UNKNOWN_HEADER = re.compile(
-    r"(\S+?):(\d+):\d+: fatal error: ['‘]?(?P<header>[\w./]+?)['’]?(?:: No such file| file not found)"
+    r"(\S+?):(\d+):\d+: fatal error: ['‘]?(?P<header>[\w./]+?)['’]?"
+    r"(?:: No such file| file not found)"
 )
 
 

@@ -1,8 +1,8 @@
 """Builds and loads the emulated CUDA kernels, and runs `cf.ops` on them.
 
-The kernels of csrc/cuda are registered as `torch.ops.coopflow_emulated.*` for CPU tensors, beside the
-CPU ops. `COOPFLOW_EMULATION` chooses the build: `checked` (the default; race check) or `sanitized`
-(AddressSanitizer and UndefinedBehaviorSanitizer; see :func:`sanitizer_environment`).
+The kernels of csrc/cuda are registered as `torch.ops.coopflow_emulated.*` for CPU tensors, beside
+the CPU ops. There are two builds: `coopflow_checked` looks for races, `coopflow_sanitized` has
+AddressSanitizer and UndefinedBehaviorSanitizer and needs :func:`sanitizer_environment`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 # Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit.
 FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS = range(3)
+# Blocks of the check of indices (index_check.cpp).
+FAR_BLOCKS = (0, 1, (1 << 22) + 1, (1 << 23) - 1)
 
 
 class BuildFailedError(RuntimeError):
@@ -44,8 +46,12 @@ def build_folder() -> Path:
     return Path(os.environ.get("COOPFLOW_EMULATION_BUILD", ROOT / "build" / "emulation"))
 
 
-def build(target: str, csrc: Path = CSRC, folder: Path | None = None) -> Path:
+def build(
+    target: str, *, csrc: Path = CSRC, folder: Path | None = None, kernels: str = "*.cu"
+) -> Path:
     """Compiles what changed of one target of CMakeLists.txt; returns the library.
+
+    Of `csrc`/cuda, the files that match `kernels`.
 
     Raises:
         BuildFailedError: with the compiler's output.
@@ -61,6 +67,7 @@ def build(target: str, csrc: Path = CSRC, folder: Path | None = None) -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DTORCH_ROOT={Path(torch.__file__).parent}",
         f"-DCOOPFLOW_CSRC={csrc}",
+        f"-DCOOPFLOW_KERNELS={kernels}",
     ]  # fmt: skip
     for command in (configure, [cmake, "--build", str(folder), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,7 +102,7 @@ class Emulation:
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(library)
-        self._library = library
+        self.library = library
         self._c = ctypes.CDLL(str(library))
         self._c.cuda_emulation_take_launches.restype = ctypes.c_size_t
         self.raw = torch.ops.coopflow_emulated
@@ -117,7 +124,7 @@ class Emulation:
     def settings(
         self, *, order: int = 0, device: int = FEW_BLOCKS, blocks: Sequence[int] = ()
     ) -> Iterator[None]:
-        """Order of blocks, warps and lanes (0: ascending, else a seed); device; which blocks run."""
+        """Order of blocks, warps and lanes (0: ascending, else a seed); device; blocks that run."""
         self._set(order, device, blocks)
         try:
             yield
@@ -134,7 +141,11 @@ class Emulation:
     def kernels(self) -> dict[int, str]:
         """Every kernel and template variant in the library: address and name."""
         symbols = subprocess.run(
-            ["nm", "--demangle", str(self._library)], capture_output=True, text=True, check=True
+            ["nm", "--demangle", str(self.library)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": os.environ["PATH"]},  # not preloaded with a sanitizer
         ).stdout
         found = re.findall(r"^([0-9a-f]+) [tTwW] (?:void )?(.*)$", symbols, re.MULTILINE)
         names = {int(address, 16): _short_name(name) for address, name in found}
@@ -147,6 +158,12 @@ class Emulation:
         count = self._c.cuda_emulation_take_launches(offsets, ctypes.c_size_t(capacity))
         return [self.kernels[offset] for offset in offsets[:count]]
 
+    def wrong_index(self) -> str:
+        """The first wrong index that the cursors of items.cuh and reduce.cuh give; "" if none."""
+        self._c.cuda_emulation_wrong_index.restype = ctypes.c_char_p
+        found: bytes = self._c.cuda_emulation_wrong_index()
+        return found.decode()
+
 
 def _short_name(symbol: str) -> str:
     """A kernel's name and template arguments, without namespaces and parameters."""
@@ -156,10 +173,11 @@ def _short_name(symbol: str) -> str:
 
 @functools.cache
 def load() -> Emulation:
-    name = os.environ.get("COOPFLOW_EMULATION", "checked")
-    return Emulation(build(f"coopflow_{name}"))
+    """`$COOPFLOW_EMULATION_LIBRARY`, else the build with the race check."""
+    given = os.environ.get("COOPFLOW_EMULATION_LIBRARY")
+    return Emulation(Path(given) if given else build("coopflow_checked"))
 
 
 def misaligned(x: Tensor) -> Tensor:
-    """A copy of x that starts one element after a 16-byte boundary and ends at its storage's end."""
+    """A copy of x that starts one element after a 16-byte boundary and ends with its storage."""
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)

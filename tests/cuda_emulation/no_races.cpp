@@ -3,7 +3,7 @@
 
 namespace cuda_emulation {
 
-void races_begin_launch() {}
+void races_begin_launch(const char* /*dynamic_shared*/, size_t /*bytes*/) {}
 void races_begin_block() {}
 
 }  // namespace cuda_emulation

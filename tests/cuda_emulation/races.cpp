@@ -29,6 +29,8 @@ std::unordered_map<const char*, Byte> shadow;
 thread_local char any_shared_variable;  // so that the library has thread-local storage at all
 const char* shared_begin;
 const char* shared_end;
+const char* dynamic_begin;
+const char* dynamic_end;
 
 // This library's thread-local variables, which are its __shared__ ones.
 int find_shared(dl_phdr_info* module, size_t, void*) {
@@ -78,16 +80,18 @@ void record(Byte& byte, bool write, const void* instruction) {
 }
 
 void on_access(const void* address, size_t bytes, bool write, const void* instruction) {
-  if (!thread_is_running()) return;
   const char* const begin = static_cast<const char*>(address);
-  const bool shared = (begin >= shared_begin && begin < shared_end) || is_dynamic_shared(address);
-  if (!shared) return;
+  const bool shared = (begin >= shared_begin && begin < shared_end) ||
+                      (begin >= dynamic_begin && begin < dynamic_end);
+  if (!shared || !thread_is_running()) return;
   for (size_t i = 0; i < bytes; ++i) record(shadow[begin + i], write, instruction);
 }
 
 }  // namespace
 
-void races_begin_launch() {
+void races_begin_launch(const char* dynamic_shared, size_t bytes) {
+  dynamic_begin = dynamic_shared;
+  dynamic_end = dynamic_shared + bytes;
   any_shared_variable = 0;  // gives this thread its copy
   dl_iterate_phdr(find_shared, nullptr);
 }
