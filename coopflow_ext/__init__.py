@@ -1,6 +1,7 @@
 """coopflow_ext: fused Langevin sampling, coupling layers and CoopFlow for PyTorch."""
 
-from coopflow_ext import diagnostics, ops, presets, reference
+from coopflow_ext import coop, data, diagnostics, energies, flows, metrics, ops, presets, reference
+from coopflow_ext._info import build_info
 from coopflow_ext.errors import BuildError, NonFiniteError
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers import (
@@ -18,7 +19,13 @@ __all__ = [
     "NonFiniteError",
     "ReplayBuffer",
     "UnderdampedLangevinSampler",
+    "build_info",
+    "coop",
+    "data",
     "diagnostics",
+    "energies",
+    "flows",
+    "metrics",
     "ops",
     "presets",
     "reference",

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext import reference
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -143,6 +145,174 @@ class AffineCouplingInverse(torch.autograd.Function):
             grad_x.contiguous(), grad_ladj.contiguous(), x, params
         )
         return result
+
+
+# --- mixture-of-logistics coupling ----------------------------------------------------------------
+# The backward pass of the backward pass differentiates the plain-PyTorch formulas of the first.
+
+
+def _mixture_gradients(
+    grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """What the compiled backward computes: (gx, gparams)."""
+
+    def forward(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.mixture_logistic_coupling(x, params, affine=affine)
+
+    gradients: tuple[Tensor, Tensor] = torch.func.vjp(forward, x, params)[1]((grad_y, grad_ladj))
+    return gradients
+
+
+def _mixture_inverse_gradients(
+    grad_x: Tensor,
+    grad_ladj: Tensor,
+    y: Tensor,
+    x: Tensor,
+    params: Tensor,
+    affine: bool,
+    legacy_cdf_clamp: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the compiled backward of the inverse computes: (gy, gparams).
+
+    x is a function of v = y·e^{−a} − b and the mixture through logit F(x) = v, and ladj is
+    −(log slope(x) + a): the derivatives of logit F and its log slope are those of the forward
+    coupling with a = b = 0.
+    """
+
+    def forward(x: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.mixture_logistic_coupling(x, mixture, affine=False)
+
+    work = _arithmetic(x).dtype
+    y, grad_x, x = y.to(work), grad_x.to(work), x.to(work)
+    head, mixture = params.to(work).split(
+        [2, params.shape[1] - 2] if affine else [0, params.shape[1]], dim=1
+    )
+    pull_back = torch.func.vjp(forward, x, mixture)[1]
+    slope, _ = pull_back((torch.ones_like(x), torch.zeros_like(grad_ladj)))
+    along, _ = pull_back((torch.zeros_like(x), -grad_ladj))
+    grad_v = (grad_x + along) / slope.clamp(min=torch.finfo(work).tiny)
+    _, grad_mixture = pull_back((-grad_v, -grad_ladj))
+    a, b = head.unbind(1) if affine else (torch.zeros_like(x), torch.zeros_like(x))
+    scaled = y * (-a).exp()
+    gl = _over_chains(grad_ladj, x)
+    if legacy_cdf_clamp:
+        v = scaled - b
+        clamped = v.abs() > reference.LEGACY_LOGIT_LIMIT
+        grad_v = torch.where(clamped, -gl * torch.tanh(v / 2), grad_v)
+    if not affine:
+        return grad_v, grad_mixture
+    grad_head = torch.stack((-gl - grad_v * scaled, -grad_v), dim=1)
+    return grad_v * (-a).exp(), torch.cat((grad_head, grad_mixture), dim=1)
+
+
+class MixtureLogisticCouplingBackward(torch.autograd.Function):
+    """(gy, gl, x, params, affine) -> (gx, gparams)."""
+
+    @staticmethod
+    def forward(
+        grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor, affine: bool
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().mixture_logistic_coupling_backward(
+            grad_y, grad_ladj, x, params, affine
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.affine = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, hx: Tensor, hparams: Tensor) -> Gradients:
+        def gradients(gy: Tensor, gl: Tensor, x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+            gx, gparams = _mixture_gradients(gy, gl, x, params, ctx.affine)
+            return gx.to(x.dtype), gparams.to(params.dtype)
+
+        pull_back = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
+        return (*pull_back((hx, hparams)), None)
+
+
+class MixtureLogisticCoupling(torch.autograd.Function):
+    """(x, params, affine) -> (y, ladj)."""
+
+    @staticmethod
+    def forward(x: Tensor, params: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().mixture_logistic_coupling(x, params, affine)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, params, ctx.affine = inputs
+        ctx.save_for_backward(x, params)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> Gradients:
+        gradients: tuple[Tensor, Tensor] = MixtureLogisticCouplingBackward.apply(
+            grad_y.contiguous(), grad_ladj.contiguous(), *ctx.saved_tensors, ctx.affine
+        )
+        return (*gradients, None)
+
+
+class MixtureLogisticCouplingInverseBackward(torch.autograd.Function):
+    """(gx, gl, y, x, params, affine, legacy_cdf_clamp) -> (gy, gparams), x the inverse's output."""
+
+    @staticmethod
+    def forward(
+        grad_x: Tensor,
+        grad_ladj: Tensor,
+        y: Tensor,
+        x: Tensor,
+        params: Tensor,
+        affine: bool,
+        legacy_cdf_clamp: bool,
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().mixture_logistic_coupling_inverse_backward(
+            grad_x, grad_ladj, y, x, params, affine, legacy_cdf_clamp
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.affine, ctx.legacy_cdf_clamp = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, hy: Tensor, hparams: Tensor) -> Gradients:
+        def gradients(
+            gx: Tensor, gl: Tensor, y: Tensor, x: Tensor, params: Tensor
+        ) -> tuple[Tensor, ...]:
+            gy, gparams = _mixture_inverse_gradients(
+                gx, gl, y, x, params, ctx.affine, ctx.legacy_cdf_clamp
+            )
+            return gy.to(y.dtype), gparams.to(params.dtype)
+
+        pull_back = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
+        return (*pull_back((hy, hparams)), None, None)
+
+
+class MixtureLogisticCouplingInverse(torch.autograd.Function):
+    """(y, params, affine, legacy_cdf_clamp) -> (x, ladj)."""
+
+    @staticmethod
+    def forward(
+        y: Tensor, params: Tensor, affine: bool, legacy_cdf_clamp: bool
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _ops().mixture_logistic_coupling_inverse(
+            y, params, affine, legacy_cdf_clamp
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, params, *ctx.options = inputs
+        ctx.save_for_backward(y, output[0], params)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> Gradients:
+        gradients: tuple[Tensor, Tensor] = MixtureLogisticCouplingInverseBackward.apply(
+            grad_x.contiguous(), grad_ladj.contiguous(), *ctx.saved_tensors, *ctx.options
+        )
+        return (*gradients, None, None)
 
 
 # --- Langevin step --------------------------------------------------------------------------------
@@ -305,6 +475,26 @@ def _register_fake() -> None:
         fake(f"coopflow::{name}")(coupling)
         fake(f"coopflow::{name}_backward")(coupling_backward)
 
+    @fake("coopflow::mixture_logistic_coupling")
+    def _(x: Tensor, params: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
+        return coupling(x, params)
+
+    @fake("coopflow::mixture_logistic_coupling_inverse")
+    def _(y: Tensor, params: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
+        return coupling(y, params)
+
+    @fake("coopflow::mixture_logistic_coupling_backward")
+    def _(
+        grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor, *options: bool
+    ) -> tuple[Tensor, Tensor]:
+        return coupling_backward(grad_y, grad_ladj, x, params)
+
+    @fake("coopflow::mixture_logistic_coupling_inverse_backward")
+    def _(
+        grad_x: Tensor, grad_ladj: Tensor, y: Tensor, x: Tensor, params: Tensor, *options: bool
+    ) -> tuple[Tensor, Tensor]:
+        return coupling_backward(grad_x, grad_ladj, x, params)
+
 
 def _register_autograd() -> None:
     """The same formulas for those who call the raw ops; torch.func needs the Functions above."""
@@ -313,6 +503,10 @@ def _register_autograd() -> None:
         "affine_coupling_inverse": AffineCouplingInverse,
         "affine_coupling_backward": AffineCouplingBackward,
         "affine_coupling_inverse_backward": AffineCouplingInverseBackward,
+        "mixture_logistic_coupling": MixtureLogisticCoupling,
+        "mixture_logistic_coupling_inverse": MixtureLogisticCouplingInverse,
+        "mixture_logistic_coupling_backward": MixtureLogisticCouplingBackward,
+        "mixture_logistic_coupling_inverse_backward": MixtureLogisticCouplingInverseBackward,
         "langevin_step": LangevinStep,
     }.items():
         torch.library.register_autograd(

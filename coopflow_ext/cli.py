@@ -44,7 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
+    _add_experiments(commands)
+    _add_diagnose(commands)
+    report_parser = _add_command(commands, "report", "write a run as one HTML page", report)
+    report_parser.add_argument("run", type=Path, help="a run folder")
     _add_ablate(commands)
+    _add_import_official(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -122,6 +128,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--log", choices=("tensorboard",), help="also write RUN/tensorboard")
     _add_device(parser)
     settings = parser.add_argument_group("settings, in place of those of the preset")
     for field in dataclasses.fields(TrainConfig):
@@ -157,6 +164,7 @@ def train(args: argparse.Namespace) -> None:
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
     from coopflow_ext.coop.evaluate import fd_table
+    from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
     if args.resume:
@@ -165,7 +173,10 @@ def train(args: argparse.Namespace) -> None:
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
-    summary = coop.train(config, args.out, resume=args.resume, device=_device(args.device))
+    with process_group(_device(args.device)) as device:
+        summary = coop.train(config, args.out, resume=args.resume, device=device, log=args.log)
+    if not summary:
+        return
     print(
         f"trained {summary['pretrain_steps']} + {summary['steps']} steps in "
         f"{summary['seconds']:.0f} s ({summary['iterations_per_second']:.1f}/s)"
@@ -212,6 +223,112 @@ def sample(args: argparse.Namespace) -> None:
     print(f"{args.n} samples: {args.out}")
 
 
+# --- evaluate and the paper's experiments ---------------------------------------------------------
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _add_command(commands, "evaluate", "measure a finished run", evaluate)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--n", type=int, help="samples; default as in the run's settings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--fid", action="store_true", help="also the FID with Inception features")
+    parser.add_argument("--export-png", type=Path, metavar="DIR", help="write the samples as PNG")
+    _add_device(parser)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``coopflow evaluate``."""
+    from coopflow_ext.coop.judgement import evaluate_run
+
+    summary = evaluate_run(
+        args.run,
+        n=args.n,
+        seed=args.seed,
+        inception=args.fid,
+        export_png=args.export_png,
+        device=_device(args.device),
+    )
+    print(json.dumps(summary, indent=2))
+    print(f"pictures: {args.run / 'evaluation'}")
+
+
+_EXPERIMENTS = {
+    "reconstruct": "reconstruct held-out images by searching the start of the chain",
+    "inpaint": "fill a hole in held-out images",
+    "interpolate": "walk between images in the flow's latent space",
+}
+
+
+def _add_experiments(commands: Any) -> None:
+    for name, description in _EXPERIMENTS.items():
+        parser = _add_command(commands, name, description, experiment)
+        parser.set_defaults(experiment=name)
+        parser.add_argument("run", type=Path, help="a run folder")
+        parser.add_argument("--n", type=int, help="how many images")
+        parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
+        _add_device(parser)
+        if name == "inpaint":
+            parser.add_argument("--chains", type=int, help="fillings of each image (default 4)")
+            parser.add_argument("--mask", type=Path, help=".npy, bool (H, W), True where known")
+        if name == "interpolate":
+            parser.add_argument("--points", type=int, help="points of a line (default 21)")
+
+
+def experiment(args: argparse.Namespace) -> None:
+    """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
+    from coopflow_ext.coop import experiments
+
+    names = ("n", "seed", "chains", "mask", "points")
+    options = {name: getattr(args, name, None) for name in names}
+    given = {name: value for name, value in options.items() if value is not None}
+    run = getattr(experiments, f"{args.experiment}_run")
+    results = run(args.run, device=_device(args.device), **given)
+    results.pop("errors", None)
+    print(json.dumps(results, indent=2))
+
+
+# --- diagnose and report --------------------------------------------------------------------------
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = _add_command(
+        commands, "diagnose", "moment gap, drift of the proposals and long chains", diagnose
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--n", type=int, default=200, help="chains (default 200)")
+    parser.add_argument(
+        "--long",
+        type=int,
+        nargs="+",
+        default=[10, 100],
+        metavar="K",
+        help="lengths of the long chains in multiples of T (default 10 100)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the chains (default 0)")
+    _add_device(parser)
+
+
+def diagnose(args: argparse.Namespace) -> None:
+    """``coopflow diagnose``."""
+    from coopflow_ext.coop.diagnose import diagnose_run
+
+    summary = diagnose_run(
+        args.run,
+        n=args.n,
+        factors=tuple(args.long),
+        seed=args.seed,
+        device=_device(args.device),
+    )
+    print(json.dumps(summary, indent=2))
+
+
+def report(args: argparse.Namespace) -> None:
+    """``coopflow report``."""
+    from coopflow_ext.coop.report import report_run
+
+    print(f"report: {report_run(args.run)}")
+
+
 # --- ablate ---------------------------------------------------------------------------------------
 
 
@@ -231,6 +348,48 @@ def ablate(args: argparse.Namespace) -> None:
     rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
     print(ablation.table(rows), end="")
     print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
+
+
+# --- the authors' checkpoints ---------------------------------------------------------------------
+
+
+def _add_import_official(commands: Any) -> None:
+    from coopflow_ext.coop.config import PRESETS
+
+    parser = _add_command(
+        commands,
+        "import-official",
+        "turn a checkpoint of the authors' published code into a run",
+        import_official,
+    )
+    parser.add_argument("checkpoint", type=Path, help="the file with flow_net and ebm_net")
+    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="cifar10", help="settings of the chain and the data"
+    )
+    parser.add_argument(
+        "--image-shape", type=_image_shape, default=(3, 32, 32), help="C,H,W; default: 3,32,32"
+    )
+
+
+def _image_shape(text: str) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not C,H,W") from error
+    return channels, height, width
+
+
+def import_official(args: argparse.Namespace) -> None:
+    """``coopflow import-official``."""
+    from coopflow_ext import coop
+
+    coop.RunFolder.check_free(args.out)
+    model = coop.CoopFlow.from_official(args.checkpoint, args.image_shape, preset=args.preset)
+    assert model.config is not None
+    run = coop.RunFolder.create(args.out, model.config)
+    run.save(0, model.state_dict(), model.metadata())
+    print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
 
 
 # --- info ----------------------------------------------------------------------------------------

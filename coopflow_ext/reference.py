@@ -235,6 +235,7 @@ def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MIN_LOG_SCALE = -7.0
+LEGACY_LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 
 
 def _mixture_parameters(
@@ -313,14 +314,14 @@ def mixture_logistic_coupling_inverse(
     """x with logit F(x) = v = y·e^{−a} − b; ladj = −Σ[log f(x) − log σ(v) − log σ(−v) + a].
 
     Differentiable once, by the implicit function theorem: the gradient is that of a Newton step
-    from the root with its slope held constant. ``legacy_cdf_clamp`` clamps the CDF value to [1e-5, 1 − 1e-5] for root
-    finding only, as the published code does; v in the log-determinant stays as it is.
+    from the root with its slope held constant. ``legacy_cdf_clamp`` clamps the CDF value to
+    [1e-5, 1 − 1e-5] for root finding only, as the published code does; v in the log-determinant
+    stays as it is.
     """
     work = _arithmetic_dtype(y.dtype)
     a, b, mixture = _mixture_parameters(params.to(work), affine=affine)
     v = y.to(work) * (-a).exp() - b
-    limit = math.log((1 - 1e-5) / 1e-5)
-    target = v.clamp(-limit, limit) if legacy_cdf_clamp else v
+    target = v.clamp(-LEGACY_LOGIT_LIMIT, LEGACY_LOGIT_LIMIT) if legacy_cdf_clamp else v
     root = mixture_logistic_quantile(target, *mixture)
     log_cdf, log_survival, log_density = mixture_logistic_log_cdf(root, *mixture)
     log_slope = log_density - log_cdf - log_survival

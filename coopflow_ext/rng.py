@@ -114,7 +114,10 @@ class Key:
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int64[2] = (seed's 64 bits reinterpreted, time), what the ops take as ``rng``."""
-        return torch.tensor([_to_signed(self.seed), self.time], dtype=torch.int64, device=device)
+        # Written on the device: copying a host tensor would wait for the device's stream.
+        rng = torch.full((2,), self.time, dtype=torch.int64, device=device)
+        rng[0].fill_(_to_signed(self.seed))
+        return rng
 
     @classmethod
     def from_default_generator(cls) -> Key:

@@ -33,15 +33,21 @@ class CouplingOp {
   }
 
   void check_affine_params() const {
-    bool same =
-        params_.dim() == state_.dim() + 1 && params_.size(0) == batch_ && params_.size(1) == 2;
-    for (int64_t i = 1; same && i < state_.dim(); ++i) {
-      same = params_.size(i + 1) == state_.size(i);
-    }
-    if (!same) {
+    if (!params_fit() || params_.size(1) != 2) {
       check_.fail("params", "must have shape (B, 2, *shape of a chain) beside a state of shape ",
                   shape_text(state_), ", got ", shape_text(params_));
     }
+  }
+
+  // Returns the number of components K.
+  int64_t check_mixture_params(bool affine) const {
+    const int64_t rows = params_fit() ? params_.size(1) - (affine ? 2 : 0) : 0;
+    if (rows < 3 || rows % 3 != 0) {
+      check_.fail("params", "must have shape (B, ", affine ? "2 + 3K" : "3K",
+                  ", *shape of a chain), K >= 1, beside a state of shape ", shape_text(state_),
+                  ", got ", shape_text(params_));
+    }
+    return rows / 3;
   }
 
   void check_like_state(const char* argument, const Tensor& t) const {
@@ -81,6 +87,13 @@ class CouplingOp {
   int64_t per_chain() const { return per_chain_; }
 
  private:
+  // Whether params have the state's shape around dimension 1.
+  bool params_fit() const {
+    bool fit = params_.dim() == state_.dim() + 1 && params_.size(0) == batch_;
+    for (int64_t i = 1; fit && i < state_.dim(); ++i) fit = params_.size(i + 1) == state_.size(i);
+    return fit;
+  }
+
   OpChecks check_;
   const Tensor& state_;
   const Tensor& params_;

@@ -61,6 +61,19 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "affine_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor x, Tensor params) "
       "-> (Tensor, Tensor)");
+  // y = (logit F(x) + b) * e^a with F the CDF of a mixture of logistics, its inverse, and what
+  // their backward passes need.
+  m.def("mixture_logistic_coupling(Tensor x, Tensor params, bool affine=True) -> (Tensor, Tensor)");
+  m.def(
+      "mixture_logistic_coupling_inverse(Tensor y, Tensor params, bool affine=True, "
+      "bool legacy_cdf_clamp=False) -> (Tensor, Tensor)");
+  m.def(
+      "mixture_logistic_coupling_backward(Tensor grad_y, Tensor grad_ladj, Tensor x, "
+      "Tensor params, bool affine=True) -> (Tensor, Tensor)");
+  m.def(
+      "mixture_logistic_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor y, "
+      "Tensor x, Tensor params, bool affine=True, bool legacy_cdf_clamp=False) -> "
+      "(Tensor, Tensor)");
   // The seed of a separate use.
   m.def("fold_in(int seed, int data) -> int");
   // Versions, architectures and instruction set, as JSON.

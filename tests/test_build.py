@@ -74,13 +74,21 @@ def test_unloadable_library_names_torch_and_the_cause(
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_import_without_library_is_a_build_error(tmp_path: Path) -> None:
-    done = _run(
-        sys.executable, "-c", "import coopflow_ext", COOPFLOW_LIBRARY=str(tmp_path / "none.so")
-    )
-    assert done.returncode != 0
-    assert "BuildError" in done.stderr
-    assert "pip install" in done.stderr
+USES = (
+    "cf.ops.normal((2, 3), torch.zeros(2, dtype=torch.int64))",
+    "cf.Key(0).fold_in(1)",
+    "cf.LangevinSampler(cf.energies.MLPEnergy(2), n_steps=1, step_size=0.1)(torch.zeros(1, 2))",
+)
+
+
+def test_using_without_library_is_a_build_error(tmp_path: Path) -> None:
+    """Importing works (documentation tools and --help need no kernels); using says what to do."""
+    code = "import torch, coopflow_ext as cf\n"
+    for use in USES:
+        code += f"try: {use}\nexcept cf.BuildError as error: print(error)\n"
+    done = _run(sys.executable, "-c", code, COOPFLOW_LIBRARY=str(tmp_path / "none.so"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pip install") == len(USES)
 
 
 @in_source_tree

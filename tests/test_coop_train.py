@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "langevin_steps": 3,
     "pretrain_steps": 3,
     "flow_frozen_steps": 2,
+    "flow_every": 1,
     "steps": 7,
     "warmup_steps": 2,
     "n_samples": 20,
@@ -125,7 +126,7 @@ def test_warm_up_starts_at_rate_zero_and_rises_linearly() -> None:
     rates = []
     for _ in range(6):
         before = weights(layer)
-        learner.update(layer(torch.ones(3, 2)).square().mean(), 0.1)
+        learner.update([layer(torch.ones(3, 2)).square().mean()], 0.1)
         rates.append(learner.optimizer.param_groups[0]["lr"])
         assert same(before, weights(layer)) == (len(rates) == 1)
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
@@ -150,7 +151,7 @@ def test_weight_decay_acts_on_weight_norms_g_only() -> None:
 def test_gradient_clip_bounds_the_norm() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
     learner = Learner("l", layer, betas=(0.9, 0.999), grad_norm=0.5)
-    norm = learner.update(100 * layer(torch.ones(1, 2)).sum(), 0.1)
+    norm = learner.update([100 * layer(torch.ones(1, 2)).sum()], 0.1)
     assert float(norm) == pytest.approx(100 * math.sqrt(2), rel=1e-5)
     assert layer.weight.grad is not None
     assert float(layer.weight.grad.norm()) == pytest.approx(0.5, rel=1e-4)
@@ -161,7 +162,7 @@ def test_averaged_weights() -> None:
     learner = Learner("l", layer, betas=(0.9, 0.999), ema=0.5)
     average = layer.weight.item()
     for n in range(1, 13):
-        learner.update(layer(torch.ones(1, 1)).sum(), 0.1)
+        learner.update([layer(torch.ones(1, 1)).sum()], 0.1)
         decay = min(0.5, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * layer.weight.item()
     own = layer.weight.item()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coopflow_ext import flows, ops, reference
+from coopflow_ext import Key, cli, coop, energies, flows, ops, reference
 from coopflow_ext.flows.official import export_official, load_official
 
 DATA = Path(__file__).parent / "data"
@@ -150,6 +150,44 @@ def test_export_gives_back_the_same_tensors(golden, golden_energy, tmp_path):
         torch.equal(a, b)
         for a, b in zip(again.state_dict().values(), flow.state_dict().values(), strict=True)
     )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, golden) -> Path:
+    """A checkpoint of both models for 16×16 images, with the authors' names."""
+    torch.manual_seed(0)
+    energy = energies.ResEnergy(3, width=4, image_size=16)
+    nets = {"flow_net": _state(golden)} | export_official(None, energy)
+    path = tmp_path_factory.mktemp("official") / "checkpoint.pth"
+    torch.save(
+        {name: {f"module.{k}": v for k, v in net.items()} for name, net in nets.items()}, path
+    )
+    return path
+
+
+def test_a_coopflow_from_the_authors_checkpoint_survives_our_format(checkpoint, tmp_path):
+    model = coop.CoopFlow.from_official(checkpoint, (3, 16, 16))
+    model.save(tmp_path / "ours.safetensors")
+    again = coop.CoopFlow.load(tmp_path / "ours.safetensors")
+    assert again.flow.legacy_contrast
+    for ours, theirs in zip(
+        model.sample_pairs(2, Key(1)), again.sample_pairs(2, Key(1)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="needs both"):
+        coop.CoopFlow.from_official({"flow_net": torch.load(checkpoint)["flow_net"]}, (3, 16, 16))
+
+
+def test_import_official_leaves_a_run_to_sample_from(checkpoint, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["import-official", str(checkpoint), "--out", str(run), "--image-shape", "3,16,16"]
+    assert cli.main(arguments) == 0
+    assert coop.RunFolder.open(run).config.flow == "flowpp"
+    picture = tmp_path / "samples.png"
+    assert cli.main(["sample", str(run), "--n", "2", "--out", str(picture)]) == 0
+    assert picture.exists()
+    assert cli.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
 
 
 def test_loaded_flows_do_not_initialise_again(golden):

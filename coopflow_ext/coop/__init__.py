@@ -5,6 +5,7 @@ from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.run import RunError, RunFolder
 from coopflow_ext.coop.train import TrainingInterrupted, train
 from coopflow_ext.coop.trainer import Trainer
+from coopflow_ext.flows.official import export_official, load_official
 
 __all__ = [
     "PRESETS",
@@ -14,5 +15,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainingInterrupted",
+    "export_official",
+    "load_official",
     "train",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.train import train
 
@@ -174,6 +174,4 @@ def save_plot(path: Path, rows: list[dict[str, Any]]) -> None:
         panel.set_xlabel(name)
         panel.set_ylabel("Fréchet distance")
     axes[0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, figure_bytes(figure))

@@ -12,6 +12,7 @@ from coopflow_ext import data
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
+PRECISIONS = ("float32", "bfloat16")
 STARTS = ("flow", "uniform", "buffer")
 
 
@@ -40,7 +41,7 @@ class TrainConfig:
     seed: int = _setting(0, "seed of everything random")
     steps: int = _setting(1000, "cooperative iterations")
     batch_size: int = _setting(28, "images of a batch, and chains of an iteration")
-    flow: str = _setting("glow", "builder of the flow in coopflow_ext.flows")
+    flow: str = _setting("glow", "builder of the flow: realnvp, glow or flowpp")
     flow_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "its options, as JSON"}
     )
@@ -76,6 +77,10 @@ class TrainConfig:
     flow_ema: float = _setting(0.0, "decay of the average of the flow's weights; 0: none")
     energy_ema: float = _setting(0.0, "decay of the average of the energy's weights; 0: none")
 
+    accumulate: int = _setting(1, "parts of a batch that are handled one after the other")
+    precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
+    compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
+
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
     log_every: int = _setting(20, "steps between lines of metrics.jsonl")
     sample_every: int = _setting(500, "steps between pictures")
@@ -98,6 +103,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.step_clip == 0:
             raise ValueError("step_clip must be > 0, or none for no clip, got 0")
         if self.total_steps < 1:
@@ -166,6 +175,7 @@ _MINIMA = {
     "flow_grad_norm": 0,
     "energy_lr": 0,
     "warmup_steps": 0,
+    "accumulate": 1,
     "n_samples": 2,
     "log_every": 1,
     "sample_every": 1,
@@ -175,10 +185,10 @@ _MINIMA = {
 
 _DIGITS_SMALL: dict[str, Any] = {
     "data": "digits",
-    "steps": 1000,
+    "steps": 1100,
     "batch_size": 128,
     "flow": "realnvp",
-    "flow_options": {"net": "mlp", "couplings": 8, "widths": [256, 256]},
+    "flow_options": {"net": "mlp", "couplings": 8, "widths": [256, 256], "dropout": 0.1},
     "energy": "mlp",
     "energy_options": {"widths": [128, 128, 128]},
     "langevin_steps": 20,
@@ -186,12 +196,13 @@ _DIGITS_SMALL: dict[str, Any] = {
     "noise": 0.02,
     "pretrain_steps": 1500,
     "flow_frozen_steps": 300,
-    "pretrain_lr": 1e-3,
-    "flow_lr": 2e-4,
-    "energy_lr": 1e-3,
-    "energy_betas": (0.5, 0.9),
-    "flow_ema": 0.99,
-    "energy_ema": 0.99,
+    "flow_every": 3,
+    "pretrain_lr": 2e-3,
+    "flow_lr": 1e-4,
+    "energy_lr": 2e-3,
+    "energy_betas": (0.9, 0.99),
+    "flow_ema": 0.995,
+    "energy_ema": 0.995,
 }
 _PATCHES_SMALL: dict[str, Any] = {
     "data": "patches",
@@ -200,22 +211,86 @@ _PATCHES_SMALL: dict[str, Any] = {
     "flow_options": {"scales": 2, "steps": 4, "channels": 32, "blocks": 1},
     "energy_options": {"width": 16},
     "langevin_steps": 15,
-    "pretrain_steps": 100,
-    "flow_frozen_steps": 50,
-    "pretrain_lr": 1e-3,
-    "flow_lr": 2e-4,
+    "step_size": 0.3,
+    "noise": 0.01,
+    "pretrain_steps": 200,
+    "flow_frozen_steps": 100,
+    "flow_every": 2,
+    "pretrain_lr": 2e-3,
+    "flow_lr": 1e-4,
+    "energy_lr": 5e-4,
+    "energy_betas": (0.5, 0.9),
+    "flow_ema": 0.98,
+    "energy_ema": 0.98,
     "warmup_steps": 50,
-    "n_samples": 256,
-    "sample_every": 100,
+    "n_samples": 200,
+    "sample_every": 250,
     "checkpoint_every": 100,
 }
+_TOY: dict[str, Any] = {
+    "data": "toy:8gaussians",
+    "steps": 1500,
+    "batch_size": 256,
+    "flow": "realnvp",
+    "flow_options": {"couplings": 8, "widths": [64, 64]},
+    "energy": "mlp",
+    "energy_options": {"widths": [128, 128, 128]},
+    "langevin_steps": 30,
+    "step_size": 0.15,
+    "noise": 0.15,
+    "step_clip": None,
+    "pretrain_steps": 500,
+    "flow_frozen_steps": 300,
+    "pretrain_lr": 1e-3,
+    "flow_lr": 2e-4,
+    "energy_lr": 1e-3,
+    "energy_betas": (0.5, 0.9),
+    "flow_ema": 0.99,
+    "energy_ema": 0.99,
+    "n_samples": 2000,
+}
+# The paper's experiments: 200 epochs of batches of 28. How long the flow of CoopFlow(Pre) was
+# pre-trained is not published; 100 epochs are this project's choice.
+_BATCHES_PER_EPOCH = {"cifar10": 50_000 // 28, "svhn": 73_257 // 28, "celeba": 182_637 // 28}
+_FROZEN_EPOCHS = {"cifar10": 25, "svhn": 10, "celeba": 10}
+_SAMPLE_STEP_SIZE = {"cifar10": 0.04, "svhn": 0.035, "celeba": 0.035}
+
+
+def _paper_presets(data: str) -> dict[str, dict[str, Any]]:
+    """CoopFlow(T=30), (Pre) and (Long) on one of the paper's data sets."""
+    epoch = _BATCHES_PER_EPOCH[data]
+    plain: dict[str, Any] = {
+        "data": data,
+        "flow": "flowpp",
+        "steps": 200 * epoch,
+        "sample_step_size": _SAMPLE_STEP_SIZE[data],
+        "n_samples": 5000,
+        "log_every": 100,
+        "sample_every": epoch,
+        "checkpoint_every": epoch,
+    }
+    pre = {
+        **plain,
+        "pretrain_steps": 100 * epoch,
+        "flow_frozen_steps": _FROZEN_EPOCHS[data] * epoch,
+        "flow_every": 5 if data == "celeba" else 1,
+    }
+    return {data: plain, f"{data}-pre": pre, f"{data}-long": {**plain, "langevin_steps": 200}}
+
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits-small": _DIGITS_SMALL,
     "patches-small": _PATCHES_SMALL,
+    "toy": _TOY,
+    **{
+        name: settings
+        for data in _BATCHES_PER_EPOCH
+        for name, settings in _paper_presets(data).items()
+    },
 }
 PRESETS = tuple(_PRESETS)
-_PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small"}
+_PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small", "toy": "toy"}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -227,4 +302,5 @@ def preset(name: str) -> dict[str, Any]:
 
 def default_preset(data: str) -> str:
     """The preset that is taken for a data set when none is named."""
-    return _PRESET_OF_DATA.get(data, "default")
+    name = _PRESET_OF_DATA.get(data.partition(":")[0], data)
+    return name if name in _PRESETS else "default"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from coopflow_ext.coop.checkpoint import load_optimizer_tensors, optimizer_tensors
+from coopflow_ext.coop.ranks import ALONE, Ranks
 
 # Names under which torch keeps weight-norm's g: the parametrization, and the older hook.
 _WEIGHT_NORM_G = (".original0", ".weight_g")
@@ -26,6 +27,7 @@ class Learner:
         warmup: updates over which the rate rises linearly from 0.
         ema: decay of the averaged weights, 0 for none. The first updates average over fewer:
             after n updates the decay is at most (1 + n)/(10 + n).
+        ranks: the processes that share the batch.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class Learner:
         grad_norm: float | None = None,
         warmup: int = 0,
         ema: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name = name
         self.module = module
         self.grad_norm = grad_norm
         self.warmup = warmup
         self.ema = ema
+        self.ranks = ranks
         self.updates = 0
         decayed = [p for n, p in module.named_parameters() if n.endswith(_WEIGHT_NORM_G)]
         others = [p for n, p in module.named_parameters() if not n.endswith(_WEIGHT_NORM_G)]
@@ -54,10 +58,16 @@ class Learner:
         self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
         self.average = [p.detach().clone() for p in module.parameters()] if ema else []
 
-    def update(self, loss: Tensor, lr: float) -> Tensor:
-        """One Adam step down the gradient of ``loss``; returns the gradient's norm (0-d)."""
+    def update(self, losses: Iterable[Tensor], lr: float) -> Tensor:
+        """One Adam step down the gradient of the sum of ``losses``; returns the gradient's norm.
+
+        Each loss is differentiated before the next is asked for, so a generator bounds memory.
+        The gradients are averaged over all processes.
+        """
         self.optimizer.zero_grad()
-        loss.backward()
+        for loss in losses:
+            loss.backward()
+        self.ranks.average(p.grad for p in self.parameters if p.grad is not None)
         limit = float("inf") if self.grad_norm is None else self.grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         warm = min(1.0, self.updates / self.warmup) if self.warmup else 1.0
@@ -90,11 +100,6 @@ class Learner:
                 own = p.clone()
                 p.copy_(average)
                 average.copy_(own)
-
-    def reset_average(self) -> None:
-        """Start the average again from the present weights."""
-        for p, average in zip(self.module.parameters(), self.average, strict=False):
-            average.copy_(p.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be saved, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from coopflow_ext import energies, flows, ops
 from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
 
-_FLOWS: dict[str, Callable[..., flows.Flow]] = {"realnvp": flows.realnvp, "glow": flows.glow}
+_FLOWS: dict[str, Callable[..., flows.Flow]] = {
+    "realnvp": flows.realnvp,
+    "glow": flows.glow,
+    "flowpp": flows.flowpp,
+}
 _ENERGIES = ("res", "mlp")
 
 
@@ -73,20 +78,25 @@ def build_energy(config: TrainConfig, event: EventSpec) -> nn.Module:
 
 
 def build_sampler(
-    config: TrainConfig, energy: nn.Module, event: EventSpec, *, training: bool
+    config: TrainConfig, energy: nn.Module, event: EventSpec, *, training: bool, **options: Any
 ) -> LangevinSampler:
-    """The chain toward ``energy``: that of training, or that of sampling afterwards."""
+    """The chain toward ``energy``: that of training, or that of sampling afterwards.
+
+    ``options`` are further ones of :class:`LangevinSampler`, or replace those of the settings.
+    """
     delta = config.step_size
     if not training and config.sample_step_size is not None:
         delta = config.sample_step_size
-    return LangevinSampler(
-        energy,
-        n_steps=config.langevin_steps,
-        drift=delta**2 / 2,
-        noise=config.noise,
-        step_clip=config.step_clip,
-        clamp=event.clamp,
-    )
+    settings: dict[str, Any] = {
+        "n_steps": config.langevin_steps,
+        "drift": delta**2 / 2,
+        "noise": config.noise,
+        "step_clip": config.step_clip,
+        "clamp": event.clamp,
+        "autocast": torch.bfloat16 if config.precision == "bfloat16" else None,
+        "compile": config.compile,
+    }
+    return LangevinSampler(energy, **{**settings, **options})
 
 
 def build_buffer(config: TrainConfig, event: EventSpec) -> ReplayBuffer:
@@ -136,6 +146,45 @@ class CoopFlow(nn.Module):
         model.config, model.event = config, event
         if config.start == "buffer":
             model.buffer = build_buffer(config, event)
+        return model
+
+    @classmethod
+    def from_official(
+        cls,
+        path_or_dict: str | Path | Mapping[str, Any],
+        image_shape: Sequence[int] = (3, 32, 32),
+        *,
+        preset: str = "cifar10",
+        legacy_contrast: bool = True,
+        legacy_cdf_clamp: bool = True,
+    ) -> CoopFlow:
+        """The models of a checkpoint of the authors' published code, ready to :meth:`save`.
+
+        Args:
+            path_or_dict, image_shape, legacy_contrast, legacy_cdf_clamp: as for
+                :func:`coopflow_ext.coop.load_official`.
+            preset: where the settings of the chain, and the name of the data, come from.
+
+        Raises:
+            ValueError: the checkpoint does not fit, or lacks one of the two models.
+        """
+        nets = read_official(path_or_dict)
+        legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
+        flow, energy = load_official(nets, image_shape, **legacy)
+        if flow is None or energy is None:
+            raise ValueError("a CoopFlow needs both flow_net and ebm_net in the checkpoint")
+        config = TrainConfig.from_dict(
+            {
+                "preset": preset,
+                "flow": "flowpp",
+                "flow_options": {**infer_flow_options(nets["flow_net"], image_shape), **legacy},
+                "energy": "res",
+                "energy_options": {"width": energy.width},
+            }
+        )
+        event = EventSpec(tuple(image_shape), 256)
+        model = cls(flow, energy, build_sampler(config, energy, event, training=False))
+        model.config, model.event = config, event
         return model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoopFlow:

@@ -52,7 +52,19 @@ def grid(x: Tensor, columns: int) -> Pixels:
 
 
 def save_panels(path: Path, panels: Mapping[str, Tensor], columns: int = 8) -> None:
-    """Write several grids side by side, each under its caption, as one PNG."""
+    """Write several panels side by side, each under its caption, as one PNG.
+
+    Images (B, C, H, W) become grids with so many columns, points (B, 2) clouds; of longer vectors
+    the first two elements are shown.
+    """
+    if any(x.ndim == 2 for x in panels.values()):
+        figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+        figure = figure_module.Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (caption, x) in zip(all_axes, panels.items(), strict=True):
+            scatter(axes, x, caption)
+        write_atomically(path, figure_bytes(figure))
+        return
     image = require("PIL.Image", extra="train", distribution="pillow")
     draw = require("PIL.ImageDraw", extra="train", distribution="pillow")
     grids = {caption: grid(x, columns) for caption, x in panels.items()}
@@ -72,6 +84,23 @@ def save_image(path: Path, canvas: Any) -> None:
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def scatter(axes: Any, x: Tensor, title: str) -> None:
+    """Points as a cloud over [−4, 4]²."""
+    a, b = x[:, :2].detach().float().cpu().unbind(1)
+    axes.scatter(a.numpy(), b.numpy(), s=2, linewidths=0)
+    axes.set_xlim(-4, 4)
+    axes.set_ylim(-4, 4)
+    axes.set_aspect("equal")
+    axes.set_title(title, fontsize=10)
+
+
+def figure_bytes(figure: Any, dpi: int = 100) -> bytes:
+    """A matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 _CURVES = {
@@ -99,9 +128,7 @@ def save_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
             axes.set_yscale("log")
         if axes.has_data():
             axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, figure_bytes(figure))
 
 
 def save_array(path: Path, x: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coopflow_ext.coop.board import Board
 from coopflow_ext.coop.checkpoint import (
     RunError,
     load_checkpoint,
@@ -29,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
         self.config = config
+        self.board: Board | None = None
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
@@ -74,8 +76,8 @@ class RunFolder:
     def write_config(self) -> None:
         write_atomically(self.path / "config.json", self.config.to_json().encode())
 
-    def adopt(self, config: TrainConfig | None) -> None:
-        """Take over the number of steps of ``config`` for a resumed run.
+    def adopt(self, config: TrainConfig | None, *, write: bool = True) -> None:
+        """Take over the number of steps of ``config`` for a resumed run, and ``write`` it down.
 
         Raises:
             RunError: another setting differs, or the run has done more steps already.
@@ -96,7 +98,8 @@ class RunFolder:
                 f"{config.total_steps} asked for"
             )
         self.config = config
-        self.write_config()
+        if write:
+            self.write_config()
 
     # --- metrics ----------------------------------------------------------------------------------
 
@@ -108,6 +111,8 @@ class RunFolder:
         """Append one line."""
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+        if self.board is not None:
+            self.board.scalars(metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines; a last line that was cut off is left out."""

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
+from coopflow_ext.coop.board import LOGS, Board
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.plane import report_plane
+from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunError, RunFolder
 from coopflow_ext.coop.trainer import Trainer
 from coopflow_ext.errors import NonFiniteError
@@ -54,6 +58,7 @@ def train(
     *,
     resume: bool = False,
     device: torch.device | str = "cpu",
+    log: str | None = None,
 ) -> dict[str, Any]:
     """Train a CoopFlow and leave a run folder behind.
 
@@ -63,10 +68,12 @@ def train(
         out: the run folder; must be empty or missing unless ``resume``.
         resume: continue from the last checkpoint. On the CPU the result has the same bits as that
             of a run that was never stopped.
-        device: where to train.
+        device: where to train. Inside a process group of torch.distributed each process takes its
+            part of every batch, and rank 0 writes the files.
+        log: "tensorboard" also writes scalars, pictures and histograms to RUN/tensorboard.
 
     Returns:
-        What ``summary.json`` holds.
+        What ``summary.json`` holds; an empty dictionary on ranks other than 0.
 
     Raises:
         RunError: the folder cannot be used, or training diverged.
@@ -74,23 +81,30 @@ def train(
         OSError: the disk is full or not writable; the last good checkpoint stays readable.
     """
     pictures.check_installed()
+    if log not in (None, *LOGS):
+        raise ValueError(f"log must be one of {', '.join(LOGS)}, got {log!r}")
+    if log == "tensorboard":
+        require("tensorboard", extra="tensorboard")
     if resume:
         trainer, run, judge = _continue_run(config, out, device)
     else:
         trainer, run, judge = _start_run(config, out, device)
+    if log == "tensorboard" and trainer.ranks.is_first:
+        run.board = Board(run.path, trainer.step)
     total = trainer.config.total_steps
     with _interrupts() as asked, _progress(trainer) as bar:
         if trainer.step == 0:
             _observe(trainer, run, judge)
         while trainer.step < total:
             _advance(trainer, run, judge, bar)
-            if asked.is_set() and trainer.step < total:
+            stop = trainer.ranks.any(asked.is_set(), trainer.device)
+            if stop and trainer.step < total:
                 _checkpoint(trainer, run)
                 raise TrainingInterrupted(
                     f"stopped at step {trainer.step} and saved; go on with: "
                     f"coopflow train --out {run.path} --resume"
                 )
-    return _finish(trainer, run, judge)
+    return _finish(trainer, run, judge) if trainer.ranks.is_first else {}
 
 
 def _start_run(
@@ -99,30 +113,36 @@ def _start_run(
     """Everything that can fail is made before the folder is."""
     if config is None:
         raise ValueError("config must be given for a new run, got None")
-    RunFolder.check_free(out)
+    ranks = Ranks.current()
+    if ranks.is_first:
+        RunFolder.check_free(out)
     data = config.load_data()
-    trainer, judge = Trainer(config, data, device), Judge(data, config)
-    return trainer, RunFolder.create(out, config), judge
+    trainer, judge = Trainer(config, data, device, ranks), Judge(data, config)
+    run = RunFolder.create(out, config) if ranks.is_first else RunFolder(Path(out), config)
+    return trainer, run, judge
 
 
 def _continue_run(
     config: TrainConfig | None, out: str | Path, device: torch.device | str
 ) -> tuple[Trainer, RunFolder, Judge]:
     """A run without a checkpoint yet starts from its beginning, which is the same."""
+    ranks = Ranks.current()
     run = RunFolder.open(out)
-    run.adopt(config)
+    run.adopt(config, write=ranks.is_first)
     saved = run.load_latest() if run.checkpoints() else None
     data = run.config.load_data()
-    trainer, judge = Trainer(run.config, data, device), Judge(data, run.config)
+    trainer, judge = Trainer(run.config, data, device, ranks), Judge(data, run.config)
     if saved is not None:
         trainer.load(*saved)
-    run.forget_after(trainer.step if saved else -1)
+    if ranks.is_first:
+        run.forget_after(trainer.step if saved else -1)
     return trainer, run, judge
 
 
 def _progress(trainer: Trainer) -> tqdm[Any]:
     """A bar on a terminal, nothing elsewhere."""
-    return tqdm(total=trainer.config.total_steps, initial=trainer.step, disable=None, unit="it")
+    silent = None if trainer.ranks.is_first else True
+    return tqdm(total=trainer.config.total_steps, initial=trainer.step, disable=silent, unit="it")
 
 
 def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> None:
@@ -146,26 +166,38 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
 
 def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm[Any]) -> None:
     line: dict[str, Any] = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
-    line.update({name: float(value) for name, value in metrics.items()})
+    values = torch.stack([value.float() for value in metrics.values()])
+    trainer.ranks.average([values])
+    line.update(zip(metrics, values.tolist(), strict=True))
     gap = trainer.take_moment_gap()
     if gap is not None:
         line["moment_gap"] = gap
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
         raise RunError(f"training diverged: {bad[0]} is not finite at step {trainer.step}")
-    run.log(line)
+    if trainer.ranks.is_first:
+        run.log(line)
     shown = ("energy_data", "energy_samples", "flow_nll", "moment_gap")
     bar.set_postfix({name: f"{line[name]:.3g}" for name in shown if name in line})
 
 
 def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
+    if not trainer.ranks.is_first:
+        return
     with trainer.averaged() as model:
-        distances = judge.observe(model, run.picture_path(trainer.step))
+        distances, kinds = judge.observe(model, run.picture_path(trainer.step))
+        if run.board is not None:
+            events = {"data": judge.held_out.to(trainer.device), **kinds}
+            with model.evaluating(), torch.no_grad():
+                energies = {name: model.energy(x) for name, x in events.items()}
+            run.board.events(kinds, energies, trainer.step)
     run.log({"step": trainer.step, **distances})
 
 
 def _checkpoint(trainer: Trainer, run: RunFolder) -> None:
-    run.save(trainer.step, trainer.tensors(), trainer.metadata())
+    trainer.gather_moments()
+    if trainer.ranks.is_first:
+        run.save(trainer.step, trainer.tensors(), trainer.metadata())
 
 
 def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
@@ -175,6 +207,8 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     gaps = [line["moment_gap"] for line in metrics if "moment_gap" in line]
     with trainer.averaged() as model:
         facts = judge.facts(model)
+        if trainer.data.name.startswith("toy:"):
+            facts.update(report_plane(model, trainer.data, run.path))
     facts["fd"].update(
         flow=distances[-1]["fd_flow"],
         langevin=distances[-1]["fd_langevin"],
@@ -195,4 +229,6 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     }
     pictures.save_curves(run.path / "curves.png", metrics)
     run.write_summary(summary)
+    if run.board is not None:
+        run.board.close()
     return summary

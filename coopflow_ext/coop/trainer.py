@@ -12,7 +12,8 @@ from torch import Tensor
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
-from coopflow_ext.data import Batches, Dataset
+from coopflow_ext.coop.ranks import ALONE, Ranks
+from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
 
@@ -26,14 +27,21 @@ class Trainer:
         config: the settings.
         data: the data set they name.
         device: where to train.
+        ranks: the processes that share each batch, all with the same settings.
 
     Random numbers come from one key whose time counts Langevin steps and maximum-likelihood
     updates, so a step is a function of the weights and of this key.
     """
 
     def __init__(
-        self, config: TrainConfig, data: Dataset, device: torch.device | str = "cpu"
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
+        if ranks.world > 1 and config.start == "buffer":
+            raise ValueError("start must not be buffer with several processes: it is not shared")
         self.config = config
         self.data = data
         self.device = torch.device(device)
@@ -44,7 +52,14 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         flip = config.flip and data.flip
-        self.batches = Batches(data, config.batch_size, self.key, device=self.device, flip=flip)
+        self.ranks = ranks
+        rows = ranks.rows(config.batch_size)
+        self.chain_offset = rows.start
+        batches = Batches(
+            data, config.batch_size, self.key, device=self.device, flip=flip, rows=rows
+        )
+        # On the CPU a second thread would only take time from the first.
+        self.batches = Prefetch(batches) if self.device.type == "cuda" else batches
         self._initialize_flow()
         self.flow = Learner(
             "flow",
@@ -54,6 +69,7 @@ class Trainer:
             grad_norm=config.flow_grad_norm,
             warmup=config.warmup_steps,
             ema=config.flow_ema,
+            ranks=ranks,
         )
         self.energy = Learner(
             "energy",
@@ -61,17 +77,19 @@ class Trainer:
             betas=config.energy_betas,
             warmup=config.warmup_steps,
             ema=config.energy_ema,
+            ranks=ranks,
         )
         self.data_moments = RunningMoments(data.dim, self.device)
         for rows in data.train.split(1000):
             self.data_moments.update(data.decode(rows).to(self.device))
-        # Of the samples since the last line of the metrics.
+        # Of this process's samples since the last line of the metrics.
         self.sample_moments = RunningMoments(data.dim, self.device)
 
     def _initialize_flow(self) -> None:
         size = min(len(self.data.train), _INITIALISATION_IMAGES)
         x = Batches(self.data, size, self.key, device=self.device)[0]
         self.model.flow.initialize(x, key=self.key)
+        self.ranks.copy_from_first(self.model)
 
     @property
     def pretraining(self) -> bool:
@@ -96,7 +114,7 @@ class Trainer:
     def cooperate(self, x: Tensor) -> dict[str, Tensor]:
         """One iteration of the paper's algorithm on the data batch x."""
         persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
-        proposal = self.model.propose(len(x), self.key) if persistent is None else persistent.x
+        proposal = self.propose(len(x)) if persistent is None else persistent.x
         samples = self.run_chain(proposal)
         if self.model.buffer and persistent:
             self.model.buffer.write(persistent.indices, samples)
@@ -108,11 +126,25 @@ class Trainer:
         self.key = self.key.advance(max(1, self.config.langevin_steps))
         return metrics
 
+    def propose(self, n: int) -> Tensor:
+        """The starts of this process's chains."""
+        return self.model.propose(n, self.key, chain_offset=self.chain_offset)
+
     def run_chain(self, proposal: Tensor) -> Tensor:
         """The Langevin flow: T steps from the proposals toward the energy's distribution."""
-        samples = self.sampler(proposal, key=self.key).x
-        assert isinstance(samples, Tensor)
-        return samples
+        ends = []
+        for x0, offset in self._parts(proposal):
+            x = self.sampler(x0, key=self.key, chain_offset=offset).x
+            assert isinstance(x, Tensor)
+            ends.append(x)
+        return torch.cat(ends)
+
+    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Pieces of this process's rows for gradient accumulation, and their first chain."""
+        offset = self.chain_offset
+        for part in x.chunk(self.config.accumulate):
+            yield part, offset
+            offset += len(part)
 
     def _flow_learns(self) -> bool:
         if self.config.start != "flow":
@@ -122,28 +154,59 @@ class Trainer:
 
     def update_flow(self, x: Tensor, lr: float) -> dict[str, Tensor]:
         """Flow step: the negative log-likelihood of x goes down; of the samples, not the data."""
-        loss = -self.model.flow.log_prob(x, key=self.key).mean()
-        norm = self.flow.update(loss, lr)
-        return {"flow_nll": loss.detach() / self.data.dim, "flow_grad_norm": norm}
+        losses = []
+
+        def parts() -> Iterator[Tensor]:
+            for rows, offset in self._parts(x):
+                log_prob = self.model.flow.log_prob(rows, key=self.key, chain_offset=offset)
+                loss = -log_prob.sum() / len(x)
+                losses.append(loss.detach())
+                yield loss
+
+        norm = self.flow.update(parts(), lr)
+        return {"flow_nll": torch.stack(losses).sum() / self.data.dim, "flow_grad_norm": norm}
 
     def update_energy(self, x: Tensor, samples: Tensor) -> dict[str, Tensor]:
         """EBM step: f = −U goes up on the data and down on the samples."""
-        on_both = self.model.energy(torch.cat((x, samples)))
-        on_data, on_samples = on_both[: len(x)].mean(), on_both[len(x) :].mean()
-        norm = self.energy.update(on_data - on_samples, self.config.energy_lr)
+        means = []
+
+        def parts() -> Iterator[Tensor]:
+            pairs = zip(self._parts(x), self._parts(samples), strict=True)
+            for (real, _), (synthesised, _) in pairs:
+                with self._autocast():
+                    u = self.model.energy(torch.cat((real, synthesised))).float()
+                on_real, on_synthesised = u.split(len(real))
+                mean = torch.stack((on_real.sum(), on_synthesised.sum())) / len(x)
+                means.append(mean.detach())
+                yield mean[0] - mean[1]
+
+        norm = self.energy.update(parts(), self.config.energy_lr)
+        on_data, on_samples = torch.stack(means).sum(0)
         return {
-            "energy_data": on_data.detach(),
-            "energy_samples": on_samples.detach(),
+            "energy_data": on_data,
+            "energy_samples": on_samples,
             "energy_grad_norm": norm,
         }
 
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     def take_moment_gap(self) -> float | None:
         """The gap of the samples since it was last asked; None when there were none."""
-        if float(self.sample_moments.count) == 0:
-            return None
-        gap = moment_gap(self.data_moments, self.sample_moments)
+        self.gather_moments()
+        gap = None
+        if float(self.sample_moments.count) > 0:
+            gap = moment_gap(self.data_moments, self.sample_moments)
         self.sample_moments.reset()
         return gap
+
+    def gather_moments(self) -> None:
+        """Bring the running sums of all processes to the first one, before they are used."""
+        sums = self.sample_moments.state_dict().values()
+        self.ranks.total(sums)
+        if not self.ranks.is_first:
+            self.sample_moments.reset()
 
     @contextmanager
     def averaged(self) -> Iterator[CoopFlow]:
@@ -176,7 +239,8 @@ class Trainer:
         self.energy.load_tensors(tensors)
         self.model.load_buffer(tensors)
         names = self.sample_moments.state_dict()
-        self.sample_moments.load_state_dict({name: tensors[f"moments.{name}"] for name in names})
+        if self.ranks.is_first:
+            self.sample_moments.load_state_dict({n: tensors[f"moments.{n}"] for n in names})
         self.step = metadata["step"]
         self.key = Key.from_state_dict(metadata["key"])
         self.seconds = metadata["seconds"]

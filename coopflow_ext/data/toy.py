@@ -38,25 +38,27 @@ class ToyDensity:
         return self.draw(u, e).clamp(-EXTENT, EXTENT).float()
 
 
-def _mixture(centres: Callable[[Tensor, Tensor], Tensor], std: float) -> ToyDensity:
+def _mixture(
+    centres: Callable[[Tensor, Tensor], Tensor], std: float, *, branches: int, points: int
+) -> ToyDensity:
     """Gaussian noise around points of a curve: ``centres(t, v)`` for t and v uniform in (0, 1).
 
-    The density is the integral over the curve, by the midpoint rule (t) for every branch (v).
+    The density is the integral over the curve, by the midpoint rule with so many ``points`` in t
+    for every one of the ``branches`` in v.
     """
 
     def draw(u: Tensor, e: Tensor) -> Tensor:
         return centres(u[:, 0], u[:, 1]) + std * e
 
-    def log_density(points: Tensor) -> Tensor:
-        n_t, n_v = 500, 8
-        t = (torch.arange(n_t, dtype=torch.float64) + 0.5) / n_t
-        v = (torch.arange(n_v, dtype=torch.float64) + 0.5) / n_v
-        mu = centres(t.repeat(n_v), v.repeat_interleave(n_t))
+    def log_density(x: Tensor) -> Tensor:
+        t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        v = (torch.arange(branches, dtype=torch.float64) + 0.5) / branches
+        mu = centres(t.repeat(branches), v.repeat_interleave(points))
         parts = [
             torch.logsumexp(-torch.cdist(p, mu).square() / (2 * std**2), 1)
-            for p in points.double().split(2000)
+            for p in x.double().split(2000)
         ]
-        return torch.cat(parts) - math.log(n_t * n_v * 2 * math.pi * std**2)
+        return torch.cat(parts) - math.log(len(mu) * 2 * math.pi * std**2)
 
     return ToyDensity(draw, log_density)
 
@@ -134,12 +136,12 @@ def _pinwheel() -> ToyDensity:
 
 
 DENSITIES: dict[str, ToyDensity] = {
-    "8gaussians": _mixture(_eight_gaussians, 0.35),
-    "2spirals": _mixture(_two_spirals, 0.12),
+    "8gaussians": _mixture(_eight_gaussians, 0.35, branches=8, points=1),
+    "2spirals": _mixture(_two_spirals, 0.12, branches=2, points=600),
     "checkerboard": _checkerboard(),
-    "moons": _mixture(_moons, 0.18),
+    "moons": _mixture(_moons, 0.18, branches=2, points=150),
     "pinwheel": _pinwheel(),
-    "rings": _mixture(_rings, 0.1),
+    "rings": _mixture(_rings, 0.1, branches=4, points=200),
 }
 
 

@@ -175,11 +175,14 @@ def _components(state: StateDict, net: str, title: str) -> int:
     return components
 
 
-def _load_flow(
-    state: StateDict, image_shape: Sequence[int], legacy_contrast: bool, legacy_cdf_clamp: bool
-) -> Flow:
+def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str, Any]:
+    """The options of :func:`flowpp` with which a ``flow_net`` was made (dropout is not stored).
+
+    Raises:
+        ValueError: it is not a Flow++, or one for other images.
+    """
     title = "flow_net"
-    scales: list[tuple[int, int]] = []
+    scales: list[list[int]] = []
     prefix = "flows"
     while True:
         n_channel = _count(state, rf"{re.escape(prefix)}\.channels\.(\d+)\.nn\.")
@@ -187,34 +190,35 @@ def _load_flow(
         if n_channel + n_checker == 0:
             break
         # A step is 4 layers, of which the third holds the network.
-        scales.append(((n_channel + 1) // 4, (n_checker + 1) // 4))
+        scales.append([(n_channel + 1) // 4, (n_checker + 1) // 4])
         prefix += ".next"
     if not scales:
         raise ValueError(f"{title} does not fit: no layer of a Flow++ (flows.checkers.…) in it")
     stage = "checkers" if scales[0][1] else "channels"
-    net = f"flows.{stage}.2.nn"
+    net, dequant_net = f"flows.{stage}.2.nn", "dequant_flows.flows.2.nn"
     hidden, n_in = _shape(state, f"{net}.in_conv.conv.weight_v", title)[:2]
     if n_in * (1 if stage == "checkers" else 2) != image_shape[0]:
         raise ValueError(f"image_shape {tuple(image_shape)} does not fit: {n_in} channels found")
-    flow = flowpp(
-        image_shape,
-        scales=scales,
-        channels=hidden,
-        blocks=_count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\."),
-        components=_components(state, net, title),
-        dequant_blocks=_count(state, r"dequant_flows\.flows\.2\.nn\.mid_convs\.(\d+)\."),
-        dequant_components=_components(state, "dequant_flows.flows.2.nn", title),
-        attention=f"{net}.mid_convs.0.attn.in_proj.weight_g" in state,
-        legacy_contrast=legacy_contrast,
-        legacy_cdf_clamp=legacy_cdf_clamp,
-    )
+    return {
+        "scales": scales,
+        "channels": hidden,
+        "blocks": _count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\."),
+        "components": _components(state, net, title),
+        "dequant_blocks": _count(state, rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\."),
+        "dequant_components": _components(state, dequant_net, title),
+        "attention": f"{net}.mid_convs.0.attn.in_proj.weight_g" in state,
+    }
+
+
+def _load_flow(state: StateDict, image_shape: Sequence[int], legacy: dict[str, Any]) -> Flow:
+    flow = flowpp(image_shape, **infer_flow_options(state, image_shape), **legacy)
     state = dict(state)
     bound = state.pop("bounds", None)
     if bound is None or bound.numel() != 1:
-        raise ValueError(f"{title} does not fit: bounds is missing or not one number")
+        raise ValueError("flow_net does not fit: bounds is missing or not one number")
     assert flow.logit is not None
     flow.logit.bound = bound.item()
-    _load(flow, _flow_names(flow), state, title)
+    _load(flow, _flow_names(flow), state, "flow_net")
     return flow
 
 
@@ -232,14 +236,33 @@ def _load_energy(state: StateDict, image_shape: Sequence[int]) -> ResEnergy:
     return energy
 
 
-def _read(path: str | PathLike[str]) -> Checkpoint:
-    try:
-        checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} must hold a dict, got {type(checkpoint).__name__}")
-    return checkpoint
+def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, StateDict]:
+    """``flow_net`` and ``ebm_net``, where the checkpoint holds them, without ``module.``.
+
+    Raises:
+        ValueError: for a checkpoint with neither, or that holds more than tensors.
+        FileNotFoundError: when there is no such file.
+    """
+    if isinstance(path_or_dict, Mapping):
+        checkpoint = path_or_dict
+    else:
+        path = Path(path_or_dict)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
+        if not isinstance(checkpoint, Mapping):
+            raise ValueError(f"{path} must hold a dict, got {type(checkpoint).__name__}")
+    nets = {
+        name: _check_tensors(name, checkpoint[name])
+        for name in ("flow_net", "ebm_net")
+        if name in checkpoint
+    }
+    if not nets:
+        raise ValueError(
+            f"a checkpoint must hold flow_net or ebm_net, got {sorted(map(str, checkpoint))[:5]}"
+        )
+    return nets
 
 
 def load_official(
@@ -267,17 +290,13 @@ def load_official(
             that do not fit.
         FileNotFoundError: when there is no such file.
     """
-    checkpoint = path_or_dict if isinstance(path_or_dict, Mapping) else _read(path_or_dict)
-    if "flow_net" not in checkpoint and "ebm_net" not in checkpoint:
-        raise ValueError(
-            f"a checkpoint must hold flow_net or ebm_net, got {sorted(map(str, checkpoint))[:5]}"
-        )
+    nets = read_official(path_or_dict)
     flow = energy = None
-    if "flow_net" in checkpoint:
-        state = _check_tensors("flow_net", checkpoint["flow_net"])
-        flow = _load_flow(state, image_shape, legacy_contrast, legacy_cdf_clamp)
-    if "ebm_net" in checkpoint:
-        energy = _load_energy(_check_tensors("ebm_net", checkpoint["ebm_net"]), image_shape)
+    if "flow_net" in nets:
+        legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
+        flow = _load_flow(nets["flow_net"], image_shape, legacy)
+    if "ebm_net" in nets:
+        energy = _load_energy(nets["ebm_net"], image_shape)
     return flow, energy
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._extension import native
 from coopflow_ext.samplers.gradient import Gradient
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
 
-# The op itself. Its face in ops.py repeats at each call what is known here: that x and the gradient
-# have one layout, need no gradients and are seen by no other graph.
-_LANGEVIN_STEP = torch.ops.coopflow.langevin_step_.default
+
+@cache
+def _langevin_step() -> Any:
+    """The op itself. Its face in ops.py repeats at each call what is known here: that x and the
+    gradient have one layout, need no gradients and are seen by no other graph.
+    """
+    return native().langevin_step_.default
 
 
 @dataclass(frozen=True)
@@ -284,7 +290,7 @@ class Chain:
         arguments = self.constant[j]
         if replaced:
             arguments = {**arguments, **replaced}
-        _LANGEVIN_STEP(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
+        _langevin_step()(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""
@@ -323,7 +329,7 @@ class Chain:
         total = torch.stack(self.sums).sum(0)
         n_elements = max(sum(x[:1].numel() for x in self.xs), 1)
         return ChainStatistics(
-            energy=None if self.energies is None else self.energies.clone(),
+            energy=None if self.energies is None else self.plan.gradient.sign * self.energies,
             grad_norm=total[..., 0].sqrt(),
             displacement=total[..., 1].sqrt(),
             clip_fraction=total[..., 2] / n_elements,

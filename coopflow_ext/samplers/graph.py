@@ -20,39 +20,59 @@ class _CaptureError(RuntimeError):
     """The chain runs, but cannot be captured."""
 
 
-class _CapturedChain:
-    """A chain on static buffers and the graph of its run."""
+class _Recording:
+    """A function's work on the device, to be done again."""
 
-    def __init__(self, plan: Plan, inputs: Inputs) -> None:
-        device = inputs.xs[0].device
-        self.chain = Chain(plan, inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        self.done = torch.cuda.Event()
-        current = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self.chain.run(_WARM_UP_STEPS)
-        stream.synchronize()
-        try:
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.chain.run()
-        except Exception as error:
-            raise _CaptureError(_root_cause(error)) from error
-        current.wait_stream(stream)
-        self.done.record(current)
+    def __init__(self, chain: Chain) -> None:
+        self._device = chain.xs[0].device
+        self._graph = torch.cuda.CUDAGraph()
+        self._done = torch.cuda.Event()
+        with torch.cuda.device(self._device):
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                chain.run(_WARM_UP_STEPS)
+            stream.synchronize()
+            try:
+                with torch.cuda.graph(self._graph, stream=stream):
+                    chain.run()
+            except Exception as error:
+                raise _CaptureError(_root_cause(error)) from error
+            current.wait_stream(stream)
+            self._done.record(current)
 
-    def replay(self, inputs: Inputs) -> None:
-        """One chain from ``inputs``. The buffers belong to one call at a time, whatever stream the
-        calls are made on."""
-        current = torch.cuda.current_stream(inputs.xs[0].device)
-        current.wait_event(self.done)
-        self.chain.load(inputs)
-        self.graph.replay()
+    def wait(self) -> None:
+        """The buffers belong to one call at a time, whatever stream the calls are made on."""
+        torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def replay(self) -> None:
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
     def release(self) -> None:
-        """The results of the last replay were copied: the next may start."""
-        self.done.record(torch.cuda.current_stream(self.chain.xs[0].device))
+        """What the replay left in the buffers was copied: the next call may start."""
+        self._done.record(torch.cuda.current_stream(self._device))
+
+    def finish(self) -> None:
+        """Wait on the host until the buffers are not in use."""
+        self._done.synchronize()
+
+
+class CapturedChain:
+    """A chain on static buffers and the recording of its run."""
+
+    def __init__(self, plan: Plan, inputs: Inputs) -> None:
+        self.chain = Chain(plan, inputs.clone())
+        self.recording = _Recording(self.chain)
+
+    def run(self, inputs: Inputs) -> None:
+        """One chain from ``inputs``; its results stay in the buffers until :meth:`release`."""
+        self.recording.wait()
+        self.chain.load(inputs)
+        self.recording.replay()
+
+    def release(self) -> None:
+        self.recording.release()
 
 
 class ChainGraphs:
@@ -64,10 +84,10 @@ class ChainGraphs:
 
     def __init__(self, *, required: bool) -> None:
         self._required = required
-        self._captured: OrderedDict[Hashable, _CapturedChain] = OrderedDict()
+        self._captured: OrderedDict[Hashable, CapturedChain] = OrderedDict()
         self._refused = False
 
-    def run(self, plan: Plan, inputs: Inputs) -> _CapturedChain | None:
+    def run(self, plan: Plan, inputs: Inputs) -> CapturedChain | None:
         """Replay (after a capture, where none fits) from ``inputs``; None: run without a graph.
 
         Raises:
@@ -75,27 +95,29 @@ class ChainGraphs:
         """
         if self._refused:
             return None
+        try:
+            captured = self._find(plan, inputs)
+        except _CaptureError as error:
+            message = f"the chain cannot be captured in a CUDA graph: {error}"
+            if self._required:
+                raise RuntimeError(f"cuda_graph=True: {message}") from error
+            self._refused = True
+            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=4)
+            return None
+        captured.run(inputs)
+        return captured
+
+    def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain:
         module = plan.gradient.module
-        with torch.cuda.device(inputs.xs[0].device):
-            try:
-                kind = _kind(inputs, module)
-                captured = self._captured.get(kind)
-                if captured is None:
-                    with frozen(module):
-                        captured = _CapturedChain(plan, inputs.clone())
-                    self._captured[kind] = captured
-                    if len(self._captured) > _MAX_GRAPHS:
-                        _, dropped = self._captured.popitem(last=False)
-                        dropped.done.synchronize()
-            except _CaptureError as error:
-                message = f"the chain cannot be captured in a CUDA graph: {error}"
-                if self._required:
-                    raise RuntimeError(f"cuda_graph=True: {message}") from error
-                self._refused = True
-                warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=3)
-                return None
-            self._captured.move_to_end(kind)
-            captured.replay(inputs)
+        kind = _kind(inputs, module)
+        captured = self._captured.get(kind)
+        if captured is None:
+            with frozen(module):
+                captured = self._captured[kind] = CapturedChain(plan, inputs)
+            if len(self._captured) > _MAX_GRAPHS:
+                _, dropped = self._captured.popitem(last=False)
+                dropped.recording.finish()
+        self._captured.move_to_end(kind)
         return captured
 
 

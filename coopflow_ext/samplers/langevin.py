@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -140,11 +141,15 @@ class LangevinSampler:
         differentiable: gradients flow through the chain to x0 and to the energy's parameters,
             which are not frozen; "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass.
+            steps between them in the backward pass. The energy's parameters must be leaves.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
     storage order.
+
+    Relative error of the gradient of ``ResEnergy`` at 32×32 against float64, measured on a CPU:
+    6e-7 in float32, 1e-6 with ``channels_last`` or ``compile``, 8e-3 with autocast to bfloat16
+    (that of torch.autocast itself).
 
     Raises:
         ValueError, TypeError: for an option that is out of range or contradicts another; the
@@ -202,6 +207,12 @@ class LangevinSampler:
         check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
         self.differentiable, self.checkpoint_every = differentiable, checkpoint_every
         self.cuda_graph = cuda_graph
+        if compile and differentiable:
+            warnings.warn(
+                "compile=True: torch.compile cannot differentiate twice; differentiable steps run "
+                "without",
+                stacklevel=2,
+            )
         use_graphs = cuda_graph is not False and not differentiable
         self._graphs = ChainGraphs(required=cuda_graph is True) if use_graphs else None
         if autocast is not None:
@@ -288,20 +299,23 @@ class LangevinSampler:
 
     def _run_captured(self, inputs: Inputs) -> _Result | None:
         """The same as a CUDA graph; None where there is none to be had."""
-        device = inputs.xs[0].device
-        if self.cuda_graph is True and device.type != "cuda":
-            raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {device}")
-        if self._graphs is None or device.type != "cuda" or inputs.xs[0].numel() == 0:
+        if self._graphs is None or not self._can_capture(inputs.xs[0]):
             return None
         captured = self._graphs.run(self.plan, inputs)
         if captured is None:
             return None
         chain = captured.chain
-        trajectory = None if chain.trajectory is None else clones(chain.trajectory)
-        result = clones(chain.xs), trajectory, chain.statistics()
-        self._check_finite(chain, chain.xs)
-        captured.release()
-        return result
+        try:
+            self._check_finite(chain, chain.xs)
+            trajectory = None if chain.trajectory is None else clones(chain.trajectory)
+            return clones(chain.xs), trajectory, chain.statistics()
+        finally:
+            captured.release()
+
+    def _can_capture(self, x: Tensor) -> bool:
+        if self.cuda_graph is True and not x.is_cuda:
+            raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {x.device}")
+        return x.is_cuda and x.numel() > 0
 
     def _run_differentiable(self, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""

@@ -69,6 +69,26 @@ COOPFLOW_HD float exponential(float x) {
 
 COOPFLOW_HD double exponential(double x) { return std::exp(x); }
 
+// 2^x for x <= 0 and NaN; results below 2^-125 come out as that (as 0 below 2^-126 on a GPU).
+COOPFLOW_HD float exponential2_nonpositive(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return approximate_exp2(x);
+#else
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float t = x < -125.0f ? -125.0f : x;
+  const float shifted = t + kRounder;
+  const float f = t - (shifted - kRounder);
+  float p = 1.535336188319500e-4f;
+  p = multiply_add(p, f, 1.339887440266574e-3f);
+  p = multiply_add(p, f, 9.618437357674640e-3f);
+  p = multiply_add(p, f, 5.550332471162809e-2f);
+  p = multiply_add(p, f, 2.402264791363012e-1f);
+  p = multiply_add(p, f, 6.931472028550421e-1f);
+  // The polynomial is normal and so is the result: the exponent can be added to the bits.
+  return bits_float(float_bits(multiply_add(p, f, 1.0f)) + (float_bits(shifted) << 23));
+#endif
+}
+
 // Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
 // reduction is exact.
 COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {

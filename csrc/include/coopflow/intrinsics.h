@@ -77,12 +77,36 @@ COOPFLOW_HD double clamp_keep_nan(double x, double low, double high) {
   return y > high ? high : y;
 }
 
+COOPFLOW_HD float absolute(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return fabsf(x);
+#else
+  return bits_float(float_bits(x) & 0x7FFFFFFFu);
+#endif
+}
+
+COOPFLOW_HD double absolute(double x) { return x < 0.0 ? -x : x; }
+
 #if COOPFLOW_DEVICE_CODE
 // Approximations of the special-function unit, denormals flushed: absolute error of the logarithm
 // 2^-22 for results in [-1, 1], else 2 ulp; of sine and cosine 2^-20.9 for arguments in [-pi, pi].
 COOPFLOW_HD float approximate_log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Relative error 2^-22.
+COOPFLOW_HD float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Relative error 2^-23.
+COOPFLOW_HD float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -101,6 +125,10 @@ COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
 // builds of the kernels only; CPU loops use elementary.h, which the compiler can vectorise.
 COOPFLOW_HD float approximate_log2(float x) { return std::log2(x); }
 
+COOPFLOW_HD float approximate_exp2(float x) { return std::exp2(x); }
+
+COOPFLOW_HD float reciprocal(float x) { return 1.0f / x; }
+
 COOPFLOW_HD float approximate_sqrt(float x) { return std::sqrt(x); }
 
 COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
@@ -108,6 +136,8 @@ COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
   *cosine = std::cos(x);
 }
 #endif
+
+COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
 // Plain words of 16 and 8 bytes, which compilers move in one access.
 struct alignas(16) Word16 {

@@ -1,0 +1,160 @@
+"""``coopflow evaluate``: everything that can be measured of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext._optional import require
+from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.experiments import open_run, write_json
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.pictures import figure_bytes, save_image, save_panels, to_pixels
+from coopflow_ext.data import Dataset
+from coopflow_ext.metrics.fid import check_installed, fid
+from coopflow_ext.metrics.neighbours import nearest_neighbours
+from coopflow_ext.rng import USE_EVALUATION, Key
+
+_NEIGHBOURS_SHOWN = 16
+_BATCH = 500
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    inception: bool = False,
+    fid_features: int | nn.Module = 2048,
+    export_png: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Measure a run; results in RUN/evaluation.
+
+    Args:
+        path: the run.
+        n: number of samples; default that of the run's settings. Held-out data are compared by
+            min(n, size of the held-out split) images.
+        seed: of the samples.
+        inception: also the FID of the n samples against the training images.
+        fid_features: see :func:`coopflow_ext.metrics.fid.fid`.
+        export_png: a folder, new or empty, for the samples as PNG, as pytorch-fid wants them.
+        device: where to sample.
+
+    Returns:
+        What RUN/evaluation/summary.json holds.
+
+    Raises:
+        ImportError: ``inception`` without torchmetrics or torch-fidelity.
+        FileExistsError: ``export_png`` is not empty.
+    """
+    if inception and isinstance(fid_features, int):
+        check_installed()
+    if export_png is not None:
+        _check_empty(export_png)
+    run, model, data = open_run(path, device)
+    n = run.config.n_samples if n is None else n
+    if n < 2:
+        raise ValueError(f"n must be ≥ 2, got {n}")
+    judge = Judge(data, run.config)
+    key = Key(seed).fold_in(USE_EVALUATION)
+    proposals, samples = (x.cpu() for x in model.sample_pairs(n, key, batch_size=_BATCH))
+    out = run.path / "evaluation"
+    out.mkdir(exist_ok=True)
+    held_out = judge.held_out[:n]
+    facts = judge.facts(model)
+    summary: dict[str, Any] = {
+        "n": n,
+        "fd": {
+            **facts["fd"],
+            "n": n,
+            "n_held_out": len(held_out),
+            "held_out": judge.distance(held_out),
+            "flow": judge.distance(proposals),
+            "langevin": judge.distance(samples),
+        },
+        "bits_per_dim": facts["bits_per_dim"],
+        "energy": energies(model, {"data": held_out, "proposals": proposals, "samples": samples}),
+        "neighbours": neighbours(data, samples, held_out, out / "neighbours.png"),
+    }
+    save_histograms(out / "energies.png", summary["energy"])
+    if inception:
+        real = (data.decode(rows) for rows in data.train.split(_BATCH))
+        summary["fid"] = fid(
+            real, iter(samples.split(_BATCH)), features=fid_features, device=device
+        )
+    if export_png is not None:
+        export(samples, export_png)
+        summary["png"] = str(export_png)
+    for values in summary["energy"].values():
+        values.pop("values")
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+@torch.no_grad()
+def energies(model: CoopFlow, events: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation and values of U over each kind of events."""
+    device = next(model.parameters()).device
+    result = {}
+    for name, x in events.items():
+        u = torch.cat([model.energy(rows.to(device)).cpu() for rows in x.split(_BATCH)])
+        result[name] = {"mean": float(u.mean()), "std": float(u.std()), "values": u.tolist()}
+    return result
+
+
+def neighbours(data: Dataset, samples: Tensor, held_out: Tensor, picture: Path) -> dict[str, float]:
+    """Distances to the nearest training event; for images a picture of samples beside them.
+
+    Copies would lie much nearer to the training split than held-out data do.
+    """
+    training = data.decode(data.train)
+    index, distance = nearest_neighbours(samples, training).unbind(1)
+    result = {
+        "median_distance_of_samples": float(distance.median()),
+        "median_distance_of_held_out": float(nearest_neighbours(held_out, training)[:, 1].median()),
+        "smallest_distance_of_samples": float(distance.min()),
+    }
+    if data.is_image:
+        nearest = training[index[:_NEIGHBOURS_SHOWN].long()]
+        pairs = torch.stack((samples[:_NEIGHBOURS_SHOWN], nearest), 1).flatten(0, 1)
+        save_panels(picture, {"sample | nearest training image": pairs}, columns=8)
+    return result
+
+
+def save_histograms(path: Path, kinds: dict[str, dict[str, Any]]) -> None:
+    """Histograms of the energies over common bins."""
+    figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    values = torch.cat([torch.tensor(kind["values"]) for kind in kinds.values()])
+    bins = torch.linspace(float(values.min()), float(values.max()), 50).tolist()
+    for name, kind in kinds.items():
+        axes.hist(kind["values"], bins=bins, density=True, histtype="step", label=name)
+    axes.set_xlabel("energy U")
+    axes.set_ylabel("density")
+    axes.legend()
+    write_atomically(path, figure_bytes(figure))
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} must be a new or empty folder")
+
+
+def _numbered(samples: Tensor) -> Iterator[tuple[str, Any]]:
+    for i, pixels in enumerate(to_pixels(samples)):
+        yield f"{i:06d}.png", pixels
+
+
+def export(samples: Tensor, folder: Path) -> None:
+    """Samples as 000000.png, 000001.png, …, 8 bits for each of three channels."""
+    image = require("PIL.Image", extra="train", distribution="pillow")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pixels in _numbered(samples):
+        save_image(folder / name, image.fromarray(pixels))

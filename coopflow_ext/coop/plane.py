@@ -1,0 +1,122 @@
+"""What a run on data in the plane learned: densities on a grid, pictures, an animation."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coopflow_ext._optional import require
+from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.pictures import figure_bytes, scatter
+from coopflow_ext.data import Dataset
+from coopflow_ext.data.toy import DENSITIES, EXTENT
+from coopflow_ext.rng import USE_EVALUATION, Key
+
+_CELLS = 160
+_POINTS = 2000
+_FRAMES = 30
+
+
+def cell_centres(cells: int = _CELLS) -> Tensor:
+    """Centres of a cells × cells grid over [−4, 4]², (cells², 2) float32, x₁ slowest."""
+    centre = (torch.arange(cells) + 0.5) * (2 * EXTENT / cells) - EXTENT
+    return torch.cartesian_prod(centre, centre)
+
+
+def normalised(log_density: Tensor) -> Tensor:
+    """log of the probability of each cell, float64, from an unnormalised log-density."""
+    log_density = log_density.double()
+    return log_density - log_density.logsumexp(0)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p ‖ q) in nats between two tables of log-probabilities; 0·log 0 = 0."""
+    inside = log_p > -math.inf
+    p = log_p[inside]
+    return float((p.exp() * (p - log_q[inside])).sum())
+
+
+@torch.no_grad()
+def densities(model: CoopFlow, data: Dataset) -> dict[str, Tensor]:
+    """log-probability of each cell under the true density, the energy and the flow, (cells²,)."""
+    device = next(model.parameters()).device
+    points = cell_centres().to(device)
+    name = data.name.partition(":")[2]
+    with model.evaluating():
+        return {
+            "true": normalised(DENSITIES[name].log_density(points.cpu())),
+            "energy": normalised(-model.energy(points).cpu()),
+            "flow": normalised(model.flow.log_prob(points, key=Key(0)).cpu()),
+        }
+
+
+def report_plane(model: CoopFlow, data: Dataset, out: Path) -> dict[str, float]:
+    """Write densities.png and chain.gif into ``out``; return the divergences from the truth."""
+    tables = densities(model, data)
+    key = Key(0).fold_in(USE_EVALUATION)
+    proposals, samples = model.sample_pairs(_POINTS, key)
+    write_atomically(
+        out / "densities.png",
+        _picture(tables, data.held_out[:_POINTS], proposals.cpu(), samples.cpu()),
+    )
+    write_atomically(out / "chain.gif", _animation(model, key))
+    return {
+        "kl_true_to_energy": divergence(tables["true"], tables["energy"]),
+        "kl_true_to_flow": divergence(tables["true"], tables["flow"]),
+    }
+
+
+def _picture(tables: dict[str, Tensor], *points: Tensor) -> bytes:
+    figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    figure = figure_module.Figure(figsize=(11, 7.5), layout="constrained")
+    above, below = figure.subplots(2, 3)
+    for axes, (name, table) in zip(above, tables.items(), strict=True):
+        image = table.exp().view(_CELLS, _CELLS).T.numpy()
+        box = (-EXTENT, EXTENT, -EXTENT, EXTENT)
+        axes.imshow(image, origin="lower", extent=box, cmap="magma")
+        axes.set_title(f"density: {name}", fontsize=10)
+    titles = ("held-out data", "flow proposals", "after Langevin")
+    for axes, title, x in zip(below, titles, points, strict=True):
+        scatter(axes, x, title)
+    return figure_bytes(figure)
+
+
+def _animation(model: CoopFlow, key: Key) -> bytes:
+    """The chains from the proposals to the samples, one frame for every step or every few."""
+    figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    image = require("PIL.Image", extra="train", distribution="pillow")
+    frames = []
+    for step, x in _states(model, key):
+        figure = figure_module.Figure(figsize=(4, 4), layout="constrained")
+        scatter(figure.subplots(), x, f"step {step}")
+        picture = image.open(io.BytesIO(figure_bytes(figure, dpi=70)))
+        frames.append(picture.convert("P", palette=image.Palette.ADAPTIVE))
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
+    )
+    return buffer.getvalue()
+
+
+def _states(model: CoopFlow, key: Key) -> list[tuple[int, Tensor]]:
+    """(step, points) along the chain, at most 30 states and the start."""
+    from coopflow_ext.coop.model import build_sampler
+
+    assert model.config is not None
+    assert model.event is not None
+    start = model.propose(_POINTS // 2, key)
+    steps = model.config.langevin_steps
+    thin = max(1, steps // _FRAMES)
+    options: dict[str, Any] = {"return_trajectory": True, "thin": thin}
+    sampler = build_sampler(model.config, model.energy, model.event, training=False, **options)
+    trajectory = sampler(start, key=key).trajectory
+    assert isinstance(trajectory, Tensor)
+    numbers = np.arange(1, len(trajectory) + 1) * thin
+    return [(0, start.cpu()), *zip(numbers.tolist(), trajectory.cpu(), strict=True)]

@@ -1,0 +1,575 @@
+// Elements are handled in blocks, components one after the other, so that every inner loop runs
+// across the elements of a block and is vectorised.
+#include "mixture_logistic_loops.h"
+
+#include "tile.h"
+
+// Says that the elements of a block do not depend on one another: too many rows to check pairwise.
+#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep")
+
+namespace coopflow {
+namespace COOPFLOW_ISA {
+namespace {
+
+constexpr int64_t kWidth = 16;  // elements of a block
+static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 5 * kWidth);
+
+// The components' parameters for one block, a row of kWidth values for each component.
+template <typename A>
+class Components {
+ public:
+  Components(int64_t components, A* scratch)
+      : count(components),
+        log_weight(scratch),
+        mean(log_weight + components * kWidth),
+        log_scale(mean + components * kWidth),
+        weight_(log_scale + components * kWidth),
+        inv_scale_(weight_ + components * kWidth) {}
+
+  // poison becomes NaN where a parameter is not finite, and else stays as it is.
+  template <typename P>
+  void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
+    for (int64_t row = 0; row < 3 * count; ++row) {
+      A* values = log_weight + row * kWidth;  // logits, means and log-scales follow one another
+      for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
+      load<P>(params, offset + row * stride, n, values);
+      for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+    }
+    A peak[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) peak[i] = log_weight[i];
+    for (int64_t k = 1; k < count; ++k) {
+      const A* row = log_weight + k * kWidth;
+      for (int64_t i = 0; i < kWidth; ++i) peak[i] = larger_of(peak[i], row[i]);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t i = 0; i < kWidth; ++i) log_weight[k * kWidth + i] -= peak[i];
+    }
+    // One loop over all rows: what make_component reads and writes does not overlap.
+    A* __restrict weight = weight_;
+    A* __restrict inv_scale = inv_scale_;
+    for (int64_t j = 0; j < count * kWidth; ++j) {
+      const Component<A> c = make_component(log_weight[j], A(0), log_scale[j]);
+      weight[j] = c.weight;
+      inv_scale[j] = c.inv_scale;
+    }
+  }
+
+  Component<A> at(int64_t k, int64_t i) const {
+    const int64_t j = k * kWidth + i;
+    return {weight_[j], mean[j], inv_scale_[j]};
+  }
+
+  LogComponent<A> log_at(int64_t k, int64_t i) const {
+    const int64_t j = k * kWidth + i;
+    return make_log_component(log_weight[j], log_scale[j]);
+  }
+
+  const int64_t count;
+  A* const log_weight;  // relative to the largest
+  A* const mean;
+  A* const log_scale;  // as given
+
+ private:
+  A* const weight_;
+  A* const inv_scale_;
+};
+
+template <typename A>
+struct Sums {
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth];
+
+  MixtureSums<A> at(int64_t i) const { return {cdf[i], survival[i], density[i]}; }
+  void set(int64_t i, const MixtureSums<A>& sums) {
+    cdf[i] = sums.cdf;
+    survival[i] = sums.survival;
+    density[i] = sums.density;
+  }
+};
+
+template <typename A>
+void direct_sums(const Components<A>& m, const A* x, Sums<A>& sums) {
+  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, MixtureSums<A>());
+  for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      MixtureSums<A> s = sums.at(i);
+      add(s, x[i], m.at(k, i));
+      sums.set(i, s);
+    }
+  }
+}
+
+template <typename A>
+struct Peaks {
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth];
+
+  MixturePeaks<A> at(int64_t i) const { return {cdf[i], survival[i], density[i]}; }
+  void set(int64_t i, const MixturePeaks<A>& peaks) {
+    cdf[i] = peaks.cdf;
+    survival[i] = peaks.survival;
+    density[i] = peaks.density;
+  }
+};
+
+template <typename A>
+void find_peaks(const Components<A>& m, const A* x, Peaks<A>& peaks) {
+  for (int64_t i = 0; i < kWidth; ++i) peaks.set(i, MixturePeaks<A>());
+  for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      MixturePeaks<A> p = peaks.at(i);
+      raise(p, x[i], m.at(k, i), m.log_at(k, i));
+      peaks.set(i, p);
+    }
+  }
+}
+
+template <typename A>
+struct Scaled {
+  Peaks<A> peaks;
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
+  alignas(64) A cdf_slope[kWidth], survival_slope[kWidth];
+
+  ScaledSums<A> at(int64_t i) const {
+    return {cdf[i], survival[i], density[i], weight[i], cdf_slope[i], survival_slope[i]};
+  }
+  void set(int64_t i, const ScaledSums<A>& sums) {
+    cdf[i] = sums.cdf;
+    survival[i] = sums.survival;
+    density[i] = sums.density;
+    weight[i] = sums.weight;
+    cdf_slope[i] = sums.cdf_slope;
+    survival_slope[i] = sums.survival_slope;
+  }
+};
+
+template <typename A>
+void scaled_sums(const Components<A>& m, const A* x, Scaled<A>& sums) {
+  find_peaks(m, x, sums.peaks);
+  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, ScaledSums<A>());
+  for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      ScaledSums<A> s = sums.at(i);
+      add(s, x[i], m.at(k, i), m.log_at(k, i), sums.peaks.at(i));
+      sums.set(i, s);
+    }
+  }
+}
+
+template <typename A>
+struct Logits {
+  alignas(64) A value[kWidth], slope[kWidth];
+
+  MixtureLogit<A> at(int64_t i) const { return {value[i], slope[i]}; }
+  void set(int64_t i, const MixtureLogit<A>& logit) {
+    value[i] = logit.value;
+    slope[i] = logit.slope;
+  }
+};
+
+// logit F and its slope at x for the elements that are pending; others may hold anything.
+template <typename A>
+void evaluate(const Components<A>& m, const A* x, const int32_t* pending, Sums<A>& sums,
+              Logits<A>& logits) {
+  direct_sums(m, x, sums);
+  int32_t any = 0;
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    logits.set(i, direct_logit(sums.at(i)));
+    any |= logit_is_direct(sums.at(i)) ? 0 : pending[i];
+  }
+  if (any == 0) return;
+  Scaled<A> scaled;
+  scaled_sums(m, x, scaled);
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const bool direct = logit_is_direct(sums.at(i));
+    const MixtureLogit<A> of = scaled_logit(scaled.at(i), scaled.peaks.at(i));
+    logits.value[i] = direct ? logits.value[i] : of.value;
+    logits.slope[i] = direct ? logits.slope[i] : of.slope;
+  }
+}
+
+// logit F and the logarithm of its slope, from the direct sums at x.
+template <typename A>
+void finish(const Components<A>& m, const A* x, const Sums<A>& sums, A* logit, A* log_slope) {
+  int32_t any = 0;
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const MixtureLogit<A> at = direct_logit(sums.at(i));
+    logit[i] = at.value;
+    log_slope[i] = direct_log_slope(at);
+    any |= all_is_direct(sums.at(i)) ? 0 : 1;
+  }
+  if (any == 0) return;
+  Scaled<A> scaled;
+  scaled_sums(m, x, scaled);
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const bool direct = all_is_direct(sums.at(i));
+    const MixtureLogit<A> at = scaled_logit(scaled.at(i), scaled.peaks.at(i));
+    const A of = scaled_log_slope(at, scaled.at(i), scaled.peaks.at(i));
+    logit[i] = direct ? logit[i] : at.value;
+    log_slope[i] = direct ? log_slope[i] : of;
+  }
+}
+
+// Where logit F = target, and the direct sums there. Elements with a NaN target are not searched.
+template <typename A>
+void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
+  alignas(64) A low[kWidth], high[kWidth], step[kWidth], step_before[kWidth], total[kWidth];
+  int32_t pending[kWidth];
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    low[i] = INFINITY;
+    high[i] = -INFINITY;
+    x[i] = total[i] = A(0);
+    sums.set(i, MixtureSums<A>());
+  }
+  for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const Component<A> c = m.at(k, i);
+      const A quantile = component_quantile(c, target[i]);
+      low[i] = smaller_of(low[i], quantile);
+      high[i] = larger_of(high[i], quantile);
+      x[i] = multiply_add(c.weight, quantile, x[i]);
+      total[i] += c.weight;
+    }
+  }
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    x[i] = clamp_keep_nan(x[i] / total[i], low[i], high[i]);
+    step[i] = step_before[i] = A(2) * (high[i] - low[i]);
+    pending[i] = is_finite(target[i]) ? 1 : 0;
+  }
+  Logits<A> logits;
+  Sums<A> at_x;
+  int32_t any = 1;
+  for (int n = 0; any != 0 && n < MixtureConstants<A>::kMaxEvaluations; ++n) {
+    evaluate(m, x, pending, at_x, logits);
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      sums.cdf[i] = pending[i] != 0 ? at_x.cdf[i] : sums.cdf[i];
+      sums.survival[i] = pending[i] != 0 ? at_x.survival[i] : sums.survival[i];
+      sums.density[i] = pending[i] != 0 ? at_x.density[i] : sums.density[i];
+    }
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      RootSearch<A> s{x[i], low[i], high[i], step[i], step_before[i], pending[i] != 0};
+      advance(s, target[i], logits.at(i));
+      x[i] = s.x;
+      low[i] = s.low;
+      high[i] = s.high;
+      step[i] = s.step;
+      step_before[i] = s.step_before;
+      pending[i] = s.pending ? 1 : 0;
+    }
+    any = 0;
+    for (int64_t i = 0; i < kWidth; ++i) any |= pending[i];
+  }
+}
+
+// Calls f(chain, element, n) for each block of one chunk.
+template <typename F>
+void for_each_block_of_chunk(int64_t per_chain, int64_t index, const F& f) {
+  for_each_tile_of_chunk(per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
+    for (int64_t i = 0; i < n; i += kWidth) {
+      f(chain, e + i, n - i < kWidth ? n - i : kWidth);
+    }
+  });
+}
+
+// n values and zeros after them; what is not finite turns poison into NaN.
+template <typename T, typename A>
+void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
+  for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
+  load<T>(source, offset, n, values);
+  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+}
+
+// One block's parameters.
+template <typename A>
+struct BlockParams {
+  alignas(64) A a[kWidth] = {}, b[kWidth] = {};
+  alignas(64) A poison[kWidth] = {};  // NaN where an input is not finite, else 0
+
+  template <typename P>
+  void load_params(const void* params, const MixtureShape& shape, int64_t chain, int64_t e,
+                   int64_t n, Components<A>& m) {
+    const int64_t stride = shape.per_chain;
+    int64_t offset = chain * shape.rows() * stride + e;
+    if (shape.affine) {
+      load_block<P>(params, offset, n, a, poison);
+      load_block<P>(params, offset + stride, n, b, poison);
+      offset += 2 * stride;
+    }
+    m.template load_rows<P>(params, offset, stride, n, poison);
+  }
+};
+
+template <typename T, typename P>
+void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
+         arithmetic_t<T>* partial_sums, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const MixtureShape& shape = args.shape;
+  Components<A> m(shape.components, scratch);
+  for (int64_t index = begin; index < end; ++index) {
+    alignas(64) A lanes[kLanes] = {};
+    for_each_block_of_chunk(shape.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
+      BlockParams<A> p;
+      alignas(64) A in[kWidth], x[kWidth], out[kWidth], logit[kWidth], ladj[kWidth];
+      const int64_t offset = chain * shape.per_chain + e;
+      load_block<T>(args.in, offset, n, in, p.poison);
+      p.template load_params<P>(args.params, shape, chain, e, n, m);
+      Sums<A> sums;
+      if (args.inverse) {
+        alignas(64) A target[kWidth], correction[kWidth] = {};
+        COOPFLOW_INDEPENDENT
+        for (int64_t i = 0; i < kWidth; ++i) {
+          target[i] = multiply_add(in[i], exponential(-p.a[i]), -p.b[i]) + p.poison[i];
+        }
+        if (args.legacy_cdf_clamp) {
+          COOPFLOW_INDEPENDENT
+          for (int64_t i = 0; i < kWidth; ++i) {
+            const A clamped = legacy_clamp(target[i]);
+            correction[i] = log_logistic_density(clamped) - log_logistic_density(target[i]);
+            target[i] = clamped;
+          }
+        }
+        solve(m, target, x, sums);
+        finish(m, x, sums, logit, ladj);
+        COOPFLOW_INDEPENDENT
+        for (int64_t i = 0; i < kWidth; ++i) {
+          ladj[i] = -(ladj[i] + p.a[i] + correction[i]);
+          out[i] = x[i];
+        }
+      } else {
+        direct_sums(m, in, sums);
+        finish(m, in, sums, logit, ladj);
+        COOPFLOW_INDEPENDENT
+        for (int64_t i = 0; i < kWidth; ++i) {
+          ladj[i] += p.a[i];
+          out[i] = (logit[i] + p.b[i]) * exponential(p.a[i]);
+        }
+      }
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        out[i] += p.poison[i];
+        ladj[i] += p.poison[i];
+      }
+      store<T>(out, offset, n, args.out);
+      add_by_lane(ladj, n, lanes);
+    });
+    partial_sums[index] = sum_lanes(lanes);
+  }
+}
+
+// --- backward
+// -------------------------------------------------------------------------------------
+
+template <typename A>
+struct GradientBlock {
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
+  alignas(64) A cdf_slope[kWidth], survival_slope[kWidth], bend[kWidth];
+
+  GradientSums<A> at(int64_t i) const {
+    return {cdf[i], survival[i], density[i], weight[i], cdf_slope[i], survival_slope[i], bend[i]};
+  }
+  void set(int64_t i, const GradientSums<A>& s) {
+    cdf[i] = s.cdf;
+    survival[i] = s.survival;
+    density[i] = s.density;
+    weight[i] = s.weight;
+    cdf_slope[i] = s.cdf_slope;
+    survival_slope[i] = s.survival_slope;
+    bend[i] = s.bend;
+  }
+};
+
+template <bool kScaled, typename A>
+MixtureTerms<A> terms(const Components<A>& m, int64_t k, int64_t i, const Logistic<A>& at,
+                      const Peaks<A>& peaks) {
+  if constexpr (kScaled) return scaled_terms(at, m.log_at(k, i), peaks.at(i));
+  return direct_terms(at, m.at(k, i));
+}
+
+template <bool kScaled, typename A>
+void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
+                   GradientBlock<A>& sums) {
+  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, GradientSums<A>());
+  for (int64_t k = 0; k < m.count; ++k) {
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const Component<A> c = m.at(k, i);
+      const Logistic<A> at = logistic(x[i], c);
+      GradientSums<A> s = sums.at(i);
+      add(s, at, c, terms<kScaled>(m, k, i, at, peaks));
+      sums.set(i, s);
+    }
+  }
+}
+
+template <typename A>
+struct Reciprocals {
+  alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
+
+  explicit Reciprocals(const GradientBlock<A>& sums) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      cdf[i] = A(1) / sums.cdf[i];
+      survival[i] = A(1) / sums.survival[i];
+      density[i] = A(1) / sums.density[i];
+      weight[i] = A(1) / sums.weight[i];
+    }
+  }
+};
+
+// Gradients of one component's parameters, a row for each.
+template <typename A>
+struct ComponentRows {
+  alignas(64) A logit[kWidth], mean[kWidth], log_scale[kWidth];
+};
+
+template <bool kScaled, typename A>
+void component_rows(const Components<A>& m, int64_t k, const A* x, const Peaks<A>& peaks,
+                    const Reciprocals<A>& per, const A* grad_u, const A* grad_l,
+                    ComponentRows<A>& rows) {
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const Component<A> c = m.at(k, i);
+    const Logistic<A> at = logistic(x[i], c);
+    const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
+    const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
+                                of.density * per.density[i]};
+    const ComponentGradient<A> g =
+        component_gradient(at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
+    const A log_scale = m.log_scale[k * kWidth + i];
+    rows.logit[i] = g.logit;
+    rows.mean[i] = g.mean;
+    rows.log_scale[i] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
+  }
+}
+
+template <typename T, typename P>
+void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
+              int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const MixtureShape& shape = args.shape;
+  const int64_t stride = shape.per_chain;
+  Components<A> m(shape.components, scratch);
+  const auto block = [&](int64_t chain, int64_t e, int64_t n) {
+    BlockParams<A> p;
+    alignas(64) A x[kWidth], y[kWidth], grad_out[kWidth];
+    const int64_t offset = chain * stride + e;
+    load_block<T>(args.x, offset, n, x, p.poison);
+    load_block<T>(args.grad_out, offset, n, grad_out, p.poison);
+    if (args.inverse()) load_block<T>(args.y, offset, n, y, p.poison);
+    p.template load_params<P>(args.params, shape, chain, e, n, m);
+
+    Peaks<A> peaks;
+    GradientBlock<A> sums, scaled;
+    gradient_sums<false>(m, x, peaks, sums);
+    int32_t use_scaled[kWidth];
+    int32_t any_scaled = 0;
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      use_scaled[i] =
+          all_is_direct(MixtureSums<A>{sums.cdf[i], sums.survival[i], sums.density[i]}) ? 0 : 1;
+      any_scaled |= use_scaled[i];
+    }
+    if (any_scaled != 0) {
+      find_peaks(m, x, peaks);
+      gradient_sums<true>(m, x, peaks, scaled);
+    }
+
+    alignas(64) A grad_u[kWidth], grad_l[kWidth], grad_in[kWidth], grad_a[kWidth], grad_b[kWidth];
+    const A grad_ladj = args.grad_ladj[chain];
+    alignas(64) A logit[kWidth], slope[kWidth], log_slope[kWidth];
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const GradientSums<A> s = sums.at(i);
+      logit[i] = direct_logit(MixtureSums<A>{s.cdf, s.survival, s.density}).value;
+      slope[i] = mixture_slopes(s).logit;
+      log_slope[i] = mixture_slopes(s).log_slope;
+    }
+    if (any_scaled != 0) {
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const GradientSums<A> s = scaled.at(i);
+        const A of_logit = scaled_logit_value(s.cdf, s.survival, peaks.at(i));
+        const MixtureSlopes<A> of = mixture_slopes(s);
+        logit[i] = use_scaled[i] != 0 ? of_logit : logit[i];
+        slope[i] = use_scaled[i] != 0 ? of.logit : slope[i];
+        log_slope[i] = use_scaled[i] != 0 ? of.log_slope : log_slope[i];
+      }
+    }
+    const auto put = [&](int64_t i, const CouplingGradient<A>& g) {
+      grad_u[i] = g.u + p.poison[i];
+      grad_l[i] = g.l;
+      grad_in[i] = g.input + p.poison[i];
+      grad_a[i] = g.a + p.poison[i];
+      grad_b[i] = g.b + p.poison[i];
+    };
+    if (args.inverse()) {
+      const bool legacy = args.legacy_cdf_clamp;
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        put(i, mixture_inverse_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, y[i],
+                                        p.a[i], p.b[i], legacy));
+      }
+    } else {
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        put(i, mixture_forward_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, logit[i],
+                                        p.a[i], p.b[i]));
+      }
+    }
+    store<T>(grad_in, offset, n, args.grad_in);
+    int64_t row = chain * shape.rows() * stride + e;
+    if (shape.affine) {
+      store<P>(grad_a, row, n, args.grad_params);
+      store<P>(grad_b, row + stride, n, args.grad_params);
+      row += 2 * stride;
+    }
+    const int64_t kind = shape.components * stride;  // from logits to means to log-scales
+    const Reciprocals<A> per_sum(sums), per_scaled(any_scaled != 0 ? scaled : sums);
+    for (int64_t k = 0; k < shape.components; ++k, row += stride) {
+      ComponentRows<A> rows;
+      component_rows<false>(m, k, x, peaks, per_sum, grad_u, grad_l, rows);
+      if (any_scaled != 0) {
+        ComponentRows<A> other;
+        component_rows<true>(m, k, x, peaks, per_scaled, grad_u, grad_l, other);
+        COOPFLOW_INDEPENDENT
+        for (int64_t i = 0; i < kWidth; ++i) {
+          rows.logit[i] = use_scaled[i] ? other.logit[i] : rows.logit[i];
+          rows.mean[i] = use_scaled[i] ? other.mean[i] : rows.mean[i];
+          rows.log_scale[i] = use_scaled[i] ? other.log_scale[i] : rows.log_scale[i];
+        }
+      }
+      store<P>(rows.logit, row, n, args.grad_params);
+      store<P>(rows.mean, row + kind, n, args.grad_params);
+      store<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
+    }
+  };
+  for (int64_t index = begin; index < end; ++index) {
+    for_each_block_of_chunk(stride, index, block);
+  }
+}
+
+}  // namespace
+
+template <typename T, typename P>
+MixtureLogisticLoops<T, P> mixture_logistic_loops() {
+  return {map<T, P>, backward<T, P>};
+}
+
+template MixtureLogisticLoops<float, float> mixture_logistic_loops();
+template MixtureLogisticLoops<float, bfloat16> mixture_logistic_loops();
+template MixtureLogisticLoops<float, float16> mixture_logistic_loops();
+template MixtureLogisticLoops<double, double> mixture_logistic_loops();
+template MixtureLogisticLoops<bfloat16, bfloat16> mixture_logistic_loops();
+template MixtureLogisticLoops<float16, float16> mixture_logistic_loops();
+
+}  // namespace COOPFLOW_ISA
+}  // namespace coopflow

@@ -1,0 +1,200 @@
+"""Two processes with gloo do what one does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from coopflow_ext.coop import RunFolder, TrainConfig, Trainer
+from coopflow_ext.coop.checkpoint import load_checkpoint
+from coopflow_ext.coop.ranks import Ranks
+from coopflow_ext.data import load
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
+
+SETTINGS: dict[str, Any] = {
+    "preset": "digits-small",
+    "flow_options": {"net": "mlp", "couplings": 2, "widths": [16]},
+    "energy_options": {"widths": [16]},
+    "batch_size": 16,
+    "langevin_steps": 3,
+    "pretrain_steps": 2,
+    "flow_frozen_steps": 1,
+    "flow_every": 1,
+    "steps": 4,
+    "warmup_steps": 0,
+    "n_samples": 20,
+    "log_every": 2,
+    "checkpoint_every": 3,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What one iteration makes: chains, and the averaged gradients of both models."""
+    chains = []
+    run_chain = trainer.run_chain
+
+    def spy(proposal: torch.Tensor) -> torch.Tensor:
+        chains.append(run_chain(proposal))
+        return chains[0]
+
+    trainer.run_chain = spy  # type: ignore[method-assign]
+    trainer.train_step()
+    named = trainer.model.named_parameters()
+    return {"chains": chains[0], **{n: p.grad.clone() for n, p in named if p.grad is not None}}
+
+
+def one_iteration(rank: int, world: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    config = TrainConfig.from_dict({**SETTINGS, "pretrain_steps": 0, "flow_frozen_steps": 0})
+    trainer = Trainer(config, load("digits"), ranks=Ranks.current())
+    sent = []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, **options: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, **options)
+
+    torch.distributed.all_reduce = counted
+    made = gradients(trainer)
+    assert not trainer.ranks.any(False, trainer.device)
+    torch.save({**made, "sent": torch.tensor(sent)}, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_make_the_chains_and_gradients_of_one(tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({**SETTINGS, "pretrain_steps": 0, "flow_frozen_steps": 0})
+    whole = gradients(Trainer(config, load("digits")))
+    mp.start_processes(
+        one_iteration, (2, free_port(), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    chains = torch.cat([part["chains"] for part in parts])
+    torch.testing.assert_close(chains, whole["chains"], rtol=0, atol=1e-5)
+    # One message for each model's gradient, and the flag: what docs/scaling.md says.
+    sizes = [4 * sum(whole[n].numel() for n in whole if n.startswith(m)) for m in ("flow", "energ")]
+    assert parts[0]["sent"].tolist() == [*sizes, 4]
+    for name in whole:
+        if name != "chains":
+            assert torch.equal(parts[0][name], parts[1][name])
+            torch.testing.assert_close(parts[0][name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_parts_are_the_whole_batch() -> None:
+    settings = {**SETTINGS, "pretrain_steps": 0, "flow_frozen_steps": 0}
+    whole = gradients(Trainer(TrainConfig.from_dict(settings), load("digits")))
+    parts = gradients(Trainer(TrainConfig.from_dict({**settings, "accumulate": 3}), load("digits")))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_energy_learns_nearly_the_same() -> None:
+    settings = {**SETTINGS, "pretrain_steps": 0, "flow_frozen_steps": 0}
+    exact = gradients(Trainer(TrainConfig.from_dict(settings), load("digits")))
+    half = TrainConfig.from_dict({**settings, "precision": "bfloat16"})
+    rounded = gradients(Trainer(half, load("digits")))
+    assert rounded["chains"].dtype == torch.float32
+    torch.testing.assert_close(rounded["chains"], exact["chains"], rtol=0, atol=0.02)
+    assert not torch.equal(rounded["chains"], exact["chains"])
+
+
+def launch(*args: str, n: int, cwd: Path) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
+    place = [f"--master-port={free_port()}", "-m", "coopflow_ext"]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [*torchrun, *place, *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False
+    )
+
+
+def train_arguments(out: Path, **settings: Any) -> list[str]:
+    import json
+
+    arguments = ["train", "--out", str(out), "--device", "cpu"]
+    for name, value in {**SETTINGS, **settings}.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        arguments += ["--" + name.replace("_", "-"), text]
+    return arguments
+
+
+@pytest.mark.slow
+def test_torchrun_then_resume_on_one_process(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = launch(*train_arguments(out, steps=2), n=2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("picture:") == 1  # rank 0 alone speaks
+    run = RunFolder.open(out)
+    assert [line["step"] for line in run.metrics()] == [0, 2, 4, 4]
+    resumed = ["train", "--out", str(out), "--device", "cpu", "--resume", "--steps", "4"]
+    assert launch(*resumed, n=1, cwd=tmp_path).returncode == 0
+    twin = tmp_path / "twin"
+    assert launch(*train_arguments(twin), n=1, cwd=tmp_path).returncode == 0
+    a, _ = load_checkpoint(run.latest_checkpoint())
+    b, _ = load_checkpoint(RunFolder.open(twin).latest_checkpoint())
+    for name in a:
+        if name.startswith(("flow.", "energy.")):
+            # Adam divides by the gradient's size, so rounding can become a step of the rate.
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from coopflow_ext.coop import Trainer\n"
+        "    step = Trainer.train_step\n"
+        "    def train_step(self):\n"
+        "        if self.step == 4:\n"
+        "            os._exit(9)\n"
+        "        return step(self)\n"
+        "    Trainer.train_step = train_step\n"
+    )
+    root = str(Path(__file__).parents[1])
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    place = [f"--master-port={free_port()}", "-m", "coopflow_ext"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{root}"}
+    result = subprocess.run(
+        [*torchrun, *place, *train_arguments(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    run = RunFolder.open(out)
+    assert load_checkpoint(run.latest_checkpoint())[1]["step"] == 3
+    resumed = ["train", "--out", str(out), "--device", "cpu", "--resume"]
+    assert launch(*resumed, n=2, cwd=tmp_path / "run").returncode == 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="batch_size must be a multiple of the 3 processes, got 16"
+    ):
+        Trainer(TrainConfig.from_dict(SETTINGS), load("digits"), ranks=Ranks(0, 3))
+    buffered = TrainConfig.from_dict({**SETTINGS, "start": "buffer"})
+    with pytest.raises(ValueError, match="start must not be buffer with several processes"):
+        Trainer(buffered, load("digits"), ranks=Ranks(0, 2))

@@ -1,0 +1,152 @@
+"""Evaluation and the paper's experiments, through the command line, on a small run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coopflow_ext import cli, coop
+from coopflow_ext.coop.judgement import evaluate_run
+from coopflow_ext.data import load
+from coopflow_ext.metrics.fid import to_bytes
+from coopflow_ext.metrics.neighbours import nearest_neighbours
+
+image_module = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate") / "run"
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "digits-small",
+            "flow_options": {"net": "mlp", "couplings": 2, "widths": [16]},
+            "energy_options": {"widths": [16]},
+            "batch_size": 32,
+            "langevin_steps": 3,
+            "pretrain_steps": 20,
+            "flow_frozen_steps": 5,
+            "steps": 10,
+            "n_samples": 40,
+        }
+    )
+    coop.train(config, path)
+    return path
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "png"
+    command = ["evaluate", str(run), "--n", "30", "--export-png", str(folder)]
+    assert cli.main(command) == 0
+    assert '"feature_space": "digit-classifier-64"' in capsys.readouterr().out
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert summary["n"] == summary["fd"]["n"] == summary["fd"]["n_held_out"] == 30
+    for name in ("held_out", "flow", "langevin"):
+        assert summary["fd"][name] > 0
+    assert set(summary["energy"]) == {"data", "proposals", "samples"}
+    assert summary["bits_per_dim"] > 0
+    assert summary["neighbours"]["smallest_distance_of_samples"] > 0
+    assert is_png(run / "evaluation" / "neighbours.png")
+    assert is_png(run / "evaluation" / "energies.png")
+    files = sorted(p.name for p in folder.iterdir())
+    assert files == [f"{i:06d}.png" for i in range(30)]
+    pixels = np.array(image_module.open(folder / "000007.png"))
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.dtype == np.uint8
+    assert cli.main(command) == 1  # the folder is not empty any more
+    assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_evaluation_draws_the_same_samples_every_time(run: Path) -> None:
+    first, second = evaluate_run(run, n=20), evaluate_run(run, n=20)
+    assert first == second
+    assert evaluate_run(run, n=20, seed=1)["fd"]["flow"] != first["fd"]["flow"]
+
+
+def test_fid_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import torch_fidelity  # noqa: F401
+        import torchmetrics  # noqa: F401
+    except ImportError:
+        assert cli.main(["evaluate", str(run), "--fid"]) == 1
+        assert "pip install 'coopflow-ext[fid]'" in capsys.readouterr().err
+    else:
+        pytest.skip("torchmetrics and torch-fidelity are here; the message is for where they lack")
+
+
+def test_fid_code_path_with_features_of_our_own(run: Path) -> None:
+    pytest.importorskip("torchmetrics", reason="FID is computed by torchmetrics")
+
+    class Means(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.double().mean((2, 3))
+
+    assert evaluate_run(run, n=20, inception=True, fid_features=Means())["fid"] > 0
+
+
+def test_images_become_bytes_as_in_a_png() -> None:
+    x = torch.tensor([-1.0, 1.0, 0.0, 2.0]).view(1, 1, 2, 2)
+    assert to_bytes(x).shape == (1, 3, 2, 2)
+    assert to_bytes(x)[0, 2].flatten().tolist() == [0, 255, 128, 255]
+
+
+def test_nearest_neighbours() -> None:
+    training = torch.tensor([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0], [8.0, 9.0]])
+    found = nearest_neighbours(x, training, batch_size=2)
+    assert found[:, 0].tolist() == [1, 0, 2]
+    assert found[:, 1].tolist() == pytest.approx([0, 1, 1])
+
+
+def test_reconstruct_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reconstruct", str(run), "--n", "4"]) == 0
+    errors = json.loads((run / "reconstruct" / "errors.json").read_text())
+    assert len(errors["errors"]) == 4
+    assert errors["error_per_pixel"] < errors["error_per_pixel_of_flow_proposals"]
+    assert is_png(run / "reconstruct" / "reconstruct.png")
+    assert json.loads(capsys.readouterr().out)["n"] == 4
+
+
+def test_inpaint_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = np.ones((8, 8), dtype=bool)
+    mask[2:4, 3:6] = False
+    np.save(tmp_path / "mask.npy", mask)
+    arguments = ["inpaint", str(run), "--n", "2", "--chains", "2", "--mask"]
+    assert cli.main([*arguments, str(tmp_path / "mask.npy")]) == 0
+    errors = json.loads((run / "inpaint" / "errors.json").read_text())
+    assert errors["unknown_pixels"] == 6
+    assert errors["best_of_chains"] <= errors["error_per_unknown_pixel"]
+    assert is_png(run / "inpaint" / "inpaint.png")
+    capsys.readouterr()
+    np.save(tmp_path / "small.npy", mask[:4])
+    assert cli.main([*arguments, str(tmp_path / "small.npy")]) == 1
+    assert "mask must have shape (8, 8)" in capsys.readouterr().err
+    (tmp_path / "text.npy").write_text("no array")
+    assert cli.main([*arguments, str(tmp_path / "text.npy")]) == 1
+    assert "cannot be read as a .npy array" in capsys.readouterr().err
+
+
+def test_interpolate_command(run: Path) -> None:
+    assert cli.main(["interpolate", str(run), "--n", "2", "--points", "5"]) == 0
+    errors = json.loads((run / "interpolate" / "errors.json").read_text())
+    assert errors["largest_difference_of_ends_to_reconstructions"] < 0.02
+    assert is_png(run / "interpolate" / "images.png")
+    assert is_png(run / "interpolate" / "random.png")
+
+
+def test_bad_requests(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = len(load("digits").held_out)
+    assert cli.main(["reconstruct", str(run), "--n", str(held_out + 1)]) == 1
+    assert f"n must be in [1, {held_out}]" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--n", "1"]) == 1
+    assert "n must be ≥ 2, got 1" in capsys.readouterr().err

@@ -1,0 +1,287 @@
+"""Other libraries' interfaces, each with that library itself."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.flows import AffineCoupling
+from coopflow_ext.flows.couplings import VectorSplit
+from coopflow_ext.integrations.torchebm import LangevinDynamics
+
+# --- torchebm -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torchebm():
+    return pytest.importorskip("torchebm")
+
+
+class Quadratic(nn.Module):
+    """An energy that torchebm refuses: a plain module, with (B, 1) values."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        centre = 0 if y is None else y
+        return 0.5 * (x - centre).square().sum(1, keepdim=True)
+
+
+def theirs(torchebm):
+    from torchebm.samplers import LangevinDynamics as Theirs
+
+    return Theirs
+
+
+def test_arguments_are_torchebms(torchebm):
+    """Every argument of theirs, in their order and with their defaults, comes first in ours."""
+    for name in ("__init__", "sample"):
+        a = inspect.signature(getattr(theirs(torchebm), name)).parameters
+        b = inspect.signature(getattr(LangevinDynamics, name)).parameters
+        assert list(b)[: len(a)] == list(a)
+        assert [b[k].default for k in a] == [p.default for p in a.values()]
+        assert [b[k].kind for k in a] == [p.kind for p in a.values()]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_same_path_without_noise_as_torchebm(torchebm, scheduled):
+    from torchebm.core import DoubleWellModel, LinearScheduler
+
+    x0 = torch.randn(16, 2)
+    paths = []
+    for cls in (theirs(torchebm), LangevinDynamics):
+        step = LinearScheduler(0.05, 0.001, n_steps=10) if scheduled else 0.01
+        sampler = cls(DoubleWellModel(), step_size=step, noise_scale=1e-20, clamp=(-1.2, 1.2))
+        paths.append(sampler.sample(x0, n_steps=20, thin=3, return_trajectory=True))
+    assert paths[0].shape == paths[1].shape == (16, 6, 2)
+    torch.testing.assert_close(*paths)
+
+
+def test_same_noise_scale_as_torchebm(torchebm):
+    """One step from zero: N(0, 2η·noise_scale²) in both, with a scheduled noise in one."""
+    from torchebm.core import ExponentialDecayScheduler
+
+    n, eta = 40_000, 0.02
+    noise = ExponentialDecayScheduler(0.5, 0.9)
+    for cls in (theirs(torchebm), LangevinDynamics):
+        sampler = cls(_torchebm_quadratic(), step_size=eta, noise_scale=noise)
+        x = sampler.sample(torch.zeros(n, 1), n_steps=1)
+        assert x.var().item() == pytest.approx(2 * eta * 0.25, rel=5 * (2 / n) ** 0.5)
+
+
+def _torchebm_quadratic():
+    from torchebm.core import BaseModel
+
+    class Model(BaseModel):
+        def forward(self, x):
+            return 0.5 * x.square().sum(1)
+
+    return Model()
+
+
+def test_diagnostics_have_torchebms_keys_and_shapes(torchebm):
+    x0 = torch.randn(8, 2)
+    options = {"n_steps": 10, "thin": 3, "return_diagnostics": True}
+    results = [
+        cls(_torchebm_quadratic(), step_size=0.05, noise_scale=1e-20).sample(x0, **options)
+        for cls in (theirs(torchebm), LangevinDynamics)
+    ]
+    (x_a, a), (x_b, b) = results
+    torch.testing.assert_close(x_a, x_b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def test_a_models_own_gradient_is_used(torchebm):
+    from torchebm.core import BaseModel
+
+    class Model(BaseModel):
+        calls = 0
+
+        def forward(self, x):
+            raise AssertionError("the closed form is there")
+
+        def gradient(self, x):
+            type(self).calls += 1
+            return x
+
+    x = LangevinDynamics(Model(), noise_scale=1e-20, step_size=0.1).sample(torch.ones(3, 2))
+    assert Model.calls == 100
+    torch.testing.assert_close(x, torch.full((3, 2), 0.9**100))
+
+
+def test_schedulers_are_reset_or_carried_on(torchebm):
+    from torchebm.core import LinearScheduler
+
+    scheduler = LinearScheduler(0.1, 0.01, n_steps=100)
+    sampler = LangevinDynamics(Quadratic(), step_size=scheduler)
+    sampler.sample(dim=2, n_steps=10)
+    assert scheduler.step_count == 10
+    sampler.sample(dim=2, n_steps=10)
+    assert scheduler.step_count == 10
+    sampler.sample(dim=2, n_steps=10, reset_schedulers=False)
+    assert scheduler.step_count == 20
+
+
+def test_plain_modules_generators_and_conditions():
+    sampler = LangevinDynamics(Quadratic(), step_size=0.1)
+    draws = [
+        sampler.sample(dim=(3,), n_samples=5, generator=torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
+    ]
+    assert draws[0].shape == (5, 3)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    quiet = LangevinDynamics(Quadratic(), step_size=0.1, noise_scale=1e-20)
+    y = torch.full((4, 3), 2.0)
+    torch.testing.assert_close(quiet.sample(torch.zeros(4, 3), n_steps=200, y=y), y)
+    torch.manual_seed(3)
+    a = sampler.sample(torch.zeros(2, 3))
+    torch.manual_seed(3)
+    assert torch.equal(sampler.sample(torch.zeros(2, 3)), a)
+    network = LangevinDynamics(MLPEnergy(3).double(), dtype=torch.float64)
+    assert network.sample(dim=3).dtype == torch.float64
+    assert all(p.requires_grad for p in network.model.parameters())
+
+
+def test_what_is_not_honoured_is_refused(torchebm):
+    from torchebm.integrators import EulerMaruyamaIntegrator, HeunIntegrator
+
+    LangevinDynamics(Quadratic(), integrator="euler_maruyama")
+    LangevinDynamics(Quadratic(), integrator=EulerMaruyamaIntegrator())
+    for integrator in ("heun", HeunIntegrator()):
+        with pytest.raises(ValueError, match=r"integrator must be Euler-Maruyama, got [hH]eun"):
+            LangevinDynamics(Quadratic(), integrator=integrator)
+    with pytest.raises(ValueError, match="decay"):
+        LangevinDynamics(Quadratic(), decay=0.1)
+    with pytest.raises(ValueError, match="step_size"):
+        LangevinDynamics(Quadratic(), step_size=0.0)
+    with pytest.raises(TypeError, match="noise_scale"):
+        LangevinDynamics(Quadratic(), noise_scale="high")
+    with pytest.raises(ValueError, match="clamp min"):
+        LangevinDynamics(Quadratic(), clamp=(1, 0))
+    sampler = LangevinDynamics(Quadratic())
+    with pytest.raises(ValueError, match="dim must be provided"):
+        sampler.sample()
+    with pytest.raises(ValueError, match="thin"):
+        sampler.sample(dim=2, thin=0)
+    with pytest.raises(ValueError, match="y was passed both"):
+        sampler.sample(dim=2, y=torch.zeros(1, 2), model_kwargs={"y": 1})
+
+
+# --- flow libraries -----------------------------------------------------------------------------
+
+
+def couplings() -> list[AffineCoupling]:
+    """Two couplings of 3-vectors that change different coordinates, not the identity."""
+    layers = []
+    for seed, mask in enumerate(([True, True, False], [False, False, True])):
+        torch.manual_seed(seed)
+        changed = sum(mask)
+        net = _Net(3 - changed, 2 * changed)
+        layers.append(AffineCoupling(net, changed, VectorSplit(torch.tensor(mask))))
+    return layers
+
+
+class _Net(nn.Module):
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_in, 16), nn.Tanh(), nn.Linear(16, n_out))
+
+    def forward(self, kept: Tensor, context) -> Tensor:
+        h = self.body(kept)
+        return h if context.aux is None else h + context.aux.mean(1, keepdim=True)
+
+
+def direct_log_prob(layers: list[AffineCoupling], x: Tensor) -> Tensor:
+    total = 0
+    for layer in layers:
+        x, ladj = layer.call_and_ladj(x)
+        total = total + ladj
+    return torch.distributions.Normal(0, 1).log_prob(x).sum(1) + total
+
+
+def check_training(log_prob, parameters) -> None:
+    """Gradients reach every parameter through the other library's flow."""
+    (-log_prob.mean()).backward()
+    assert all(p.grad is not None for p in parameters)
+    assert any(p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_zuko():
+    zuko = pytest.importorskip("zuko")
+    from coopflow_ext.integrations.zuko import ZukoTransform
+
+    layers = couplings()
+    base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(3), torch.ones(3), buffer=True
+    )
+    own = zuko.flows.Flow([ZukoTransform(layer) for layer in layers], base)
+    x = torch.randn(7, 3)
+    torch.testing.assert_close(own().log_prob(x), direct_log_prob(layers, x))
+    samples, log_prob = own().rsample_and_log_prob((5, 2))
+    assert samples.shape == (5, 2, 3)
+    torch.testing.assert_close(own().log_prob(samples), log_prob, rtol=1e-4, atol=1e-4)
+    # Among zuko's own layers.
+    rotation = zuko.lazy.UnconditionalTransform(
+        zuko.transforms.RotationTransform, torch.randn(3, 3)
+    )
+    mixed = zuko.flows.Flow([ZukoTransform(layers[0]), rotation, ZukoTransform(layers[1])], base)
+    d = mixed()
+    torch.testing.assert_close(d.transform.inv(d.transform(x)), x, rtol=1e-4, atol=1e-5)
+    check_training(d.log_prob(x), list(layers[0].parameters()) + list(layers[1].parameters()))
+    context = torch.randn(7, 4)
+    assert not torch.allclose(own(context).log_prob(x), own().log_prob(x))
+
+
+def test_nflows():
+    pytest.importorskip("nflows")
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform, ReversePermutation
+
+    from coopflow_ext.integrations.nflows import NflowsTransform
+
+    layers = couplings()
+    x = torch.randn(7, 3)
+    own = Flow(CompositeTransform([NflowsTransform(c) for c in layers]), StandardNormal([3]))
+    torch.testing.assert_close(own.log_prob(x), direct_log_prob(layers, x))
+    samples, log_prob = own.sample_and_log_prob(6)
+    torch.testing.assert_close(own.log_prob(samples), log_prob, rtol=1e-4, atol=1e-4)
+    mixed = Flow(
+        CompositeTransform(
+            [NflowsTransform(layers[0]), ReversePermutation(3), NflowsTransform(layers[1])]
+        ),
+        StandardNormal([3]),
+    )
+    assert mixed.sample(4).shape == (4, 3)
+    check_training(mixed.log_prob(x), list(mixed.parameters()))
+
+
+def test_normflows():
+    normflows = pytest.importorskip("normflows")
+    from coopflow_ext.integrations.normflows import NormflowsFlow
+
+    layers = couplings()
+    x = torch.randn(7, 3)
+    base = normflows.distributions.DiagGaussian(3, trainable=False)
+    # normflows lists layers from latent to data.
+    own = normflows.NormalizingFlow(base, [NormflowsFlow(c) for c in reversed(layers)])
+    torch.testing.assert_close(own.log_prob(x), direct_log_prob(layers, x))
+    samples, log_prob = own.sample(6)
+    torch.testing.assert_close(own.log_prob(samples), log_prob, rtol=1e-4, atol=1e-4)
+    permute = normflows.flows.Permute(3)
+    mixed = normflows.NormalizingFlow(
+        base, [NormflowsFlow(layers[0]), permute, NormflowsFlow(layers[1])]
+    )
+    check_training(mixed.log_prob(x), list(layers[0].parameters()) + list(layers[1].parameters()))
+
+
+def test_keys_do_not_leak_between_calls():
+    """Two calls without a generator give different samples."""
+    sampler = LangevinDynamics(Quadratic(), step_size=0.1)
+    x0 = torch.zeros(2, 3)
+    assert not torch.equal(sampler.sample(x0), sampler.sample(x0))

@@ -1,0 +1,704 @@
+"""The Langevin ops: every option against the oracle, exact laws, derivatives, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+import coopflow_ext as cf
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = [(0, 3), (3, 0), (1, 1), (2, 3), (3, 4), (5, 5), (7,), (4, 127), (1, 65537), (3, 2, 5, 7)]
+KEY = cf.Key(0xDEADBEEF12345678, time=3)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drift": {},
+    "noise": {"noise": 0.3},
+    "score": {"is_score": True, "noise": 0.3},
+    "clips": {"noise": 0.3, "grad_clip": 0.7, "step_clip": 0.05},
+    "clamp": {"noise": 0.3, "clamp": (-0.5, 0.8)},
+    "one-sided clamp": {"noise": 0.3, "clamp": (-math.inf, 0.1)},
+    "norm clip": {"noise": 0.1, "grad_norm": 0.9},
+    "both clips": {"grad_norm": 0.9, "grad_clip": 0.4, "step_clip": 0.02},
+    "decay": {"decay": 0.2, "noise": 0.1},
+    "pull": {"pull": 0.3, "x_ref": True, "noise": 0.1},
+    "noise after": {"noise": 0.3, "noise_when": 1, "clamp": (-0.5, 0.5)},
+    "no noise yet": {"noise": 0.3, "noise_when": 2, "clamp": (-0.5, 0.5)},
+    "given noise": {"noise": 0.3, "xi": True},
+    "chain offset": {"noise": 0.3, "chain_offset": 2**40 + 1, "step": 2**31},
+    "everything": {
+        "noise": 0.2,
+        "decay": 0.1,
+        "pull": 0.2,
+        "x_ref": True,
+        "is_score": True,
+        "grad_clip": 1.1,
+        "grad_norm": 2.0,
+        "step_clip": 0.1,
+        "clamp": (-1.0, 1.0),
+        "noise_when": 1,
+        "step": 4,
+        "chain_offset": 9,
+    },
+}
+
+
+def random_like(shape: tuple[int, ...], dtype: torch.dtype, device: Any, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, device: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """x, grad, rng and the options with their tensors."""
+    x, grad = (random_like(shape, dtype, device, seed) for seed in (0, 1))
+    options = {"drift": 0.1, **options}
+    for seed, name in enumerate(("x_ref", "xi"), start=2):
+        if options.get(name):
+            options[name] = random_like(shape, dtype, device, seed)
+    return x, grad, KEY.tensor(device), options
+
+
+def assert_matches(ours: Tensor, expected: Tensor) -> None:
+    """To the rounding of the dtype; the noise's own bound on top of it."""
+    ulp = torch.finfo(ours.dtype).eps
+    noise = 0.0 if ours.dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(ours, expected, rtol=4 * ulp, atol=4 * ulp + noise)
+
+
+# --- against the oracle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_option_matches_the_oracle(
+    device: torch.device, dtype: torch.dtype, name: str
+) -> None:
+    for shape in ((5, 13), (3, 1024)):
+        x, grad, rng, options = arguments(shape, dtype, device, OPTIONS[name])
+        expected = cf.reference.langevin_step(x, grad, rng, **options)
+        out = cf.ops.langevin_step(x, grad, rng, **options)
+        assert_matches(out, expected)
+        in_place = cf.ops.langevin_step_(x, grad, rng, **options)
+        assert in_place is x
+        assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_awkward_sizes(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for name in ("clamp", "everything", "given noise", "norm clip"):
+        x, grad, rng, options = arguments(shape, dtype, device, OPTIONS[name])
+        expected = cf.reference.langevin_step(x, grad, rng, **options)
+        assert_matches(cf.ops.langevin_step_(x, grad, rng, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_views(device: torch.device, dtype: torch.dtype) -> None:
+    _, _, rng, options = arguments((1,), dtype, device, OPTIONS["clamp"])
+    storages = [random_like((4 * 256 + 1,), dtype, device, seed) for seed in (0, 1)]
+    x, grad = (storage[1:].view(4, 256) for storage in storages)
+    aligned = cf.ops.langevin_step(x.clone(), grad.clone(), rng, **options)
+    before = storages[0][0].clone()
+    assert torch.equal(cf.ops.langevin_step_(x, grad, rng, **options), aligned)
+    assert torch.equal(storages[0][0], before), "the element before the view was written"
+
+
+def test_channels_last_moves_in_storage_order(device: torch.device) -> None:
+    x, grad, rng, options = arguments((3, 4, 5, 6), torch.float32, device, OPTIONS["everything"])
+    last = [t.to(memory_format=torch.channels_last) for t in (x, grad)]
+    options["x_ref"] = options["x_ref"].to(memory_format=torch.channels_last)
+    out = cf.ops.langevin_step(*last, rng, **options)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    options["x_ref"] = options["x_ref"].permute(0, 2, 3, 1).contiguous()
+    rows = [t.permute(0, 2, 3, 1).contiguous() for t in last]
+    assert torch.equal(out.permute(0, 2, 3, 1), cf.ops.langevin_step(*rows, rng, **options))
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (1, 5), (6, 5)])
+@pytest.mark.parametrize("noise_when", [0, 1])
+def test_coefficient_tables(
+    device: torch.device, shape: tuple[int, int], table_dtype: torch.dtype, noise_when: int
+) -> None:
+    x, grad, rng, options = arguments((5, 13), torch.float32, device, {"x_ref": True})
+    generator = torch.Generator().manual_seed(9)
+    for name in ("drift", "noise", "decay", "pull"):
+        table = torch.rand(shape, generator=generator, dtype=table_dtype)
+        options[name] = table.to(device)
+    options |= {"step": 4, "noise_when": noise_when}
+    expected = cf.reference.langevin_step(x, grad, rng, **options)
+    assert_matches(cf.ops.langevin_step(x, grad, rng, **options), expected)
+    # A strided table is read through its strides.
+    options["drift"] = torch.stack([options["drift"]] * 2, dim=-1)[..., 0]
+    assert_matches(cf.ops.langevin_step(x, grad, rng, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_alone(device: torch.device, dtype: torch.dtype) -> None:
+    x, _, rng, _ = arguments((5, 13), dtype, device, {})
+    xi = random_like((5, 13), dtype, device, 7)
+    for options in (
+        {"noise": 0.4},
+        {"noise": 0.4, "step": 3, "chain_offset": 5},
+        {"noise": torch.rand(4, 5, device=device), "step": 2},
+        {"noise": 0.4, "xi": xi},
+        {"noise": 0.0},
+    ):
+        expected = cf.reference.langevin_noise(x, rng, **options)
+        y = x.clone()
+        assert cf.ops.langevin_noise_(y, rng, **options) is y
+        assert_matches(y, expected)
+    active = torch.tensor([True, False, True, False, True], device=device)
+    y = cf.ops.langevin_noise_(x.clone(), rng, noise=0.4, active=active)
+    assert torch.equal(y[~active], x[~active])
+    assert not torch.equal(y[active], x[active])
+
+
+def test_noise_alone_ignores_nothing_but_adds_noise(device: torch.device) -> None:
+    """A non-finite state stays what it is: there is no gradient to multiply by zero."""
+    x = torch.tensor([[math.inf, -math.inf, 1.0]], device=device)
+    cf.ops.langevin_noise_(x, KEY.tensor(device), noise=0.1)
+    assert x[0, 0] == math.inf
+    assert x[0, 1] == -math.inf
+
+
+# --- further outputs ------------------------------------------------------------------------------
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 13), (3, 1), (2, 5000), (2, 40000), (4, 0)])
+@pytest.mark.parametrize("noise_when", [0, 1, 2])
+def test_statistics(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], noise_when: int
+) -> None:
+    options: dict[str, Any] = {
+        "noise": 0.3,
+        "grad_clip": 1.2,
+        "step_clip": 0.1,
+        "decay": 0.05,
+        "clamp": (-1.0, 0.9),
+        "noise_when": noise_when,
+    }
+    x, grad, rng, options = arguments(shape, dtype, device, options)
+    stats = torch.full((shape[0], 5), -7.0, dtype=statistics_dtype(dtype), device=device)
+    before = x.clone()
+    plain = cf.ops.langevin_step(x, grad, rng, **options)
+    cf.ops.langevin_step_(x, grad, rng, stats=stats, **options)
+    assert torch.equal(x, plain), "statistics change the path"
+    when = 2 if noise_when == 1 else noise_when  # what comes after the clamp does not count
+    wide = statistics_dtype(dtype)
+    settled = cf.ops.langevin_step(before, grad, rng, **{**options, "noise_when": when})
+    unclamped = cf.ops.langevin_step(
+        before.to(wide), grad.to(wide), rng, **{**options, "noise_when": when, "clamp": None}
+    )
+
+    def expected(scale: float) -> Tensor:
+        """With every limit scaled: an element within rounding of a limit may count or not."""
+        return cf.reference.langevin_statistics(
+            before,
+            grad,
+            settled,
+            drift=options["drift"],
+            decay=options["decay"],
+            grad_clip=options["grad_clip"] * scale,
+            step_clip=options["step_clip"] * scale,
+            clamp=(options["clamp"][0] * scale, options["clamp"][1] * scale),
+            x_unclamped=unclamped,
+        )
+
+    torch.testing.assert_close(stats[:, :2], expected(1)[:, :2], rtol=2e-5, atol=1e-6)
+    assert (stats[:, 2:4] >= expected(1 + 1e-5)[:, 2:4]).all()
+    assert (stats[:, 2:4] <= expected(1 - 1e-5)[:, 2:4]).all()
+    assert torch.equal(stats[:, 4], expected(1)[:, 4])
+    if shape[1] > 100:
+        assert (stats[:, 2:4] > 0).all()
+
+
+def test_statistics_do_not_depend_on_threads_or_batch() -> None:
+    x, grad, rng, options = arguments((9, 50000), torch.float32, "cpu", OPTIONS["clamp"])
+    threads = torch.get_num_threads()
+    rows = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            stats = torch.empty(9, 5)
+            cf.ops.langevin_step_(x.clone(), grad, rng, stats=stats, **options)
+            rows.append(stats)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(rows[0], rows[1])
+    one = torch.empty(1, 5)
+    cf.ops.langevin_step_(x[4:5].clone(), grad[4:5], rng, stats=one, chain_offset=4, **options)
+    assert torch.equal(one[0], rows[0][4])
+
+
+def test_nonfinite_elements_are_counted(device: torch.device) -> None:
+    x, grad, rng, _ = arguments((3, 40), torch.float32, device, {})
+    grad[1, 3], grad[1, 5], grad[2, 0] = math.nan, math.inf, -math.inf
+    stats = torch.empty(3, 5, device=device)
+    cf.ops.langevin_step_(x, grad, rng, drift=0.1, stats=stats)
+    assert stats[:, 4].tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 13), (2, 1024)])
+def test_low_precision_copy(
+    device: torch.device, dtype: torch.dtype, low: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, grad, rng, options = arguments(shape, dtype, device, OPTIONS["clamp"])
+    copy = torch.full(shape, -9.0, dtype=low, device=device)
+    cf.ops.langevin_step_(x, grad, rng, x_low=copy, **options)
+    assert torch.equal(copy, x.float().to(low))
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inactive_chains_stay(device: torch.device, dtype: torch.dtype, with_stats: bool) -> None:
+    x, grad, rng, options = arguments((6, 33), dtype, device, OPTIONS["everything"])
+    active = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool, device=device)
+    stats = torch.empty(6, 5, dtype=statistics_dtype(dtype), device=device)
+    moved = cf.ops.langevin_step(x, grad, rng, **options)
+    y = x.clone()
+    cf.ops.langevin_step_(
+        y, grad, rng, active=active, stats=stats if with_stats else None, **options
+    )
+    assert torch.equal(y[~active], x[~active])
+    assert torch.equal(y[active], moved[active])
+    if with_stats:
+        assert (stats[~active, 1:4] == 0).all()
+        assert (stats[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_freezing_clears_the_mask_before_anything_is_written(
+    device: torch.device, with_stats: bool
+) -> None:
+    x, grad, rng, options = arguments((4, 40000), torch.float32, device, OPTIONS["clamp"])
+    grad[1, 39999] = math.nan
+    grad[3, 0] = math.inf
+    active = torch.tensor([True, True, False, True], device=device)
+    stats = torch.empty(4, 5, device=device) if with_stats else None
+    y = x.clone()
+    cf.ops.langevin_step_(
+        y, grad, rng, active=active, freeze_nonfinite=True, stats=stats, **options
+    )
+    assert active.tolist() == [True, False, False, False]
+    assert torch.equal(y[1:], x[1:])
+    assert torch.equal(y[0], cf.ops.langevin_step(x, grad, rng, **options)[0])
+    if stats is not None:
+        assert stats[:, 4].tolist() == [0, 1, 0, 1]
+
+
+def test_nan_gradient_reaches_the_state_unless_frozen(device: torch.device) -> None:
+    """Clips and clamp hide no NaN."""
+    x, grad, rng, options = arguments((2, 8), torch.float32, device, OPTIONS["everything"])
+    grad[1, 2] = math.nan
+    out = cf.ops.langevin_step(x, grad, rng, **options)
+    assert out[1].isnan().any()
+    assert out[0].isfinite().all()
+
+
+# --- reproducibility ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chain_moves_alike_in_every_batch(device: torch.device, dtype: torch.dtype) -> None:
+    for per_chain, name in itertools.product((3, 130, 20000), ("clamp", "norm clip", "everything")):
+        x, grad, rng, options = arguments((24, per_chain), dtype, device, OPTIONS[name])
+        options["chain_offset"] = 5
+        whole = cf.ops.langevin_step(x, grad, rng, **options)
+        options |= {"chain_offset": 5 + 17}
+        if options.get("x_ref") is not None:
+            options["x_ref"] = options["x_ref"][17:18]
+        one = cf.ops.langevin_step(x[17:18].clone(), grad[17:18].clone(), rng, **options)
+        assert torch.equal(whole[17:18], one)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x, grad, rng, options = arguments((37, 5000), torch.float32, "cpu", OPTIONS["everything"])
+    threads = torch.get_num_threads()
+    outs = []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            outs.append(cf.ops.langevin_step(x, grad, rng, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+# --- exact laws -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_law_1_gaussian_target(device: torch.device, dtype: torch.dtype) -> None:
+    """U = λx²/2: mean and variance after T steps and at rest are known in closed form."""
+    chains, curvature, delta, m0 = 200_000, 1.7, 0.9, 2.0
+    a = 1 - delta**2 * curvature / 2
+    x = torch.full((chains, 1), m0, dtype=dtype, device=device)
+    rng = cf.Key(5).tensor(device)
+    for step in range(40):
+        cf.ops.langevin_step_(x, curvature * x, rng, drift=delta**2 / 2, noise=delta, step=step)
+        if step + 1 in (1, 2, 5, 40):
+            mean = a ** (step + 1) * m0
+            variance = delta**2 * (1 - a ** (2 * step + 2)) / (1 - a**2)
+            assert abs(x.mean().item() - mean) < 5 * math.sqrt(variance / chains)
+            assert abs(x.var().item() / variance - 1) < 5 * math.sqrt(2 / chains)
+    at_rest = 1 / (curvature * (1 - delta**2 * curvature / 4))
+    assert abs(x.var().item() / at_rest - 1) < 5 * math.sqrt(2 / chains)
+
+
+def test_law_2_without_noise_the_energy_falls(device: torch.device) -> None:
+    """δ²/2 < 1/L for U = Σ log cosh(x_i) + |x|²/4, whose L is 3/2."""
+    x = random_like((64, 10), torch.float64, device, 3) * 4
+    rng = KEY.tensor(device)
+
+    def energy(x: Tensor) -> Tensor:
+        return (x.cosh().log() + x.square() / 4).sum(1)
+
+    last = energy(x)
+    for step in range(50):
+        cf.ops.langevin_step_(x, x.tanh() + x / 2, rng, drift=0.66, step=step)
+        now = energy(x)
+        assert (now <= last + 1e-12).all()
+        last = now
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+DIFFERENTIABLE = {
+    name: {k: v for k, v in options.items() if k not in ("step", "chain_offset")}
+    for name, options in OPTIONS.items()
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_first_and_second_order(device: torch.device, name: str) -> None:
+    x, grad, rng, options = arguments((3, 4), torch.float64, device, DIFFERENTIABLE[name])
+    if options.get("noise"):
+        options["noise"] = torch.rand(2, 3, device=device)
+        options["step"] = 0
+    x.requires_grad_()
+    grad.requires_grad_()
+
+    def step(x: Tensor, grad: Tensor) -> Tensor:
+        return cf.ops.langevin_step(x, grad, rng, **options)
+
+    assert torch.autograd.gradcheck(step, (x, grad))
+    assert torch.autograd.gradgradcheck(step, (x, grad))
+
+
+@pytest.mark.parametrize("name", ["clamp", "norm clip", "everything"])
+def test_gradient_equals_the_oracles(device: torch.device, name: str) -> None:
+    x, grad, rng, options = arguments((4, 50), torch.float32, device, OPTIONS[name])
+    cotangent = random_like((4, 50), torch.float32, device, 11)
+    results = []
+    for op in (cf.ops.langevin_step, cf.reference.langevin_step):
+        inputs = [t.clone().requires_grad_() for t in (x, grad)]
+        out = op(*inputs, rng, **options)
+        results.append(torch.autograd.grad(out, inputs, cotangent))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_func_grad_and_compile_together(device: torch.device) -> None:
+    x, _, rng, options = arguments((4, 8), torch.float32, device, OPTIONS["both clips"])
+
+    def loss(x: Tensor) -> Tensor:
+        return cf.ops.langevin_step(x, x.sin(), rng, **options).square().sum()
+
+    expected = torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(expected, torch.autograd.grad(loss(leaf), leaf)[0])
+    # The compiler of torch 2.10 meets the operator's registered derivative inside func.grad.
+    if torch.__version__ >= (2, 11):
+        compiled = torch.compile(torch.func.grad(loss), fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device) -> None:
+    x, grad, rng, options = arguments((2, 3), torch.float32, device, {})
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
+        torch.func.jvp(
+            lambda x: cf.ops.langevin_step(x, grad, rng, **options), (x,), (torch.ones_like(x),)
+        )
+
+
+@pytest.mark.parametrize("which", ["x", "grad"])
+def test_in_place_refuses_what_needs_a_derivative(device: torch.device, which: str) -> None:
+    x, grad, rng, options = arguments((2, 3), torch.float32, device, {})
+    {"x": x, "grad": grad}[which].requires_grad_()
+    before = x.detach().clone()
+    with pytest.raises(ValueError, match=f"{which} requires grad"):
+        cf.ops.langevin_step_(x, grad, rng, **options)
+    assert torch.equal(x.detach(), before)
+    with torch.no_grad():
+        cf.ops.langevin_step_(x, grad, rng, **options)
+    assert not torch.equal(x.detach(), before)
+
+
+def test_noise_in_place_refuses_what_needs_a_derivative(device: torch.device) -> None:
+    x = torch.zeros(2, 3, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="langevin_noise_: x requires grad"):
+        cf.ops.langevin_noise_(x, KEY.tensor(device), noise=0.1)
+
+
+@pytest.mark.parametrize("op", ["step", "noise"])
+def test_autograd_notices_the_mutation(device: torch.device, op: str) -> None:
+    x, grad, rng, _ = arguments((2, 3), torch.float32, device, {})
+    weight = torch.ones(2, 3, device=device, requires_grad=True)
+    loss = (weight * x).sum()
+    if op == "step":
+        cf.ops.langevin_step_(x, grad, rng, drift=0.1)
+    else:
+        cf.ops.langevin_noise_(x, rng, noise=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["x_ref", "xi", "drift", "noise"])
+def test_constants_that_require_grad_are_refused(device: torch.device, name: str) -> None:
+    x, grad, rng, options = arguments(
+        (2, 3), torch.float32, device, {"x_ref": True, "xi": True, "noise": 0.1}
+    )
+    options |= {"drift": torch.rand(1, 1, device=device), "noise": torch.rand(1, 2, device=device)}
+    options[name] = options[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} is a constant"):
+        cf.ops.langevin_step(x, grad, rng, **options)
+
+
+# --- torch.compile and opcheck --------------------------------------------------------------------
+
+
+def test_compiled_in_place_step_equals_eager(device: torch.device) -> None:
+    x, grad, rng, options = arguments((5, 13), torch.float32, device, OPTIONS["clamp"])
+
+    def two_steps(x: Tensor) -> Tensor:
+        cf.ops.langevin_step_(x, grad, rng, **options)
+        cf.ops.langevin_step_(x, grad, rng, step=1, **options)
+        return x * 2
+
+    expected = two_steps(x.clone())
+    assert torch.equal(torch.compile(two_steps, fullgraph=True)(x.clone()), expected)
+
+
+def test_equal_draws_are_not_merged_and_the_key_is_read_each_time(device: torch.device) -> None:
+    def draw(rng: Tensor) -> Tensor:
+        x = torch.zeros(4, 8, device=rng.device)
+        cf.ops.langevin_noise_(x, rng, noise=1.0)
+        y = torch.zeros(4, 8, device=rng.device)
+        cf.ops.langevin_noise_(y, rng, noise=1.0, step=1)
+        return torch.stack((x, y))
+
+    compiled = torch.compile(draw, fullgraph=True)
+    rng = KEY.tensor(device)
+    first = compiled(rng)
+    assert torch.equal(first, draw(rng))
+    assert not torch.equal(first[0], first[1])
+    rng[1] += 1
+    assert torch.equal(compiled(rng)[0], first[1])
+
+
+def raw_options(**options: Any) -> dict[str, Any]:
+    return {"drift": 0.1, "noise": 0.2, "clamp_low": -1.0, "clamp_high": 1.0, **options}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_mutating_ops(device: torch.device, dtype: torch.dtype) -> None:
+    x, grad, rng, _ = arguments((3, 8), dtype, device, {})
+    stats = torch.empty(3, 5, device=device)
+    active = torch.ones(3, dtype=torch.bool, device=device)
+    ops = torch.ops.coopflow
+    opcheck(ops.langevin_step_.default, (x, grad, rng), raw_options())
+    opcheck(
+        ops.langevin_step_.default,
+        (x, grad, rng),
+        raw_options(stats=stats, active=active, freeze_nonfinite=True, grad_norm=0.5),
+    )
+    opcheck(ops.langevin_noise_.default, (x, rng), {"noise": 0.2})
+    opcheck(ops.normal_.default, (x, rng))
+    opcheck(ops.uniform_.default, (x, rng))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_the_functional_op(device: torch.device, requires_grad: bool) -> None:
+    x, grad, rng, _ = arguments((3, 8), torch.float32, device, {})
+    x.requires_grad_(requires_grad)
+    grad.requires_grad_(requires_grad)
+    step = torch.ops.coopflow.langevin_step.default
+    opcheck(step, (x, grad, rng, 0.1))
+    opcheck(step, (x, grad, rng, 0.0, torch.rand(2, 3, device=device), 0.2))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "grad dtype": ({"grad": torch.zeros(4, 6, dtype=torch.float64)}, TypeError, "grad: .*float64"),
+    "grad shape": ({"grad": torch.zeros(4, 5)}, ValueError, r"grad: .*\(4, 6\), got \(4, 5\)"),
+    "grad strides": ({"grad": torch.zeros(6, 4).t()}, ValueError, "grad: must have the strides"),
+    "grad None": ({"grad": None}, TypeError, "grad"),
+    "grad list": ({"grad": [1.0]}, TypeError, "grad"),
+    "x integer": ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: .*int64"),
+    "x scalar": (
+        {"x": torch.zeros(()), "grad": torch.zeros(())},
+        ValueError,
+        "x: must have a batch",
+    ),
+    "x transposed": (
+        {"x": torch.zeros(6, 4).t(), "grad": torch.zeros(6, 4).t()},
+        ValueError,
+        "x: must be dense",
+    ),
+    "x strided": (
+        {"x": torch.zeros(4, 12)[:, ::2], "grad": torch.zeros(4, 6)},
+        ValueError,
+        "x: must be dense",
+    ),
+    "x expanded": ({"x": torch.zeros(1, 6).expand(4, 6)}, ValueError, "x: must be dense"),
+    "drift NaN": ({"drift": math.nan}, ValueError, "drift: must be finite, got nan"),
+    "drift text": ({"drift": "a"}, TypeError, "drift"),
+    "noise negative": ({"noise": -0.1}, ValueError, "noise: must not be negative, got -0.1"),
+    "noise infinite": ({"noise": math.inf}, ValueError, "noise: must be finite"),
+    "decay NaN": ({"decay": math.nan}, ValueError, "decay: must be finite"),
+    "pull alone": ({"pull": 0.1}, ValueError, "pull: needs x_ref"),
+    "pull NaN": ({"pull": math.nan, "x_ref": torch.zeros(4, 6)}, ValueError, "pull: must be"),
+    "table 1-D": ({"drift": torch.ones(4)}, ValueError, r"drift: must have shape \(T or 1, B"),
+    "table wide": ({"drift": torch.ones(1, 3)}, ValueError, r"with B = 4, got \(1, 3\)"),
+    "table short": (
+        {"drift": torch.ones(3, 1), "step": 3},
+        ValueError,
+        "row 3 was asked .* 3 rows",
+    ),
+    "table short for noise after": (
+        {"noise": torch.ones(3, 1), "step": 2, "noise_when": 1},
+        ValueError,
+        "row 3 was asked",
+    ),
+    "table dtype": ({"noise": torch.ones(1, 1).half()}, TypeError, "noise: .*float32 or float64"),
+    "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
+    "rng shape": ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng: .*\(3,\)"),
+    "grad_clip": ({"grad_clip": 0.0}, ValueError, "grad_clip: must be positive, got 0"),
+    "grad_norm": ({"grad_norm": -1.0}, ValueError, "grad_norm: must be positive"),
+    "step_clip": ({"step_clip": math.nan}, ValueError, "step_clip: must be positive, got nan"),
+    "clamp reversed": ({"clamp": (1.0, -1.0)}, ValueError, r"clamp: .*got \(1, -1\)"),
+    "clamp NaN": ({"clamp": (math.nan, 1.0)}, ValueError, "clamp: must be"),
+    "noise_when": ({"noise_when": 3}, ValueError, "noise_when: must be 0, 1 or 2, got 3"),
+    "step negative": ({"step": -1}, ValueError, "step: must be in"),
+    "chain_offset negative": ({"chain_offset": -1}, ValueError, "chain_offset: must be in"),
+    "xi shape": ({"xi": torch.zeros(4, 5), "noise": 0.1}, ValueError, "xi: must have the shape"),
+    "xi dtype": ({"xi": torch.zeros(4, 6).double(), "noise": 0.1}, TypeError, "xi: .*float64"),
+    "x_ref shape": ({"x_ref": torch.zeros(6)}, ValueError, "x_ref: must have the shape"),
+    "x_low dtype": ({"x_low": torch.zeros(4, 6)}, TypeError, "x_low: .*bfloat16 or float16"),
+    "x_low strides": ({"x_low": torch.zeros(6, 4).half().t()}, ValueError, "x_low: .*strides"),
+    "stats shape": ({"stats": torch.zeros(4, 4)}, ValueError, r"stats: must have shape \(4, 5\)"),
+    "stats dtype": ({"stats": torch.zeros(4, 5).double()}, TypeError, "stats: .*float32"),
+    "active dtype": ({"active": torch.ones(4)}, TypeError, "active: must have dtype bool"),
+    "active shape": ({"active": torch.ones(3).bool()}, ValueError, r"active: .*\(4,\), got \(3,\)"),
+    "freeze alone": ({"freeze_nonfinite": True}, ValueError, "freeze_nonfinite: needs active"),
+    "unknown option": ({"momentum": 0.9}, TypeError, "momentum"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str) -> None:
+    overrides, error, message = BAD[name]
+    given = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in overrides.items()
+    }
+    x = given.pop("x", torch.ones(4, 6, device=device))
+    grad = given.pop("grad", torch.ones(4, 6, device=device))
+    rng = given.pop("rng", KEY.tensor(device))
+    before = x.clone()
+    with pytest.raises(error, match=message):
+        cf.ops.langevin_step_(x, grad, rng, **{"drift": 0.1, **given})
+    assert torch.equal(x, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["grad", "rng", "xi", "stats", "active"])
+def test_mixed_devices_are_named(name: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.ones(4, 6, device="cuda"),
+        "grad": torch.ones(4, 6, device="cuda"),
+        "rng": KEY.tensor("cuda"),
+        "xi": torch.ones(4, 6, device="cuda"),
+        "stats": torch.ones(4, 5, device="cuda"),
+        "active": torch.ones(4, dtype=torch.bool, device="cuda"),
+    }
+    given[name] = given[name].cpu()
+    x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
+    with pytest.raises(ValueError, match=f"{name}: must be on the device of x"):
+        cf.ops.langevin_step_(x, grad, rng, drift=0.1, noise=0.1, **given)
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream_and_on_a_device_that_is_not_current() -> None:
+    x, grad, rng, options = arguments((64, 4096), torch.float32, "cuda", OPTIONS["everything"])
+    expected = cf.ops.langevin_step(x, grad, rng, **options)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # what runs on another stream would be early
+        late = x + 0
+        out = cf.ops.langevin_step(late, grad, rng, **options)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+    if torch.cuda.device_count() > 1:
+        moved = [t.to("cuda:1") for t in (x, grad, rng)]
+        other = {k: v.to("cuda:1") if isinstance(v, Tensor) else v for k, v in options.items()}
+        assert torch.equal(cf.ops.langevin_step(*moved, **other).to(x.device), expected)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    """B·D beyond 2³¹ (15 GiB): the last chain moves as it does alone."""
+    shape = (3, 2**30)
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    grad = torch.full(shape, 0.5, dtype=torch.bfloat16)
+    rng = KEY.tensor()
+    cf.ops.langevin_step_(x, grad, rng, drift=0.1, noise=0.2)
+    tail = slice(2**30 - 4096, 2**30)
+    z = torch.empty(1, 2**30, dtype=torch.bfloat16)
+    torch.ops.coopflow.normal_(z, rng, chain_offset=2)
+    expected = (-0.05 + 0.2 * z[0, tail].float()).bfloat16().float()
+    torch.testing.assert_close(x[2, tail].float(), expected, rtol=2e-2, atol=2e-3)
+    assert (x[2, tail] != 0).all()
+
+
+# --- properties -----------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 9),
+    per_chain=st.integers(1, 700),
+    drift=st.floats(-1, 1),
+    noise=st.floats(0, 1),
+    step=st.integers(0, 2**32 - 4),
+    offset=st.integers(0, 2**63 - 10),
+)
+def test_any_shape_and_counter_matches_the_oracle(
+    batch: int, per_chain: int, drift: float, noise: float, step: int, offset: int
+) -> None:
+    rng = cf.Key(1).tensor()
+    x, grad = (random_like((batch, per_chain), torch.float64, "cpu", seed) for seed in (0, 1))
+    options = {"drift": drift, "noise": noise, "step": step, "chain_offset": offset}
+    out = cf.ops.langevin_step(x, grad, rng, **options)
+    expected = cf.reference.langevin_step(x, grad, rng, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)

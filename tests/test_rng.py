@@ -1,0 +1,333 @@
+"""Keys, and the noise that they define: words, normals, independence, distribution."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import coopflow_ext as cf
+from coopflow_ext.rng import TIME_LIMIT
+
+WORD = 2**32 - 1
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32-10 in Python integers, from the paper's description alone."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = (
+            (product1 >> 32) ^ x1 ^ k0,
+            product1 & WORD,
+            (product0 >> 32) ^ x3 ^ k1,
+            product0 & WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return x0, x1, x2, x3
+
+
+def expected_words(key: cf.Key, chain: int, time: int, element: int) -> int:
+    """The word behind one element's uniform."""
+    counter = (element // 4, time, chain & WORD, chain >> 32)
+    return philox(counter, (key.seed & WORD, key.seed >> 32))[element % 4]
+
+
+def expected_normal(key: cf.Key, chain: int, time: int, element: int) -> float:
+    counter = (element // 4, time, chain & WORD, chain >> 32)
+    words = philox(counter, (key.seed & WORD, key.seed >> 32))
+    w0, w1 = words[:2] if element % 4 < 2 else words[2:]
+    radius = math.sqrt(-2 * math.log((w0 + 0.5) * 2.0**-32))
+    angle = 2 * math.pi * w1 * 2.0**-32
+    return radius * (math.cos(angle) if element % 2 == 0 else math.sin(angle))
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_key_is_immutable_and_hashable() -> None:
+    key = cf.Key(3, time=4)
+    with pytest.raises(AttributeError):
+        key.seed = 5  # type: ignore[misc]
+    assert len({cf.Key(3, time=4), key}) == 1
+
+
+@pytest.mark.parametrize("data", [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
+def test_fold_in_is_philox_at_a_reserved_counter(seed: int, data: int) -> None:
+    words = philox((data & WORD, data >> 32, 0, 2**31), (seed & WORD, seed >> 32))
+    assert cf.Key(seed, time=9).fold_in(data) == cf.Key(words[0] | words[1] << 32, time=9)
+
+
+def test_split_is_fold_in_beyond_the_named_uses() -> None:
+    key = cf.Key(17, time=2)
+    assert key.split(3) == tuple(key.fold_in(2**63 + k) for k in range(3))
+    assert key.split(0) == ()
+
+
+def test_state_dict_survives_json() -> None:
+    key = cf.Key(2**64 - 1, time=2**32 - 1)
+    assert cf.Key.from_state_dict(json.loads(json.dumps(key.state_dict()))) == key
+
+
+def test_advance_counts_and_stops_at_the_last_time() -> None:
+    assert cf.Key(1).advance(5).advance(7) == cf.Key(1, time=12)
+    last = cf.Key(1, time=TIME_LIMIT - 1)
+    assert last.advance(0) == last
+    with pytest.raises(OverflowError, match=r"2\*\*32 - 1 steps.*fold_in"):
+        last.advance(1)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1])
+def test_tensor_holds_the_seed_bits(seed: int) -> None:
+    rng = cf.Key(seed, time=6).tensor()
+    assert rng.dtype == torch.int64
+    assert rng[0].item() % 2**64 == seed
+    assert rng[1].item() == 6
+
+
+def test_default_generator_reproduces_a_key() -> None:
+    torch.manual_seed(4)
+    first = cf.Key.from_default_generator()
+    second = cf.Key.from_default_generator()
+    torch.manual_seed(4)
+    assert cf.Key.from_default_generator() == first
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: cf.Key(-1), ValueError, r"seed must be in \[0, 18446744073709551616\), got -1"),
+        (lambda: cf.Key(2**64), ValueError, "seed must be in"),
+        (lambda: cf.Key(1.0), TypeError, "seed must be an int, got float"),
+        (lambda: cf.Key(True), TypeError, "seed must be an int, got bool"),
+        (lambda: cf.Key(0, time=2**32), ValueError, "time must be in"),
+        (lambda: cf.Key(0).fold_in(2**64), ValueError, "data must be in"),
+        (lambda: cf.Key(0).fold_in(-1), ValueError, "data must be in"),
+        (lambda: cf.Key(0).advance(-1), ValueError, "n must be in"),
+        (lambda: cf.Key(0).split(-1), ValueError, "n must be in"),
+    ],
+)
+def test_bad_keys_are_named(make, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        make()
+
+
+# --- words and normals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain_offset", [0, 2**32 - 2, 2**40 + 3, 2**63 - 8])
+@pytest.mark.parametrize("time", [0, 2**32 - 3])
+def test_words_are_those_of_the_definition(
+    device: torch.device, chain_offset: int, time: int
+) -> None:
+    key = cf.Key(0x9876543210ABCDEF, time=time)
+    drawn = cf.ops.uniform(
+        (3, 11), key.tensor(device), step=2, chain_offset=chain_offset, dtype=torch.float64
+    )
+    for chain in range(3):
+        for element in range(11):
+            word = expected_words(key, chain_offset + chain, time + 2, element)
+            assert drawn[chain, element].item() == (word + 0.5) * 2.0**-32
+
+
+def test_normals_are_those_of_the_definition(device: torch.device) -> None:
+    key = cf.Key(11, time=5)
+    drawn = cf.ops.normal(
+        (2, 3, 3), key.tensor(device), step=1, chain_offset=7, dtype=torch.float64
+    )
+    flat = drawn.reshape(2, 9)
+    for chain in range(2):
+        for element in range(9):
+            expected = expected_normal(key, 7 + chain, 6, element)
+            assert flat[chain, element].item() == pytest.approx(expected, rel=1e-13, abs=1e-15)
+
+
+def test_the_oracle_agrees_with_the_kernels(device: torch.device) -> None:
+    rng = cf.Key(2**64 - 5, time=3).tensor(device)
+    shape = (5, 13)
+    torch.testing.assert_close(
+        cf.ops.normal(shape, rng, chain_offset=2**35, dtype=torch.float64),
+        cf.reference.normal(shape, rng, chain_offset=2**35, dtype=torch.float64),
+        rtol=1e-13,
+        atol=1e-15,
+    )
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        ours = cf.ops.uniform(shape, rng, dtype=dtype)
+        assert torch.equal(ours, cf.reference.uniform(shape, rng, dtype=dtype))
+
+
+def test_float32_normals_are_close_to_float64(device: torch.device) -> None:
+    rng = cf.Key(3).tensor(device)
+    shape = (64, 16384)
+    single = cf.ops.normal(shape, rng, dtype=torch.float32).double()
+    double = cf.ops.normal(shape, rng, dtype=torch.float64)
+    radius = double.reshape(-1, 2).norm(dim=1).repeat_interleave(2).reshape(shape)
+    # u > 1 - 2^-9 means a radius below this; there the logarithm of a rounded u is coarse.
+    near_one = radius < math.sqrt(-2 * math.log(1 - 2.0**-9))
+    error = (single - double).abs()
+    bound = 4e-6 if device.type == "cpu" else 6e-6
+    assert error[~near_one].max() <= bound
+    assert error[near_one].max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_normals_are_the_rounded_float32_ones(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    rng = cf.Key(5).tensor(device)
+    single = cf.ops.normal((7, 1001), rng, dtype=torch.float32)
+    assert torch.equal(cf.ops.normal((7, 1001), rng, dtype=dtype), single.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_chain", [1, 3, 4, 127, 1025])
+def test_a_chain_does_not_know_its_batch(
+    device: torch.device, dtype: torch.dtype, per_chain: int
+) -> None:
+    rng = cf.Key(8).tensor(device)
+    whole = cf.ops.normal((33, per_chain), rng, dtype=dtype)
+    one = cf.ops.normal((1, per_chain), rng, chain_offset=17, dtype=dtype)
+    tail = cf.ops.normal((16, per_chain), rng, chain_offset=17, dtype=dtype)
+    assert torch.equal(whole[17:18], one)
+    assert torch.equal(whole[17:], tail)
+
+
+def test_threads_do_not_change_the_noise() -> None:
+    rng = cf.Key(8).tensor()
+    threads = torch.get_num_threads()
+    draws = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            draws.append(cf.ops.normal((37, 5000), rng))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+
+
+def test_channels_last_counts_in_storage_order(device: torch.device) -> None:
+    rng = cf.Key(2).tensor(device)
+    out = torch.empty(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    torch.ops.coopflow.normal_(out, rng)
+    assert torch.equal(out.permute(0, 2, 3, 1), cf.ops.normal((2, 4, 5, 3), rng))
+
+
+def test_empty_shapes(device: torch.device) -> None:
+    rng = cf.Key(2).tensor(device)
+    assert cf.ops.normal((0, 5), rng).shape == (0, 5)
+    assert cf.ops.normal((5, 0), rng).shape == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda rng: cf.ops.normal((), rng), ValueError, "out: must have a batch dimension"),
+        (lambda rng: cf.ops.normal((2,), rng.int()), TypeError, "rng: must have dtype int64"),
+        (lambda rng: cf.ops.normal((2,), rng[:1]), ValueError, r"rng: must have shape \(2,\)"),
+        (lambda rng: cf.ops.normal((2,), rng, step=-1), ValueError, "step: must be in"),
+        (lambda rng: cf.ops.normal((2,), rng, chain_offset=-1), ValueError, "chain_offset: must"),
+        (
+            lambda rng: cf.ops.normal((2,), rng, chain_offset=2**63 - 1),
+            ValueError,
+            "chain_offset: must be in",
+        ),
+        (
+            lambda rng: cf.ops.normal((2,), rng, dtype=torch.int64),
+            TypeError,
+            "out: must have dtype float32, float64, float16 or bfloat16, got dtype int64",
+        ),
+    ],
+)
+def test_bad_draws_are_named(device, call, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call(cf.Key(0).tensor(device))
+
+
+# --- independence and distribution ----------------------------------------------------------------
+
+
+def blocks_of(rng: torch.Tensor, *, steps: int, chains: int, per_chain: int) -> np.ndarray:
+    """The 128-bit blocks behind many draws, one row of two 64-bit words each."""
+    words = torch.cat(
+        [
+            cf.reference.noise_words(chains, per_chain, rng, step=t).reshape(-1, 4)
+            for t in range(steps)
+        ]
+    )
+    return (words[:, 0::2] | (words[:, 1::2] << 32)).numpy()
+
+
+def test_no_block_is_drawn_twice() -> None:
+    """Seeds, chains, steps and fold_ins: over 10^6 blocks of 128 bits, no two equal."""
+    keys = [cf.Key(0), cf.Key(1), cf.Key(2**32), cf.Key(2**63)]
+    keys += [cf.Key(0).fold_in(i) for i in (0, 1, 2**32)] + list(cf.Key(0).split(2))
+    drawn = np.concatenate(
+        [blocks_of(key.tensor(), steps=16, chains=64, per_chain=512) for key in keys]
+    )
+    assert len(drawn) > 10**6
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+
+
+SAMPLES = 2**20
+
+
+def sample(seed: int) -> np.ndarray:
+    return cf.ops.normal((256, SAMPLES // 256), cf.Key(seed).tensor()).double().numpy()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 + 5])
+def test_moments_one_to_six(seed: int) -> None:
+    z = sample(seed).ravel()
+    for order in range(1, 7):
+        mean = scipy.stats.norm.moment(order)
+        variance = scipy.stats.norm.moment(2 * order) - mean**2
+        band = 5 * math.sqrt(variance / z.size)
+        assert abs((z**order).mean() - mean) < band, f"moment {order}"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_kolmogorov_smirnov(seed: int) -> None:
+    z = sample(seed).ravel()
+    # 5 sigma of a two-sided test.
+    assert scipy.stats.kstest(z, "norm").pvalue > 5.7e-7
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 64])
+def test_no_correlation_over_elements_chains_and_steps(lag: int) -> None:
+    by_element = sample(3)
+    rng = cf.Key(3).tensor()
+    by_step = np.stack([cf.ops.normal((64, 128), rng, step=t).numpy() for t in range(128)])
+    for z in (by_element, by_element.T, by_step.reshape(128, -1)):
+        a, b = z[lag:], z[:-lag]
+        assert abs((a * b).mean()) < 5 / math.sqrt(a.size), "correlation"
+        squares = (a**2 - 1) * (b**2 - 1)
+        assert abs(squares.mean()) < 5 * 2 / math.sqrt(a.size), "correlation of squares"
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_every_lane_is_normal(lane: int) -> None:
+    z = sample(9).reshape(-1, 4)[:, lane]
+    assert scipy.stats.kstest(z, "norm").pvalue > 5.7e-7
+
+
+def test_words_equal_those_of_torchs_stateless_philox() -> None:
+    """torch >= 2.14 has the same generator as a function; found by calling it."""
+    try:
+        from torch.func import _random
+
+        drawn = _random.uniform(_random.key(0x123456789ABCDEF), (64,))
+    except (ImportError, AttributeError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0]
+        pytest.skip(f"torch {torch.__version__} has no stateless Philox on the CPU: {reason}")
+    key = cf.Key(0x123456789ABCDEF)
+    # torch keeps the low 24 bits of a word for a float32.
+    words = [expected_words(key, 0, 0, element) & (2**24 - 1) for element in range(64)]
+    assert (drawn.double() * 2**24).tolist() == words

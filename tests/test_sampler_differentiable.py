@@ -1,0 +1,194 @@
+"""Gradients through chains, and the memory that checkpoints save."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.samplers import LangevinSampler
+
+KEY = cf.Key(1)
+OPTIONS = [
+    {},
+    {"noise_before_gradient": True},
+    {"grad_norm": 0.2, "step_clip": 0.5, "clamp": (-3.0, 3.0)},
+    {"reference_std": 1.5, "on_nonfinite": "ignore"},
+]
+
+
+@pytest.fixture
+def energy() -> MLPEnergy:
+    torch.manual_seed(0)
+    return MLPEnergy(3, widths=(5, 5)).double()
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_gradcheck_in_x0_and_the_parameters(energy, x0, options, checkpoint_every):
+    """T = 5, against finite differences."""
+    names = [name for name, _ in energy.named_parameters()]
+
+    def chain(x: Tensor, *values: Tensor) -> Tensor:
+        parameters = dict(zip(names, values, strict=True))
+        sampler = LangevinSampler(
+            lambda x: torch.func.functional_call(energy, parameters, (x,)),
+            n_steps=5, step_size=0.4, differentiable=True, checkpoint_every=checkpoint_every,
+            **options,
+        )  # fmt: skip
+        return sampler(x, key=KEY).x
+
+    inputs = [x0, *(p.detach() for p in energy.parameters())]
+    assert torch.autograd.gradcheck(chain, [t.clone().requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("checkpoint_every", [None, 1, 2, 7])
+def test_same_states_as_the_fast_loop(energy, x0, options, checkpoint_every):
+    common = {"n_steps": 6, "step_size": 0.4, "return_trajectory": True, "thin": 2, "stats": True,
+              **options}  # fmt: skip
+    plain = LangevinSampler(energy, **common)(x0, key=KEY)
+    out = LangevinSampler(energy, differentiable=True, checkpoint_every=checkpoint_every, **common)(
+        x0, key=KEY
+    )
+    torch.testing.assert_close(out.x, plain.x, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(out.trajectory, plain.trajectory, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(vars(out.stats), vars(plain.stats), rtol=1e-12, atol=1e-13)
+    assert out.key == plain.key
+    assert out.trajectory.requires_grad
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2, 4, 9])
+def test_checkpoints_do_not_change_gradients(energy, x0, checkpoint_every):
+    grads = []
+    for every in (None, checkpoint_every):
+        x = x0.clone().requires_grad_()
+        sampler = LangevinSampler(
+            energy, n_steps=8, step_size=0.4, differentiable=True, checkpoint_every=every,
+            return_trajectory=True,
+        )  # fmt: skip
+        out = sampler(x, key=KEY)
+        loss = out.x.square().sum() + out.trajectory[3].sum()
+        grads.append(torch.autograd.grad(loss, [x, *energy.parameters()], allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+class _Packed:
+    """A saved tensor, counted while something keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_after_forward(energy: MLPEnergy, x0: Tensor, n_steps: int, every: int | None) -> int:
+    """Tensors that the graph of a chain holds between its forward and its backward pass."""
+    packed: list[weakref.ref[_Packed]] = []
+
+    def pack(tensor: Tensor) -> _Packed:
+        holder = _Packed(tensor)
+        packed.append(weakref.ref(holder))
+        return holder
+
+    x = x0.clone().requires_grad_()
+    sampler = LangevinSampler(
+        energy, n_steps=n_steps, step_size=0.1, differentiable=True, checkpoint_every=every
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        out = sampler(x, key=KEY)
+    alive = sum(ref() is not None for ref in packed)
+    out.x.sum().backward()
+    assert x.grad is not None
+    return alive
+
+
+def test_checkpoints_bound_the_saved_tensors(energy, x0):
+    full = saved_after_forward(energy, x0, 30, None)
+    assert full == 3 * saved_after_forward(energy, x0, 10, None)
+    for every in (1, 5, 30):
+        kept = saved_after_forward(energy, x0, 30, every)
+        segments = 30 // every
+        assert kept <= 3 * segments  # the two masks and x of each segment
+    assert saved_after_forward(energy, x0, 30, 5) * 20 < full
+
+
+def test_checkpoints_cost_one_more_pass(energy, x0):
+    calls = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return energy(x)
+
+    sampler = LangevinSampler(
+        counted, n_steps=12, step_size=0.1, differentiable=True, checkpoint_every=4
+    )
+    sampler(x0, key=KEY).x.sum().backward()
+    assert calls == 12 + 12 + 1  # forward, recomputation, and one to find the parameters
+
+
+def test_dropout_is_the_same_when_recomputed(x0):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Dropout(0.5), torch.nn.Linear(32, 1)
+    ).double()
+    grads = []
+    for every in (None, 2):
+        x = x0.clone().requires_grad_()
+        sampler = LangevinSampler(
+            net, n_steps=4, step_size=0.4, differentiable=True, checkpoint_every=every
+        )
+        torch.manual_seed(5)
+        if every is None:
+            net(x0)  # with checkpoints, the search for the parameters draws first
+        grads.append(torch.autograd.grad(sampler(x, key=KEY).x.sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_a_state_of_several_tensors(energy, x0):
+    a, b = x0[:, :1].clone().requires_grad_(), x0[:, 1:].clone().requires_grad_()
+    whole = x0.clone().requires_grad_()
+    options = {"n_steps": 4, "drift": 0.2, "noise": 0.0, "grad_norm": 0.1, "grad_clip": 0.3,
+               "differentiable": True}  # fmt: skip
+    split = LangevinSampler(lambda s: energy(torch.cat(s, dim=1)), checkpoint_every=3, **options)
+    out = split((a, b))
+    expected = LangevinSampler(energy, **options)(whole).x
+    torch.testing.assert_close(torch.cat(out.x, dim=1), expected)
+    grads = torch.autograd.grad(out.x[0].sum() + out.x[1].sum(), (a, b))
+    torch.testing.assert_close(torch.cat(grads, 1), torch.autograd.grad(expected.sum(), whole)[0])
+
+
+def test_parameters_are_not_frozen_and_x0_is_kept(energy, x0):
+    before = x0.clone()
+    out = LangevinSampler(energy, n_steps=3, step_size=0.3, differentiable=True)(x0, key=KEY)
+    out.x.sum().backward()
+    assert energy.layers[0].weight.grad.abs().sum() > 0
+    assert torch.equal(x0, before)
+    assert not x0.requires_grad
+    scored = LangevinSampler(score=lambda x: -x, n_steps=3, step_size=0.3, differentiable=True)
+    x = x0.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(scored(x, key=KEY).x.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(grad, (1 - 0.045) ** 3))
+
+
+def test_nonfinite_gradients_still_raise(x0):
+    def energy(x):
+        return torch.where(x > 0, torch.log(x - x), x).sum(1)
+
+    with pytest.raises(cf.NonFiniteError) as caught:
+        LangevinSampler(energy, n_steps=3, step_size=0.3, differentiable=True, checkpoint_every=2)(
+            x0, key=KEY
+        )
+    assert caught.value.step == 0
+    assert caught.value.x.isfinite().all()

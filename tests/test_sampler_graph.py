@@ -1,0 +1,275 @@
+"""Whole chains as CUDA graphs. The first part replaces the recording by running the chain again,
+so that everything around it is tested without a GPU."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy, ResEnergy
+from coopflow_ext.samplers import LangevinSampler, graph
+
+KEY = cf.Key(5)
+
+
+class FakeRecording:
+    """Stands for the captured work: warm-up and capture, then the same run at each replay."""
+
+    made = 0
+
+    def __init__(self, chain) -> None:
+        type(self).made += 1
+        self.chain, self.in_use = chain, False
+        chain.run(3)
+        chain.run()
+
+    def wait(self) -> None:
+        assert not self.in_use
+
+    def replay(self) -> None:
+        self.in_use = True
+        with graph.frozen(self.chain.plan.gradient.module):
+            self.chain.run()
+
+    def release(self) -> None:
+        self.in_use = False
+
+    def finish(self) -> None:
+        assert not self.in_use
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Samplers take the captured path on the CPU."""
+    monkeypatch.setattr(graph, "_Recording", FakeRecording)
+    monkeypatch.setattr(LangevinSampler, "_can_capture", lambda self, x: True)
+    FakeRecording.made = 0
+    return FakeRecording
+
+
+OPTIONS = [
+    {},
+    {"stats": True, "return_trajectory": True, "thin": 2},
+    {"noise_before_gradient": True, "clamp": (-1, 1)},
+    {"noise_before_gradient": True, "on_nonfinite": "ignore"},
+    {"autocast": torch.bfloat16, "grad_norm": 0.5},
+    {"pull": (None, 0.5)},
+]
+
+
+def assert_equal_outputs(a, b) -> None:
+    torch.testing.assert_close(a.x, b.x, rtol=0, atol=0)
+    assert a.key == b.key
+    if a.trajectory is not None:
+        assert torch.equal(a.trajectory, b.trajectory)
+    if a.stats is not None:
+        torch.testing.assert_close(vars(a.stats), vars(b.stats), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_replays_equal_plain_runs(recorded, options):
+    energy = MLPEnergy(3)
+    common = {"n_steps": 6, "drift": 0.2, "noise": 0.1, **options}
+    captured = LangevinSampler(energy, **common)
+    plain = LangevinSampler(energy, cuda_graph=False, **common)
+    outputs = []
+    for seed in range(3):
+        x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        call = {"x_ref": x0 + seed} if "pull" in options else {}
+        outputs.append(captured(x0, key=cf.Key(seed), **call))
+        assert_equal_outputs(outputs[-1], plain(x0, key=cf.Key(seed), **call))
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.mul_(0.9)
+    assert recorded.made == 1  # parameters changed in place
+    assert not torch.equal(outputs[0].x, outputs[1].x)  # results are copies
+    assert all(p.requires_grad for p in energy.parameters())
+
+
+def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
+    energy = MLPEnergy(3)
+    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1)
+
+    def run(n, **call):
+        sampler(torch.randn(n, 3), **call)
+        return recorded.made
+
+    assert run(5) == 1
+    assert run(5, key=KEY) == 1
+    assert run(6) == 2
+    assert run(5, chain_offset=3) == 3
+    assert run(5, xi=torch.randn(2, 5, 3)) == 4
+    assert run(5) == 4
+    energy.eval()
+    assert run(5) == 5
+    energy.train()
+    assert run(5) == 5
+    assert run(6) == 6  # the least recently used was dropped
+    assert len(sampler._graphs._captured) == 4
+    energy.layers[0].weight = nn.Parameter(torch.zeros_like(energy.layers[0].weight))
+    assert run(5) == 7
+
+
+def test_model_kwargs(recorded):
+    def energy(x, centre, scale, unhashable=()):
+        return scale * (x - centre).square().sum(1)
+
+    sampler = LangevinSampler(energy, n_steps=50, drift=0.2, noise=0.0)
+    for value in (1.0, 2.0):
+        centre = torch.full((4, 2), value)
+        x = sampler(torch.zeros(4, 2), model_kwargs={"centre": centre, "scale": 0.5}).x
+        torch.testing.assert_close(x, centre, atol=1e-3, rtol=0)
+    assert recorded.made == 1
+    sampler(torch.zeros(4, 2), model_kwargs={"centre": centre, "scale": 0.25})
+    assert recorded.made == 2
+    with pytest.warns(UserWarning, match="model_kwargs must be tensors or hashable"):
+        sampler(torch.zeros(4, 2), model_kwargs={"centre": 0, "scale": 1, "unhashable": []})
+
+
+def test_nonfinite_chains_raise(recorded):
+    def score(x):
+        return torch.where(x > 0, torch.nan, -x)
+
+    sampler = LangevinSampler(score=score, n_steps=2, step_size=0.1)
+    with pytest.raises(cf.NonFiniteError) as caught:
+        sampler(torch.tensor([[-9.0], [1.0]]))
+    assert caught.value.chains.tolist() == [1]
+
+
+def test_refusal_warns_once_or_raises(monkeypatch, recorded):
+    class Refuses(FakeRecording):
+        def __init__(self, chain) -> None:
+            type(self).made += 1
+            raise graph._CaptureError("RuntimeError: operation not permitted")
+
+    monkeypatch.setattr(graph, "_Recording", Refuses)
+    energy, x0 = MLPEnergy(3), torch.randn(4, 3)
+    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1)
+    plain = LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=False)
+    with pytest.warns(UserWarning, match="cannot be captured.*operation not permitted"):
+        out = sampler(x0, key=KEY)
+    assert torch.equal(out.x, plain(x0, key=KEY).x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler(x0, key=KEY)
+    assert Refuses.made == 1
+    with pytest.raises(RuntimeError, match=r"cuda_graph=True: .*operation not permitted"):
+        LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=True)(x0)
+    assert all(p.requires_grad for p in energy.parameters())
+
+
+def test_everything_is_released_with_the_sampler(recorded):
+    sampler = LangevinSampler(MLPEnergy(3), n_steps=2, step_size=0.1)
+    sampler(torch.randn(4, 3))
+    (captured,) = sampler._graphs._captured.values()
+    buffers = weakref.ref(captured.chain.xs[0])
+    gc.disable()  # nothing may wait for the collector
+    try:
+        del sampler, captured
+        assert buffers() is None
+    finally:
+        gc.enable()
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.device_count() - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gpu_replays_equal_plain_runs(gpu, options):
+    """Same noise, gradients to rounding; parameters change in place between the calls."""
+    energy = ResEnergy(channels=1, width=8, image_size=8).to(gpu)
+    common = {"n_steps": 6, "drift": 0.2, "noise": 0.1, **options}
+    captured = LangevinSampler(energy, cuda_graph=True, **common)
+    plain = LangevinSampler(energy, cuda_graph=False, **common)
+    for seed in range(3):
+        x0 = torch.rand(5, 1, 8, 8, device=gpu)
+        call = {"x_ref": x0 + seed} if "pull" in options else {}
+        a, b = captured(x0, key=cf.Key(seed), **call), plain(x0, key=cf.Key(seed), **call)
+        torch.testing.assert_close(a.x, b.x, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            for p in energy.parameters():
+                p.mul_(0.9)
+    assert len(captured._graphs._captured) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_fresh_noise_at_every_replay(gpu):
+    sampler = LangevinSampler(score=lambda x: -x, n_steps=3, step_size=0.1, cuda_graph=True)
+    x0, key = torch.zeros(64, 3, device=gpu), KEY
+    first = sampler(x0, key=key)
+    second = sampler(x0, key=first.key)
+    assert not torch.equal(first.x, second.x)
+    assert torch.equal(sampler(x0, key=key).x, first.x)
+    cpu = LangevinSampler(score=lambda x: -x, n_steps=3, step_size=0.1)(x0.cpu(), key=key)
+    torch.testing.assert_close(first.x.cpu(), cpu.x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_on_other_streams(gpu):
+    energy = MLPEnergy(3).to(gpu)
+    sampler = LangevinSampler(energy, n_steps=20, step_size=0.1, cuda_graph=True)
+    plain = LangevinSampler(energy, n_steps=20, step_size=0.1, cuda_graph=False)
+    x0 = torch.randn(4096, 3, device=gpu)
+    expected = [plain(x0, key=cf.Key(k)).x for k in range(8)]
+    torch.cuda.synchronize(gpu)
+    streams = [torch.cuda.Stream(gpu) for _ in range(2)]
+    results = []
+    for k in range(8):
+        with torch.cuda.stream(streams[k % 2]):
+            results.append(sampler(x0, key=cf.Key(k)).x)
+    torch.cuda.synchronize(gpu)
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_a_host_sync_is_named_once(gpu):
+    def energy(x: Tensor) -> Tensor:
+        return x.square().sum(1) * (1.0 if x.sum().item() > 0 else 2.0)
+
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    x0 = torch.randn(8, 3, device=gpu)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        out = sampler(x0, key=KEY)
+    plain = LangevinSampler(energy, n_steps=3, step_size=0.1, cuda_graph=False)
+    torch.testing.assert_close(out.x, plain(x0, key=KEY).x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler(x0, key=KEY)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_released(gpu):
+    energy = ResEnergy(channels=1, width=16, image_size=32).to(gpu)
+    x0 = torch.rand(64, 1, 32, 32, device=gpu)
+    torch.cuda.synchronize(gpu)
+    LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=False)(x0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(gpu)
+    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=True)
+    sampler(x0)
+    del sampler
+    torch.cuda.synchronize(gpu)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(gpu) <= before + 2**22
+
+
+@pytest.mark.gpu
+def test_gpu_compiled_score_in_a_graph(gpu):
+    energy = MLPEnergy(3).to(gpu)
+    x0 = torch.randn(256, 3, device=gpu)
+    a = LangevinSampler(energy, n_steps=5, step_size=0.1, compile=True, cuda_graph=True)
+    b = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=False)
+    torch.testing.assert_close(a(x0, key=KEY).x, b(x0, key=KEY).x, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,255 @@
+"""autocast, channels_last and compile: the same chain, computed otherwise."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy, ResEnergy
+from coopflow_ext.samplers import LangevinSampler
+from coopflow_ext.samplers.precision import WeightCopies
+
+KEY = cf.Key(3)
+T = 4
+
+
+@pytest.fixture
+def energy() -> ResEnergy:
+    torch.manual_seed(0)
+    return ResEnergy(channels=2, width=4, image_size=8)
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def autocast_loop(energy, x, xi, drift, noise):
+    """A plain loop that casts the weights anew at every step."""
+    for z in xi:
+        leaf = x.bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            u = energy(leaf)
+        (grad,) = torch.autograd.grad(u.sum(), leaf)
+        x = x - drift * grad.float() + noise * z
+    return x
+
+
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_autocast_gives_autocasts_numbers_and_keeps_the_states_dtype(energy, x0, noise_first):
+    xi = torch.randn(T, *x0.shape)
+    sampler = LangevinSampler(
+        energy, n_steps=T, drift=5.0, noise=0.1, autocast=torch.bfloat16,
+        noise_before_gradient=noise_first, return_trajectory=True,
+    )  # fmt: skip
+    out = sampler(x0, xi=xi)
+    assert out.x.dtype == torch.float32
+    if noise_first:
+        x = x0
+        for k in range(T):
+            x = autocast_loop(energy, x + 0.1 * xi[k], xi[k : k + 1], 5.0, 0.0)
+    else:
+        x = autocast_loop(energy, x0, xi, 5.0, 0.1)
+    torch.testing.assert_close(out.x, x, rtol=1e-6, atol=1e-6)
+    exact = LangevinSampler(energy, n_steps=T, drift=5.0, noise=0.1,
+                            noise_before_gradient=noise_first)(x0, xi=xi).x  # fmt: skip
+    assert not torch.equal(out.x, exact)
+    torch.testing.assert_close(out.x, exact, rtol=0, atol=2e-2)
+
+
+def test_weight_copies_are_made_once_per_chain(energy, x0, monkeypatch):
+    refreshed = []
+    original = WeightCopies.refresh
+    monkeypatch.setattr(
+        WeightCopies, "refresh", lambda self: (refreshed.append(1), original(self))[1]
+    )
+    seen: set[torch.dtype] = set()
+    handle = energy.stem.register_forward_hook(lambda m, i, o: seen.add(m.weight.dtype))
+    own = dict(energy.named_parameters())
+    sampler = LangevinSampler(energy, n_steps=T, step_size=0.1, autocast=torch.bfloat16)
+    first = sampler(x0, key=KEY).x
+    handle.remove()
+    assert len(refreshed) == 1
+    assert seen == {torch.bfloat16}
+    after = dict(energy.named_parameters())
+    assert all(after[name] is p and p.requires_grad for name, p in own.items())
+    assert list(after) == list(own)
+    with torch.no_grad():
+        energy.head.weight.mul_(3)
+    assert not torch.equal(sampler(x0, key=KEY).x, first)  # the copies follow the weights
+
+
+def test_weights_come_back_after_an_error(energy, x0):
+    own = dict(energy.named_parameters())
+    failing = LangevinSampler(
+        energy, n_steps=T, step_size=0.1, autocast=torch.bfloat16, channels_last=True
+    )
+    with pytest.raises(ValueError, match="x must have shape"):
+        failing(x0[:, :1])
+    assert all(p is own[name] and p.dtype == torch.float32 for name, p in energy.named_parameters())
+
+
+def test_only_weights_that_autocast_casts_are_copied():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 8))
+            self.head = nn.Linear(8, 1)
+            self.centre = nn.Parameter(torch.full((1, 3), 0.123456789))
+            self.dtypes: set[torch.dtype] = set()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.dtypes = {self.centre.dtype, self.layer.parametrizations.weight.original1.dtype}
+            return self.head(torch.tanh(self.layer(x - self.centre)))
+
+    net = Net()
+    LangevinSampler(net, n_steps=2, step_size=0.1, autocast=torch.bfloat16)(torch.randn(4, 3))
+    assert net.dtypes == {torch.float32}
+
+
+def test_channels_last(energy, x0):
+    options = {"n_steps": T, "drift": 5.0, "noise": 0.0}
+    expected = LangevinSampler(energy, **options)(x0).x
+    out = LangevinSampler(energy, channels_last=True, return_trajectory=True, **options)(x0)
+    assert out.x.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.x, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.trajectory[-1], out.x, rtol=0, atol=0)
+    assert energy.stem.weight.is_contiguous()
+    # A chain's elements take their noise in storage order.
+    noise = LangevinSampler(
+        score=torch.zeros_like, n_steps=1, drift=0.0, noise=1.0, channels_last=True
+    )(torch.zeros(3, 2, 8, 8), key=KEY).x
+    flat = cf.ops.normal((3, 128), KEY.tensor())
+    assert torch.equal(noise.permute(0, 2, 3, 1).reshape(3, 128), flat)
+    # A start that is channels_last stays so.
+    given = x0.contiguous(memory_format=torch.channels_last)
+    kept = LangevinSampler(energy, **options)(given).x
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_supplied_normals_and_centres_follow_the_layout(energy, x0):
+    xi, x_ref = torch.randn(T, *x0.shape), torch.zeros_like(x0)
+    options = {"n_steps": T, "drift": 0.5, "noise": 0.1, "pull": (x_ref, 0.5)}
+    expected = LangevinSampler(energy, **options)(x0, xi=xi).x
+    out = LangevinSampler(energy, channels_last=True, **options)(x0, xi=xi).x
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_differentiable_chains_in_low_precision(energy, x0):
+    options = {"n_steps": 2, "drift": 1.0, "noise": 0.0, "differentiable": True}
+    grads = []
+    for precision in ({}, {"autocast": torch.bfloat16}, {"channels_last": True}):
+        x = x0.clone().requires_grad_()
+        end = LangevinSampler(energy, **precision, **options)(x).x
+        grads.append(torch.autograd.grad(end.square().sum(), [x, energy.head.weight]))
+    for other, tolerance in ((grads[1], 3e-2), (grads[2], 1e-4)):
+        for a, b in zip(other, grads[0], strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.slow
+def test_accuracy_on_the_papers_network():
+    """Relative error of the gradient against float64, as stated in LangevinSampler's docstring."""
+    torch.manual_seed(0)
+    energy = ResEnergy(width=16, image_size=32)
+    x0 = torch.rand(2, 3, 32, 32) * 2 - 1
+    exact = -LangevinSampler(energy.double(), n_steps=1, drift=1.0, noise=0.0)(x0.double()).x + x0
+    energy.float()
+    scale = 0.1 / exact.square().mean().sqrt().item()  # so that x − drift·g keeps g's digits
+    for options, bound in (
+        ({}, 5e-6), ({"channels_last": True}, 5e-6), ({"compile": True}, 5e-6),
+        ({"autocast": torch.bfloat16}, 2e-2),
+    ):  # fmt: skip
+        x = LangevinSampler(energy, n_steps=1, drift=scale, noise=0.0, **options)(x0).x
+        error = ((x0 - x).double() / scale - exact).norm() / exact.norm()
+        assert error < bound, options
+
+
+# --- compile ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """The compiler's front end only: the same program, captured but not compiled to code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("negative", [False, True])
+def test_compiled_gradient(negative):
+    energy = MLPEnergy(3)
+    x0 = torch.randn(5, 3)
+    function = (lambda x: -energy(x)) if negative else energy
+    options = {"n_steps": T, "step_size": 0.3, "stats": True, "negative_energy": negative}
+    expected = LangevinSampler(function, **options)(x0, key=KEY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = LangevinSampler(function, compile=True, **options)
+        out = sampler(x0, key=KEY)
+        again = sampler(x0, key=KEY)
+    torch.testing.assert_close(out.x, expected.x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.stats.energy, expected.stats.energy, rtol=1e-5, atol=1e-6)
+    assert torch.equal(again.x, out.x)
+    assert all(p.requires_grad for p in energy.parameters())
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_compiled_score_and_several_tensors():
+    x0 = torch.randn(5, 3)
+    options = {"n_steps": T, "step_size": 0.3}
+    expected = LangevinSampler(score=lambda x: -x, **options)(x0, key=KEY).x
+    compiled = LangevinSampler(score=lambda x: -x, compile=True, **options)(x0, key=KEY).x
+    torch.testing.assert_close(compiled, expected)
+
+    def energy(state):
+        return state[0].square().sum(1) + (state[0][:, :1] * state[1]).sum(1)
+
+    both = [
+        LangevinSampler(energy, compile=flag, **options)([x0, x0 + 1], key=KEY).x
+        for flag in (False, True)
+    ]
+    torch.testing.assert_close(*both)
+
+
+def test_compile_falls_back_with_one_warning(monkeypatch):
+    def broken(function):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    energy, x0 = MLPEnergy(3), torch.randn(5, 3)
+    sampler = LangevinSampler(energy, n_steps=T, step_size=0.3, compile=True)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found") as caught:
+        outputs = [sampler(x0, key=KEY) for _ in range(2)]
+    assert len(caught) == 1
+    expected = LangevinSampler(energy, n_steps=T, step_size=0.3)(x0, key=KEY)
+    assert all(torch.equal(out.x, expected.x) for out in outputs)
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.filterwarnings("ignore:compile=True")
+def test_a_detached_energy_is_refused_when_compiled_too():
+    with pytest.raises(ValueError, match="detached"):
+        LangevinSampler(lambda x: x.detach().sum(1), n_steps=T, step_size=0.3, compile=True)(
+            torch.randn(5, 3)
+        )
+
+
+def test_differentiable_steps_are_not_compiled():
+    with pytest.warns(UserWarning, match="cannot differentiate twice"):
+        LangevinSampler(MLPEnergy(3), n_steps=2, step_size=0.1, compile=True, differentiable=True)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    energy, x0 = MLPEnergy(3), torch.randn(64, 3)
+    options = {"n_steps": T, "step_size": 0.3}
+    out = LangevinSampler(energy, compile=True, **options)(x0, key=KEY).x
+    torch.testing.assert_close(out, LangevinSampler(energy, **options)(x0, key=KEY).x)
