@@ -107,7 +107,7 @@ def case(
     return Case(title, build, batch * size, quick=quick, cold=cold, **kw)
 
 
-CASES = (
+SUITE_CASES = (
     case("forward", 256, 1536, quick=True),
     case("inverse", 256, 1536, quick=True),
     case("forward+backward", 256, 1536, quick=True),
@@ -119,6 +119,6 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_affine_coupling(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

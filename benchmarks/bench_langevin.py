@@ -108,7 +108,7 @@ def case(
     return Case(name, build, batch * size, quick=quick, cold=cold, **kw)
 
 
-CASES = (
+SUITE_CASES = (
     case(256, 3072, torch.float32, quick=True),
     case(256, 3072, torch.bfloat16),
     case(1024, 2, torch.float32, quick=True),
@@ -119,6 +119,6 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_langevin(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

@@ -30,12 +30,18 @@ from harness import (
     write_json,
 )
 
-MODULES = ("bench_langevin", "bench_affine_coupling")
+MODULES = (
+    "bench_langevin",
+    "bench_affine_coupling",
+    "bench_sampler",
+    "bench_flowpp",
+    "bench_coop",
+)
 RESULTS = "results.json"
 
 
 def all_cases() -> list[Case]:
-    return [case for module in MODULES for case in importlib.import_module(module).CASES]
+    return [case for module in MODULES for case in importlib.import_module(module).SUITE_CASES]
 
 
 def select(patterns: Sequence[str], device: str, quick: bool) -> list[Case]:
