@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# The long tier (`make check`): every test, the source distribution, and the wheel beside other torch
-# versions in fresh virtual environments. Needs the package index and about 15 GB of disk while it
-# runs. The log goes to docs/check-log.txt.
+# The long tier (`make check`) in two parts, both by default:
+#   tests    every test that needs no GPU, the slow ones included
+#   wheels   the source distribution, a wheel made from it, and the tests of the operators with that
+#            wheel beside other torch versions, each in a fresh virtual environment; needs the package
+#            index and about 10 GB of disk while it runs
+# The log of a part that passed is docs/check-PART.txt.
 #
-#   tests/check.sh PYTHON      PYTHON: the project's development environment
-#   CHECK_TORCH="torch==2.10.0 torch==2.11.0 torch"   the versions to try; empty: none
+#   tests/check.sh PYTHON [PART…]      PYTHON: the project's development environment
+#   CHECK_TORCH="torch==2.10.0 torch==2.11.0 torch"   the versions to try
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+shift
+parts=("$@")
+[ $# -gt 0 ] || parts=(tests wheels)
 versions=${CHECK_TORCH-torch==2.10.0 torch==2.11.0 torch}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-log=docs/check-log.txt
 mkdir -p docs build
 
 # The tests of operators, which need no training extras.
-op_tests=(tests/test_rng.py tests/test_langevin.py tests/test_affine_coupling.py)
+op_tests=(tests/test_rng.py tests/test_langevin.py tests/test_affine_coupling.py
+  tests/test_mixture_logistic.py)
 
 beside_torch() { # wheel, requirement
   local venv=$work/venv started=$SECONDS
@@ -38,12 +44,9 @@ print(cf.build_info())" | sed "s|$work|…|g"
   echo "=== $2: right, $((SECONDS - started)) s"
 }
 
-run() {
-  echo "date    $(date -u +%Y-%m-%dT%H:%M:%SZ)"
-  echo "commit  $(git describe --always --dirty --abbrev=40)"
-  echo "machine $(uname -sm), $(nproc) cores"
-  echo "=== every test"
-  "$python" -m pytest -m "not gpu"
+part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider; }
+
+part_wheels() {
   echo "=== sdist, and a wheel built from it"
   "$python" -m build --sdist --no-isolation --outdir "$work/sdist" . >"$work/build.log" 2>&1 ||
     { cat "$work/build.log" && return 1; }
@@ -53,8 +56,19 @@ run() {
   for version in $versions; do
     beside_torch "$(ls "$work"/wheel/*.whl)" "$version"
   done
-  echo "=== make check: everything passed"
 }
 
-run 2>&1 | sed -e "s|$work|…|g" -e "s|$PWD|.|g" | tee build/check-log.txt
-cp build/check-log.txt "$log"
+run() {
+  echo "part    $1"
+  echo "date    $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+  echo "commit  $(git describe --always --dirty --abbrev=40)"
+  echo "machine $(uname -sm), $(nproc) cores"
+  "part_$1"
+  echo "=== passed in $SECONDS s"
+}
+
+for part in "${parts[@]}"; do
+  SECONDS=0
+  run "$part" 2>&1 | sed -e "s|$work|…|g" -e "s|$PWD|.|g" | tee "build/check-$part.txt"
+  cp "build/check-$part.txt" "docs/check-$part.txt"
+done
