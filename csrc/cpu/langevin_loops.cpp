@@ -101,6 +101,64 @@ void for_each_run(int64_t quads_per_chain, int64_t begin, int64_t end, const F& 
   }
 }
 
+// The counters of the quads [begin, end) of the flat range.
+inline void set_counters(int64_t chain_offset, int64_t quads_per_chain, int64_t begin, int64_t end,
+                         TileCounters* counters) {
+  if (quads_per_chain == 1) {  // a plain loop, which the compiler vectorises
+    for (int64_t i = 0; i < kQuadsPerTile; ++i) counters->set(i, chain_offset + begin + i, 0);
+    return;
+  }
+  for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
+    for (int64_t i = 0; i < run.blocks; ++i) {
+      counters->set(run.quad + i, chain_offset + run.chain, run.first_block + i);
+    }
+  });
+}
+
+// values[4 * quad + lane] -> values[kPerChain * quad + lane] for chains shorter than a quad.
+template <int64_t kPerChain, typename A>
+void close_gaps(A* values) {
+  for (int64_t quad = 1; quad < kQuadsPerTile; ++quad) {
+    for (int64_t lane = 0; lane < kPerChain; ++lane) {
+      values[kPerChain * quad + lane] = values[4 * quad + lane];
+    }
+  }
+}
+
+// Elements that a run has; its last quad may not be full.
+inline int64_t run_elements(const Run& run, int64_t per_chain) {
+  const int64_t left = per_chain - 4 * run.first_block;
+  return left < 4 * run.blocks ? left : 4 * run.blocks;
+}
+
+// Moves the noise of the quads [begin, end) together where chains do not fill their last quad.
+// Returns the number of elements.
+template <typename A>
+int64_t close_all_gaps(int64_t per_chain, int64_t begin, int64_t end, A* values) {
+  const int64_t quads = end - begin;
+  switch (per_chain) {
+    case 1:
+      close_gaps<1>(values);
+      return quads;
+    case 2:
+      close_gaps<2>(values);
+      return 2 * quads;
+    case 3:
+      close_gaps<3>(values);
+      return 3 * quads;
+    default:
+      break;
+  }
+  if (per_chain % 4 == 0) return 4 * quads;
+  int64_t n = 0;
+  for_each_run(divide_up(per_chain, 4), begin, end, [&](const Run& run) {
+    const int64_t count = run_elements(run, per_chain);
+    for (int64_t i = 0; i < count; ++i) values[n + i] = values[4 * run.quad + i];
+    n += count;
+  });
+  return n;
+}
+
 // One tile of the flat range of quads over all chains.
 template <typename T, bool kFull>
 void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end,
@@ -111,31 +169,15 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
   const int64_t quads_per_chain = divide_up(per_chain, 4);
   if (args.noise_source == NoiseSource::kPhilox) {
     TileCounters counters{};
-    for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
-      for (int64_t i = 0; i < run.blocks; ++i) {
-        counters.set(run.quad + i, args.chain_offset + run.chain, run.first_block + i);
-      }
-    });
+    set_counters(args.chain_offset, quads_per_chain, begin, end, &counters);
     fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]), noise_time(args.rng, args.step),
                            xi);
   }
-  const auto elements = [&](const Run& run) {
-    const int64_t left = per_chain - 4 * run.first_block;
-    return left < 4 * run.blocks ? left : 4 * run.blocks;
-  };
   if (shared) {
     // Chains follow one another in memory, so one span serves them all; the noise of chains whose
     // last quad is not full is moved together first.
     const int64_t first = (begin / quads_per_chain) * per_chain + 4 * (begin % quads_per_chain);
-    int64_t n = 0;
-    for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
-      const int64_t count = elements(run);
-      const int64_t from = 4 * run.quad;
-      if (from != n) {
-        for (int64_t i = 0; i < count; ++i) xi[n + i] = xi[from + i];
-      }
-      n += count;
-    });
+    const int64_t n = close_all_gaps(per_chain, begin, end, xi);
     if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, first, n, xi);
     update_span<T, kFull, false>(args, langevin_chain(args, 0), first, n, xi, nullptr);
     return;
@@ -144,9 +186,9 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
     if (args.active != nullptr && !args.active[run.chain]) return;
     const int64_t offset = run.chain * per_chain + 4 * run.first_block;
     A* noise = xi + 4 * run.quad;
-    if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, offset, elements(run), noise);
-    update_span<T, kFull, false>(args, langevin_chain(args, run.chain), offset, elements(run),
-                                 noise, nullptr);
+    const int64_t n = run_elements(run, per_chain);
+    if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, offset, n, noise);
+    update_span<T, kFull, false>(args, langevin_chain(args, run.chain), offset, n, noise, nullptr);
   });
 }
 
