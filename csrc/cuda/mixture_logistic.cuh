@@ -6,12 +6,13 @@
 #include "coopflow/mixture_logistic.h"
 #include "coopflow/scalar_types.h"
 #include "launch.cuh"
-#include "mixture_logistic_op.h"
+#include "mixture_logistic_launch.h"
 #include "reduce.cuh"
 
 namespace coopflow {
 
-// --- one element's parameters -----------------------------------------------------------------------
+// --- one element's parameters
+// -----------------------------------------------------------------------
 
 // The parameters of an element in memory, the first of them at row; parameter type P.
 template <typename P>
@@ -113,7 +114,8 @@ class MixtureParams<P, 0> {
   const A peak_;
 };
 
-// --- sums over the components -------------------------------------------------------------------------
+// --- sums over the components
+// -------------------------------------------------------------------------
 
 template <typename Params, typename A = typename Params::A>
 __device__ __forceinline__ MixtureSums<A> direct_sums(const Params& params, A x) {
@@ -171,7 +173,8 @@ __device__ __forceinline__ LogitAndLogSlope<A> finish(const Params& params, A x,
 // Where logit F = target, and the direct sums at the last evaluation.
 template <typename Params, typename A = typename Params::A>
 __device__ __forceinline__ A solve(const Params& params, A target, MixtureSums<A>* sums) {
-  RootSearch<A> search{A(0), INFINITY, -INFINITY, A(0), A(0), is_finite(target)};
+  RootSearch<A> search{root_tolerance(target), A(0), INFINITY, -INFINITY, A(0), A(0),
+                       is_finite(target)};
   A total = A(0);
   params.for_each([&](int, const Component<A>& c) {
     const A quantile = component_quantile(c, target);
@@ -195,7 +198,8 @@ __device__ __forceinline__ A solve(const Params& params, A target, MixtureSums<A
   return search.x;
 }
 
-// --- forward and inverse --------------------------------------------------------------------------------
+// --- forward and inverse
+// --------------------------------------------------------------------------------
 
 // The state is of type P or, beside half-precision parameters, float: of the arithmetic type.
 template <typename P>
@@ -215,15 +219,18 @@ __device__ __forceinline__ void store_state(arithmetic_t<P> value, int64_t offse
   }
 }
 
+constexpr int kMixtureThreads = 128;
+
 // Threads of a block, an element for each; a chunk of ladj is a block's elements.
 inline int mixture_threads(int64_t per_chain) {
-  return static_cast<int>(std::min<int64_t>(kBlockThreads, divide_up(per_chain, kWarp) * kWarp));
+  return static_cast<int>(std::min<int64_t>(kMixtureThreads, divide_up(per_chain, kWarp) * kWarp));
 }
 
-// Resident blocks that a kernel's registers must allow: with 2 a thread has 128, with 1 all 255.
+// Resident blocks that a kernel's registers must allow: 4 leave a thread 128, 3 leave 168 and 2 all
+// 255. A parameter in registers takes one, or two for double; 32 components take 96.
 template <typename P, int kComponents, bool kBackward>
 constexpr int kMixtureMinBlocks =
-    sizeof(arithmetic_t<P>) == 8 || (kBackward && kComponents > 16) ? 1 : 2;
+    sizeof(arithmetic_t<P>) == 8 ? 2 : (kComponents < 32 ? 4 : (kBackward ? 2 : 3));
 
 template <typename A>
 struct Affine {
@@ -250,8 +257,7 @@ __device__ __forceinline__ ElementResult<A> forward_element(const MixtureShape& 
   A poison = multiply_add(A(0), x, multiply_add(A(0), affine.a, A(0) * affine.b));
   const MixtureParams<P, kComponents> params({shape, row}, &poison);
   const LogitAndLogSlope<A> at = finish(params, x, direct_sums(params, x));
-  return {(at.logit + affine.b) * exponential(affine.a) + poison,
-          at.log_slope + affine.a + poison};
+  return {(at.logit + affine.b) * exponential(affine.a) + poison, at.log_slope + affine.a + poison};
 }
 
 template <typename P, int kComponents, typename A = arithmetic_t<P>>
@@ -283,10 +289,9 @@ __device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& 
 }
 
 template <typename P, int kComponents, bool kInverse>
-__global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponents, false>)
-    mixture_coupling_kernel(
-    const __grid_constant__ MixtureCouplingArgs<arithmetic_t<P>> args, int64_t chunks,
-    bool arithmetic_state, arithmetic_t<P>* partial_sums) {
+__global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kComponents, false>)
+    mixture_coupling_kernel(const __grid_constant__ MixtureCouplingArgs<arithmetic_t<P>> args,
+                            int64_t chunks, bool arithmetic_state, arithmetic_t<P>* partial_sums) {
   using A = arithmetic_t<P>;
   const MixtureShape& shape = args.shape;
   for (int64_t index = blockIdx.x; index < shape.batch * chunks; index += gridDim.x) {
@@ -295,14 +300,15 @@ __global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponent
     A sums[1] = {A(0)};
     if (e < shape.per_chain) {
       const int64_t offset = chain * shape.per_chain + e;
-      const P* row = static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e;
+      const P* row =
+          static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e;
       ElementResult<A> result;
       if constexpr (kInverse) {
         result = inverse_element<P, kComponents>(shape, row, args.in, offset, arithmetic_state,
                                                  args.legacy_cdf_clamp);
       } else {
-        result = forward_element<P, kComponents>(
-            shape, row, load_state<P>(args.in, offset, arithmetic_state));
+        result = forward_element<P, kComponents>(shape, row,
+                                                 load_state<P>(args.in, offset, arithmetic_state));
       }
       store_state<P>(result.out, offset, arithmetic_state, args.out);
       sums[0] = result.ladj;
@@ -312,7 +318,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponent
   }
 }
 
-// --- backward -------------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------------
 
 template <typename A>
 struct Reciprocals {
@@ -350,17 +357,17 @@ __device__ __forceinline__ CouplingGradient<A> coupling_gradient(
     const MixtureCouplingBackwardArgs<A>& args, const GradientSums<A>& sums, A logit, A grad_out,
     A grad_ladj, A y, const Affine<A>& affine) {
   const MixtureSlopes<A> slopes = mixture_slopes(sums);
-  return args.inverse() ? mixture_inverse_gradient(grad_out, grad_ladj, slopes, y, affine.a, affine.b,
-                                                   args.legacy_cdf_clamp)
-                        : mixture_forward_gradient(grad_out, grad_ladj, slopes, logit, affine.a,
-                                                   affine.b);
+  return args.inverse()
+             ? mixture_inverse_gradient(grad_out, grad_ladj, slopes, y, affine.a, affine.b,
+                                        args.legacy_cdf_clamp)
+             : mixture_forward_gradient(grad_out, grad_ladj, slopes, logit, affine.a, affine.b);
 }
 
 template <typename P, int kComponents>
-__global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponents, true>)
+__global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kComponents, true>)
     mixture_coupling_backward_kernel(
-        const __grid_constant__ MixtureCouplingBackwardArgs<arithmetic_t<P>> args,
-        int64_t chunks, bool arithmetic_state) {
+        const __grid_constant__ MixtureCouplingBackwardArgs<arithmetic_t<P>> args, int64_t chunks,
+        bool arithmetic_state) {
   using A = arithmetic_t<P>;
   const int64_t stride = args.shape.per_chain;
   for (int64_t index = blockIdx.x; index < args.shape.batch * chunks; index += gridDim.x) {
@@ -419,8 +426,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponent
         const Component<A> c = rows.component(k, peak);
         const Logistic<A> at = logistic(x, c);
         store_component_gradient(rows, k, at, c.inv_scale, c.weight,
-                                 scaled_terms(at, rows.log_component(k, peak), peaks), per, grad_u, g.l,
-                                 grad_logits);
+                                 scaled_terms(at, rows.log_component(k, peak), peaks), per, grad_u,
+                                 g.l, grad_logits);
       }
     }
     store_state<P>(g.input + poison, offset, arithmetic_state, args.grad_in);
@@ -431,7 +438,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMixtureMinBlocks<P, kComponent
   }
 }
 
-// --- launches -------------------------------------------------------------------------------------------
+// --- launches
+// -------------------------------------------------------------------------------------------
 
 template <typename P, int kComponents, bool kInverse, typename A = arithmetic_t<P>>
 void launch_mixture_coupling(const MixtureCouplingArgs<A>& args, bool arithmetic_state,
@@ -444,12 +452,11 @@ void launch_mixture_coupling(const MixtureCouplingArgs<A>& args, bool arithmetic
                                                               arithmetic_state, args.ladj);
     return;
   }
-  const Tensor storage =
-      torch::stable::new_empty(state, {batch * chunks},
-                               std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  const Tensor storage = torch::stable::new_empty(
+      state, {batch * chunks}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* partial_sums = static_cast<A*>(storage.mutable_data_ptr());
-  launch<mixture_coupling_kernel<P, kComponents, kInverse>>(
-      state, batch * chunks, threads, args, chunks, arithmetic_state, partial_sums);
+  launch<mixture_coupling_kernel<P, kComponents, kInverse>>(state, batch * chunks, threads, args,
+                                                            chunks, arithmetic_state, partial_sums);
   launch<sum_chunks_kernel<A>>(state, divide_up(batch, kBlockThreads), kBlockThreads,
                                static_cast<const A*>(partial_sums), args.ladj, batch, chunks, 1);
 }
@@ -474,7 +481,6 @@ void dispatch_components(int64_t components, const F& f) {
   f(std::integral_constant<int, 0>());
 }
 
-// Kernels for parameters of type P, in a file for each.
 template <typename P>
 void run_mixture_coupling_kernel(const MixtureCouplingArgs<arithmetic_t<P>>& args,
                                  bool arithmetic_state, const Tensor& state) {

@@ -142,7 +142,7 @@ struct MixtureLogit {
 template <typename A>
 COOPFLOW_HD MixtureLogit<A> direct_logit(const MixtureSums<A>& sums) {
   const A shared = reciprocal(sums.cdf * sums.survival);
-  return {log_positive(sums.cdf * sums.cdf * shared),
+  return {quick_log_positive(sums.cdf * sums.cdf * shared),
           sums.density * (sums.cdf + sums.survival) * shared};
 }
 
@@ -231,9 +231,10 @@ COOPFLOW_HD MixtureLogit<A> scaled_logit(const ScaledSums<A>& sums, const Mixtur
 template <typename A>
 COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>& sums,
                                const MixturePeaks<A>& peaks) {
-  const A of_density = (peaks.density - peaks.cdf - peaks.survival) * MixtureConstants<A>::kPerUnit +
-                       (log_positive(sums.density) + log_positive(sums.weight)) -
-                       (log_positive(sums.cdf) + log_positive(sums.survival));
+  const A of_density =
+      (peaks.density - peaks.cdf - peaks.survival) * MixtureConstants<A>::kPerUnit +
+      (log_positive(sums.density) + log_positive(sums.weight)) -
+      (log_positive(sums.cdf) + log_positive(sums.survival));
   return logit.slope >= MixtureConstants<A>::kSmallestSum ? direct_log_slope(logit) : of_density;
 }
 
@@ -245,6 +246,7 @@ COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>
 // before last, else it halves the bracket.
 template <typename A>
 struct RootSearch {
+  A tolerance;  // of the logit
   A x, low, high;
   A step, step_before;
   bool pending;
@@ -266,12 +268,12 @@ COOPFLOW_HD A root_tolerance(A target) {
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
-  const bool solved = !(absolute(error) > root_tolerance(target));
+  const bool solved = !(absolute(error) > s.tolerance);
   const A low = error < A(0) ? s.x : s.low;
   const A high = error > A(0) ? s.x : s.high;
-  const A width = high - low;
+  const A half = A(0.5) * (high - low);
   const A ulp = MixtureConstants<A>::kEpsilon * absolute(s.x);
-  const bool closed = !(width > A(2) * ulp);
+  const bool closed = !(half > ulp);
   // At least one ulp, so that a root next to x is bracketed from both sides.
   const A newton = error * MixtureConstants<A>::kUnit * reciprocal(logit.slope);
   const A length = larger_of(absolute(newton), ulp);
@@ -281,10 +283,10 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   s.low = low;
   s.high = high;
   s.step_before = s.step;
-  s.step = take ? length : A(0.5) * width;
+  s.step = take ? length : half;
   const A last = s.x - newton;
   const A end = s.pending & solved & (last >= low) & (last <= high) ? last : s.x;
-  s.x = move ? (take ? guess : multiply_add(A(0.5), width, low)) : end;
+  s.x = move ? (take ? guess : low + half) : end;
   s.pending = move;
 }
 
