@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_evaluate(commands)
     _add_experiments(commands)
+    _add_diagnose(commands)
+    report_parser = _add_command(commands, "report", "write a run as one HTML page", report)
+    report_parser.add_argument("run", type=Path, help="a run folder")
     _add_ablate(commands)
     _add_import_official(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
@@ -125,6 +128,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--log", choices=("tensorboard",), help="also write RUN/tensorboard")
     _add_device(parser)
     settings = parser.add_argument_group("settings, in place of those of the preset")
     for field in dataclasses.fields(TrainConfig):
@@ -170,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
     with process_group(_device(args.device)) as device:
-        summary = coop.train(config, args.out, resume=args.resume, device=device)
+        summary = coop.train(config, args.out, resume=args.resume, device=device, log=args.log)
     if not summary:
         return
     print(
@@ -281,6 +285,48 @@ def experiment(args: argparse.Namespace) -> None:
     results = run(args.run, device=_device(args.device), **given)
     results.pop("errors", None)
     print(json.dumps(results, indent=2))
+
+
+# --- diagnose and report --------------------------------------------------------------------------
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = _add_command(
+        commands, "diagnose", "moment gap, drift of the proposals and long chains", diagnose
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--n", type=int, default=200, help="chains (default 200)")
+    parser.add_argument(
+        "--long",
+        type=int,
+        nargs="+",
+        default=[10, 100],
+        metavar="K",
+        help="lengths of the long chains in multiples of T (default 10 100)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the chains (default 0)")
+    _add_device(parser)
+
+
+def diagnose(args: argparse.Namespace) -> None:
+    """``coopflow diagnose``."""
+    from coopflow_ext.coop.diagnose import diagnose_run
+
+    summary = diagnose_run(
+        args.run,
+        n=args.n,
+        factors=tuple(args.long),
+        seed=args.seed,
+        device=_device(args.device),
+    )
+    print(json.dumps(summary, indent=2))
+
+
+def report(args: argparse.Namespace) -> None:
+    """``coopflow report``."""
+    from coopflow_ext.coop.report import report_run
+
+    print(f"report: {report_run(args.run)}")
 
 
 # --- ablate ---------------------------------------------------------------------------------------

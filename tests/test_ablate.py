@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
     "langevin_steps": 2,
     "pretrain_steps": 0,
     "flow_frozen_steps": 0,
+    "flow_every": 1,
     "steps": 4,
     "n_samples": 20,
 }

@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "langevin_steps": 3,
     "pretrain_steps": 3,
     "flow_frozen_steps": 2,
+    "flow_every": 1,
     "steps": 7,
     "warmup_steps": 2,
     "n_samples": 20,

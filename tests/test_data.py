@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key
-from coopflow_ext.data import Batches, Dataset, load, permutation
+from coopflow_ext.data import Batches, Dataset, Prefetch, load, permutation
 
 
 def counting_data(n: int = 10) -> Dataset:
@@ -93,6 +93,27 @@ def test_parts_of_all_processes_are_the_whole_batch() -> None:
         Batches(data, 6, Key(3), flip=True, rows=slice(start, start + 2))[7] for start in (0, 2, 4)
     ]
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_prefetched_batches_are_the_same_in_any_order() -> None:
+    plain = Batches(counting_data(10), 4, Key(0))
+    prefetched = Prefetch(Batches(counting_data(10), 4, Key(0)))
+    for step in (0, 1, 2, 3, 7, 8, 2, 30):
+        assert torch.equal(prefetched[step], plain[step])
+
+
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None:
+    class Broken(Batches):
+        def __getitem__(self, step: int) -> torch.Tensor:
+            if step == 2:
+                raise OSError("the disk is gone")
+            return super().__getitem__(step)
+
+    prefetched = Prefetch(Broken(counting_data(10), 4, Key(0)))
+    assert prefetched[0].shape == (4, 1, 2, 2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        prefetched[2]
+    assert prefetched[3].shape == (4, 1, 2, 2)
 
 
 def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "langevin_steps": 3,
     "pretrain_steps": 2,
     "flow_frozen_steps": 1,
+    "flow_every": 1,
     "steps": 4,
     "warmup_steps": 0,
     "n_samples": 20,
@@ -66,7 +67,17 @@ def one_iteration(rank: int, world: int, port: int, out: str) -> None:
     )
     config = TrainConfig.from_dict({**SETTINGS, "pretrain_steps": 0, "flow_frozen_steps": 0})
     trainer = Trainer(config, load("digits"), ranks=Ranks.current())
-    torch.save(gradients(trainer), f"{out}/{rank}.pt")
+    sent = []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, **options: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, **options)
+
+    torch.distributed.all_reduce = counted
+    made = gradients(trainer)
+    assert not trainer.ranks.any(False, trainer.device)
+    torch.save({**made, "sent": torch.tensor(sent)}, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -79,6 +90,9 @@ def test_two_ranks_make_the_chains_and_gradients_of_one(tmp_path: Path) -> None:
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     chains = torch.cat([part["chains"] for part in parts])
     torch.testing.assert_close(chains, whole["chains"], rtol=0, atol=1e-5)
+    # One message for each model's gradient, and the flag: what docs/scaling.md says.
+    sizes = [4 * sum(whole[n].numel() for n in whole if n.startswith(m)) for m in ("flow", "energ")]
+    assert parts[0]["sent"].tolist() == [*sizes, 4]
     for name in whole:
         if name != "chains":
             assert torch.equal(parts[0][name], parts[1][name])

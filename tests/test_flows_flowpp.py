@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coopflow_ext import Key, flows
 from coopflow_ext.flows.gated import (
@@ -292,6 +293,69 @@ def test_log_prob_is_one_graph():
     flow.eval()
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, eps=eps), flow.log_prob(x, eps=eps))
+
+
+def test_inverse_is_one_graph():
+    flow = _small(scales=((0, 1),), dequant_blocks=0).eval()
+    z = torch.randn(2, 1, 4, 4)
+    compiled = torch.compile(flow.inverse_and_ladj, fullgraph=True, backend="eager")
+    for ours, expected in zip(compiled(z), flow.inverse_and_ladj(z), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+class _CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for a value."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.nonzero,
+        ):
+            self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_pass_reads_anything_back_from_the_device():
+    flow = _small(dropout=0.1)
+    x = torch.rand(4, 1, 4, 4) * 2 - 1
+    flow.initialize(x, key=Key(0))
+    with _CountReads() as mode:
+        flow.log_prob(x, key=Key(0)).sum().backward()
+        flow.sample(4, Key(1))
+    assert mode.reads == 0
+
+
+@pytest.mark.gpu
+def test_no_pass_waits_for_the_gpu():
+    flow = _small((3, 8, 8), dropout=0.1).cuda()
+    x = torch.rand(4, 3, 8, 8, device="cuda") * 2 - 1
+    flow.initialize(x, key=Key(0))
+    flow.log_prob(x, key=Key(0)).sum().backward()
+    flow.sample(4, Key(1))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flow.log_prob(x, key=Key(0)).sum().backward()
+        flow.sample(4, Key(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_agree():
+    flow = _small((3, 8, 8))
+    x = torch.rand(4, 3, 8, 8) * 2 - 1
+    flow.initialize(x, key=Key(0))
+    flow.eval()
+    z = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected = flow.log_prob(x, key=Key(1)), *flow.inverse_and_ladj(z)
+        flow.cuda()
+        there = flow.log_prob(x.cuda(), key=Key(1)), *flow.inverse_and_ladj(z.cuda())
+    for a, b in zip(there, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=2e-3)
 
 
 def test_check_finite_names_the_rows():

@@ -211,62 +211,22 @@ _PATCHES_SMALL: dict[str, Any] = {
     "flow_options": {"scales": 2, "steps": 4, "channels": 32, "blocks": 1},
     "energy_options": {"width": 16},
     "langevin_steps": 15,
-    "pretrain_steps": 100,
-    "flow_frozen_steps": 50,
-    "pretrain_lr": 1e-3,
-    "flow_lr": 2e-4,
+    "step_size": 0.3,
+    "noise": 0.01,
+    "pretrain_steps": 200,
+    "flow_frozen_steps": 100,
+    "flow_every": 2,
+    "pretrain_lr": 2e-3,
+    "flow_lr": 1e-4,
+    "energy_lr": 5e-4,
+    "energy_betas": (0.5, 0.9),
+    "flow_ema": 0.98,
+    "energy_ema": 0.98,
     "warmup_steps": 50,
-    "n_samples": 256,
-    "sample_every": 100,
+    "n_samples": 200,
+    "sample_every": 250,
     "checkpoint_every": 100,
 }
-# Flow++ small enough for a CPU.
-_SMALL_FLOWPP: dict[str, Any] = {
-    "channels": 32,
-    "blocks": 1,
-    "components": 8,
-    "dequant_blocks": 1,
-    "dequant_components": 4,
-    "dropout": 0.0,
-}
-_DIGITS_FLOWPP: dict[str, Any] = {
-    **_DIGITS_SMALL,
-    "flow": "flowpp",
-    "flow_options": _SMALL_FLOWPP,
-    "steps": 600,
-    "batch_size": 64,
-    "pretrain_steps": 600,
-    "flow_frozen_steps": 200,
-    "pretrain_lr": 2e-3,
-}
-_PATCHES_FLOWPP: dict[str, Any] = {
-    **_PATCHES_SMALL,
-    "flow": "flowpp",
-    "flow_options": {**_SMALL_FLOWPP, "attention": False},
-    "steps": 100,
-    "pretrain_steps": 100,
-    "flow_frozen_steps": 30,
-    "n_samples": 128,
-}
-
-
-def _authors(
-    data_set: str, images: int, *, sample_step_size: float, **changes: Any
-) -> dict[str, Any]:
-    """The authors' settings for 200 epochs of ``images`` images; the rest are the defaults."""
-    epoch = images // 28
-    return {
-        "data": data_set,
-        "steps": 200 * epoch,
-        "flow": "flowpp",
-        "sample_step_size": sample_step_size,
-        "log_every": 100,
-        "sample_every": epoch,
-        "checkpoint_every": epoch,
-        **changes,
-    }
-
-
 _TOY: dict[str, Any] = {
     "data": "toy:8gaussians",
     "steps": 1500,

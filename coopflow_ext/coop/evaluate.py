@@ -40,12 +40,17 @@ class Judge:
         """n proposals and what the chain makes of them, the same noise at every call."""
         return model.sample_pairs(self.n, self.key)
 
-    def observe(self, model: CoopFlow, picture: Path) -> dict[str, float]:
-        """Write a picture, proposals beside results; return the distances of both."""
+    def observe(self, model: CoopFlow, picture: Path) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Write a picture, proposals beside results.
+
+        Returns:
+            the distances of both, and the events themselves by their captions.
+        """
         proposals, results = self.pairs(model)
-        panels = {"flow proposal": proposals[:_SHOWN], "after Langevin": results[:_SHOWN]}
-        save_panels(picture, panels)
-        return {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
+        kinds = {"flow proposal": proposals, "after Langevin": results}
+        save_panels(picture, {caption: x[:_SHOWN] for caption, x in kinds.items()})
+        distances = {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
+        return distances, kinds
 
     def facts(self, model: CoopFlow) -> dict[str, Any]:
         """What does not change during training, and the likelihood of the held-out split."""

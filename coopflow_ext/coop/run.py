@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coopflow_ext.coop.board import Board
 from coopflow_ext.coop.checkpoint import (
     RunError,
     load_checkpoint,
@@ -29,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path = path
         self.config = config
+        self.board: Board | None = None
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
@@ -109,6 +111,8 @@ class RunFolder:
         """Append one line."""
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+        if self.board is not None:
+            self.board.scalars(metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines; a last line that was cut off is left out."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
+from coopflow_ext.coop.board import LOGS, Board
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.evaluate import Judge
 from coopflow_ext.coop.plane import report_plane
@@ -56,6 +58,7 @@ def train(
     *,
     resume: bool = False,
     device: torch.device | str = "cpu",
+    log: str | None = None,
 ) -> dict[str, Any]:
     """Train a CoopFlow and leave a run folder behind.
 
@@ -67,6 +70,7 @@ def train(
             of a run that was never stopped.
         device: where to train. Inside a process group of torch.distributed each process takes its
             part of every batch, and rank 0 writes the files.
+        log: "tensorboard" also writes scalars, pictures and histograms to RUN/tensorboard.
 
     Returns:
         What ``summary.json`` holds; an empty dictionary on ranks other than 0.
@@ -77,10 +81,16 @@ def train(
         OSError: the disk is full or not writable; the last good checkpoint stays readable.
     """
     pictures.check_installed()
+    if log not in (None, *LOGS):
+        raise ValueError(f"log must be one of {', '.join(LOGS)}, got {log!r}")
+    if log == "tensorboard":
+        require("tensorboard", extra="tensorboard")
     if resume:
         trainer, run, judge = _continue_run(config, out, device)
     else:
         trainer, run, judge = _start_run(config, out, device)
+    if log == "tensorboard" and trainer.ranks.is_first:
+        run.board = Board(run.path, trainer.step)
     total = trainer.config.total_steps
     with _interrupts() as asked, _progress(trainer) as bar:
         if trainer.step == 0:
@@ -175,7 +185,12 @@ def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
     if not trainer.ranks.is_first:
         return
     with trainer.averaged() as model:
-        distances = judge.observe(model, run.picture_path(trainer.step))
+        distances, kinds = judge.observe(model, run.picture_path(trainer.step))
+        if run.board is not None:
+            events = {"data": judge.held_out.to(trainer.device), **kinds}
+            with model.evaluating(), torch.no_grad():
+                energies = {name: model.energy(x) for name, x in events.items()}
+            run.board.events(kinds, energies, trainer.step)
     run.log({"step": trainer.step, **distances})
 
 
@@ -214,4 +229,6 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     }
     pictures.save_curves(run.path / "curves.png", metrics)
     run.write_summary(summary)
+    if run.board is not None:
+        run.board.close()
     return summary

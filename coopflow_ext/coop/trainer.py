@@ -13,7 +13,7 @@ from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
 from coopflow_ext.coop.ranks import ALONE, Ranks
-from coopflow_ext.data import Batches, Dataset
+from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
 
@@ -55,9 +55,11 @@ class Trainer:
         self.ranks = ranks
         rows = ranks.rows(config.batch_size)
         self.chain_offset = rows.start
-        self.batches = Batches(
+        batches = Batches(
             data, config.batch_size, self.key, device=self.device, flip=flip, rows=rows
         )
+        # On the CPU a second thread would only take time from the first.
+        self.batches = Prefetch(batches) if self.device.type == "cuda" else batches
         self._initialize_flow()
         self.flow = Learner(
             "flow",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -78,4 +80,35 @@ class Batches:
         if self.flip:
             u = ops.uniform((self.batch_size, 1), self._flip_key.tensor(), step=step)[self.rows]
             x = torch.where(u.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
+        if self.device.type == "cuda":
+            x = x.pin_memory()
         return x.to(self.device, non_blocking=True)
+
+
+class Prefetch:
+    """Makes the next batches in a thread of its own while the device works on the last.
+
+    Args:
+        batches: gives batch number ``step``.
+        ahead: how many batches are made in advance.
+    """
+
+    def __init__(self, batches: Batches, ahead: int = 2) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead must be ≥ 1, got {ahead}")
+        self.batches = batches
+        self.ahead = ahead
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="coopflow-batches")
+        self._pending: dict[int, Future[Tensor]] = {}
+
+    def _future(self, step: int) -> Future[Tensor]:
+        if step not in self._pending:
+            self._pending[step] = self._pool.submit(self.batches.__getitem__, step)
+        return self._pending[step]
+
+    def __getitem__(self, step: int) -> Tensor:
+        """The same as ``batches[step]``; an error in the thread is raised here."""
+        wanted = range(step, step + self.ahead + 1)
+        futures = {s: self._future(s) for s in wanted}
+        self._pending = futures  # what was made for other steps is not asked for any more
+        return futures[step].result()

@@ -329,7 +329,7 @@ class Chain:
         total = torch.stack(self.sums).sum(0)
         n_elements = max(sum(x[:1].numel() for x in self.xs), 1)
         return ChainStatistics(
-            energy=None if self.energies is None else self.energies.clone(),
+            energy=None if self.energies is None else self.plan.gradient.sign * self.energies,
             grad_norm=total[..., 0].sqrt(),
             displacement=total[..., 1].sqrt(),
             clip_fraction=total[..., 2] / n_elements,

@@ -65,14 +65,14 @@ def check_energy(u: object, batch: int) -> Tensor:
     """
     if not isinstance(u, Tensor):
         raise TypeError(f"energy must return a tensor, got {type(u).__name__}")
-    if u.shape not in ((batch,), (batch, 1), (batch, 1, 1, 1)):
+    if u.shape != (batch,) and u.shape not in ((batch, 1), (batch, 1, 1, 1)):
         raise ValueError(
             f"energy must return one value for each of the {batch} chains, shape ({batch},), "
             f"({batch}, 1) or ({batch}, 1, 1, 1), got shape {tuple(u.shape)}"
         )
     if not u.is_floating_point():
         raise TypeError(f"energy must return floating-point numbers, got {u.dtype}")
-    return u.reshape(batch)
+    return u if u.ndim == 1 else u.reshape(batch)
 
 
 def check_depends(u: Tensor) -> None:
@@ -106,7 +106,7 @@ def _detached(tensors: Tensors) -> Tensors:
 
 
 class Gradient:
-    """Callable: the state's leaves → (gradients or scores, U or None).
+    """Callable: the state's leaves → (gradients or scores, the energy's value or None).
 
     Args:
         energy: returns U, or f = −U with ``negative_energy``, whose gradient is a score.
@@ -116,6 +116,7 @@ class Gradient:
 
     Attributes:
         is_score: whether the gradients are those of log p.
+        sign: of the energy's value: U = sign · value.
         module: the nn.Module whose parameters must stay constant, if there is one.
     """
 
@@ -162,9 +163,10 @@ class Gradient:
         u = self._energy(leaves, state, model_kwargs)
         check_depends(u)
         grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
-        if None in grads:
-            raise ValueError(f"energy does not depend on tensor {grads.index(None)} of the state")
-        return grads, self.sign * u.detach()
+        for j, grad in enumerate(grads):
+            if grad is None:
+                raise ValueError(f"energy does not depend on tensor {j} of the state")
+        return grads, u.detach()
 
     def _energy(self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]) -> Tensor:
         return check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
@@ -193,7 +195,7 @@ class Gradient:
                 check_depends(self._energy(leaves, state, model_kwargs))
                 self._checked = True
             scores, u = self._compiled(plain, model_kwargs)
-            return check_score(scores, leaves), self.sign * check_energy(u, leaves[0].shape[0])
+            return check_score(scores, leaves), check_energy(u, leaves[0].shape[0])
         except Exception as error:
             self._compiled = None
             warnings.warn(

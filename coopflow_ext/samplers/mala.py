@@ -164,10 +164,10 @@ class MALASampler:
     def _evaluate(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """U (B,) in at least float32, and ∇U in x's layout, in memory of its own."""
         leaf = x.detach().requires_grad_()
-        (grad,), u = self.gradient((leaf,), leaf, kwargs)
-        assert u is not None
+        (grad,), value = self.gradient((leaf,), leaf, kwargs)
+        assert value is not None
         laid_out = torch.empty_like(x).copy_(-grad if self.gradient.is_score else grad)
-        return u.to(_wide(x)), laid_out
+        return self.gradient.sign * value.to(_wide(x)), laid_out
 
     def _log_ratio(
         self, x: Tensor, u: Tensor, grad: Tensor, y: Tensor, u_y: Tensor, grad_y: Tensor,

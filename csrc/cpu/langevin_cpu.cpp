@@ -1,4 +1,6 @@
 // The Langevin ops on the CPU.
+#include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "chunks.h"
@@ -32,6 +34,22 @@ void gradient_pass(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
 }
 
 template <typename T, typename A>
+bool gradient_is_finite(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, args.batch * args.per_chain, kGrain,
+                              [&](int64_t begin, int64_t end) {
+                                if (!loops.all_finite(args, begin, end))
+                                  finite.store(false, std::memory_order_relaxed);
+                              });
+  return finite.load();
+}
+
+template <typename A>
+bool all_chains_are_active(const LangevinArgs<A>& args) {
+  return std::memchr(args.active, 0, static_cast<size_t>(args.batch)) == nullptr;
+}
+
+template <typename T, typename A>
 void update_only(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
   const int64_t tiles = divide_up(args.batch * divide_up(args.per_chain, 4), kTileElements / 4);
   torch::stable::parallel_for(0, tiles, kGrain / kTileElements, [&](int64_t begin, int64_t end) {
@@ -41,9 +59,14 @@ void update_only(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
 
 struct CpuLangevin {
   template <typename T>
-  static void langevin_step(const LangevinArgs<arithmetic_t<T>>& args, const Tensor& /*x*/) {
+  static void langevin_step(LangevinArgs<arithmetic_t<T>> args, const Tensor& /*x*/) {
     const LangevinLoops<T> loops = COOPFLOW_SELECT_ISA(langevin_loops<T>());
+    // Healthy chains, the usual case, pay one pass over the gradient and then move together.
+    if (args.freeze_nonfinite && args.norm_scale == nullptr) {
+      args.freeze_nonfinite = !gradient_is_finite<T>(args, loops);
+    }
     if (args.needs_gradient_pass()) gradient_pass<T>(args, loops);
+    if (args.active != nullptr && all_chains_are_active(args)) args.active = nullptr;
     if (args.stats) {
       reduce_chunks_in_order(args.batch, args.per_chain, kStatistics, args.stats,
                              [&](arithmetic_t<T>* sums, int64_t begin, int64_t end) {

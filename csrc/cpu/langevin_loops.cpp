@@ -166,10 +166,48 @@ void update_tiles(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int6
   }
 }
 
+// Chains so short that one tile of noise serves several of them.
+template <typename T>
+void update_short_chains(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* sums,
+                         int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const int64_t per_chain = args.per_chain;
+  const int64_t quads = divide_up(per_chain, 4);
+  const int64_t group = kQuadsPerTile / quads;
+  for (int64_t first = begin; first < end; first += group) {
+    const int64_t last = first + group < end ? first + group : end;
+    alignas(64) A xi[kTile] = {};
+    if (args.noise_source == NoiseSource::kPhilox) {
+      TileCounters counters{};
+      for (int64_t i = 0; i < (last - first) * quads; ++i) {
+        counters.set(i, args.chain_offset + first + i / quads, i % quads);
+      }
+      fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]),
+                             noise_time(args.rng, args.step), xi);
+    }
+    for (int64_t chain = first; chain < last; ++chain) {
+      StatisticLanes<A> statistics;
+      const int64_t offset = chain * per_chain;
+      A* noise = xi + 4 * quads * (chain - first);
+      if (args.active != nullptr && !args.active[chain]) {
+        keep_span<T>(args, offset, per_chain, &statistics);
+      } else {
+        if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, offset, per_chain, noise);
+        update_span<T, true, true>(args, langevin_chain(args, chain), offset, per_chain, noise,
+                                   &statistics);
+      }
+      statistics.write(sums + chain * kStatistics);
+    }
+  }
+}
+
 template <typename T>
 void update_chunks(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* partial_sums,
                    int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
+  if (2 * divide_up(args.per_chain, 4) <= kQuadsPerTile) {
+    return update_short_chains<T>(args, partial_sums, begin, end);
+  }
   for (int64_t index = begin; index < end; ++index) {
     StatisticLanes<A> statistics;
     for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
@@ -216,11 +254,25 @@ void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args,
   }
 }
 
+template <typename T>
+bool all_finite(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  for (int64_t first = begin; first < end; first += kTile) {
+    alignas(64) A grad[kTile];
+    const int64_t n = end - first < kTile ? end - first : kTile;
+    load<T>(args.grad, first, n, grad);
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; ++i) bad |= is_finite(grad[i]) ? 0U : 1U;
+    if (bad != 0) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 template <typename T>
 LangevinLoops<T> langevin_loops() {
-  return {update_tiles<T>, update_chunks<T>, reduce_chunks<T>};
+  return {update_tiles<T>, update_chunks<T>, reduce_chunks<T>, all_finite<T>};
 }
 
 template LangevinLoops<float> langevin_loops<float>();

@@ -27,6 +27,8 @@ struct LangevinLoops {
   // The same chunks of the gradient alone.
   void (*reduce_chunks)(const LangevinArgs<A>& args, GradientMoments<A>* moments, int64_t begin,
                         int64_t end);
+  // Whether elements [begin, end) of the gradient are all finite.
+  bool (*all_finite)(const LangevinArgs<A>& args, int64_t begin, int64_t end);
 };
 
 COOPFLOW_DECLARE_PER_ISA(template <typename T> LangevinLoops<T> langevin_loops())

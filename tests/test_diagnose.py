@@ -1,0 +1,185 @@
+"""The theory: laws 3 and 4 on closed-form models, and diagnosis and report of a run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from coopflow_ext import Key, LangevinSampler, cli, coop
+from coopflow_ext.coop.report import report_run
+from coopflow_ext.flows import ActNorm, Flow
+
+
+def test_law_3_moments_match_although_theta_is_not_the_maximum_likelihood() -> None:
+    """f(x) = θ₁x + θ₂x², short chains from N(0, 1), data N(0.8, 0.5²): the gap closes."""
+    generator = torch.Generator().manual_seed(0)
+    data = 0.8 + 0.5 * torch.randn(20_000, 1, generator=generator)
+    target = torch.cat((data, data.square()), 1).mean(0)
+    theta = torch.tensor([0.0, -0.5])
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return -(theta[0] * x + theta[1] * x.square()).squeeze(1)
+
+    start = torch.randn(20_000, 1, generator=generator)
+    sampler = LangevinSampler(energy, n_steps=5, step_size=0.3)
+    for iteration in range(300):
+        x = sampler(start, key=Key(0).fold_in(iteration)).x
+        assert isinstance(x, torch.Tensor)
+        moments = torch.cat((x, x.square()), 1).mean(0)
+        theta += (0.5 if iteration < 250 else 0.1) * (target - moments)
+    torch.testing.assert_close(moments, target, rtol=0, atol=0.02)
+    # Maximum likelihood has θ = (μ/σ², −1/(2σ²)) = (3.2, −2).
+    assert abs(float(theta[0]) - 3.2) > 1
+    assert abs(float(theta[1]) + 2) > 0.5
+
+
+def test_law_4_the_flow_chases_the_chain_to_its_stationary_variance() -> None:
+    """One affine layer, fitted by maximum likelihood to the chain's output again and again."""
+    lam, delta = 2.0, 0.8
+    layer = ActNorm(1, eps=0.0)
+    flow = Flow(layer, (1,))
+    layer.initialize(torch.linspace(-5, 5, 100)[:, None])
+    before = layer.inv_std.item() ** -2
+    sampler = LangevinSampler(
+        lambda x: lam * x.square().sum(1) / 2, n_steps=3, step_size=delta, stats=False
+    )
+    key = Key(1)
+    for _ in range(12):
+        out = sampler(flow.sample(100_000, key), key=key)
+        assert isinstance(out.x, torch.Tensor)
+        layer.initialize(out.x)  # mean and variance of the sample: the exact maximum
+        key = out.key
+    stationary = 1 / (lam * (1 - delta**2 * lam / 4))
+    assert before > 10 * stationary
+    # Five standard errors of a variance from 100,000 samples.
+    tolerance = 5 * stationary * (2 / 100_000) ** 0.5
+    assert layer.inv_std.item() ** -2 == pytest.approx(stationary, abs=tolerance)
+    assert stationary > 1.3 / lam  # and not the target's variance
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("diagnose") / "run"
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "digits-small",
+            "flow_options": {"net": "mlp", "couplings": 2, "widths": [16]},
+            "energy_options": {"widths": [16]},
+            "batch_size": 32,
+            "langevin_steps": 4,
+            "pretrain_steps": 10,
+            "flow_frozen_steps": 5,
+            "steps": 20,
+            "log_every": 5,
+            "n_samples": 40,
+        }
+    )
+    coop.train(config, path)
+    return path
+
+
+def test_diagnose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["diagnose", str(run), "--n", "20", "--long", "3", "5"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "diagnose" / "summary.json").read_text())
+    assert printed == summary
+    chains = summary["long_chains"]
+    assert [(c["factor"], c["steps"]) for c in chains] == [(1, 4), (3, 12), (5, 20)]
+    assert all(c["fd"] > 0 for c in chains)
+    assert chains[0]["energy_rhat"] is None  # half of 4 steps is too short for it
+    assert all(c["energy_rhat"] > 0.9 for c in chains[1:])
+    assert summary["moment_gap"]["samples"] > 0
+    assert summary["drift"]["last"] > 0
+    for name in ("long_chains.png", "energies.png"):
+        assert (run / "diagnose" / name).read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["diagnose", str(run), "--long", "5", "3"]) == 1
+    assert "factors ascending" in capsys.readouterr().err
+
+
+class _Page(HTMLParser):
+    """Counts what a page holds and notes what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.headings = 0
+        self.links: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.headings += tag == "h2"
+        if tag == "img":
+            self.images.append(values["src"] or "")
+        elif tag in ("script", "link", "a", "iframe"):
+            self.links.append(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_page_with_everything_in_it(run: Path) -> None:
+    page = report_run(run)
+    parsed = _Page()
+    parsed.feed(page.read_text())
+    assert parsed.open == []  # every element is closed
+    assert parsed.links == []  # nothing is fetched
+    assert parsed.headings >= 4
+    assert len(parsed.images) >= 3
+    for source in parsed.images:
+        assert base64.b64decode(source.partition("base64,")[2]).startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "fd.langevin" in text
+    assert "langevin_steps" in text
+
+
+def test_report_of_a_run_that_has_not_finished(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "<b>run & co"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    text = report_run(copy).read_text()
+    assert "This run has not finished." in text
+    assert "<b>run" not in text
+    with pytest.raises(coop.RunError, match="is not a run"):
+        report_run(tmp_path)
+
+
+def test_report_in_a_browser(run: Path, tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    page = report_run(run).resolve().as_uri()
+    result = subprocess.run([*command, page], capture_output=True, text=True, timeout=120)
+    assert len(re.findall("<img", result.stdout)) >= 3
+
+
+def test_tensorboard(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = coop.RunFolder.open(run).config
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        out = tmp_path / "run"
+        with pytest.raises(ImportError, match=r"pip install 'coopflow-ext\[tensorboard\]'"):
+            coop.train(config, out, log="tensorboard")
+        assert not out.exists()
+        return
+    out = tmp_path / "run"
+    coop.train(config, out, log="tensorboard")
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"moment_gap", "fd_langevin", "energy_data"} <= set(tags["scalars"])
+    assert set(tags["images"]) == {"flow proposal", "after Langevin"}
+    assert "energy/after Langevin" in tags["histograms"]
