@@ -22,11 +22,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from harness import Case, Contest, run_pytest
 
 from coopflow_ext import data, ops, reference
 from coopflow_ext.coop import TrainConfig, Trainer
@@ -154,14 +157,46 @@ def check_equal(config: TrainConfig, dataset: data.Dataset) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def config_of(preset: str) -> TrainConfig:
+    """The preset with every part in every iteration."""
+    settings = {"pretrain_steps": 0, "flow_frozen_steps": 0, "warmup_steps": 0, "flow_every": 1}
+    return TrainConfig.from_dict({"preset": preset, **settings})
+
+
+def harness_case(preset: str) -> Case:
+    """A whole iteration as a case of the suite, by part; on the CPU, where the parts are serial."""
+    config = config_of(preset)
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        dataset = data.load(config.data)
+        trainers = {name: Trainer(config, dataset) for name in VARIANTS}
+
+        def iteration(name: str) -> dict[str, float]:
+            seconds = time_iteration(trainers[name], VARIANTS[name])
+            return {part.removesuffix(" iteration"): t for part, t in seconds.items()}
+
+        runs = {name: partial(iteration, name) for name in VARIANTS}
+        return Contest(runs, lambda: check_equal(config, dataset), by_part=True)
+
+    elements = config.batch_size * 64
+    return Case(f"coop/{preset}", build, elements, devices=("cpu",))
+
+
+SUITE_CASES = (harness_case("digits-small"),)
+
+
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
+def test_iteration(benchmark: Any, case: Case, device: torch.device) -> None:
+    run_pytest(benchmark, case, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="digits-small")
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    settings = {"pretrain_steps": 0, "flow_frozen_steps": 0, "warmup_steps": 0, "flow_every": 1}
-    config = TrainConfig.from_dict({"preset": args.preset, **settings})
+    config = config_of(args.preset)
     dataset = data.load(config.data)
     check_equal(config, dataset)
     trainers = {name: Trainer(config, dataset) for name in VARIANTS}

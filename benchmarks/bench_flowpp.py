@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from harness import Case, Contest, run_pytest
 from torch import Tensor
 
 from coopflow_ext import Key, flows, ops, reference
@@ -102,8 +106,13 @@ def measure(task: str, variant: str, flow: flows.Flow, x: Tensor) -> Totals:
         begin = time.perf_counter()
         if task == "sampling":
             sample(flow, x)
+        elif task == "log_prob":
+            with torch.no_grad():
+                flow.log_prob(x, key=Key(2))
         else:
             train_step(flow, x, totals)
+        if x.is_cuda:  # parts are then the host's share; only the whole is device time
+            torch.cuda.synchronize()
         whole = time.perf_counter() - begin
     totals["other layers"] = whole - sum(totals.values())
     totals["whole"] = whole
@@ -125,6 +134,32 @@ def check_equal(flow: flows.Flow, x: Tensor) -> None:
     assert error.quantile(0.99).item() < 1e-2, error.quantile(0.99)
     for a, b in zip(our_grads, their_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * (1 + b.abs().max().item()))
+
+
+def harness_case(task: str, size: str, batch: int, *, quick: bool = False) -> Case:
+    """A task as a case of the suite, by part."""
+    shape = SIZES[size]["image_shape"]
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        flow = flows.flowpp(**SIZES[size]).to(device)
+        x = torch.rand(batch, *shape, device=device) * 2 - 1
+        flow.initialize(x, key=Key(0))
+        runs = {name: partial(measure, task, name, flow, x) for name in VARIANTS}
+        return Contest(runs, partial(check_equal, flow, x), by_part=True)
+
+    return Case(f"flowpp/{task}/{size}/{batch}", build, batch * math.prod(shape), quick=quick)
+
+
+SUITE_CASES = (
+    harness_case("log_prob", "digits", 64),
+    harness_case("sampling", "digits", 64),
+    harness_case("training step", "digits", 64),
+)
+
+
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
+def test_flowpp(benchmark: Any, case: Case, device: torch.device) -> None:
+    run_pytest(benchmark, case, device)
 
 
 def report(medians: dict[str, dict[str, Totals]]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import pytest
 import torch
 from torch import Tensor
@@ -74,11 +75,14 @@ def make_case(name: str, device: str = "cpu") -> Case:
 CASES = ("mixture, autograd", "mixture, closed form", "MLP", "ResEnergy")
 
 
-def plain_loop(case: Case, xi: Tensor | None = None) -> Tensor:
+def plain_loop(
+    case: Case, xi: Tensor | None = None, score: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """In place, noise into one buffer, no check of anything."""
+    score = score or case.score
     x, noise = case.x0.clone(), torch.empty_like(case.x0)
     for k in range(case.n_steps):
-        x.add_(case.score(x), alpha=STEP_SIZE**2 / 2)
+        x.add_(score(x), alpha=STEP_SIZE**2 / 2)
         x.add_(noise.normal_() if xi is None else xi[k], alpha=STEP_SIZE)
     return x
 
@@ -97,6 +101,40 @@ def contestants(case: Case) -> dict[str, Run]:
     if (theirs := _torchebm(case)) is not None:
         runs["torchebm"] = theirs
     return runs
+
+
+def compiled_score(case: Case) -> Callable[[Tensor], Tensor]:
+    """The score as one compiled function of x."""
+    gradient = torch.compile(torch.func.grad(lambda x: case.function(x).sum()), dynamic=False)
+    return lambda x: gradient(x).neg()
+
+
+def harness_case(name: str, elements: int, steps: int, *, quick: bool = False) -> harness.Case:
+    """A chain as a case of the suite; all contestants run the same number of steps."""
+
+    def build(device: torch.device, with_compile: bool) -> harness.Contest:
+        case = make_case(name, device.type)
+        runs = contestants(case)
+        runs = {"ours": runs.pop("ours"), **runs}
+        missing = {} if "torchebm" in runs else {"torchebm": "not installed"}
+        missing["JAX scan"] = "the suite has no JAX baseline"
+        if not case.is_score and with_compile:
+            score = compiled_score(case)
+            runs["compiled gradient"] = lambda: plain_loop(case, score=score)
+        elif not case.is_score:
+            missing["compiled gradient"] = "compilation was left out of this run"
+        if device.type == "cuda":
+            runs["CUDA graph of plain loop"] = harness.cuda_graph(lambda: plain_loop(case))
+
+        def check() -> None:  # contestants() has checked the rest
+            if "compiled gradient" in runs:
+                torch.testing.assert_close(
+                    score(case.x0), case.score(case.x0), rtol=1e-4, atol=1e-4
+                )
+
+        return harness.Contest(runs, check, missing=missing)
+
+    return harness.Case(f"chain/{name}", build, elements, steps, quick=quick)
 
 
 def _torchebm(case: Case) -> Run | None:
@@ -126,6 +164,14 @@ def _torchebm(case: Case) -> Run | None:
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
     return lambda: sampler.sample(case.x0.clone(), n_steps=case.n_steps)
+
+
+SUITE_CASES = (
+    harness_case("mixture, autograd", 2048, 50),
+    harness_case("mixture, closed form", 2048, 50),
+    harness_case("MLP", 2048, 50, quick=True),
+    harness_case("ResEnergy", 8 * 3072, 4),
+)
 
 
 @pytest.mark.parametrize("case", CASES)

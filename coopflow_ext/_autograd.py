@@ -16,6 +16,12 @@ from torch import Tensor
 from coopflow_ext import reference
 
 Gradients = tuple[Tensor | None, ...]
+Shapes = Callable[..., Any]  # a fake kernel
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which torch leaves without types."""
+    return function.apply(*args)
 
 
 def _ops() -> Any:
@@ -88,8 +94,8 @@ class AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> Gradients:
         x, params = ctx.saved_tensors
-        result: Gradients = AffineCouplingBackward.apply(
-            grad_y.contiguous(), grad_ladj.contiguous(), x, params
+        result: Gradients = apply(
+            AffineCouplingBackward, grad_y.contiguous(), grad_ladj.contiguous(), x, params
         )
         return result
 
@@ -141,8 +147,8 @@ class AffineCouplingInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> Gradients:
         x, params = ctx.saved_tensors
-        result: Gradients = AffineCouplingInverseBackward.apply(
-            grad_x.contiguous(), grad_ladj.contiguous(), x, params
+        result: Gradients = apply(
+            AffineCouplingInverseBackward, grad_x.contiguous(), grad_ladj.contiguous(), x, params
         )
         return result
 
@@ -247,8 +253,12 @@ class MixtureLogisticCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> Gradients:
-        gradients: tuple[Tensor, Tensor] = MixtureLogisticCouplingBackward.apply(
-            grad_y.contiguous(), grad_ladj.contiguous(), *ctx.saved_tensors, ctx.affine
+        gradients: tuple[Tensor, Tensor] = apply(
+            MixtureLogisticCouplingBackward,
+            grad_y.contiguous(),
+            grad_ladj.contiguous(),
+            *ctx.saved_tensors,
+            ctx.affine,
         )
         return (*gradients, None)
 
@@ -309,8 +319,12 @@ class MixtureLogisticCouplingInverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> Gradients:
-        gradients: tuple[Tensor, Tensor] = MixtureLogisticCouplingInverseBackward.apply(
-            grad_x.contiguous(), grad_ladj.contiguous(), *ctx.saved_tensors, *ctx.options
+        gradients: tuple[Tensor, Tensor] = apply(
+            MixtureLogisticCouplingInverseBackward,
+            grad_x.contiguous(),
+            grad_ladj.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.options,
         )
         return (*gradients, None, None)
 
@@ -439,7 +453,7 @@ class LangevinStep(torch.autograd.Function):
 
 
 def _register_fake() -> None:
-    fake: Callable[..., Any] = torch.library.register_fake
+    fake: Callable[[str], Callable[[Shapes], Shapes]] = torch.library.register_fake
 
     @fake("coopflow::normal_")
     def _(out: Tensor, rng: Tensor, **kwargs: Any) -> None:

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     report_parser.add_argument("run", type=Path, help="a run folder")
     _add_ablate(commands)
     _add_import_official(commands)
+    _add_bench(commands)
     _add_command(commands, "info", "versions, devices and how the native library was built", info)
     return parser
 
@@ -390,6 +391,39 @@ def import_official(args: argparse.Namespace) -> None:
     run = coop.RunFolder.create(args.out, model.config)
     run.save(0, model.state_dict(), model.metadata())
     print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _add_command(commands, "bench", "measure this package against plain PyTorch", bench)
+    parser.add_argument("--quick", action="store_true", help="few cases, without torch.compile")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results.json, table.md and plots")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="PATTERN", help="such as 'langevin/*'"
+    )
+    parser.add_argument("--resume", action="store_true", help="add what the results in --out lack")
+    _add_device(parser)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """``coopflow bench``."""
+    import importlib
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not (folder / "suite.py").is_file():
+        raise FileNotFoundError(
+            "the benchmarks are part of the source tree, not of the wheel: "
+            "run `coopflow bench` from an editable install (pip install -e .)"
+        )
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    suite = importlib.import_module("suite")
+    results = suite.run(_device(args.device), args.quick, args.out, args.case, args.resume)
+    if args.out is not None:
+        importlib.import_module("report").write(results, args.out)
+        print(f"results: {args.out}")
 
 
 # --- info ----------------------------------------------------------------------------------------

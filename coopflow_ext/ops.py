@@ -239,11 +239,14 @@ def langevin_step(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
                 )
     low, high = (None, None) if clamp is None else clamp
-    coefficients: list[Any] = []
-    for value in (drift, noise, decay, pull):
-        coefficients += [0.0, value] if isinstance(value, Tensor) else [value, None]
+    coefficients: dict[str, Any] = {}
+    for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
+        table = isinstance(value, Tensor)
+        coefficients |= (
+            {name: 0.0, f"{name}_t": value} if table else {name: value, f"{name}_t": None}
+        )
     options = _autograd.LangevinOptions(
-        *coefficients,
+        **coefficients,
         x_ref=x_ref,
         is_score=is_score,
         grad_clip=grad_clip,
@@ -257,7 +260,7 @@ def langevin_step(
         xi=xi,
     )
     try:
-        out: Tensor = _autograd.LangevinStep.apply(x, grad, rng, *options)
+        out: Tensor = _autograd.apply(_autograd.LangevinStep, x, grad, rng, *options)
     except RuntimeError as error:
         raise _argument_error(error) from None
     return out
@@ -329,7 +332,7 @@ def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: an argument does not fit.
     """
     try:
-        y, ladj = _autograd.AffineCoupling.apply(x.contiguous(), params.contiguous())
+        y, ladj = _autograd.apply(_autograd.AffineCoupling, x.contiguous(), params.contiguous())
     except RuntimeError as error:
         raise _argument_error(error) from None
     return y, ladj
@@ -344,7 +347,9 @@ def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return (y - b) * (-a).exp(), -a.flatten(1).sum(1)
     """
     try:
-        x, ladj = _autograd.AffineCouplingInverse.apply(y.contiguous(), params.contiguous())
+        x, ladj = _autograd.apply(
+            _autograd.AffineCouplingInverse, y.contiguous(), params.contiguous()
+        )
     except RuntimeError as error:
         raise _argument_error(error) from None
     return x, ladj
@@ -387,8 +392,8 @@ def mixture_logistic_coupling(
         ValueError, TypeError: an argument does not fit.
     """
     try:
-        y, ladj = _autograd.MixtureLogisticCoupling.apply(
-            x.contiguous(), params.contiguous(), affine
+        y, ladj = _autograd.apply(
+            _autograd.MixtureLogisticCoupling, x.contiguous(), params.contiguous(), affine
         )
     except RuntimeError as error:
         raise _argument_error(error) from None
@@ -421,8 +426,12 @@ def mixture_logistic_coupling_inverse(
         ValueError, TypeError: an argument does not fit.
     """
     try:
-        x, ladj = _autograd.MixtureLogisticCouplingInverse.apply(
-            y.contiguous(), params.contiguous(), affine, legacy_cdf_clamp
+        x, ladj = _autograd.apply(
+            _autograd.MixtureLogisticCouplingInverse,
+            y.contiguous(),
+            params.contiguous(),
+            affine,
+            legacy_cdf_clamp,
         )
     except RuntimeError as error:
         raise _argument_error(error) from None

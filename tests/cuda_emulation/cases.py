@@ -1,0 +1,185 @@
+"""Calls of every op, for every storage type, width and option that chooses another kernel.
+
+A case makes its inputs of a dtype and a shape, aligned or not, calls `cf.ops`, and returns the
+results by name. The same call runs on the CPU ops and on the emulated CUDA kernels. Results are
+equal bit by bit, unless their name says that they are sums, or depend on one: those agree to
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import coopflow_ext as cf
+from cuda_emulation.harness import misaligned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Empty; one element; tails of an item; a warp and a block per chain; one and several chunks of a
+# sum; more chains and more items than the grid has blocks and threads.
+SHAPES = (
+    (0, 5), (3, 0), (1, 1), (3, 2), (5, 4), (3, 5), (2, 127), (40, 8), (3, 512), (2, 519),
+    (2, 16391), (1, 32776), (9, 1031),
+)  # fmt: skip
+# What reaches every kernel: a length that fills its items and one that does not, each with one
+# chunk and with two.
+COVERING_SHAPES = ((2, 8), (2, 7), (1, 16392), (1, 16391))
+
+Results = dict[str, Tensor]
+Case = Callable[["Inputs"], Results]
+
+
+class Inputs:
+    """Seeded random tensors of one dtype and shape, aligned or not."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], aligned: bool) -> None:
+        self.dtype, self.shape, self.aligned = dtype, shape, aligned
+        self.generator = torch.Generator().manual_seed(7)
+        self.rng = cf.Key(5, time=11).tensor()
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def place(self, x: Tensor) -> Tensor:
+        return x if self.aligned else misaligned(x)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(shape or self.shape, generator=self.generator, dtype=torch.float64)
+        return self.place(x.to(dtype or self.dtype))
+
+    def poisoned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.place(torch.full(shape or self.shape, torch.nan, dtype=dtype))
+
+
+def _filled(inputs: Inputs, op: str) -> Tensor:
+    """normal_ and uniform_ write into a given tensor only as raw ops; the faces allocate it."""
+    if inputs.aligned:
+        call = getattr(cf.ops, op)
+        out: Tensor = call(inputs.shape, inputs.rng, step=3, chain_offset=7, dtype=inputs.dtype)
+        return out
+    out = inputs.poisoned(dtype=inputs.dtype)
+    getattr(cf.ops._coopflow, f"{op}_")(out, inputs.rng, step=3, chain_offset=7)
+    return out
+
+
+def random_numbers(inputs: Inputs) -> Results:
+    return {op: _filled(inputs, op) for op in ("normal", "uniform")}
+
+
+def langevin_plain(inputs: Inputs) -> Results:
+    x, grad = inputs.normal(), inputs.normal()
+    options = {"drift": 0.3, "noise": 0.1, "step_clip": 0.2, "clamp": (-1.0, 1.0), "step": 2}
+    out = cf.ops.langevin_step(x, grad, inputs.rng, **options)
+    cf.ops.langevin_step_(x, grad, inputs.rng, is_score=True, **options)
+    return {"functional": out, "in place": x}
+
+
+def _tables(inputs: Inputs) -> dict[str, Tensor]:
+    batch = inputs.shape[0]
+    return {
+        "drift": torch.linspace(0.1, 0.5, 3 * batch, dtype=torch.float64).view(3, batch),
+        "noise": torch.linspace(0.1, 0.2, 3).view(3, 1),
+        "decay": torch.linspace(0.0, 0.1, batch).view(1, batch),
+    }
+
+
+def langevin_full(inputs: Inputs) -> Results:
+    x, grad, x_ref = inputs.normal(), inputs.normal(), inputs.normal()
+    x_low = inputs.poisoned(dtype=torch.bfloat16)
+    options = {
+        **_tables(inputs), "pull": 0.2, "x_ref": x_ref, "grad_clip": 1.5,
+        "clamp": (-1.0, 1.0), "noise_when": 1, "step": 1, "chain_offset": 3,
+    }  # fmt: skip
+    cf.ops.langevin_step_(x, grad, inputs.rng, **options, x_low=x_low)
+    return {"x": x, "x_low": x_low}
+
+
+def langevin_grad_norm(inputs: Inputs) -> Results:
+    x, grad = inputs.normal(), inputs.normal()
+    cf.ops.langevin_step_(x, grad, inputs.rng, drift=0.3, noise=0.1, grad_norm=2.0, grad_clip=1.5)
+    return {"x (after a sum)": x}
+
+
+def langevin_given_noise(inputs: Inputs) -> Results:
+    x, grad, xi = inputs.normal(), inputs.normal(), inputs.normal()
+    x_low = inputs.poisoned(dtype=torch.float16)
+    cf.ops.langevin_step_(x, grad, inputs.rng, drift=0.3, noise=0.1, xi=xi, x_low=x_low)
+    return {"x": x, "x_low": x_low}
+
+
+def langevin_statistics(inputs: Inputs) -> Results:
+    x, grad = inputs.normal(), inputs.normal()
+    batch = inputs.shape[0]
+    if grad.numel():
+        grad.view(batch, -1)[batch // 2, -1] = torch.inf
+    active = torch.arange(batch) % 3 != 1
+    stats = inputs.poisoned(batch, 5, dtype=inputs.sum_dtype)
+    cf.ops.langevin_step_(
+        x, grad, inputs.rng, drift=0.3, noise=0.1, grad_clip=1.0, clamp=(-1.0, 1.0),
+        stats=stats, active=active, freeze_nonfinite=True,
+    )  # fmt: skip
+    return {"x": x, "active": active, "stats (sum)": stats}
+
+
+def langevin_noise(inputs: Inputs) -> Results:
+    x = inputs.normal()
+    cf.ops.langevin_noise_(x, inputs.rng, noise=0.5, active=torch.arange(inputs.shape[0]) % 2 == 0)
+    return {"x": x}
+
+
+def _affine(inputs: Inputs, name: str, params_dtype: torch.dtype) -> Results:
+    x = inputs.normal().requires_grad_()
+    params = inputs.normal(inputs.shape[0], 2, *inputs.shape[1:], dtype=params_dtype)
+    params.tanh_().requires_grad_()
+    out, ladj = getattr(cf.ops, name)(x, params)
+    grad_out = inputs.normal()
+    grad_ladj = inputs.normal(inputs.shape[0], dtype=inputs.sum_dtype)
+    torch.autograd.backward((out, ladj), (grad_out, grad_ladj))
+    assert x.grad is not None
+    assert params.grad is not None
+    return {
+        "out": out.detach(),
+        "ladj (sum)": ladj.detach(),
+        "x.grad": x.grad,
+        "params.grad": params.grad,
+    }
+
+
+def affine_coupling(inputs: Inputs) -> Results:
+    return _affine(inputs, "affine_coupling", inputs.dtype)
+
+
+def affine_coupling_inverse(inputs: Inputs) -> Results:
+    return _affine(inputs, "affine_coupling_inverse", inputs.dtype)
+
+
+def affine_coupling_mixed(inputs: Inputs) -> Results:
+    """Half-precision parameters beside a float32 state."""
+    if inputs.dtype != torch.float32:
+        return {}
+    results = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("affine_coupling", "affine_coupling_inverse"):
+            for key, value in _affine(inputs, name, dtype).items():
+                results[f"{name}, {dtype}: {key}"] = value
+    return results
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        random_numbers,
+        langevin_plain,
+        langevin_full,
+        langevin_grad_norm,
+        langevin_given_noise,
+        langevin_statistics,
+        langevin_noise,
+        affine_coupling,
+        affine_coupling_inverse,
+        affine_coupling_mixed,
+    )
+}

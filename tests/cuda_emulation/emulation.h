@@ -1,0 +1,79 @@
+// A CUDA device in miniature, for running kernels in tests on a machine without a GPU. One thread
+// of a block is one fiber; blocks run one after another. What a kernel does wrong that a GPU would
+// forgive or hang on (a barrier that not all threads reach, a shuffle outside its mask) is an error
+// that names block, thread and source line, thrown from the launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace cuda_emulation {
+
+struct Index3 {
+  unsigned x, y, z;
+};
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kMaxBlockThreads = 1024;
+constexpr size_t kMaxDynamicShared = 227 * 1024;  // of a block on sm_90
+
+// Where a kernel calls one of the functions below.
+struct Place {
+  const char* file;
+  int line;
+  const char* function;
+
+  static Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE(),
+                    const char* function = __builtin_FUNCTION()) {
+    return {file, line, function};
+  }
+};
+
+struct Launch {
+  Index3 grid, block;
+  size_t dynamic_shared;
+  const void* kernel;
+  void (*run_thread)(const void* arguments);  // calls the kernel as one thread
+  const void* arguments;
+};
+
+// Runs every thread of every block. Throws std::runtime_error where the kernel is wrong.
+void run(const Launch& launch);
+
+// Called by kernels.
+void sync_threads(Place place);
+// Waits for every lane of the mask to make the same call; returns the values of all 32 lanes (those
+// outside the mask are not set).
+const uint64_t* meet_in_warp(const char* operation, unsigned mask, uint64_t value, Place place);
+int lane();
+[[noreturn]] void fail_thread(const char* what, Place place);
+void* dynamic_shared();
+
+// How many blocks each of the emulated devices holds at once: few, so that kernels loop; one; and
+// so many that each thread has one piece of work.
+constexpr int kDevices = 3;
+constexpr int kMultiprocessors[kDevices] = {2, 1, 1 << 24};
+constexpr int kBlocksPerMultiprocessor[kDevices] = {2, 1, 8};
+
+// The device that tensors are on, and the device and stream that torch has made current; see
+// torch_device.cpp.
+int tensor_device();
+void set_tensor_device(int device);
+int current_device();
+void* current_stream();
+
+// --- for the race check (races.cpp) ------------------------------------------------------------
+// A thread of the running block, and how often it was synchronised with its block and its warp.
+struct Moment {
+  uint32_t thread, warp, block_syncs, warp_syncs;
+};
+bool thread_is_running();
+Moment now();
+[[noreturn]] void fail_access(const std::string& what);
+// Source lines of an instruction in a kernel, innermost inlined function first.
+std::string source_lines(const void* instruction);
+void races_begin_launch(const char* dynamic_shared, size_t bytes);
+void races_begin_block();
+
+}  // namespace cuda_emulation

@@ -1,0 +1,183 @@
+"""Builds and loads the emulated CUDA kernels, and runs `cf.ops` on them.
+
+The kernels of csrc/cuda are registered as `torch.ops.coopflow_emulated.*` for CPU tensors, beside
+the CPU ops. There are two builds: `coopflow_checked` looks for races, `coopflow_sanitized` has
+AddressSanitizer and UndefinedBehaviorSanitizer and needs :func:`sanitizer_environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import coopflow_ext as cf
+from coopflow_ext import _autograd
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+# Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit.
+FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS = range(3)
+# Blocks of the check of indices (index_check.cpp).
+FAR_BLOCKS = (0, 1, (1 << 22) + 1, (1 << 23) - 1)
+
+
+class BuildFailedError(RuntimeError):
+    """The emulated kernels do not compile; the message is the compiler's."""
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("c++") or "g++"
+
+
+def build_folder() -> Path:
+    return Path(os.environ.get("COOPFLOW_EMULATION_BUILD", ROOT / "build" / "emulation"))
+
+
+def build(
+    target: str, *, csrc: Path = CSRC, folder: Path | None = None, kernels: str = "*.cu"
+) -> Path:
+    """Compiles what changed of one target of CMakeLists.txt; returns the library.
+
+    Of `csrc`/cuda, the files that match `kernels`.
+
+    Raises:
+        BuildFailedError: with the compiler's output.
+    """
+    folder = folder or build_folder()
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake, ninja = (shutil.which(name, path=programs) for name in ("cmake", "ninja"))
+    if not cmake or not ninja or not CSRC.is_dir():
+        pytest.skip("the emulation needs cmake, ninja and the source tree")
+    configure = [
+        cmake, "-S", str(HERE), "-B", str(folder), "-G", "Ninja", "--log-level=NOTICE",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DTORCH_ROOT={Path(torch.__file__).parent}",
+        f"-DCOOPFLOW_CSRC={csrc}",
+        f"-DCOOPFLOW_KERNELS={kernels}",
+    ]  # fmt: skip
+    for command in (configure, [cmake, "--build", str(folder), "--target", target]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BuildFailedError(done.stdout + done.stderr)
+    return folder / f"lib{target}.so"
+
+
+def sanitizer_environment(*, threads: bool = False) -> dict[str, str]:
+    """The variables with which a Python process can load a library built with sanitizers."""
+    runtime = "libtsan.so" if threads else "libasan.so"
+    preload = []
+    for name in (runtime, "libstdc++.so"):
+        path = subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not Path(path).is_file():
+            pytest.skip(f"{compiler()} has no {name}")
+        preload.append(path)
+    return {
+        "LD_PRELOAD": " ".join(preload),
+        # Python does not free what lives as long as the process.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+class Emulation:
+    """A loaded build of the emulated kernels."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(library)
+        self.library = library
+        self._c = ctypes.CDLL(str(library))
+        self._c.cuda_emulation_take_launches.restype = ctypes.c_size_t
+        self.raw = torch.ops.coopflow_emulated
+
+    @contextlib.contextmanager
+    def ops(self) -> Iterator[None]:
+        """`cf.ops` and its derivatives call the emulated kernels; new tensors are poisoned."""
+        native, native_autograd = cf.ops._coopflow, _autograd._ops
+        cf.ops._coopflow, _autograd._ops = self.raw, lambda: self.raw
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+        try:
+            yield
+        finally:
+            cf.ops._coopflow, _autograd._ops = native, native_autograd
+            torch.use_deterministic_algorithms(deterministic)
+
+    @contextlib.contextmanager
+    def settings(
+        self, *, order: int = 0, device: int = FEW_BLOCKS, blocks: Sequence[int] = ()
+    ) -> Iterator[None]:
+        """Order of blocks, warps and lanes (0: ascending, else a seed); device; blocks that run."""
+        self._set(order, device, blocks)
+        try:
+            yield
+        finally:
+            self._set(0, FEW_BLOCKS, ())
+
+    def _set(self, order: int, device: int, blocks: Sequence[int]) -> None:
+        self._c.cuda_emulation_set_order(ctypes.c_uint64(order))
+        self._c.cuda_emulation_set_device(device)
+        array = (ctypes.c_uint64 * len(blocks))(*blocks)
+        self._c.cuda_emulation_set_blocks(array, ctypes.c_size_t(len(blocks)))
+
+    @functools.cached_property
+    def kernels(self) -> dict[int, str]:
+        """Every kernel and template variant in the library: address and name."""
+        symbols = subprocess.run(
+            ["nm", "--demangle", str(self.library)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": os.environ["PATH"]},  # not preloaded with a sanitizer
+        ).stdout
+        found = re.findall(r"^([0-9a-f]+) [tTwW] (?:void )?(.*)$", symbols, re.MULTILINE)
+        names = {int(address, 16): _short_name(name) for address, name in found}
+        return {a: n for a, n in names.items() if re.fullmatch(r"\w+_kernel(<.*>)?", n)}
+
+    def take_launches(self) -> list[str]:
+        """Names of the kernels launched since the last call."""
+        capacity = 1 << 20
+        offsets = (ctypes.c_uint64 * capacity)()
+        count = self._c.cuda_emulation_take_launches(offsets, ctypes.c_size_t(capacity))
+        return [self.kernels[offset] for offset in offsets[:count]]
+
+    def wrong_index(self) -> str:
+        """The first wrong index that the cursors of items.cuh and reduce.cuh give; "" if none."""
+        self._c.cuda_emulation_wrong_index.restype = ctypes.c_char_p
+        found: bytes = self._c.cuda_emulation_wrong_index()
+        return found.decode()
+
+
+def _short_name(symbol: str) -> str:
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    symbol = symbol.replace("(anonymous namespace)::", "").partition("(")[0]
+    return re.sub(r"\w+::", "", symbol)
+
+
+@functools.cache
+def load() -> Emulation:
+    """`$COOPFLOW_EMULATION_LIBRARY`, else the build with the race check."""
+    given = os.environ.get("COOPFLOW_EMULATION_LIBRARY")
+    return Emulation(Path(given) if given else build("coopflow_checked"))
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """A copy of x that starts one element after a 16-byte boundary and ends with its storage."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)

@@ -1,0 +1,36 @@
+"""Runs one case, or the check of indices, on a build of the emulated kernels.
+
+    run_case.py LIBRARY CASE|indices
+
+Exit status 1 with the first result that differs from the CPU op's; errors of the emulation and of
+sanitizers end the process in their own ways.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from cuda_emulation.cases import CASES, COVERING_SHAPES, Inputs
+from cuda_emulation.harness import FAR_BLOCKS, Emulation
+
+
+def main(library: str, case: str) -> str:
+    emulation = Emulation(Path(library))
+    if case == "indices":
+        with emulation.settings(blocks=FAR_BLOCKS):
+            return emulation.wrong_index()
+    for shape in ((3, 5), *COVERING_SHAPES, (9, 1031)):
+        for aligned in (True, False):
+            with emulation.ops():
+                results = CASES[case](Inputs(torch.float32, shape, aligned))
+            for key, expected in CASES[case](Inputs(torch.float32, shape, aligned)).items():
+                if not torch.allclose(results[key], expected):
+                    return f"{case}, {shape}: {key}: {results[key]} is not {expected}"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]) or 0)

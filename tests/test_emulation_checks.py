@@ -1,0 +1,144 @@
+"""What the emulation catches: known mistakes, put into copies of our own kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulation import explain_missing, harness
+
+TESTS = Path(__file__).parent
+MUTATIONS = TESTS / "cuda_emulation" / "mutations"
+# Patch: the build that runs it, the file and case that show it, what the report must say.
+CAUGHT = {
+    "write_past_the_end": (
+        "sanitized", "random_cuda.cu", "random_numbers",
+        ("AddressSanitizer: heap-buffer-overflow", "WRITE of size", "store_item", "items.cuh"),
+    ),
+    "misaligned_access": (
+        "sanitized", "random_cuda.cu", "random_numbers",
+        ("store to misaligned address", "intrinsics.h"),
+    ),
+    "dropped_barrier": (
+        "checked", "affine_coupling_cuda.cu", "affine_coupling",
+        ("writes shared memory at", "read at", "reduce.cuh", "no barrier", "block (", "thread ("),
+    ),
+    "read_before_the_barrier": (
+        "checked", "affine_coupling_cuda.cu", "affine_coupling",
+        ("reads shared memory that no thread", "reduce.cuh", "block (", "thread ("),
+    ),
+    "unwritten_tail": ("checked", "random_cuda.cu", "random_numbers", ("(3, 5)", "normal", "nan")),
+    "index_of_32_bits": (
+        "checked", "random_cuda.cu", "indices", ("ItemCursor::offset is -", "chains of"),
+    ),
+    "barrier_not_reached": (
+        "checked", "affine_coupling_cuda.cu", "affine_coupling",
+        ("__syncthreads at reduce.cuh", "is not reached by thread (37, 0, 0)", "block ("),
+    ),
+    "shuffle_outside_its_mask": (
+        "checked", "affine_coupling_cuda.cu", "affine_coupling",
+        ("leaves its own lane out of its mask 0x7fffffff", "reduce.cuh", "thread (31, 0, 0)"),
+    ),
+}  # fmt: skip
+
+
+def _environment(build: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(harness.ROOT), str(TESTS)])
+    sanitizer = harness.sanitizer_environment() if build == "sanitized" else {}
+    return os.environ | sanitizer | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def _mutant(name: str, build: str, kernels: str) -> Path:
+    """The library with one patch applied; one build folder serves all, as little recompiles."""
+    folder = harness.build_folder().with_name(f"{harness.build_folder().name}-mutants")
+    csrc = folder / "csrc"
+    patched = folder / "patched" / "csrc"
+    shutil.rmtree(patched, ignore_errors=True)
+    shutil.copytree(harness.CSRC, patched)
+    if name:
+        patch = MUTATIONS / f"{name}.patch"
+        subprocess.run(
+            ["patch", "--quiet", "--strip=1", f"--input={patch}"], cwd=patched.parent, check=True
+        )
+    for source in patched.rglob("*.*"):  # only what differs, since ninja looks at the dates
+        target = csrc / source.relative_to(patched)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_file() or target.read_bytes() != source.read_bytes():
+            shutil.copy(source, target)
+    return harness.build(f"coopflow_{build}", csrc=csrc, folder=folder / kernels, kernels=kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAUGHT)
+def test_emulation_catches(name: str) -> None:
+    build, kernels, case, signs = CAUGHT[name]
+    library = _mutant(name, build, kernels)
+    done = subprocess.run(
+        [sys.executable, "-m", "cuda_emulation.run_case", str(library), case],
+        env=_environment(build), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    assert done.returncode != 0, report
+    assert not [sign for sign in signs if sign not in report], report
+
+
+@pytest.mark.slow
+def test_emulation_names_what_it_lacks() -> None:
+    with pytest.raises(harness.BuildFailedError) as caught:
+        _mutant("missing_intrinsic", "checked", "affine_coupling_cuda.cu")
+    assert "cuda_emulation: " in str(caught.value)
+    assert "__reduce_add_sync is not emulated; declare it in" in str(caught.value)
+    assert explain_missing.HEADER in str(caught.value)
+
+
+def test_every_emulation_mutation_is_tried() -> None:
+    patches = {patch.stem for patch in MUTATIONS.glob("*.patch")}
+    assert patches == {*CAUGHT, "missing_intrinsic"}
+
+
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        ("int f(int* x) { return atomicAdd(x, 1); }", "atomicAdd"),
+        ("__constant__ int x;", "__constant__"),
+        ("void f() { auto g = cooperative_groups::this_grid(); }", "cooperative_groups"),
+        ("#include <cuda_pipeline.h>", "cuda_pipeline.h"),
+    ],
+)
+def test_emulation_explains_a_failed_compile(tmp_path: Path, source: str, missing: str) -> None:
+    file = tmp_path / "kernel.cu"
+    file.write_text(f"{source}\n")
+    include = TESTS / "cuda_emulation" / "include"
+    launcher = [sys.executable, explain_missing.__file__, harness.compiler()]
+    flags = ["-xc++", "-std=c++17", "-fsyntax-only", f"-I{include}", "-include", "cuda_runtime.h"]
+    done = subprocess.run(
+        [*launcher, *flags, str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"cuda_emulation: {file}:1: {missing} is not emulated" in done.stderr
+    assert "tests/cuda_emulation/include" in done.stderr
+
+
+def _run_sanitized(*selection: str) -> None:
+    library = harness.build("coopflow_sanitized")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--timeout=1200", *selection],
+        cwd=harness.ROOT, capture_output=True, text=True, check=False,
+        env=_environment("sanitized") | {"COOPFLOW_EMULATION_LIBRARY": str(library)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
+    assert "passed" in done.stdout
+
+
+def test_emulation_under_sanitizers_every_kernel() -> None:
+    _run_sanitized("tests/test_emulation_ops.py", "-k", "variant or indices")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_emulation_under_sanitizers_every_case() -> None:
+    _run_sanitized("tests/test_emulation_ops.py", "-k", "agrees")

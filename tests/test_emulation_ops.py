@@ -1,0 +1,116 @@
+"""Every CUDA kernel, run on the CPU by the emulation, against the CPU ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulation import harness
+from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
+
+
+@pytest.fixture(scope="module")
+def emulation() -> harness.Emulation:
+    return harness.load()
+
+
+def _run(
+    emulation: harness.Emulation,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    aligned: bool,
+    *,
+    order: int = 0,
+    device: int = harness.FEW_BLOCKS,
+) -> Results:
+    with emulation.settings(order=order, device=device), emulation.ops():
+        return CASES[name](Inputs(dtype, shape, aligned))
+
+
+def _assert_equal(results: Results, expected: Results, what: object) -> None:
+    assert results.keys() == expected.keys()
+    for key, value in results.items():
+        assert torch.equal(value, expected[key]), f"{what}: {key}"
+
+
+def _assert_agrees(results: Results, expected: Results, what: object) -> None:
+    """Equal, and to rounding where a sum is involved: the back ends add in different orders."""
+    assert results.keys() == expected.keys()
+    for key, value in results.items():
+        if "sum" not in key:
+            assert torch.equal(value, expected[key]), f"{what}: {key}"
+            continue
+        ulps = (
+            64 * torch.finfo(value.dtype).eps
+            if "(sum)" in key
+            else 2 * torch.finfo(value.dtype).eps
+        )
+        torch.testing.assert_close(
+            value, expected[key], rtol=ulps, atol=ulps, msg=lambda m, k=key: f"{what}: {k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_cpu_op(
+    emulation: harness.Emulation, name: str, dtype: torch.dtype
+) -> None:
+    for shape in SHAPES:
+        for aligned in (True, False):
+            expected = CASES[name](Inputs(dtype, shape, aligned))
+            _assert_agrees(_run(emulation, name, dtype, shape, aligned), expected, (shape, aligned))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_results_do_not_depend_on_order_or_grid(
+    emulation: harness.Emulation, name: str, dtype: torch.dtype
+) -> None:
+    """Bitwise, sums included: any order of blocks, warps and lanes, any number of blocks."""
+    for shape in ((7, 36), (2, 16391)):
+        expected = _run(emulation, name, dtype, shape, True)
+        for order in (1, 2):
+            _assert_equal(
+                _run(emulation, name, dtype, shape, True, order=order), expected, (shape, order)
+            )
+        for device in (harness.ONE_BLOCK, harness.ALL_BLOCKS):
+            _assert_equal(
+                _run(emulation, name, dtype, shape, True, device=device), expected, (shape, device)
+            )
+
+
+def test_every_kernel_and_template_variant_runs(emulation: harness.Emulation) -> None:
+    """A new kernel needs a case in cuda_emulation/cases.py that reaches all its variants."""
+    emulation.take_launches()
+    for name in CASES:
+        for dtype in DTYPES:
+            for shape in COVERING_SHAPES:
+                for aligned in (True, False):
+                    results = _run(emulation, name, dtype, shape, aligned)
+                    expected = CASES[name](Inputs(dtype, shape, aligned))
+                    _assert_agrees(results, expected, (name, dtype, shape, aligned))
+    missed = set(emulation.kernels.values()) - set(emulation.take_launches())
+    assert emulation.kernels
+    assert not missed
+
+
+def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:
+    with emulation.settings(blocks=harness.FAR_BLOCKS):
+        assert emulation.wrong_index() == ""
+
+
+def test_tensor_of_more_than_2_to_the_31_elements(emulation: harness.Emulation) -> None:
+    """One thread per item and few of the blocks: only a few pages of the tensor are touched."""
+    if "sanitized" in str(emulation.library):
+        pytest.skip("AddressSanitizer would mark every page of the tensor")
+    batch, per_chain = (1 << 20) + 3, 2048
+    x = torch.empty(batch, per_chain, dtype=torch.bfloat16)
+    rng = Inputs(torch.bfloat16, (1, 1), True).rng
+    last_block = batch * per_chain // 8 // 256 - 1  # a chain's 256 items are one block
+    chains = (0, 1 << 19, last_block)
+    with emulation.settings(device=harness.ALL_BLOCKS, blocks=chains):
+        emulation.raw.normal_(x, rng)
+    for chain in chains:
+        expected = torch.empty(1, per_chain, dtype=torch.bfloat16)
+        torch.ops.coopflow.normal_(expected, rng, chain_offset=chain)
+        assert torch.equal(x[chain], expected[0]), chain
