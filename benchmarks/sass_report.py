@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,7 @@ DEFAULT_LIBRARY = Path(__file__).parents[1] / "coopflow_ext" / "libcoopflow_ext.
 _ARCH = re.compile(r"^\s*(?:arch = |code for )(sm_\w+)")
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+?):?\s*$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _ITEM_BYTES = {"float16": 2, "half": 2, "float": 4, "double": 8}  # also bfloat16; first counts
 
 
@@ -44,6 +45,7 @@ class Instruction:
     address: int
     opcode: str  # with its modifiers, such as LDG.E.128
     operands: str
+    guarded: bool = False  # by a predicate
 
     def is_a(self, *names: str) -> bool:
         return self.opcode.split(".")[0] in names
@@ -55,13 +57,15 @@ class Instruction:
         return int(match[1]) // 8 if match else 4
 
     @property
+    def branch_target(self) -> int | None:
+        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.is_a("BRA") else None
+        return int(match[1], 16) if match else None
+
+    @property
     def backward_target(self) -> int | None:
-        if not self.is_a("BRA"):
-            return None
-        match = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
-        target = int(match[1], 16) if match else self.address
+        target = self.branch_target
         # A branch to itself is the padding after the last instruction.
-        return target if target < self.address else None
+        return target if target is not None and target < self.address else None
 
 
 @dataclass
@@ -92,13 +96,38 @@ class Kernel:
         return sum(i.is_a(*names) and width in (None, i.width) for i in self.instructions)
 
     @property
-    def main_loop(self) -> list[Instruction]:
-        """The innermost loop that stores most bytes to global memory; empty if none stores."""
-        spans = [
+    def loop_spans(self) -> list[tuple[int, int]]:
+        """First and last address of each loop."""
+        return [
             (target, i.address)
             for i in self.instructions
             if (target := i.backward_target) is not None
         ]
+
+    @property
+    def instructions_per_evaluation(self) -> int | None:
+        """Fewest instructions once round the loop that has a reciprocal for each component.
+
+        Only for ``mixture_coupling_kernel<P, K, inverse>`` with K components in registers.
+        """
+        match = re.search(r"mixture_coupling_kernel<[\w:]+, (\d+), true>", self.name)
+        if not match or match[1] == "0":
+            return None
+        loops = [
+            [i for i in self.instructions if begin <= i.address <= end]
+            for begin, end in self.loop_spans
+        ]
+        evaluating = [
+            loop
+            for loop in loops
+            if sum(i.opcode.startswith("MUFU.RCP") for i in loop) >= int(match[1])
+        ]
+        return shortest_way(min(evaluating, key=len)) if evaluating else None
+
+    @property
+    def main_loop(self) -> list[Instruction]:
+        """The innermost loop that stores most bytes to global memory; empty if none stores."""
+        spans = self.loop_spans
         innermost = [
             s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)
         ]
@@ -128,7 +157,22 @@ class Kernel:
             "instructions": len(self.instructions),
             "loop_instructions": len(self.main_loop),
             "instructions_per_element": None if per_element is None else round(per_element, 2),
+            "instructions_per_evaluation": self.instructions_per_evaluation,
         }
+
+
+def shortest_way(block: list[Instruction]) -> int:
+    """Fewest instructions from the first of a block to its last, taking forward branches or not."""
+    ways = {block[0].address: 1}
+    for i, following in itertools.pairwise(block):
+        if i.address not in ways:  # reached by no way
+            continue
+        always = i.opcode == "BRA" and not i.guarded and "P" not in i.operands
+        targets = [i.branch_target] if i.branch_target is not None else []
+        for address in targets if always else [*targets, following.address]:
+            if address > i.address:
+                ways[address] = min(ways.get(address, len(block)), ways[i.address] + 1)
+    return ways[block[-1].address]
 
 
 def stored_bytes(loop: list[Instruction]) -> int:
@@ -198,12 +242,27 @@ def read_kernels(library: Path) -> list[Kernel]:
             elif kernel and (match := _RESOURCES.search(line)):
                 kernel.registers, kernel.stack_bytes = int(match[1]), int(match[2])
             elif kernel and (match := _INSTRUCTION.match(line)):
-                kernel.instructions.append(Instruction(int(match[1], 16), match[2], match[3]))
+                address, guard, opcode, operands = match.groups()
+                kernel.instructions.append(
+                    Instruction(int(address, 16), opcode, operands, guarded=guard is not None)
+                )
     return [kernels[key] for key in sorted(kernels)]
 
 
 def table(kernels: list[Kernel]) -> str:
-    rows = [("arch", "regs", "stack", "spills", "ld16/ld", "st16/st", "instr/elem", "kernel")]
+    rows = [
+        (
+            "arch",
+            "regs",
+            "stack",
+            "spills",
+            "ld16/ld",
+            "st16/st",
+            "instr/elem",
+            "instr/eval",
+            "kernel",
+        )
+    ]
     for kernel in kernels:
         f = kernel.facts()
         rows.append(
@@ -217,6 +276,9 @@ def table(kernels: list[Kernel]) -> str:
                 "-"
                 if f["instructions_per_element"] is None
                 else f"{f['instructions_per_element']}",
+                "-"
+                if f["instructions_per_evaluation"] is None
+                else f"{f['instructions_per_evaluation']}",
                 kernel.name,
             )
         )

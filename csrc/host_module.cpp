@@ -126,6 +126,9 @@ PYBIND11_MODULE(_host, m) {
         py::arg("n_blocks"), "The words of elements 0 ... 4 n_blocks - 1 of a chain at a time.");
   m.def("fold_in", &coopflow::fold_in, py::arg("seed"), py::arg("data"),
         "The seed of a separate use.");
+  m.def("exponential2_nonpositive_float32",
+        py::vectorize([](float x) { return coopflow::exponential2_nonpositive(x); }), py::arg("x"),
+        "2^x for x <= 0.");
   bind_precision<float>(m, "float32");
   bind_precision<double>(m, "float64");
 }

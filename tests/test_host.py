@@ -115,6 +115,22 @@ def test_exp_float32() -> None:
     assert _host.exponential_float32(denormal) == pytest.approx(np.exp(-95.0), rel=0, abs=2e-45)
 
 
+def test_exp2_float32_of_what_is_not_positive() -> None:
+    x = -np.random.default_rng(3).uniform(0, 125, 500_000).astype(np.float32)
+    np.testing.assert_allclose(
+        _host.exponential2_nonpositive_float32(x),
+        np.exp2(x.astype(np.float64)),
+        rtol=1e-7,
+        atol=0,
+    )
+    edges = np.array([0, -125, -126, -1e30, -np.inf, np.nan], dtype=np.float32)
+    least = 2.0**-125
+    np.testing.assert_array_equal(
+        _host.exponential2_nonpositive_float32(edges),
+        np.array([1, least, least, least, least, np.nan], dtype=np.float32),
+    )
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1.2e-7), ("float64", 1e-15)])
 def test_sincos_turns(dtype: str, tolerance: float) -> None:
     turns = _hard_words().ravel()

@@ -56,6 +56,7 @@ def test_reads_a_disassembly(monkeypatch: pytest.MonkeyPatch) -> None:
         "instructions": 11,
         "loop_instructions": 4,
         "instructions_per_element": 1.0,
+        "instructions_per_evaluation": None,
     }
     assert "scale<float, 4>" in sass_report.table([kernel])
 
@@ -114,3 +115,22 @@ def test_plain_langevin_update_stays_memory_bound(dtype_and_width: str) -> None:
     """On an H200 fewer than 47 instructions per bfloat16 element hide behind its memory traffic."""
     for kernel in _named(f"langevin_step_kernel<{dtype_and_width}, false"):
         assert kernel.instructions_per_element <= 40, (kernel.arch, kernel.name)
+
+
+@pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
+def test_mixture_inverse_with_32_components_is_arithmetic_alone(dtype: str) -> None:
+    for kernel in _named(f"mixture_coupling_kernel<{dtype}, 32, true>"):
+        assert 32 * 10 < kernel.instructions_per_evaluation <= 500, (kernel.arch, kernel.name)
+
+
+def test_the_shortest_way_skips_what_a_branch_jumps_over() -> None:
+    block = [
+        sass_report.Instruction(0x10, "FADD", "R0, R1"),
+        sass_report.Instruction(0x20, "BRA", " 0x50", guarded=True),
+        sass_report.Instruction(0x30, "FMUL", "R0, R1"),
+        sass_report.Instruction(0x40, "BRA", " 0x60"),
+        sass_report.Instruction(0x50, "FADD", "R0, R1"),
+        sass_report.Instruction(0x60, "FADD", "R0, R1"),
+        sass_report.Instruction(0x70, "BRA", " P3, 0x10"),
+    ]
+    assert sass_report.shortest_way(block) == 5

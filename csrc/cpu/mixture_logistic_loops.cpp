@@ -257,7 +257,13 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
     }
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
-      RootSearch<A> s{x[i], low[i], high[i], step[i], step_before[i], pending[i] != 0};
+      RootSearch<A> s{root_tolerance(target[i]),
+                      x[i],
+                      low[i],
+                      high[i],
+                      step[i],
+                      step_before[i],
+                      pending[i] != 0};
       advance(s, target[i], logits.at(i));
       x[i] = s.x;
       low[i] = s.low;

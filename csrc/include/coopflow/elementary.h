@@ -40,6 +40,17 @@ COOPFLOW_HD float log_positive(float x) {
 
 COOPFLOW_HD double log_positive(double x) { return std::log(x); }
 
+// The same in few instructions: on a GPU absolute error 2^-22 for x in [1/2, 2], else 2 ulp.
+COOPFLOW_HD float quick_log_positive(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return 0.69314718f * approximate_log2(x);
+#else
+  return log_positive(x);
+#endif
+}
+
+COOPFLOW_HD double quick_log_positive(double x) { return log_positive(x); }
+
 // exp x for every x: 0, infinity and NaN where they belong, denormal results included.
 COOPFLOW_HD float exponential(float x) {
 #if COOPFLOW_DEVICE_CODE

@@ -139,6 +139,26 @@ COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
 
 COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
+// Hides where a value came from, so that what follows is computed again, not kept in registers.
+template <typename T>
+COOPFLOW_HD T computed_again(T x) {
+#if COOPFLOW_DEVICE_CODE
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+f"(x));
+  } else {
+    asm volatile("" : "+d"(x));
+  }
+#endif
+  return x;
+}
+
+// Makes the compiler read again what it has read before, rather than keep it in registers.
+COOPFLOW_HD void forget_reads() {
+#if COOPFLOW_DEVICE_CODE
+  asm volatile("" ::: "memory");
+#endif
+}
+
 // Plain words of 16 and 8 bytes, which compilers move in one access.
 struct alignas(16) Word16 {
   uint32_t a, b, c, d;

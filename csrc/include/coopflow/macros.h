@@ -26,6 +26,13 @@
 #define COOPFLOW_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Asks for none, in loops that a kernel seldom enters.
+#if defined(__CUDA_ARCH__)
+#define COOPFLOW_NO_UNROLL _Pragma("unroll 1")
+#else
+#define COOPFLOW_NO_UNROLL
+#endif
+
 // Name of the instruction set a CPU loop file is being compiled for.
 #if !defined(COOPFLOW_ISA)
 #define COOPFLOW_ISA baseline

@@ -28,6 +28,7 @@ struct MixtureConstants;
 template <>
 struct MixtureConstants<float> {
   static constexpr float kUnit = 1.44269504f;  // log2(e)
+  static constexpr float kPerUnit = 0.69314718f;
   static constexpr float kLogUnit = 0.36651292f;
   static constexpr float kEpsilon = 0x1p-23f;
   // Terms are rounded to zero, or up to 2^-125, below 2^-125: negligible beside this.
@@ -39,6 +40,7 @@ struct MixtureConstants<float> {
 template <>
 struct MixtureConstants<double> {
   static constexpr double kUnit = 1.0;
+  static constexpr double kPerUnit = 1.0;
   static constexpr double kLogUnit = 0.0;
   static constexpr double kEpsilon = 0x1p-52;
   static constexpr double kSmallestSum = 0x1p-500;
@@ -139,8 +141,8 @@ struct MixtureLogit {
 
 template <typename A>
 COOPFLOW_HD MixtureLogit<A> direct_logit(const MixtureSums<A>& sums) {
-  const A shared = A(1) / (sums.cdf * sums.survival);
-  return {log_positive(sums.cdf * sums.cdf * shared),
+  const A shared = reciprocal(sums.cdf * sums.survival);
+  return {quick_log_positive(sums.cdf * sums.cdf * shared),
           sums.density * (sums.cdf + sums.survival) * shared};
 }
 
@@ -213,14 +215,15 @@ COOPFLOW_HD void add(ScaledSums<A>& sums, A x, const Component<A>& c, const LogC
 
 template <typename A>
 COOPFLOW_HD A scaled_logit_value(A cdf, A survival, const MixturePeaks<A>& peaks) {
-  return (peaks.cdf - peaks.survival) / MixtureConstants<A>::kUnit +
+  return (peaks.cdf - peaks.survival) * MixtureConstants<A>::kPerUnit +
          (log_positive(cdf) - log_positive(survival));
 }
 
 template <typename A>
 COOPFLOW_HD MixtureLogit<A> scaled_logit(const ScaledSums<A>& sums, const MixturePeaks<A>& peaks) {
   return {scaled_logit_value(sums.cdf, sums.survival, peaks),
-          sums.cdf_slope / sums.cdf + sums.survival_slope / sums.survival};
+          multiply_add(sums.cdf_slope, reciprocal(sums.cdf),
+                       sums.survival_slope * reciprocal(sums.survival))};
 }
 
 // Where the slope itself is lost to underflow, between components far apart, its logarithm comes
@@ -228,9 +231,10 @@ COOPFLOW_HD MixtureLogit<A> scaled_logit(const ScaledSums<A>& sums, const Mixtur
 template <typename A>
 COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>& sums,
                                const MixturePeaks<A>& peaks) {
-  const A of_density = (peaks.density - peaks.cdf - peaks.survival) / MixtureConstants<A>::kUnit +
-                       (log_positive(sums.density) + log_positive(sums.weight)) -
-                       (log_positive(sums.cdf) + log_positive(sums.survival));
+  const A of_density =
+      (peaks.density - peaks.cdf - peaks.survival) * MixtureConstants<A>::kPerUnit +
+      (log_positive(sums.density) + log_positive(sums.weight)) -
+      (log_positive(sums.cdf) + log_positive(sums.survival));
   return logit.slope >= MixtureConstants<A>::kSmallestSum ? direct_log_slope(logit) : of_density;
 }
 
@@ -242,6 +246,7 @@ COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>
 // before last, else it halves the bracket.
 template <typename A>
 struct RootSearch {
+  A tolerance;  // of the logit
   A x, low, high;
   A step, step_before;
   bool pending;
@@ -250,7 +255,7 @@ struct RootSearch {
 // Of one component: mean + scale * target.
 template <typename A>
 COOPFLOW_HD A component_quantile(const Component<A>& c, A target) {
-  return c.mean + target * (MixtureConstants<A>::kUnit / c.inv_scale);
+  return c.mean + target * (MixtureConstants<A>::kUnit * reciprocal(c.inv_scale));
 }
 
 template <typename A>
@@ -263,14 +268,14 @@ COOPFLOW_HD A root_tolerance(A target) {
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
-  const bool solved = !(absolute(error) > root_tolerance(target));
+  const bool solved = !(absolute(error) > s.tolerance);
   const A low = error < A(0) ? s.x : s.low;
   const A high = error > A(0) ? s.x : s.high;
-  const A width = high - low;
+  const A half = A(0.5) * (high - low);
   const A ulp = MixtureConstants<A>::kEpsilon * absolute(s.x);
-  const bool closed = !(width > A(2) * ulp);
+  const bool closed = !(half > ulp);
   // At least one ulp, so that a root next to x is bracketed from both sides.
-  const A newton = error * MixtureConstants<A>::kUnit / logit.slope;
+  const A newton = error * MixtureConstants<A>::kUnit * reciprocal(logit.slope);
   const A length = larger_of(absolute(newton), ulp);
   const A guess = error > A(0) ? s.x - length : s.x + length;
   const bool take = (guess > low) & (guess < high) & (length <= A(0.5) * s.step_before);
@@ -278,10 +283,10 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   s.low = low;
   s.high = high;
   s.step_before = s.step;
-  s.step = take ? length : A(0.5) * width;
+  s.step = take ? length : half;
   const A last = s.x - newton;
   const A end = s.pending & solved & (last >= low) & (last <= high) ? last : s.x;
-  s.x = move ? (take ? guess : multiply_add(A(0.5), width, low)) : end;
+  s.x = move ? (take ? guess : low + half) : end;
   s.pending = move;
 }
 
@@ -337,10 +342,11 @@ struct MixtureSlopes {
 
 template <typename A>
 COOPFLOW_HD MixtureSlopes<A> mixture_slopes(const GradientSums<A>& sums) {
-  constexpr A kUnit = MixtureConstants<A>::kUnit;
-  const A cdf = sums.cdf_slope / sums.cdf;
-  const A survival = sums.survival_slope / sums.survival;
-  return {(cdf + survival) / kUnit, (sums.bend / sums.density - (cdf - survival)) / kUnit};
+  constexpr A kPerUnit = MixtureConstants<A>::kPerUnit;
+  const A cdf = sums.cdf_slope * reciprocal(sums.cdf);
+  const A survival = sums.survival_slope * reciprocal(sums.survival);
+  const A bend = sums.bend * reciprocal(sums.density);
+  return {(cdf + survival) * kPerUnit, (bend - (cdf - survival)) * kPerUnit};
 }
 
 template <typename A>
@@ -353,14 +359,14 @@ template <typename A>
 COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale,
                                                     const MixtureTerms<A>& share, A weight_share,
                                                     A grad_u, A grad_l) {
-  constexpr A kUnit = MixtureConstants<A>::kUnit;
+  constexpr A kPerUnit = MixtureConstants<A>::kPerUnit;
   const A grad_cdf = (grad_u - grad_l) * share.cdf;
   const A grad_survival = (grad_u + grad_l) * share.survival;
   const A grad_density = grad_l * share.density;
   const A grad_t =
       grad_cdf * at.above + grad_survival * at.below + grad_density * (at.above - at.below);
   return {grad_cdf - grad_survival + (grad_density + grad_l * weight_share),
-          -grad_t * (inv_scale / kUnit), -grad_t * (at.t / kUnit) - grad_density};
+          -grad_t * (inv_scale * kPerUnit), -grad_t * (at.t * kPerUnit) - grad_density};
 }
 
 // Gradients of u and l, and of the coupling's own arguments.
