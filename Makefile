@@ -21,12 +21,13 @@ NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
 CXX_FILES = $(shell find csrc tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test check wheel sdist build lint clean FORCE
+.PHONY: help demo test check sanitize wheel sdist build lint clean FORCE
 
 help:
 	@echo "make demo   train on real images with the compiled kernels; says where the picture is"
 	@echo "make test   lint and the test suite"
 	@echo "make check  the long tier: every test, and the wheel beside several torch versions"
+	@echo "make sanitize  the CPU library under sanitizers and valgrind (part of make check)"
 	@echo "make build  compile the native library into coopflow_ext/ (only what changed)"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make wheel  dist/*.whl for every Python >= 3.10 and torch >= 2.10;  make sdist: dist/*.tar.gz"
@@ -98,6 +99,9 @@ lint: $(VENV)/.dev
 
 test: lint $(LIBRARY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+sanitize: lint $(LIBRARY)
+	tests/sanitize.sh $(BIN)/python
 
 check: lint $(LIBRARY)
 	tests/check.sh $(BIN)/python

@@ -1,6 +1,7 @@
 """What the CUDA compiler made of each kernel, read from the built library; no GPU is needed.
 
     python benchmarks/sass_report.py [--library PATH] [--kernel REGEX] [--json]
+    python benchmarks/sass_report.py --write-limits tests/data/sass_limits.json
 
 For each kernel and architecture: registers; stack frame and spill instructions (LDL, STL); global
 loads and stores, and how many of them are 16 bytes wide; and the instructions per element of the
@@ -175,6 +176,38 @@ def shortest_way(block: list[Instruction]) -> int:
     return ways[block[-1].address]
 
 
+# What must not grow from one version of a kernel to the next, and what must not shrink.
+CEILINGS = ("registers", "stack_bytes", "spill_instructions", "instructions")
+FLOORS = ("loads_16_bytes", "stores_16_bytes")
+Limits = dict[str, dict[str, int]]  # by "arch kernel"
+
+
+def limits(kernels: list[Kernel]) -> Limits:
+    """The facts of each kernel that :func:`worse` compares."""
+    return {
+        f"{k.arch} {k.name}": {
+            name: value
+            for name, value in k.facts().items()
+            if name in CEILINGS + FLOORS and isinstance(value, int)
+        }
+        for k in kernels
+    }
+
+
+def worse(kernels: list[Kernel], committed: Limits) -> list[str]:
+    """One line for each fact of a kernel that is worse than the committed one, or not committed."""
+    lines = []
+    for key, facts in limits(kernels).items():
+        if key not in committed:
+            lines.append(f"{key}: has no limits yet")
+            continue
+        for name, value in facts.items():
+            limit = committed[key][name]
+            if value > limit if name in CEILINGS else value < limit:
+                lines.append(f"{key}: {name} is {value}, was {limit}")
+    return lines
+
+
 def stored_bytes(loop: list[Instruction]) -> int:
     return sum(i.width for i in loop if i.is_a("STG", "ST"))
 
@@ -249,6 +282,15 @@ def read_kernels(library: Path) -> list[Kernel]:
     return [kernels[key] for key in sorted(kernels)]
 
 
+def cuda_version(library: Path) -> str:
+    """The CUDA compiler that built a library; "" when it has no CUDA code."""
+    import torch
+
+    torch.ops.load_library(library)
+    version: str = json.loads(torch.ops.coopflow.build_info())["cuda_version"]
+    return version
+
+
 def table(kernels: list[Kernel]) -> str:
     rows = [
         (
@@ -296,6 +338,9 @@ def main() -> None:
     )
     parser.add_argument("--kernel", default="", help="regular expression that names must match")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--write-limits", type=Path, help="write what tests/test_sass_report.py holds kernels to"
+    )
     args = parser.parse_args()
     library = args.library or Path(os.environ.get("COOPFLOW_LIBRARY") or DEFAULT_LIBRARY)
     if not library.is_file():
@@ -304,7 +349,10 @@ def main() -> None:
         kernels = [k for k in read_kernels(library) if re.search(args.kernel, k.name)]
     except ToolMissingError as error:
         raise SystemExit(str(error)) from None
-    if args.json:
+    if args.write_limits:
+        record = {"cuda_version": cuda_version(library), "limits": limits(kernels)}
+        args.write_limits.write_text(json.dumps(record, indent=1) + "\n")
+    elif args.json:
         print(json.dumps([k.facts() for k in kernels], indent=1))
     else:
         print(table(kernels) if kernels else f"{library} holds no such CUDA kernel")

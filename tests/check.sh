@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The long tier (`make check`) in two parts, both by default:
+# The long tier (`make check`) in three parts, all by default:
 #   tests    every test that needs no GPU, the slow ones included
+#   sanitize the CPU library under sanitizers and valgrind, see tests/sanitize.sh
 #   wheels   the source distribution, a wheel made from it, and the tests of the operators with that
 #            wheel beside other torch versions, each in a fresh virtual environment; needs the package
 #            index and about 10 GB of disk while it runs
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/.."
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
 parts=("$@")
-[ $# -gt 0 ] || parts=(tests wheels)
+[ $# -gt 0 ] || parts=(tests sanitize wheels)
 versions=${CHECK_TORCH-torch==2.10.0 torch==2.11.0 torch}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -45,6 +46,8 @@ print(cf.build_info())" | sed "s|$work|…|g"
 }
 
 part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider; }
+
+part_sanitize() { tests/sanitize.sh "$python"; }
 
 part_wheels() {
   echo "=== sdist, and a wheel built from it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,43 @@ def _named(pattern: str) -> list[Any]:
     found = [kernel for kernel in _kernels() if kernel.name.startswith(pattern)]
     assert found, f"no kernel {pattern}"
     return found
+
+
+LIMITS = Path(__file__).parent / "data" / "sass_limits.json"
+
+
+def _kernel(**facts: int) -> Any:
+    """A kernel whose facts are these."""
+
+    class Fake(sass_report.Kernel):  # type: ignore[misc, name-defined]
+        def facts(self) -> dict[str, object]:
+            return {"registers": 32, "stores_16_bytes": 1} | facts
+
+    return Fake(symbol="_Z5scaleIfLi4EEvPfl", arch="sm_90")
+
+
+def test_worse_names_what_grew_what_shrank_and_what_is_new() -> None:
+    committed = sass_report.limits([_kernel()])
+    assert sass_report.worse([_kernel()], committed) == []
+    assert sass_report.worse([_kernel(registers=31, stores_16_bytes=2)], committed) == []
+    assert sass_report.worse([_kernel(registers=33, stores_16_bytes=0)], committed) == [
+        "sm_90 scale<float, 4>: registers is 33, was 32",
+        "sm_90 scale<float, 4>: stores_16_bytes is 0, was 1",
+    ]
+    assert sass_report.worse([_kernel()], {}) == ["sm_90 scale<float, 4>: has no limits yet"]
+
+
+def test_no_kernel_is_worse_than_its_limits() -> None:
+    """`sass_report.py --write-limits` renews them; say in the commit why a kernel got worse."""
+    kernels = _kernels()
+    committed = json.loads(LIMITS.read_text())
+    compiler = sass_report.cuda_version(_extension.library_path())
+    if compiler != committed["cuda_version"]:
+        pytest.skip(
+            f"the limits are those of nvcc {committed['cuda_version']}; this library was built "
+            f"with {compiler}"
+        )
+    assert sass_report.worse(kernels, committed["limits"]) == []
 
 
 def test_no_kernel_spills_or_has_a_stack_frame() -> None:

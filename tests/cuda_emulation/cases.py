@@ -168,6 +168,42 @@ def affine_coupling_mixed(inputs: Inputs) -> Results:
     return results
 
 
+def _mixture(inputs: Inputs, name: str, components: int, params_dtype: torch.dtype) -> Results:
+    """Means and scales spread so that both direct sums and their scaled form are needed."""
+    state = inputs.normal().mul_(3).requires_grad_()
+    params = inputs.normal(
+        inputs.shape[0], 2 + 3 * components, *inputs.shape[1:], dtype=params_dtype
+    )
+    params[:, 2 + components : 2 + 2 * components] *= 2
+    params[:, 2 + 2 * components :] -= 1
+    params[:, :2].tanh_()
+    params.requires_grad_()
+    out, ladj = getattr(cf.ops, name)(state, params)
+    grad_ladj = inputs.normal(inputs.shape[0], dtype=inputs.sum_dtype)
+    torch.autograd.backward((out, ladj), (inputs.normal(), grad_ladj))
+    assert state.grad is not None
+    assert params.grad is not None
+    values = {"out": out, "ladj (sum)": ladj, "state": state.grad, "params": params.grad}
+    return {
+        f"{name}, {components} x {params_dtype}: {key}": value.detach()
+        for key, value in values.items()
+    }
+
+
+def mixture_logistic_coupling(inputs: Inputs) -> Results:
+    """Every number of components that has a kernel of its own, and one that has not."""
+    if not inputs.aligned or 16 < inputs.shape[1] < 1024 or inputs.shape[1] > 16391:
+        return {}  # one element a thread: neither alignment nor most lengths choose a kernel
+    halves = (torch.bfloat16, torch.float16) if inputs.dtype == torch.float32 else ()
+    shorten = Inputs(inputs.dtype, (inputs.shape[0], min(inputs.shape[1], 300)), True)
+    results = {}
+    for params_dtype in (inputs.dtype, *halves):
+        for components in (3, 4, 8, 16, 32):
+            for name in ("mixture_logistic_coupling", "mixture_logistic_coupling_inverse"):
+                results |= _mixture(shorten, name, components, params_dtype)
+    return results
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -181,5 +217,6 @@ CASES: dict[str, Case] = {
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_mixed,
+        mixture_logistic_coupling,
     )
 }

@@ -139,7 +139,11 @@ class Emulation:
 
     @functools.cached_property
     def kernels(self) -> dict[int, str]:
-        """Every kernel and template variant in the library: address and name."""
+        """Every kernel and template variant in the library: address and name.
+
+        By the project's names: a kernel is NAME_kernel, a host function that launches one is
+        run_NAME or launch_NAME.
+        """
         symbols = subprocess.run(
             ["nm", "--demangle", str(self.library)],
             capture_output=True,
@@ -149,7 +153,9 @@ class Emulation:
         ).stdout
         found = re.findall(r"^([0-9a-f]+) [tTwW] (?:void )?(.*)$", symbols, re.MULTILINE)
         names = {int(address, 16): _short_name(name) for address, name in found}
-        return {a: n for a, n in names.items() if re.fullmatch(r"\w+_kernel(<.*>)?", n)}
+        return {
+            a: n for a, n in names.items() if re.fullmatch(r"(?!run_|launch_)\w+_kernel(<.*>)?", n)
+        }
 
     def take_launches(self) -> list[str]:
         """Names of the kernels launched since the last call."""
