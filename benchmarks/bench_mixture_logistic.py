@@ -14,6 +14,7 @@ results.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import Case, Contest, run_pytest
 from torch import Tensor
 
 import coopflow_ext as cf
@@ -101,6 +103,80 @@ def test_mixture_logistic_coupling(
 
     benchmark.group = f"{what}, K={components}, {x.numel()} elements"
     benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
+
+
+# --- cases of the suite ---------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(name: str) -> Op:
+    return torch.compile(getattr(reference, name), dynamic=False)
+
+
+def harness_case(
+    what: str, elements: int, components: int, *, quick: bool = False, **kw: Any
+) -> Case:
+    """Ours, the published formulas or bisection, and the compiled formulas."""
+    name, both = (INVERSE if what == "inverse" else FORWARD), what == "forward+backward"
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        x, params = inputs(elements, components, device)
+        argument = cf.ops.mixture_logistic_coupling(x, params)[0] if what == "inverse" else x
+        sources: dict[str, Op] = {"ours": getattr(cf.ops, name)}
+        sources["bisection" if what == "inverse" else "eager"] = getattr(reference, name)
+        missing = {}
+        if what == "inverse":
+            missing["torch.compile"] = "the bisection reads the host at each iteration"
+        elif with_compile:
+            sources["torch.compile"] = compiled(name)
+        else:
+            missing["torch.compile"] = "compilation was left out of this run"
+
+        def check_all() -> None:
+            check(name, x, params)
+            expected, expected_ladj = reference.mixture_logistic_coupling(
+                x.double(), params.double()
+            )
+            for source, op in sources.items():
+                if source in ("ours", "bisection"):
+                    continue
+                y, ladj = op(x, params)
+                torch.testing.assert_close(
+                    y.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m, s=source: f"{s}: {m}"
+                )
+                torch.testing.assert_close(ladj.double(), expected_ladj, rtol=1e-5, atol=1e-2)
+            if what == "inverse":
+                back, _ = getattr(reference, name)(argument, params)
+                error = (back - x).abs().flatten().quantile(0.99).item()
+                assert error < 1e-2, f"bisection: {error}"
+
+        item = 4 * (3 + 3 * components + 1) * x.numel()  # x, a, b, the components; y
+        return Contest(
+            {n: pass_of(op, argument, params, both) for n, op in sources.items()},
+            check_all,
+            {} if both else {"ours": item},
+            missing,
+        )
+
+    return Case(
+        f"mixture_logistic/{what}/K{components}/{elements}", build, elements, quick=quick, **kw
+    )
+
+
+SUITE_CASES = (
+    harness_case("forward", 2**14, 32),
+    harness_case("inverse", 2**14, 32, quick=True),
+    harness_case("forward+backward", 2**14, 32, quick=True),
+    harness_case("forward", 2**20, 32, devices=("cuda",)),
+    harness_case("inverse", 2**20, 32, devices=("cuda",)),
+    harness_case("forward+backward", 2**20, 32, devices=("cuda",)),
+    harness_case("inverse", 28 * 1024, 32, devices=("cuda",)),
+)
+
+
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
+def test_suite_case(benchmark: Any, case: Case, device: torch.device) -> None:
+    run_pytest(benchmark, case, device)
 
 
 # --- ratios in one process ------------------------------------------------------------------------

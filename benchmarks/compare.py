@@ -3,7 +3,7 @@
     python benchmarks/compare.py BASE.json NEW.json
 
 Compared is what both runs measured in pairs: each baseline's time divided by ours. Ours got slower
-where the new ratio's 80th percentile lies below the base's 20th. Two runs on one GPU are compared
+where the new ratio's 80th percentile lies below the base's 20th by more than 1%. Two runs on one GPU are compared
 by time as well. Exit status 1 when something got slower, 2 when the files cannot be compared.
 """
 
@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import OURS
+from harness import OURS, RESOLUTION
 from report import by_case, load
 
 
 def is_slower_ratio(base: dict[str, float], new: dict[str, float]) -> bool:
-    return new["p80"] < base["p20"]
+    return new["p80"] < base["p20"] * (1 - RESOLUTION)
 
 
 def is_slower_time(base: dict[str, float], new: dict[str, float]) -> bool:
-    return new["p20"] > base["p80"]
+    return new["p20"] > base["p80"] * (1 + RESOLUTION)
 
 
 def regressions(base: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -8,11 +8,14 @@
 #   build     the native library with CUDA code, or COOPFLOW_LIBRARY=/path/to/libcoopflow_ext.so
 #   tests     the tests that run on a device, on the GPU
 #   sanitize  compute-sanitizer: memcheck, then racecheck, over every op on small shapes
-#   bench     every benchmarks/bench_*.py on the GPU, and the kernels' resource report
-#   pack      logs into OUTDIR/logs.tar.gz, leaving that and summary.txt
+#   bench     the operators' cases of benchmarks/suite.py, and the kernels' resource report
+#   models    its chains, flows and the rest; both add to OUTDIR/results.json case by case
+#   profile   ncu over the operators, where the machine allows it
+#   report    OUTDIR/table.md and plots from results.json
+#   pack      logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 8 files
 #
 # OUTDIR/summary.txt says how each stage ended. A stage that ended "ok" is not run again in the same
-# OUTDIR; one that failed, or that the machine refused, does not stop the rest. Nothing is
+# OUTDIR, and one that ran out of time goes on with the cases it lacks; one that failed, or that the machine refused, does not stop the rest. Nothing is
 # downloaded: PYTHON (python3) must have torch, numpy, pytest and the other test requirements.
 # --dry-run goes through the same stages on the CPU and only collects tests and benchmarks.
 # Exit status: 0 unless a stage failed; a refused tool is no failure.
@@ -35,7 +38,7 @@ mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
 shift
 stages=("$@")
-[ $# -gt 0 ] || stages=(facts build tests sanitize bench pack)
+[ $# -gt 0 ] || stages=(facts build tests sanitize bench models profile report pack)
 cd "$root" || exit 1
 
 PYTHON=${PYTHON:-python3}
@@ -129,23 +132,55 @@ stage_sanitize() {
   sanitizer racecheck
 }
 
+# Adds the cases that match the patterns to OUTDIR/results.json.
+suite() {
+  local mode=(--device "$device" --out "$out" --resume) pattern
+  [ "$dry_run" = 0 ] || mode=(--list)
+  for pattern in "$@"; do mode+=(--case "$pattern"); done
+  "$PYTHON" benchmarks/suite.py "${mode[@]}"
+}
+
 stage_bench() {
-  local mode=("--benchmark-json=$out/bench.json") files
-  mapfile -t files < <(grep -l "^def test_" benchmarks/bench_*.py) # the rest are programs
-  [ ${#files[@]} -gt 0 ] || return 0
+  "$PYTHON" benchmarks/sass_report.py || echo "sass_report: no report"
+  suite 'langevin/*' 'affine_coupling/*' 'mixture_logistic/*'
+}
+
+stage_models() {
+  suite 'chain/*' 'flowpp/*'
+}
+
+stage_profile() {
   if [ "$dry_run" = 1 ]; then
-    mode=(--collect-only -q)
-  else
-    "$PYTHON" benchmarks/sass_report.py || echo "sass_report: no report"
+    echo "dry run: ncu would profile benchmarks/exercise_ops.py, which sanitize has run"
+    return
   fi
-  "$PYTHON" -m pytest "${files[@]}" --device "$device" "${mode[@]}"
+  if ! command -v ncu >/dev/null; then
+    echo "ncu: not found"
+    return $REFUSED
+  fi
+  local log=$out/ncu.txt status
+  ncu --set basic --launch-count 60 "$PYTHON" benchmarks/exercise_ops.py --device cuda >"$log" 2>&1
+  status=$?
+  cat "$log"
+  ! grep -q -i -E "ERR_NVGPUCTRPERM|not supported" "$log" || status=$REFUSED
+  rm -f "$log"
+  return $status
+}
+
+stage_report() {
+  if [ ! -f "$out/results.json" ]; then
+    echo "no results.json to report on"
+    [ "$dry_run" = 1 ]
+    return
+  fi
+  "$PYTHON" benchmarks/report.py "$out/results.json" --out "$out"
 }
 
 stage_pack() {
   local logs=() name
   cd "$out" || return 1
   [ ! -f logs.tar.gz ] || tar -xzf logs.tar.gz --skip-old-files # those of an earlier run
-  for name in facts.log build.log tests.log sanitize.log bench.log bench.json; do
+  for name in {facts,build,tests,sanitize,bench,models,profile,report}.log; do
     [ ! -f "$name" ] || logs+=("$name")
   done
   [ ${#logs[@]} -gt 0 ] || return 0
@@ -161,7 +196,7 @@ fi
 failed=0
 for stage in "${stages[@]}"; do
   if ! declare -F "stage_$stage" >/dev/null; then
-    echo "unknown stage '$stage': facts, build, tests, sanitize, bench or pack" >&2
+    echo "unknown stage '$stage': facts, build, tests, sanitize, bench, models, profile, report or pack" >&2
     exit 2
   fi
   if [ "$stage" != pack ] && grep -q "^$stage ok" "$out/summary.txt" 2>/dev/null; then

@@ -33,6 +33,7 @@ from harness import (
 MODULES = (
     "bench_langevin",
     "bench_affine_coupling",
+    "bench_mixture_logistic",
     "bench_sampler",
     "bench_flowpp",
     "bench_coop",

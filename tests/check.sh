@@ -72,6 +72,6 @@ run() {
 
 for part in "${parts[@]}"; do
   SECONDS=0
-  run "$part" 2>&1 | sed -e "s|$work|…|g" -e "s|$PWD|.|g" | tee "build/check-$part.txt"
+  run "$part" 2>&1 | sed -u -e "s|$work|…|g" -e "s|$PWD|.|g" | tee "build/check-$part.txt"
   cp "build/check-$part.txt" "docs/check-$part.txt"
 done

@@ -258,7 +258,7 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(out.iterdir())) <= 8
     verdicts = [line.split()[:2] for line in (out / "summary.txt").read_text().splitlines()]
-    stages = ["facts", "build", "tests", "sanitize", "bench", "pack"]
+    stages = ["facts", "build", "tests", "sanitize", "bench", "models", "profile", "report", "pack"]
     assert verdicts == [[stage, "ok"] for stage in stages]
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert set(archive.getnames()) >= {f"{stage}.log" for stage in stages[:-1]}

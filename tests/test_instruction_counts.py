@@ -30,7 +30,7 @@ def test_other_tools_are_not_compared(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(counts, "KEPT", path)
     sides = {name: (lambda: {"compiler": "new"}, dict) for name in ("cpu", "cuda")}
     monkeypatch.setattr(counts, "SIDES", sides)
-    with pytest.raises(counts.CannotCountError, match="kept with .*old.*, here is .*new"):
+    with pytest.raises(counts.CannotCountError, match=r"kept with .*old.*, here is .*new"):
         counts.compare("cpu")
     with pytest.raises(counts.CannotCountError, match="no cuda counts are kept"):
         counts.compare("cuda")

@@ -45,13 +45,19 @@ void backward(const AffineCouplingBackwardArgs<arithmetic_t<T>>& args, int64_t b
       load<T>(args.x, offset, n, x);
       load<T>(args.grad_out, offset, n, grad);
       load<P>(args.params, param, n, a);
-      for (int64_t i = 0; i < n; ++i) {
-        const AffineGradient<A> g = args.inverse
-                                        ? affine_inverse_gradient(grad[i], grad_ladj, x[i], a[i])
-                                        : affine_forward_gradient(grad[i], grad_ladj, x[i], a[i]);
-        grad_in[i] = g.input;
-        grad_a[i] = g.a;
-        grad_b[i] = g.b;
+      const auto apply = [&](auto gradient) {
+        for (int64_t i = 0; i < n; ++i) {
+          const AffineGradient<A> g = gradient(grad[i], grad_ladj, x[i], a[i]);
+          grad_in[i] = g.input;
+          grad_a[i] = g.a;
+          grad_b[i] = g.b;
+        }
+      };
+      // The direction is chosen outside the loop, which is vectorised only then.
+      if (args.inverse) {
+        apply([](A g, A l, A in, A scale) { return affine_inverse_gradient(g, l, in, scale); });
+      } else {
+        apply([](A g, A l, A in, A scale) { return affine_forward_gradient(g, l, in, scale); });
       }
       store<T>(grad_in, offset, n, args.grad_in);
       store<P>(grad_a, param, n, args.grad_params);
