@@ -3,8 +3,9 @@
     python benchmarks/compare.py BASE.json NEW.json
 
 Compared is what both runs measured in pairs: each baseline's time divided by ours. Ours got slower
-where the new ratio's 80th percentile lies below the base's 20th by more than 1%. Two runs on one GPU are compared
-by time as well. Exit status 1 when something got slower, 2 when the files cannot be compared.
+where the new ratio's 80th percentile lies below the base's 20th by more than 1%. Two runs on one
+GPU are compared by time as well. Exit status 1 when something got slower, 2 when the files cannot
+be compared.
 """
 
 from __future__ import annotations
