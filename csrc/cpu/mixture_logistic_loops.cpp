@@ -4,8 +4,9 @@
 
 #include "tile.h"
 
-// Says that the elements of a block do not depend on one another: too many rows to check pairwise.
-#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep")
+// Says that the elements of a block do not depend on one another, which are too many rows to check
+// pairwise, and keeps short loops from being unrolled before they can be vectorised.
+#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 
 namespace coopflow {
 namespace COOPFLOW_ISA {
@@ -13,6 +14,30 @@ namespace {
 
 constexpr int64_t kWidth = 16;  // elements of a block
 static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 5 * kWidth);
+
+// n values and zeros after them; what is not finite turns poison into NaN.
+template <typename T, typename A>
+void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
+  if (n == kWidth) {  // a constant length needs no call
+    load<T>(source, offset, kWidth, values);
+    __builtin_prefetch(static_cast<const T*>(source) + offset + kWidth);  // the next block's
+  } else {
+    for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
+    load<T>(source, offset, n, values);
+  }
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+}
+
+template <typename T, typename A>
+void store_block(const A* values, int64_t offset, int64_t n, void* destination) {
+  if (n == kWidth) {
+    store<T>(values, offset, kWidth, destination);
+    __builtin_prefetch(static_cast<T*>(destination) + offset + kWidth, 1);
+  } else {
+    store<T>(values, offset, n, destination);
+  }
+}
 
 // The components' parameters for one block, a row of kWidth values for each component.
 template <typename A>
@@ -30,19 +55,21 @@ class Components {
   template <typename P>
   void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
     for (int64_t row = 0; row < 3 * count; ++row) {
-      A* values = log_weight + row * kWidth;  // logits, means and log-scales follow one another
-      for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
-      load<P>(params, offset + row * stride, n, values);
-      for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+      // Logits, means and log-scales follow one another.
+      load_block<P>(params, offset + row * stride, n, log_weight + row * kWidth, poison);
     }
-    A peak[kWidth];
+    alignas(64) A peak[kWidth];
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) peak[i] = log_weight[i];
     for (int64_t k = 1; k < count; ++k) {
       const A* row = log_weight + k * kWidth;
+      COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) peak[i] = larger_of(peak[i], row[i]);
     }
     for (int64_t k = 0; k < count; ++k) {
-      for (int64_t i = 0; i < kWidth; ++i) log_weight[k * kWidth + i] -= peak[i];
+      A* row = log_weight + k * kWidth;
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) row[i] -= peak[i];
     }
     // One loop over all rows: what make_component reads and writes does not overlap.
     A* __restrict weight = weight_;
@@ -88,6 +115,7 @@ struct Sums {
 
 template <typename A>
 void direct_sums(const Components<A>& m, const A* x, Sums<A>& sums) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, MixtureSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -113,6 +141,7 @@ struct Peaks {
 
 template <typename A>
 void find_peaks(const Components<A>& m, const A* x, Peaks<A>& peaks) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) peaks.set(i, MixturePeaks<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -146,6 +175,7 @@ struct Scaled {
 template <typename A>
 void scaled_sums(const Components<A>& m, const A* x, Scaled<A>& sums) {
   find_peaks(m, x, sums.peaks);
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, ScaledSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -287,14 +317,6 @@ void for_each_block_of_chunk(int64_t per_chain, int64_t index, const F& f) {
   });
 }
 
-// n values and zeros after them; what is not finite turns poison into NaN.
-template <typename T, typename A>
-void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
-  for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
-  load<T>(source, offset, n, values);
-  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
-}
-
 // One block's parameters.
 template <typename A>
 struct BlockParams {
@@ -404,6 +426,7 @@ MixtureTerms<A> terms(const Components<A>& m, int64_t k, int64_t i, const Logist
 template <bool kScaled, typename A>
 void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
                    GradientBlock<A>& sums) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, GradientSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -531,11 +554,11 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
                                         p.a[i], p.b[i]));
       }
     }
-    store<T>(grad_in, offset, n, args.grad_in);
+    store_block<T>(grad_in, offset, n, args.grad_in);
     int64_t row = chain * shape.rows() * stride + e;
     if (shape.affine) {
-      store<P>(grad_a, row, n, args.grad_params);
-      store<P>(grad_b, row + stride, n, args.grad_params);
+      store_block<P>(grad_a, row, n, args.grad_params);
+      store_block<P>(grad_b, row + stride, n, args.grad_params);
       row += 2 * stride;
     }
     const int64_t kind = shape.components * stride;  // from logits to means to log-scales
@@ -553,9 +576,9 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
           rows.log_scale[i] = use_scaled[i] ? other.log_scale[i] : rows.log_scale[i];
         }
       }
-      store<P>(rows.logit, row, n, args.grad_params);
-      store<P>(rows.mean, row + kind, n, args.grad_params);
-      store<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
+      store_block<P>(rows.logit, row, n, args.grad_params);
+      store_block<P>(rows.mean, row + kind, n, args.grad_params);
+      store_block<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
     }
   };
   for (int64_t index = begin; index < end; ++index) {
