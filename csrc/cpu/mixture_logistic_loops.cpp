@@ -13,7 +13,7 @@ namespace COOPFLOW_ISA {
 namespace {
 
 constexpr int64_t kWidth = 16;  // elements of a block
-static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 5 * kWidth);
+static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 8 * kWidth);
 
 // n values and zeros after them; what is not finite turns poison into NaN.
 template <typename T, typename A>
@@ -48,7 +48,10 @@ class Components {
         log_weight(scratch),
         mean(log_weight + components * kWidth),
         log_scale(mean + components * kWidth),
-        weight_(log_scale + components * kWidth),
+        t(log_scale + components * kWidth),
+        below(t + components * kWidth),
+        above(below + components * kWidth),
+        weight_(above + components * kWidth),
         inv_scale_(weight_ + components * kWidth) {}
 
   // poison becomes NaN where a parameter is not finite, and else stays as it is.
@@ -94,7 +97,8 @@ class Components {
   const int64_t count;
   A* const log_weight;  // relative to the largest
   A* const mean;
-  A* const log_scale;  // as given
+  A* const log_scale;                      // as given
+  A *const t, *const below, *const above;  // room for each component's logistic at x
 
  private:
   A* const weight_;
@@ -433,6 +437,9 @@ void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
     for (int64_t i = 0; i < kWidth; ++i) {
       const Component<A> c = m.at(k, i);
       const Logistic<A> at = logistic(x[i], c);
+      m.t[k * kWidth + i] = at.t;
+      m.below[k * kWidth + i] = at.below;
+      m.above[k * kWidth + i] = at.above;
       GradientSums<A> s = sums.at(i);
       add(s, at, c, terms<kScaled>(m, k, i, at, peaks));
       sums.set(i, s);
@@ -454,20 +461,21 @@ struct Reciprocals {
   }
 };
 
-// Gradients of one component's parameters, a row for each.
+// Gradients of one component's parameters, a row for each, after gradient_sums at the same x.
 template <typename A>
 struct ComponentRows {
   alignas(64) A logit[kWidth], mean[kWidth], log_scale[kWidth];
 };
 
 template <bool kScaled, typename A>
-void component_rows(const Components<A>& m, int64_t k, const A* x, const Peaks<A>& peaks,
+void component_rows(const Components<A>& m, int64_t k, const Peaks<A>& peaks,
                     const Reciprocals<A>& per, const A* grad_u, const A* grad_l,
                     ComponentRows<A>& rows) {
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     const Component<A> c = m.at(k, i);
-    const Logistic<A> at = logistic(x[i], c);
+    const A below = m.below[k * kWidth + i], above = m.above[k * kWidth + i];
+    const Logistic<A> at{m.t[k * kWidth + i], below, above, larger_of(below, above)};
     const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
     const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
                                 of.density * per.density[i]};
@@ -565,10 +573,10 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
     const Reciprocals<A> per_sum(sums), per_scaled(any_scaled != 0 ? scaled : sums);
     for (int64_t k = 0; k < shape.components; ++k, row += stride) {
       ComponentRows<A> rows;
-      component_rows<false>(m, k, x, peaks, per_sum, grad_u, grad_l, rows);
+      component_rows<false>(m, k, peaks, per_sum, grad_u, grad_l, rows);
       if (any_scaled != 0) {
         ComponentRows<A> other;
-        component_rows<true>(m, k, x, peaks, per_scaled, grad_u, grad_l, other);
+        component_rows<true>(m, k, peaks, per_scaled, grad_u, grad_l, other);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           rows.logit[i] = use_scaled[i] ? other.logit[i] : rows.logit[i];
