@@ -4,15 +4,40 @@
 
 #include "tile.h"
 
-// Says that the elements of a block do not depend on one another: too many rows to check pairwise.
-#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep")
+// Says that the elements of a block do not depend on one another, which are too many rows to check
+// pairwise, and keeps short loops from being unrolled before they can be vectorised.
+#define COOPFLOW_INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 
 namespace coopflow {
 namespace COOPFLOW_ISA {
 namespace {
 
 constexpr int64_t kWidth = 16;  // elements of a block
-static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 5 * kWidth);
+static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 8 * kWidth);
+
+// n values and zeros after them; what is not finite turns poison into NaN.
+template <typename T, typename A>
+void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
+  if (n == kWidth) {  // a constant length needs no call
+    load<T>(source, offset, kWidth, values);
+    __builtin_prefetch(static_cast<const T*>(source) + offset + kWidth);  // the next block's
+  } else {
+    for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
+    load<T>(source, offset, n, values);
+  }
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+}
+
+template <typename T, typename A>
+void store_block(const A* values, int64_t offset, int64_t n, void* destination) {
+  if (n == kWidth) {
+    store<T>(values, offset, kWidth, destination);
+    __builtin_prefetch(static_cast<T*>(destination) + offset + kWidth, 1);
+  } else {
+    store<T>(values, offset, n, destination);
+  }
+}
 
 // The components' parameters for one block, a row of kWidth values for each component.
 template <typename A>
@@ -23,26 +48,31 @@ class Components {
         log_weight(scratch),
         mean(log_weight + components * kWidth),
         log_scale(mean + components * kWidth),
-        weight_(log_scale + components * kWidth),
+        t(log_scale + components * kWidth),
+        below(t + components * kWidth),
+        above(below + components * kWidth),
+        weight_(above + components * kWidth),
         inv_scale_(weight_ + components * kWidth) {}
 
   // poison becomes NaN where a parameter is not finite, and else stays as it is.
   template <typename P>
   void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
     for (int64_t row = 0; row < 3 * count; ++row) {
-      A* values = log_weight + row * kWidth;  // logits, means and log-scales follow one another
-      for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
-      load<P>(params, offset + row * stride, n, values);
-      for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+      // Logits, means and log-scales follow one another.
+      load_block<P>(params, offset + row * stride, n, log_weight + row * kWidth, poison);
     }
-    A peak[kWidth];
+    alignas(64) A peak[kWidth];
+    COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) peak[i] = log_weight[i];
     for (int64_t k = 1; k < count; ++k) {
       const A* row = log_weight + k * kWidth;
+      COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) peak[i] = larger_of(peak[i], row[i]);
     }
     for (int64_t k = 0; k < count; ++k) {
-      for (int64_t i = 0; i < kWidth; ++i) log_weight[k * kWidth + i] -= peak[i];
+      A* row = log_weight + k * kWidth;
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) row[i] -= peak[i];
     }
     // One loop over all rows: what make_component reads and writes does not overlap.
     A* __restrict weight = weight_;
@@ -67,7 +97,8 @@ class Components {
   const int64_t count;
   A* const log_weight;  // relative to the largest
   A* const mean;
-  A* const log_scale;  // as given
+  A* const log_scale;                      // as given
+  A *const t, *const below, *const above;  // room for each component's logistic at x
 
  private:
   A* const weight_;
@@ -88,6 +119,7 @@ struct Sums {
 
 template <typename A>
 void direct_sums(const Components<A>& m, const A* x, Sums<A>& sums) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, MixtureSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -113,6 +145,7 @@ struct Peaks {
 
 template <typename A>
 void find_peaks(const Components<A>& m, const A* x, Peaks<A>& peaks) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) peaks.set(i, MixturePeaks<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -146,6 +179,7 @@ struct Scaled {
 template <typename A>
 void scaled_sums(const Components<A>& m, const A* x, Scaled<A>& sums) {
   find_peaks(m, x, sums.peaks);
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, ScaledSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
@@ -287,14 +321,6 @@ void for_each_block_of_chunk(int64_t per_chain, int64_t index, const F& f) {
   });
 }
 
-// n values and zeros after them; what is not finite turns poison into NaN.
-template <typename T, typename A>
-void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
-  for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
-  load<T>(source, offset, n, values);
-  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
-}
-
 // One block's parameters.
 template <typename A>
 struct BlockParams {
@@ -404,12 +430,16 @@ MixtureTerms<A> terms(const Components<A>& m, int64_t k, int64_t i, const Logist
 template <bool kScaled, typename A>
 void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
                    GradientBlock<A>& sums) {
+  COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) sums.set(i, GradientSums<A>());
   for (int64_t k = 0; k < m.count; ++k) {
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       const Component<A> c = m.at(k, i);
       const Logistic<A> at = logistic(x[i], c);
+      m.t[k * kWidth + i] = at.t;
+      m.below[k * kWidth + i] = at.below;
+      m.above[k * kWidth + i] = at.above;
       GradientSums<A> s = sums.at(i);
       add(s, at, c, terms<kScaled>(m, k, i, at, peaks));
       sums.set(i, s);
@@ -431,20 +461,21 @@ struct Reciprocals {
   }
 };
 
-// Gradients of one component's parameters, a row for each.
+// Gradients of one component's parameters, a row for each, after gradient_sums at the same x.
 template <typename A>
 struct ComponentRows {
   alignas(64) A logit[kWidth], mean[kWidth], log_scale[kWidth];
 };
 
 template <bool kScaled, typename A>
-void component_rows(const Components<A>& m, int64_t k, const A* x, const Peaks<A>& peaks,
+void component_rows(const Components<A>& m, int64_t k, const Peaks<A>& peaks,
                     const Reciprocals<A>& per, const A* grad_u, const A* grad_l,
                     ComponentRows<A>& rows) {
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     const Component<A> c = m.at(k, i);
-    const Logistic<A> at = logistic(x[i], c);
+    const A below = m.below[k * kWidth + i], above = m.above[k * kWidth + i];
+    const Logistic<A> at{m.t[k * kWidth + i], below, above, larger_of(below, above)};
     const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
     const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
                                 of.density * per.density[i]};
@@ -531,21 +562,21 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
                                         p.a[i], p.b[i]));
       }
     }
-    store<T>(grad_in, offset, n, args.grad_in);
+    store_block<T>(grad_in, offset, n, args.grad_in);
     int64_t row = chain * shape.rows() * stride + e;
     if (shape.affine) {
-      store<P>(grad_a, row, n, args.grad_params);
-      store<P>(grad_b, row + stride, n, args.grad_params);
+      store_block<P>(grad_a, row, n, args.grad_params);
+      store_block<P>(grad_b, row + stride, n, args.grad_params);
       row += 2 * stride;
     }
     const int64_t kind = shape.components * stride;  // from logits to means to log-scales
     const Reciprocals<A> per_sum(sums), per_scaled(any_scaled != 0 ? scaled : sums);
     for (int64_t k = 0; k < shape.components; ++k, row += stride) {
       ComponentRows<A> rows;
-      component_rows<false>(m, k, x, peaks, per_sum, grad_u, grad_l, rows);
+      component_rows<false>(m, k, peaks, per_sum, grad_u, grad_l, rows);
       if (any_scaled != 0) {
         ComponentRows<A> other;
-        component_rows<true>(m, k, x, peaks, per_scaled, grad_u, grad_l, other);
+        component_rows<true>(m, k, peaks, per_scaled, grad_u, grad_l, other);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
           rows.logit[i] = use_scaled[i] ? other.logit[i] : rows.logit[i];
@@ -553,9 +584,9 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
           rows.log_scale[i] = use_scaled[i] ? other.log_scale[i] : rows.log_scale[i];
         }
       }
-      store<P>(rows.logit, row, n, args.grad_params);
-      store<P>(rows.mean, row + kind, n, args.grad_params);
-      store<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
+      store_block<P>(rows.logit, row, n, args.grad_params);
+      store_block<P>(rows.mean, row + kind, n, args.grad_params);
+      store_block<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
     }
   };
   for (int64_t index = begin; index < end; ++index) {

@@ -10,7 +10,7 @@
 namespace coopflow {
 
 // What a call needs to hold one block of elements: values per component.
-constexpr int64_t kMixtureScratch = 5 * 16;
+constexpr int64_t kMixtureScratch = 8 * 16;
 
 // State type T, parameter type P. Chunks [begin, end) = chain * chunks_per_chain + chunk.
 template <typename T, typename P>

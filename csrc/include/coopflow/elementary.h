@@ -80,6 +80,30 @@ COOPFLOW_HD float exponential(float x) {
 
 COOPFLOW_HD double exponential(double x) { return std::exp(x); }
 
+// exp x for x <= 88; below -87 anything up to exp(-87).
+COOPFLOW_HD float exponential_normal(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expf(x);
+#else
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float t = x < -87.0f ? -87.0f : x;
+  const float shifted = multiply_add(t, 1.44269504f, kRounder);
+  const float n = shifted - kRounder;
+  float r = multiply_add(n, -0.693359375f, t);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  const float y = multiply_add(p * r, r, r) + 1.0f;
+  return bits_float(float_bits(y) + (float_bits(shifted) << 23));
+#endif
+}
+
+COOPFLOW_HD double exponential_normal(double x) { return exponential(x); }
+
 // 2^x for x <= 0 and NaN; results below 2^-125 come out as that (as 0 below 2^-126 on a GPU).
 COOPFLOW_HD float exponential2_nonpositive(float x) {
 #if COOPFLOW_DEVICE_CODE

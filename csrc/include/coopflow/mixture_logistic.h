@@ -72,8 +72,8 @@ struct LogComponent {
 // log_weight is relative to the largest, and neither it nor log_scale is in units.
 template <typename A>
 COOPFLOW_HD Component<A> make_component(A log_weight, A mean, A log_scale) {
-  return {exponential(log_weight), mean,
-          exponential(-clamp_log_scale(log_scale)) * MixtureConstants<A>::kUnit};
+  return {exponential_normal(log_weight), mean,
+          exponential_normal(-clamp_log_scale(log_scale)) * MixtureConstants<A>::kUnit};
 }
 
 template <typename A>
