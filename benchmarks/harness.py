@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -430,4 +431,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def command_line() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command, with the output folder as DIR: where it lay is nobody's business."""
+    line = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return re.sub(r"(?<=--out[ =])\S+", "DIR", line)

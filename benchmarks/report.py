@@ -77,10 +77,17 @@ def provenance(report: Report) -> str:
     """Machine, date, commit and command in one paragraph."""
     info, commit = report["machine_info"], report["commit_info"]
     state = " with uncommitted changes" if commit["dirty"] else ""
+    busy = ""
+    if info["device"] == "cpu" and info["load_average"] > info["cores"]:
+        busy = (
+            " **Provisional: the cores were shared with other work**, which delays two-thread "
+            "loops at random; read the percentiles, and trust no single ratio."
+        )
     return (
         f"{info['device_name']}, {info['threads']} threads of {info['cores']} cores, load average "
         f"{info['load_average']} at the start, torch {info['torch']}, {report['datetime'][:10]}, "
         f"commit {str(commit['id'])[:10]}{state}: `{report['command']}`. Above 1, ours is faster."
+        f"{busy}"
     )
 
 
