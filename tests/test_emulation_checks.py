@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cuda_emulation import explain_missing, harness
 
+pytestmark = pytest.mark.timeout(1200)  # most tests compile
+
 TESTS = Path(__file__).parent
 MUTATIONS = TESTS / "cuda_emulation" / "mutations"
 # Patch: the build that runs it, the file and case that show it, what the report must say.
@@ -139,6 +141,5 @@ def test_emulation_under_sanitizers_every_kernel() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_emulation_under_sanitizers_every_case() -> None:
     _run_sanitized("tests/test_emulation_ops.py", "-k", "agrees")

@@ -8,6 +8,9 @@ from cuda_emulation import harness
 from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
 
 
+pytestmark = pytest.mark.timeout(1200)  # the first test compiles
+
+
 @pytest.fixture(scope="module")
 def emulation() -> harness.Emulation:
     return harness.load()
