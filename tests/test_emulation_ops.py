@@ -7,7 +7,6 @@ import torch
 from cuda_emulation import harness
 from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
 
-
 pytestmark = pytest.mark.timeout(1200)  # the first test compiles
 
 
