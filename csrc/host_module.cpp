@@ -6,8 +6,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "coopflow/affine_coupling.h"
 #include "coopflow/elementary.h"
+#include "coopflow/langevin.h"
+#include "coopflow/mixture_logistic.h"
 #include "coopflow/normal.h"
 #include "coopflow/philox.h"
 
@@ -99,6 +103,107 @@ py::tuple sincos_turns(const Array<uint32_t>& turns) {
   return py::make_tuple(sine, cosine);
 }
 
+template <typename A>
+A plain_langevin_update(A x, A grad, A xi, A drift, A noise, A clip, A limit) {
+  const coopflow::LangevinLimits<A> limits{clip, INFINITY, -limit, limit};
+  const coopflow::LangevinChain<A> chain{drift, noise, A(0), A(0), A(1)};
+  return coopflow::langevin_update<false>(limits, chain, false, x, grad, xi, A(0), false).x;
+}
+
+// The components of one element. Evaluated as the kernels do: in the direct form where it holds.
+template <typename A>
+class Mixture {
+ public:
+  Mixture(const A* logits, const A* means, const A* log_scales, py::ssize_t count) {
+    A peak = logits[0];
+    for (py::ssize_t k = 1; k < count; ++k) peak = coopflow::larger_of(peak, logits[k]);
+    for (py::ssize_t k = 0; k < count; ++k) {
+      components_.push_back(coopflow::make_component(logits[k] - peak, means[k], log_scales[k]));
+      logs_.push_back(coopflow::make_log_component(logits[k] - peak, log_scales[k]));
+    }
+  }
+
+  struct Value {
+    coopflow::MixtureLogit<A> logit;
+    A log_slope;
+  };
+
+  Value at(A x) const {
+    coopflow::MixtureSums<A> sums;
+    for (const auto& c : components_) add(sums, x, c);
+    if (coopflow::all_is_direct(sums)) {
+      const coopflow::MixtureLogit<A> logit = coopflow::direct_logit(sums);
+      return {logit, coopflow::direct_log_slope(logit)};
+    }
+    coopflow::MixturePeaks<A> peaks;
+    for (size_t k = 0; k < logs_.size(); ++k) raise(peaks, x, components_[k], logs_[k]);
+    coopflow::ScaledSums<A> scaled;
+    for (size_t k = 0; k < logs_.size(); ++k) add(scaled, x, components_[k], logs_[k], peaks);
+    const coopflow::MixtureLogit<A> logit = coopflow::scaled_logit(scaled, peaks);
+    return {logit, coopflow::scaled_log_slope(logit, scaled, peaks)};
+  }
+
+  // From the middle of the exact bracket, which takes more evaluations than the kernels' start.
+  A solve(A target) const {
+    coopflow::RootSearch<A> s{coopflow::root_tolerance(target), A(0), INFINITY, -INFINITY, A(0),
+                              A(0), coopflow::is_finite(target)};
+    for (const auto& c : components_) {
+      const A quantile = coopflow::component_quantile(c, target);
+      s.low = coopflow::smaller_of(s.low, quantile);
+      s.high = coopflow::larger_of(s.high, quantile);
+    }
+    s.x = A(0.5) * (s.low + s.high);
+    s.step = s.step_before = A(2) * (s.high - s.low);
+    for (int n = 0; s.pending && n < coopflow::MixtureConstants<A>::kMaxEvaluations; ++n) {
+      advance(s, target, at(s.x).logit);
+    }
+    return s.x;
+  }
+
+ private:
+  std::vector<coopflow::Component<A>> components_;
+  std::vector<coopflow::LogComponent<A>> logs_;
+};
+
+// Calls f(mixture i, i) for values (N,) beside logits, means and log-scales, each (N, K).
+template <typename A, typename F>
+void for_each_mixture(const Array<A>& values, const Array<A>& logits, const Array<A>& means,
+                      const Array<A>& log_scales, F f) {
+  const py::ssize_t n = values.size();
+  for (const Array<A>* rows : {&logits, &means, &log_scales}) {
+    if (values.ndim() != 1 || rows->ndim() != 2 || rows->shape(0) != n || rows->shape(1) < 1 ||
+        rows->shape(1) != logits.shape(1)) {
+      throw std::invalid_argument("logits, means and log_scales must have shape (N, K), K >= 1");
+    }
+  }
+  const py::ssize_t k = logits.shape(1);
+  for (py::ssize_t i = 0; i < n; ++i) {
+    f(Mixture<A>(logits.data() + i * k, means.data() + i * k, log_scales.data() + i * k, k), i);
+  }
+}
+
+template <typename A>
+py::tuple mixture_logit(const Array<A>& x, const Array<A>& logits, const Array<A>& means,
+                        const Array<A>& log_scales) {
+  py::array_t<A> value(x.size()), log_slope(x.size());
+  for_each_mixture(x, logits, means, log_scales, [&](const Mixture<A>& mixture, py::ssize_t i) {
+    const auto at = mixture.at(x.data()[i]);
+    value.mutable_data()[i] = at.logit.value;
+    log_slope.mutable_data()[i] = at.log_slope;
+  });
+  return py::make_tuple(value, log_slope);
+}
+
+template <typename A>
+py::array_t<A> mixture_quantile(const Array<A>& logit, const Array<A>& logits,
+                                const Array<A>& means, const Array<A>& log_scales) {
+  py::array_t<A> x(logit.size());
+  for_each_mixture(logit, logits, means, log_scales, [&](const Mixture<A>& mixture, py::ssize_t i) {
+    x.mutable_data()[i] = mixture.solve(logit.data()[i]);
+  });
+  return x;
+}
+
 // Functions that exist in both precisions, named with the dtype as numpy does.
 template <typename A>
 void bind_precision(py::module_& m, const std::string& dtype) {
@@ -113,6 +218,20 @@ void bind_precision(py::module_& m, const std::string& dtype) {
         "Natural logarithm of positive, finite, normal numbers.");
   m.def(("exponential_" + dtype).c_str(),
         py::vectorize([](A x) { return coopflow::exponential(x); }), py::arg("x"), "exp(x).");
+  m.def(("langevin_update_" + dtype).c_str(), py::vectorize(&plain_langevin_update<A>),
+        py::arg("x"), py::arg("grad"), py::arg("xi"), py::arg("drift"), py::arg("noise"),
+        py::arg("grad_clip"), py::arg("clamp"),
+        "clamp(x - drift clip(grad) + noise xi), the limits being +- grad_clip and +- clamp.");
+  m.def(("affine_forward_" + dtype).c_str(), py::vectorize(&coopflow::affine_forward<A>),
+        py::arg("x"), py::arg("a"), py::arg("b"), "x e^a + b.");
+  m.def(("affine_inverse_" + dtype).c_str(), py::vectorize(&coopflow::affine_inverse<A>),
+        py::arg("y"), py::arg("a"), py::arg("b"), "(y - b) e^-a.");
+  m.def(("mixture_logit_" + dtype).c_str(), &mixture_logit<A>, py::arg("x"), py::arg("logits"),
+        py::arg("means"), py::arg("log_scales"),
+        "(logit F(x), log of its slope), each (N,), of mixtures of K logistics, parameters (N, K).");
+  m.def(("mixture_quantile_" + dtype).c_str(), &mixture_quantile<A>, py::arg("logit"),
+        py::arg("logits"), py::arg("means"), py::arg("log_scales"),
+        "x with logit F(x) = logit, (N,).");
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mpmath
 import numpy as np
 import pytest
+from scipy.special import log_expit, logsumexp
 
 _host = pytest.importorskip(
     "coopflow_ext._host", reason="coopflow_ext._host is not built (it needs pybind11 at build time)"
@@ -139,3 +141,100 @@ def test_sincos_turns(dtype: str, tolerance: float) -> None:
     # float64 computes with one rounded product of the turns, so its own error is part of both.
     np.testing.assert_allclose(sine, np.sin(angle), rtol=0, atol=tolerance)
     np.testing.assert_allclose(cosine, np.cos(angle), rtol=0, atol=tolerance)
+
+
+DTYPES = [("float32", 2.0**-23), ("float64", 2.0**-52)]
+
+
+@pytest.mark.parametrize(("dtype", "eps"), DTYPES)
+def test_langevin_update_of_elements(dtype: str, eps: float) -> None:
+    rng = np.random.default_rng(4)
+    x, grad, xi = rng.standard_normal((3, 10_000)).astype(dtype) * 2
+    drift, noise, clip, limit = 0.3, 0.2, 1.5, 2.0
+    updated = getattr(_host, f"langevin_update_{dtype}")(x, grad, xi, drift, noise, clip, limit)
+    x, grad, xi = (v.astype(np.float64) for v in (x, grad, xi))
+    exact = np.clip(x - drift * np.clip(grad, -clip, clip) + noise * xi, -limit, limit)
+    assert updated.dtype == dtype
+    np.testing.assert_allclose(updated, exact, rtol=0, atol=16 * eps)
+    assert 0 < (np.abs(updated) == limit).sum() < updated.size
+
+
+@pytest.mark.parametrize(("dtype", "eps"), DTYPES)
+def test_affine_coupling_of_elements(dtype: str, eps: float) -> None:
+    rng = np.random.default_rng(5)
+    x, a, b = rng.standard_normal((3, 10_000)).astype(dtype)
+    y = getattr(_host, f"affine_forward_{dtype}")(x, a, b)
+    back = getattr(_host, f"affine_inverse_{dtype}")(y, a, b)
+    exact = x.astype(np.float64) * np.exp(a.astype(np.float64)) + b
+    scale = np.abs(x * np.exp(a)) + np.abs(b)
+    assert np.all(np.abs(y - exact) <= 4 * eps * scale)
+    assert np.all(np.abs(back - x) <= 8 * eps * scale * np.exp(-a))
+
+
+def _mixtures(n: int, k: int, dtype: str) -> list[np.ndarray]:
+    """Values, then logits, means and log-scales, from mild to far outside every component."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal(n) * 10.0 ** rng.uniform(-1, 2, n)
+    return [
+        v.astype(dtype)
+        for v in (x, rng.normal(0, 2, (n, k)), rng.normal(0, 3, (n, k)), rng.normal(-1, 1, (n, k)))
+    ]
+
+
+def _exact_logit(
+    x: np.ndarray, logits: np.ndarray, means: np.ndarray, log_scales: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    x, logits, means, log_scales = (v.astype(np.float64) for v in (x, logits, means, log_scales))
+    t = (x[:, None] - means) * np.exp(-log_scales)
+    log_cdf = logsumexp(logits + log_expit(t), axis=1)
+    log_survival = logsumexp(logits + log_expit(-t), axis=1)
+    log_density = logsumexp(logits + log_expit(t) + log_expit(-t) - log_scales, axis=1)
+    # The weights sum to W, not to one: the slope is density * W / (cdf * survival).
+    return log_cdf - log_survival, log_density + logsumexp(logits, axis=1) - log_cdf - log_survival
+
+
+@pytest.mark.parametrize(("dtype", "eps"), DTYPES)
+def test_mixture_logit_of_elements(dtype: str, eps: float) -> None:
+    x, *params = _mixtures(4_000, 5, dtype)
+    value, log_slope = getattr(_host, f"mixture_logit_{dtype}")(x, *params)
+    exact, exact_slope = _exact_logit(x, *params)
+    tolerance = 32 * eps * (1 + np.abs(exact))
+    assert np.all(np.abs(value - exact) <= tolerance)
+    assert np.all(np.abs(log_slope - exact_slope) <= tolerance + 32 * eps * np.abs(exact_slope))
+    assert np.abs(exact).max() > 100  # far outside the reach of a CDF
+
+
+@pytest.mark.parametrize(("dtype", "eps"), DTYPES)
+def test_mixture_quantile_of_elements(dtype: str, eps: float) -> None:
+    _, *params = _mixtures(2_000, 5, dtype)
+    target = np.random.default_rng(7).uniform(-40, 40, 2_000).astype(dtype)
+    x = getattr(_host, f"mixture_quantile_{dtype}")(target, *params)
+    logit, log_slope = _exact_logit(x, *params)
+    spacing = eps * np.abs(x) * np.exp(log_slope)
+    allowed = 8 * eps * np.maximum(1, np.abs(target)) + 2 * spacing
+    # scipy's own rounding, where float64 is what is judged
+    allowed += 16 * 2.0**-52 * (1 + np.abs(target) + np.abs(log_slope))
+    assert np.all(np.abs(logit - target) <= allowed)
+
+
+def test_mixture_logit_against_mpmath() -> None:
+    x, logits, means, log_scales = _mixtures(40, 3, "float64")
+    value, _ = _host.mixture_logit_float64(x, logits, means, log_scales)
+    with mpmath.workdps(400):
+        for i in range(x.size):
+            cdf = survival = mpmath.mpf(0)
+            for k in range(3):
+                t = (mpmath.mpf(x[i]) - means[i, k]) / mpmath.exp(log_scales[i, k])
+                weight = mpmath.exp(logits[i, k])
+                cdf += weight / (1 + mpmath.exp(-t))
+                survival += weight / (1 + mpmath.exp(t))
+            exact = float(mpmath.log(cdf / survival))
+            assert abs(value[i] - exact) <= 16 * 2.0**-52 * (1 + abs(exact))
+
+
+def test_mixture_parameters_of_another_shape_are_named() -> None:
+    x, logits, means, log_scales = _mixtures(3, 2, "float32")
+    with pytest.raises(ValueError, match=r"must have shape \(N, K\)"):
+        _host.mixture_logit_float32(x, logits, means[:, :1], log_scales)
+    with pytest.raises(ValueError, match=r"must have shape \(N, K\)"):
+        _host.mixture_quantile_float32(x[:2], logits, means, log_scales)
