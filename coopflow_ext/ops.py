@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 Coefficient = float | Tensor
+_ZERO_BY_DEFAULT = frozenset(
+    {"drift", "noise", "decay", "pull", "noise_when", "step", "chain_offset"}
+)
 
 
 class _Missing:
@@ -57,9 +60,20 @@ def _argument_error(error: RuntimeError) -> Exception:
     return (TypeError if is_type else ValueError)(message)
 
 
-def _pair(name: str, value: Coefficient) -> dict[str, Any]:
-    """A coefficient as the raw ops take it: a float, or a table under ``name_t``."""
-    return {f"{name}_t": value} if isinstance(value, Tensor) else {name: value}
+def _given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that differ from the schemas' defaults None, False and 0, and so have to pass
+    the dispatcher, where every one costs time; a table of a coefficient under ``name_t``."""
+    given = {}
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        if name not in _ZERO_BY_DEFAULT:
+            given[name] = value
+        elif isinstance(value, Tensor):
+            given[f"{name}_t"] = value
+        elif value != 0:
+            given[name] = value
+    return given
 
 
 def _refuse_autograd(op: str, **tensors: Tensor) -> None:
@@ -143,25 +157,27 @@ def langevin_step_(
             x,
             grad,
             rng,
-            **_pair("drift", drift),
-            **_pair("noise", noise),
-            **_pair("decay", decay),
-            **_pair("pull", pull),
-            x_ref=x_ref,
-            is_score=is_score,
-            grad_clip=grad_clip,
-            grad_norm=grad_norm,
-            step_clip=step_clip,
-            clamp_low=low,
-            clamp_high=high,
-            noise_when=noise_when,
-            step=step,
-            chain_offset=chain_offset,
-            xi=xi,
-            x_low=x_low,
-            stats=stats,
-            active=active,
-            freeze_nonfinite=freeze_nonfinite,
+            **_given(
+                drift=drift,
+                noise=noise,
+                decay=decay,
+                pull=pull,
+                x_ref=x_ref,
+                is_score=is_score,
+                grad_clip=grad_clip,
+                grad_norm=grad_norm,
+                step_clip=step_clip,
+                clamp_low=low,
+                clamp_high=high,
+                noise_when=noise_when,
+                step=step,
+                chain_offset=chain_offset,
+                xi=xi,
+                x_low=x_low,
+                stats=stats,
+                active=active,
+                freeze_nonfinite=freeze_nonfinite,
+            ),
         )
     except RuntimeError as error:
         raise _argument_error(error) from None
@@ -190,11 +206,7 @@ def langevin_noise_(
         _coopflow.langevin_noise_(
             x,
             rng,
-            **_pair("noise", noise),
-            step=step,
-            chain_offset=chain_offset,
-            xi=xi,
-            active=active,
+            **_given(noise=noise, step=step, chain_offset=chain_offset, xi=xi, active=active),
         )
     except RuntimeError as error:
         raise _argument_error(error) from None

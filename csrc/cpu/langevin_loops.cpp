@@ -31,40 +31,45 @@ void update_span(const LangevinArgs<arithmetic_t<T>>& args,
                  const LangevinChain<arithmetic_t<T>>& coefficients, int64_t offset, int64_t n,
                  const arithmetic_t<T>* xi, StatisticLanes<arithmetic_t<T>>* statistics) {
   using A = arithmetic_t<T>;
-  alignas(64) A x[kTile], grad[kTile], x_ref[kTile], moved[kTile];
+  alignas(64) A x_buffer[kTile], grad_buffer[kTile], ref_buffer[kTile], moved_buffer[kTile];
   const LangevinLimits<A> limits = args.limits;
   const LangevinChain<A> chain = coefficients;
   const bool noise_after = kFull && args.noise_when == NoiseWhen::kAfterStep;
   const bool has_ref = kFull && args.x_ref != nullptr;
-  load<T>(args.x, offset, n, x);
+  const A* x = view<T>(args.x, offset, n, x_buffer);
+  const A* grad = grad_buffer;
   if (args.grad != nullptr) {
-    load<T>(args.grad, offset, n, grad);
+    grad = view<T>(args.grad, offset, n, grad_buffer);
   } else {
-    for (int64_t i = 0; i < n; ++i) grad[i] = A(0);
+    for (int64_t i = 0; i < n; ++i) grad_buffer[i] = A(0);
   }
-  if (has_ref) load<T>(args.x_ref, offset, n, x_ref);
+  const A* x_ref = has_ref ? view<T>(args.x_ref, offset, n, ref_buffer) : grad;
+  A* moved = room<T>(args.x_out, offset, moved_buffer);
   if constexpr (kStats) {
     alignas(64) A terms[kStatistics][kTile];
+    COOPFLOW_ELEMENTWISE
     for (int64_t i = 0; i < n; ++i) {
+      const A before = x[i];  // which moved[i] may overwrite
       const LangevinMove<A> move = langevin_update<kFull>(
-          limits, chain, noise_after, x[i], grad[i], xi[i], has_ref ? x_ref[i] : A(0), has_ref);
+          limits, chain, noise_after, before, grad[i], xi[i], has_ref ? x_ref[i] : A(0), has_ref);
       moved[i] = move.x;
       const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
       terms[kSumGradSquared][i] = grad[i] * grad[i];
-      terms[kSumDisplacementSquared][i] = (settled - x[i]) * (settled - x[i]);
+      terms[kSumDisplacementSquared][i] = (settled - before) * (settled - before);
       terms[kClippedElements][i] = move.clipped ? A(1) : A(0);
       terms[kClampedElements][i] = move.clamped ? A(1) : A(0);
       terms[kNonFiniteElements][i] = is_finite(grad[i]) ? A(0) : A(1);
     }
     for (int s = 0; s < kStatistics; ++s) add_by_lane(terms[s], n, statistics->sums[s]);
   } else {
+    COOPFLOW_ELEMENTWISE
     for (int64_t i = 0; i < n; ++i) {
       moved[i] = langevin_update<kFull>(limits, chain, noise_after, x[i], grad[i], xi[i],
                                         has_ref ? x_ref[i] : A(0), has_ref)
                      .x;
     }
   }
-  store<T>(moved, offset, n, args.x_out);
+  put_back<T>(moved, offset, n, args.x_out);
   store_low_precision(args, moved, offset, n);
 }
 
@@ -73,8 +78,8 @@ template <typename T>
 void keep_span(const LangevinArgs<arithmetic_t<T>>& args, int64_t offset, int64_t n,
                StatisticLanes<arithmetic_t<T>>* statistics) {
   using A = arithmetic_t<T>;
-  alignas(64) A grad[kTile], terms[kTile];
-  load<T>(args.grad, offset, n, grad);
+  alignas(64) A buffer[kTile], terms[kTile] = {};
+  const A* grad = view<T>(args.grad, offset, n, buffer);
   for (int64_t i = 0; i < n; ++i) terms[i] = grad[i] * grad[i];
   add_by_lane(terms, n, statistics->sums[kSumGradSquared]);
   for (int64_t i = 0; i < n; ++i) terms[i] = is_finite(grad[i]) ? A(0) : A(1);
@@ -280,8 +285,8 @@ void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args,
   for (int64_t index = begin; index < end; ++index) {
     StatisticLanes<A> lanes;
     for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
-      alignas(64) A grad[kTile], terms[kTile];
-      load<T>(args.grad, chain * args.per_chain + e, n, grad);
+      alignas(64) A buffer[kTile], terms[kTile];
+      const A* grad = view<T>(args.grad, chain * args.per_chain + e, n, buffer);
       for (int64_t i = 0; i < n; ++i) {
         const A g = clamp_keep_nan(grad[i], -limit, limit);
         terms[i] = g * g;
@@ -300,9 +305,9 @@ template <typename T>
 bool all_finite(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   for (int64_t first = begin; first < end; first += kTile) {
-    alignas(64) A grad[kTile];
+    alignas(64) A buffer[kTile];
     const int64_t n = end - first < kTile ? end - first : kTile;
-    load<T>(args.grad, first, n, grad);
+    const A* grad = view<T>(args.grad, first, n, buffer);
     uint32_t bad = 0;
     for (int64_t i = 0; i < n; ++i) bad |= is_finite(grad[i]) ? 0U : 1U;
     if (bad != 0) return false;

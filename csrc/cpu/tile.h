@@ -3,9 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "coopflow/reduction.h"
 #include "coopflow/scalar_types.h"
+
+// Before a loop over the elements of a tile: they do not depend on one another, which the compiler
+// cannot know of tiles that lie in the tensors themselves.
+#define COOPFLOW_ELEMENTWISE _Pragma("GCC ivdep")
 
 namespace coopflow {
 namespace {
@@ -28,12 +33,47 @@ void store(const A* values, int64_t offset, int64_t n, void* destination) {
     to[i] = from_arithmetic<T>(static_cast<arithmetic_t<T>>(values[i]));
 }
 
+// Storage in the arithmetic type is used where it lies: copying it through a buffer takes longer
+// than the arithmetic.
+template <typename T>
+constexpr bool kInPlace = std::is_same_v<T, arithmetic_t<T>>;
+
+// n values to read, in the tensor itself or converted into the buffer.
+template <typename T>
+const arithmetic_t<T>* view(const void* source, int64_t offset, int64_t n,
+                            arithmetic_t<T>* buffer) {
+  if constexpr (kInPlace<T>) {
+    return static_cast<const T*>(source) + offset;
+  } else {
+    load<T>(source, offset, n, buffer);
+    return buffer;
+  }
+}
+
+// Where results are to be written: in the tensor itself or in the buffer, which put_back stores.
+template <typename T>
+arithmetic_t<T>* room(void* destination, int64_t offset, arithmetic_t<T>* buffer) {
+  if constexpr (kInPlace<T>) {
+    return static_cast<T*>(destination) + offset;
+  } else {
+    return buffer;
+  }
+}
+
+template <typename T>
+void put_back(const arithmetic_t<T>* values, int64_t offset, int64_t n, void* destination) {
+  if constexpr (!kInPlace<T>) store<T>(values, offset, n, destination);
+}
+
 template <typename A>
 void add_by_lane(const A* values, int64_t n, A* lanes) {
+  A sums[kLanes];  // a copy stays in registers
+  for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += values[i + lane];
   }
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
   for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += values[i];
 }
 
