@@ -145,8 +145,9 @@ class Mixture {
 
   // From the middle of the exact bracket, which takes more evaluations than the kernels' start.
   A solve(A target) const {
-    coopflow::RootSearch<A> s{coopflow::root_tolerance(target), A(0), INFINITY, -INFINITY, A(0),
-                              A(0), coopflow::is_finite(target)};
+    coopflow::RootSearch<A> s{
+        coopflow::root_tolerance(target), A(0), INFINITY, -INFINITY, A(0), A(0),
+        coopflow::is_finite(target)};
     for (const auto& c : components_) {
       const A quantile = coopflow::component_quantile(c, target);
       s.low = coopflow::smaller_of(s.low, quantile);
@@ -226,9 +227,10 @@ void bind_precision(py::module_& m, const std::string& dtype) {
         py::arg("x"), py::arg("a"), py::arg("b"), "x e^a + b.");
   m.def(("affine_inverse_" + dtype).c_str(), py::vectorize(&coopflow::affine_inverse<A>),
         py::arg("y"), py::arg("a"), py::arg("b"), "(y - b) e^-a.");
-  m.def(("mixture_logit_" + dtype).c_str(), &mixture_logit<A>, py::arg("x"), py::arg("logits"),
-        py::arg("means"), py::arg("log_scales"),
-        "(logit F(x), log of its slope), each (N,), of mixtures of K logistics, parameters (N, K).");
+  m.def(
+      ("mixture_logit_" + dtype).c_str(), &mixture_logit<A>, py::arg("x"), py::arg("logits"),
+      py::arg("means"), py::arg("log_scales"),
+      "(logit F(x), log of its slope), each (N,), of mixtures of K logistics, parameters (N, K).");
   m.def(("mixture_quantile_" + dtype).c_str(), &mixture_quantile<A>, py::arg("logit"),
         py::arg("logits"), py::arg("means"), py::arg("log_scales"),
         "x with logit F(x) = logit, (N,).");
