@@ -149,29 +149,46 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save_plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Quality against the number of Langevin steps and against the step size, one dot a row."""
+    """Quality of every row, and against the number of Langevin steps and the step size.
+
+    The second panel has the rows of the commonest step size, the third those of the commonest
+    number of steps: what else differs between rows is for the reader to keep apart.
+    """
     figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    ticker = require("matplotlib.ticker", extra="train", distribution="matplotlib")
     figure = figure_module.Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 3)
-    names = [row["name"] for row in rows]
+    chains = [row for row in rows if row["langevin_steps"] > 0] or rows
+    step_size = statistics.mode([row["step_size"] for row in chains])
+    steps = statistics.mode([row["langevin_steps"] for row in chains])
     for kind, label in (("flow", "proposal"), ("langevin", "after Langevin")):
-        shown = [r for r in rows if r["starts_from_flow"] or kind == "langevin"]
-        shown = [r for r in shown if r["langevin_steps"] > 0 or kind == "flow"]
-        mean = [r[kind]["mean"] for r in shown]
-        std = [r[kind]["std"] for r in shown]
         style: dict[str, Any] = {"fmt": "o", "capsize": 3, "label": label}
-        axes[0].errorbar(mean, [names.index(r["name"]) for r in shown], xerr=std, **style)
-        axes[1].errorbar([r["langevin_steps"] for r in shown], mean, yerr=std, **style)
-        axes[2].errorbar([r["step_size"] for r in shown], mean, yerr=std, **style)
-    axes[0].axvline(rows[0]["held_out"]["mean"], color="grey", linestyle=":", label="held-out data")
-    axes[0].set_yticks(range(len(names)), names)
+        shown = [row for row in rows if _has(row, kind)]
+        mean, std = [r[kind]["mean"] for r in shown], [r[kind]["std"] for r in shown]
+        axes[0].errorbar(mean, [rows.index(r) for r in shown], xerr=std, **style)
+        for axis, against, constant in (
+            (axes[1], "langevin_steps", ("step_size", step_size)),
+            (axes[2], "step_size", ("langevin_steps", steps)),
+        ):
+            dots = [r for r in shown if r[constant[0]] == constant[1]]
+            mean, std = [r[kind]["mean"] for r in dots], [r[kind]["std"] for r in dots]
+            axis.errorbar([r[against] for r in dots], mean, yerr=std, **style)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()
-    axes[0].set_xscale("log")
-    axes[0].set_xlabel("Fréchet distance")
-    for panel, name in ((axes[1], "Langevin steps T"), (axes[2], "step size δ")):
-        panel.axhline(rows[0]["held_out"]["mean"], color="grey", linestyle=":")
-        panel.set_yscale("log")
-        panel.set_xlabel(name)
-        panel.set_ylabel("Fréchet distance")
-    axes[0].legend(fontsize=8)
+    axes[1].set_xlabel(f"number of Langevin steps T (step size {step_size:g})")
+    axes[2].set_xlabel(f"step size δ (T = {steps})")
+    for axis, along in zip(axes, "xyy", strict=True):
+        held_out = axis.axvline if along == "x" else axis.axhline
+        held_out(rows[0]["held_out"]["mean"], color="grey", linestyle=":", label="held-out data")
+        axis.set(**{f"{along}scale": "log", f"{along}label": "Fréchet distance"})
+        scale = axis.xaxis if along == "x" else axis.yaxis
+        scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        scale.set_minor_formatter(ticker.NullFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     write_atomically(path, figure_bytes(figure))
+
+
+def _has(row: dict[str, Any], kind: str) -> bool:
+    """Whether the row has proposals of a flow ("flow"), or the end of a chain ("langevin")."""
+    return bool(row["starts_from_flow"] if kind == "flow" else row["langevin_steps"] > 0)
