@@ -227,6 +227,38 @@ _PATCHES_SMALL: dict[str, Any] = {
     "sample_every": 250,
     "checkpoint_every": 100,
 }
+# CoopFlow(Pre) with a small Flow++, for a CPU: the settings around the flow are those above.
+_FLOWPP_SMALL: dict[str, Any] = {
+    "flow": "flowpp",
+    "pretrain_lr": 2e-3,
+    "flow_lr": 2e-4,
+    "warmup_steps": 50,
+    "sample_every": 100,
+    "checkpoint_every": 100,
+}
+_FLOWPP_NETS = {"blocks": 1, "components": 8, "dequant_blocks": 1, "dequant_components": 4}
+_DIGITS_FLOWPP: dict[str, Any] = {
+    **_DIGITS_SMALL,
+    **_FLOWPP_SMALL,
+    "batch_size": 64,
+    "flow_options": {**_FLOWPP_NETS, "channels": 32, "dropout": 0.1},
+    "pretrain_steps": 400,
+    "steps": 300,
+    "flow_frozen_steps": 150,
+}
+_PATCHES_FLOWPP: dict[str, Any] = {
+    **_PATCHES_SMALL,
+    **_FLOWPP_SMALL,
+    "flow_options": {
+        **_FLOWPP_NETS,
+        "scales": [[0, 2], [2, 2]],
+        "channels": 24,
+        "dropout": 0.1,
+    },
+    "pretrain_steps": 150,
+    "steps": 120,
+    "flow_frozen_steps": 50,
+}
 _TOY: dict[str, Any] = {
     "data": "toy:8gaussians",
     "steps": 1500,
@@ -282,6 +314,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits-small": _DIGITS_SMALL,
     "patches-small": _PATCHES_SMALL,
+    "digits-flowpp": _DIGITS_FLOWPP,
+    "patches-flowpp": _PATCHES_FLOWPP,
     "toy": _TOY,
     **{
         name: settings
