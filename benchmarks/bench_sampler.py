@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import harness
+import jax_chain
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +101,8 @@ def contestants(case: Case) -> dict[str, Run]:
     }
     if (theirs := _torchebm(case)) is not None:
         runs["torchebm"] = theirs
+    if (theirs := _jax(case, xi)) is not None:
+        runs["JAX scan"] = theirs
     return runs
 
 
@@ -117,7 +120,8 @@ def harness_case(name: str, elements: int, steps: int, *, quick: bool = False) -
         runs = contestants(case)
         runs = {"ours": runs.pop("ours"), **runs}
         missing = {} if "torchebm" in runs else {"torchebm": "not installed"}
-        missing["JAX scan"] = "the suite has no JAX baseline"
+        if "JAX scan" not in runs:
+            missing["JAX scan"] = jax_chain.why_not(device) or jax_chain.NOT_WRITTEN
         if not case.is_score and with_compile:
             score = compiled_score(case)
             runs["compiled gradient"] = lambda: plain_loop(case, score=score)
@@ -164,6 +168,18 @@ def _torchebm(case: Case) -> Run | None:
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
     return lambda: sampler.sample(case.x0.clone(), n_steps=case.n_steps)
+
+
+def _jax(case: Case, xi: Tensor) -> Run | None:
+    """A jitted scan; None without JAX for the device, or without the energy in JAX."""
+    if jax_chain.why_not(case.x0.device):
+        return None
+    made = jax_chain.make_chain(case.function, case.x0, case.n_steps, STEP_SIZE)
+    if made is None:
+        return None
+    run, supplied = made
+    torch.testing.assert_close(supplied(xi), plain_loop(case, xi), rtol=1e-4, atol=1e-4)
+    return run
 
 
 SUITE_CASES = (

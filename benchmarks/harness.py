@@ -12,6 +12,7 @@ through copies of its data that together exceed four times the last-level cache.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], Any]
 OURS = "ours"
@@ -262,7 +264,7 @@ def measure(
             extra["share_of_matmul"] = case.flops / per_call / limits["matmul_flops_per_second"]
         if name in parts_of:
             extra["parts"] = parts_of[name]
-        if device.type == "cuda":
+        if not contest.by_part:
             extra["memory_peak_bytes"] = peak_bytes(contest.runs[name], device)
         records.append(
             {
@@ -279,13 +281,24 @@ def measure(
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The CUDA allocator's peak during one call, beyond what was allocated before."""
+    """The peak of torch's allocator during one call, beyond what was allocated before."""
+    if device.type != "cuda":
+        return _cpu_peak_bytes(run)
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak_bytes(run: Run) -> int:
+    """The same on the CPU, from the profiler's record of what was allocated and freed when."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
+        run()
+    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(live, default=0)
 
 
 # --- the machine ----------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ def test_digits_demo(tmp_path: Path, seed: int) -> None:
     assert fd["langevin"] <= 0.7 * fd["flow"]
     assert fd["langevin"] <= 1.5 * fd["held_out"]
     assert fd["flow"] <= 0.2 * fd["flow_start"]
+    bits = list(summary["pretraining_bits_per_dim"].values())
+    assert len(bits) == 4
+    assert bits == sorted(bits, reverse=True)
     assert summary["moment_gap"] < 0.5 * summary["moment_gap_start"]
     # Both models learn to the last step: the last checkpoints differ in both.
     run = coop.RunFolder.open(tmp_path / "run")

@@ -197,9 +197,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_run_folder_holds_what_it_promises(finished: Path) -> None:
     assert TrainConfig.from_json((finished / "config.json").read_text()) == tiny()
     steps = [line["step"] for line in RunFolder.open(finished).metrics()]
-    assert steps == [0, 2, 4, 5, 6, 8, 10, 10]
-    pictures = sorted(p.name for p in (finished / "samples").iterdir())
-    assert pictures == ["step-0000000.png", "step-0000005.png", "step-0000010.png"]
+    assert steps == [0, 2, 3, 4, 5, 6, 8, 10, 10]
+    pictures = sorted(p.stem for p in (finished / "samples").iterdir())
+    assert pictures == [f"step-{step:07d}" for step in (0, 3, 5, 10)]
     checkpoints = [step for step, _ in RunFolder.open(finished).checkpoints()]
     assert checkpoints == [8, 10]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -213,6 +213,9 @@ def test_run_folder_holds_what_it_promises(finished: Path) -> None:
         assert summary["fd"][name] > 0
     assert summary["moment_gap"] > 0
     assert summary["bits_per_dim"] > 0
+    bits = summary["pretraining_bits_per_dim"]
+    assert list(bits) == ["0", str(tiny().pretrain_steps)]
+    assert bits["0"] > bits[str(tiny().pretrain_steps)] > 0
     assert (finished / summary["picture"]).exists()
 
 

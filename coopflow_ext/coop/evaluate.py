@@ -28,6 +28,7 @@ class Judge:
         self.data = data
         self.space = feature_space(data)
         self.n = min(config.n_samples, len(data.held_out))
+        self.has_flow = config.start == "flow"
         self.key = Key(config.seed).fold_in(USE_EVALUATION)
         self.training = self.space.statistics(data.decode(data.train))
         self.held_out = data.decode(data.held_out)
@@ -44,17 +45,24 @@ class Judge:
         """Write a picture, proposals beside results.
 
         Returns:
-            the distances of both, and the events themselves by their captions.
+            the distances of both and, where there is a flow that learns, its bits/dim of the first
+            n held-out events; and the events themselves by their captions.
         """
         proposals, results = self.pairs(model)
         kinds = {"flow proposal": proposals, "after Langevin": results}
         save_panels(picture, {caption: x[:_SHOWN] for caption, x in kinds.items()})
-        distances = {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
-        return distances, kinds
+        values = {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
+        if self.has_flow:
+            values["bits_per_dim"] = self.bits_per_dim(model, self.n)
+        return values, kinds
+
+    def bits_per_dim(self, model: CoopFlow, n: int | None = None) -> float:
+        """Of the held-out events, or the first n of them, under the flow."""
+        device = next(model.parameters()).device
+        return bits_per_dim(model.flow, self.held_out[:n].to(device), self.key)
 
     def facts(self, model: CoopFlow) -> dict[str, Any]:
         """What does not change during training, and the likelihood of the held-out split."""
-        device = next(model.parameters()).device
         facts: dict[str, Any] = {
             "feature_space": self.space.name,
             "n": self.n,
@@ -62,8 +70,7 @@ class Judge:
         }
         if self.space.accuracy is not None:
             facts["classifier_accuracy"] = self.space.accuracy
-        bits = bits_per_dim(model.flow, self.held_out.to(device), self.key)
-        return {"fd": facts, "bits_per_dim": bits}
+        return {"fd": facts, "bits_per_dim": self.bits_per_dim(model)}
 
 
 def fd_table(fd: dict[str, Any]) -> str:

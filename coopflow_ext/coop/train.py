@@ -157,7 +157,8 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
     last = trainer.step == config.total_steps
     if trainer.step % config.log_every == 0 or last:
         _log(trainer, run, metrics, bar)
-    if trainer.step % config.sample_every == 0 or last:
+    pretrained = trainer.step == config.pretrain_steps
+    if trainer.step % config.sample_every == 0 or pretrained or last:
         _observe(trainer, run, judge)
     trainer.seconds += time.perf_counter() - begin
     if trainer.step % config.checkpoint_every == 0 or last:
@@ -222,6 +223,7 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
         "energy_updates": trainer.energy.updates,
         "iterations_per_second": trainer.config.total_steps / max(trainer.seconds, 1e-9),
         **facts,
+        "pretraining_bits_per_dim": _pretraining_bits(trainer.config, distances),
         "moment_gap": gaps[-1] if gaps else None,
         "moment_gap_start": gaps[0] if gaps else None,
         "picture": str(run.picture_path(trainer.step).relative_to(run.path)),
@@ -232,3 +234,12 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     if run.board is not None:
         run.board.close()
     return summary
+
+
+def _pretraining_bits(config: TrainConfig, lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Bits/dim of held-out events by step, from the untrained flow to the pre-trained one."""
+    if config.pretrain_steps == 0:
+        return {}
+    known = [line for line in lines if "bits_per_dim" in line]
+    before = [line for line in known if line["step"] <= config.pretrain_steps]
+    return {str(line["step"]): line["bits_per_dim"] for line in before}

@@ -17,6 +17,9 @@ from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
 
+# Of the data-dependent initialisation: enough for its statistics, and few enough that attention
+# over large images fits where a training step does.
+_INITIALISATION_BATCHES = 8
 _INITIALISATION_IMAGES = 1024
 
 
@@ -86,7 +89,8 @@ class Trainer:
         self.sample_moments = RunningMoments(data.dim, self.device)
 
     def _initialize_flow(self) -> None:
-        size = min(len(self.data.train), _INITIALISATION_IMAGES)
+        wanted = min(_INITIALISATION_BATCHES * self.config.batch_size, _INITIALISATION_IMAGES)
+        size = min(len(self.data.train), wanted)
         x = Batches(self.data, size, self.key, device=self.device)[0]
         self.model.flow.initialize(x, key=self.key)
         self.ranks.copy_from_first(self.model)
