@@ -12,8 +12,8 @@ namespace coopflow {
 namespace COOPFLOW_ISA {
 namespace {
 
-constexpr int64_t kWidth = 16;  // elements of a block
-static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 8 * kWidth);
+constexpr int64_t kWidth = kMixtureWidth;
+static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0);
 
 // Calls f(k) for k = 0, ..., count - 1, count >= 1. No branch leads round the loop: that lets the
 // compiler vectorise a loop across elements which has this one inside.
@@ -64,70 +64,62 @@ void store_block(const A* values, int64_t offset, int64_t n, void* destination) 
   }
 }
 
-// The components' parameters for one block, a row of kWidth values for each component.
+// The components of one block of elements.
 template <typename A>
 class Components {
  public:
-  Components(int64_t components, A* scratch)
-      : count(components),
-        log_weight(scratch),
-        mean(log_weight + components * kWidth),
-        log_scale(mean + components * kWidth),
-        t(log_scale + components * kWidth),
-        below(t + components * kWidth),
-        above(below + components * kWidth),
-        weight_(above + components * kWidth),
-        inv_scale_(weight_ + components * kWidth) {}
+  Components(int64_t components, ComponentBlock<A>* scratch)
+      : count(components), blocks_(scratch) {}
 
-  // poison becomes NaN where a parameter is not finite, and else stays as it is.
+  ComponentBlock<A>& operator[](int64_t k) const { return blocks_[k]; }
+
+  // Rows of logits, means and log-scales lie `stride` apart. poison becomes NaN where a parameter
+  // is not finite, and else stays as it is.
   template <typename P>
   void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
-    for (int64_t row = 0; row < 3 * count; ++row) {
-      // Logits, means and log-scales follow one another.
-      load_block<P>(params, offset + row * stride, n, log_weight + row * kWidth);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t row = offset + k * stride;
+      load_block<P>(params, row, n, blocks_[k].log_weight);
+      load_block<P>(params, row + count * stride, n, blocks_[k].mean);
+      load_block<P>(params, row + 2 * count * stride, n, blocks_[k].log_scale);
     }
     alignas(64) A peak[kWidth];
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       A largest = -INFINITY;
       for_each_component(
-          count, [&](int64_t k) { largest = larger_of(largest, log_weight[k * kWidth + i]); });
+          count, [&](int64_t k) { largest = larger_of(largest, blocks_[k].log_weight[i]); });
       peak[i] = largest;
     }
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       A bad = poison[i];
       for_each_component(count, [&](int64_t k) {
-        const int64_t j = k * kWidth + i;
-        bad = poisoned(poisoned(poisoned(bad, log_weight[j]), mean[j]), log_scale[j]);
-        log_weight[j] -= peak[i];
-        const Component<A> c = make_component(log_weight[j], mean[j], log_scale[j]);
-        weight_[j] = c.weight;
-        inv_scale_[j] = c.inv_scale;
+        ComponentBlock<A>& block = blocks_[k];
+        const A log_weight = block.log_weight[i], mean = block.mean[i];
+        const A log_scale = block.log_scale[i];
+        bad = poisoned(poisoned(poisoned(bad, log_weight), mean), log_scale);
+        const Component<A> c = make_component(log_weight - peak[i], mean, log_scale);
+        block.log_weight[i] = log_weight - peak[i];
+        block.weight[i] = c.weight;
+        block.inv_scale[i] = c.inv_scale;
       });
       poison[i] = bad;
     }
   }
 
   Component<A> at(int64_t k, int64_t i) const {
-    const int64_t j = k * kWidth + i;
-    return {weight_[j], mean[j], inv_scale_[j]};
+    return {blocks_[k].weight[i], blocks_[k].mean[i], blocks_[k].inv_scale[i]};
   }
 
   LogComponent<A> log_at(int64_t k, int64_t i) const {
-    const int64_t j = k * kWidth + i;
-    return make_log_component(log_weight[j], log_scale[j]);
+    return make_log_component(blocks_[k].log_weight[i], blocks_[k].log_scale[i]);
   }
 
   const int64_t count;
-  A* const log_weight;  // relative to the largest
-  A* const mean;
-  A* const log_scale;                      // as given
-  A *const t, *const below, *const above;  // room for each component's logistic at x
 
  private:
-  A* const weight_;
-  A* const inv_scale_;
+  ComponentBlock<A>* const blocks_;
 };
 
 template <typename A>
@@ -356,7 +348,7 @@ struct BlockParams {
 };
 
 template <typename T, typename P>
-void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
+void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithmetic_t<T>>* scratch,
          arithmetic_t<T>* partial_sums, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const MixtureShape& shape = args.shape;
@@ -461,9 +453,9 @@ void gradient_sums(const Components<A>& m, const A* x, const Scaling<A>& scaling
     for_each_component(m.count, [&](int64_t k) {
       const Component<A> c = m.at(k, i);
       const Logistic<A> at = logistic(x[i], c);
-      m.t[k * kWidth + i] = at.t;
-      m.below[k * kWidth + i] = at.below;
-      m.above[k * kWidth + i] = at.above;
+      m[k].t[i] = at.t;
+      m[k].below[i] = at.below;
+      m[k].above[i] = at.above;
       add(s, at, c, terms<kAnyScaled>(m, k, i, at, scaling));
     });
     sums.set(i, s);
@@ -484,8 +476,8 @@ struct Reciprocals {
   }
 };
 
-// Gradients of the components' logits, means and log-scales. They take the places of t, below and
-// above, which gradient_sums left at the same x.
+// The gradients of the components' logits, means and log-scales take the place of these. t, below
+// and above are what gradient_sums left at the same x.
 template <bool kAnyScaled, typename A>
 void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
                          const GradientBlock<A>& sums, const A* grad_u, const A* grad_l) {
@@ -493,26 +485,26 @@ void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     for_each_component(m.count, [&](int64_t k) {
-      const int64_t j = k * kWidth + i;
+      ComponentBlock<A>& block = m[k];
       const Component<A> c = m.at(k, i);
-      const A below = m.below[j], above = m.above[j];
-      const Logistic<A> at{m.t[j], below, above, larger_of(below, above)};
+      const A below = block.below[i], above = block.above[i];
+      const Logistic<A> at{block.t[i], below, above, larger_of(below, above)};
       const MixtureTerms<A> of = terms<kAnyScaled>(m, k, i, at, scaling);
       const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
                                   of.density * per.density[i]};
       const ComponentGradient<A> g = component_gradient(
           at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
-      const A log_scale = m.log_scale[j];
-      m.t[j] = g.logit;
-      m.below[j] = g.mean;
-      m.above[j] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
+      const A log_scale = block.log_scale[i];
+      block.log_weight[i] = g.logit;
+      block.mean[i] = g.mean;
+      block.log_scale[i] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
     });
   }
 }
 
 template <typename T, typename P>
-void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
-              int64_t begin, int64_t end) {
+void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
+              ComponentBlock<arithmetic_t<T>>* scratch, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const MixtureShape& shape = args.shape;
   const int64_t stride = shape.per_chain;
@@ -591,9 +583,10 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
     } else {
       component_gradients<false>(m, scaling, sums, grad_u, grad_l);
     }
-    for (int64_t r = 0; r < 3 * shape.components; ++r) {
-      // t, below and above follow one another.
-      store_block<P>(m.t + r * kWidth, row + r * stride, n, args.grad_params);
+    for (int64_t k = 0; k < m.count; ++k, row += stride) {
+      store_block<P>(m[k].log_weight, row, n, args.grad_params);
+      store_block<P>(m[k].mean, row + m.count * stride, n, args.grad_params);
+      store_block<P>(m[k].log_scale, row + 2 * m.count * stride, n, args.grad_params);
     }
   };
   for (int64_t index = begin; index < end; ++index) {
