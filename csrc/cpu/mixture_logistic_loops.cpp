@@ -262,21 +262,20 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
   int32_t pending[kWidth];
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    low[i] = INFINITY;
-    high[i] = -INFINITY;
-    x[i] = total[i] = A(0);
-    sums.set(i, MixtureSums<A>());
-  }
-  COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) {
+    A least = INFINITY, greatest = -INFINITY, weighted = A(0), weights = A(0);
     for_each_component(m.count, [&](int64_t k) {
       const Component<A> c = m.at(k, i);
       const A quantile = component_quantile(c, target[i]);
-      low[i] = smaller_of(low[i], quantile);
-      high[i] = larger_of(high[i], quantile);
-      x[i] = multiply_add(c.weight, quantile, x[i]);
-      total[i] += c.weight;
+      least = smaller_of(least, quantile);
+      greatest = larger_of(greatest, quantile);
+      weighted = multiply_add(c.weight, quantile, weighted);
+      weights += c.weight;
     });
+    low[i] = least;
+    high[i] = greatest;
+    x[i] = weighted;
+    total[i] = weights;
+    sums.set(i, MixtureSums<A>());
   }
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
