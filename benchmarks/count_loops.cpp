@@ -74,7 +74,8 @@ void affine(int64_t runs, bool backward) {
 void mixture(int64_t runs, bool inverse) {
   const int64_t rows = 2 + 3 * kComponents;
   const std::vector<float> x = values(kElements), params = values(rows * kElements, 1, -0.5F);
-  std::vector<float> out(kElements), sums(kChunksAtMost), scratch(kMixtureScratch * kComponents);
+  std::vector<float> out(kElements), sums(kChunksAtMost);
+  std::vector<ComponentBlock<float>> scratch(kComponents);
   MixtureCouplingArgs<float> args{};
   args.in = x.data();
   args.params = params.data();

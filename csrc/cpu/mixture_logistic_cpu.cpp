@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kMixtureGrain = 128;
 
 template <typename A>
-std::vector<A> mixture_scratch(const MixtureShape& shape) {
-  return std::vector<A>(shape.components * kMixtureScratch);
+std::vector<ComponentBlock<A>> mixture_scratch(const MixtureShape& shape) {
+  return std::vector<ComponentBlock<A>>(shape.components);
 }
 
 struct CpuMixtureLogistic {

@@ -1,5 +1,5 @@
-// Elements are handled in blocks, components one after the other, so that every inner loop runs
-// across the elements of a block and is vectorised.
+// Elements are handled in blocks. Loops run across the elements of a block and are vectorised, with
+// the loop over components inside: what an element sums up over them then stays in a register.
 #include "mixture_logistic_loops.h"
 
 #include "tile.h"
@@ -12,97 +12,114 @@ namespace coopflow {
 namespace COOPFLOW_ISA {
 namespace {
 
-constexpr int64_t kWidth = 16;  // elements of a block
-static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0 && kMixtureScratch == 8 * kWidth);
+constexpr int64_t kWidth = kMixtureWidth;
+static_assert(kWidth % kLanes == 0 && kTile % kWidth == 0);
 
-// n values and zeros after them; what is not finite turns poison into NaN.
+// Calls f(k) for k = 0, ..., count - 1, count >= 1. No branch leads round the loop: that lets the
+// compiler vectorise a loop across elements which has this one inside.
+template <typename F>
+void for_each_component(int64_t count, const F& f) {
+  int64_t k = 0;
+  do {
+    f(k);
+  } while (++k < count);
+}
+
+// n values and zeros after them.
 template <typename T, typename A>
-void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
-  if (n == kWidth) {  // a constant length needs no call
-    load<T>(source, offset, kWidth, values);
-    __builtin_prefetch(static_cast<const T*>(source) + offset + kWidth);  // the next block's
+void load_block(const void* source, int64_t offset, int64_t n, A* values) {
+  if (n == kWidth) {
+    const T* from = static_cast<const T*>(source) + offset;
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) values[i] = to_arithmetic(from[i]);
+    __builtin_prefetch(from + kWidth);  // the next block's
   } else {
     for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
     load<T>(source, offset, n, values);
   }
+}
+
+// poison, or NaN where value is not finite.
+template <typename A>
+A poisoned(A poison, A value) {
+  return multiply_add(A(0), value, poison);
+}
+
+template <typename T, typename A>
+void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
+  load_block<T>(source, offset, n, values);
   COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) poison[i] = multiply_add(A(0), values[i], poison[i]);
+  for (int64_t i = 0; i < kWidth; ++i) poison[i] = poisoned(poison[i], values[i]);
 }
 
 template <typename T, typename A>
 void store_block(const A* values, int64_t offset, int64_t n, void* destination) {
   if (n == kWidth) {
-    store<T>(values, offset, kWidth, destination);
-    __builtin_prefetch(static_cast<T*>(destination) + offset + kWidth, 1);
+    T* to = static_cast<T*>(destination) + offset;
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) to[i] = from_arithmetic<T>(values[i]);
+    __builtin_prefetch(to + kWidth, 1);
   } else {
     store<T>(values, offset, n, destination);
   }
 }
 
-// The components' parameters for one block, a row of kWidth values for each component.
+// The components of one block of elements.
 template <typename A>
 class Components {
  public:
-  Components(int64_t components, A* scratch)
-      : count(components),
-        log_weight(scratch),
-        mean(log_weight + components * kWidth),
-        log_scale(mean + components * kWidth),
-        t(log_scale + components * kWidth),
-        below(t + components * kWidth),
-        above(below + components * kWidth),
-        weight_(above + components * kWidth),
-        inv_scale_(weight_ + components * kWidth) {}
+  Components(int64_t components, ComponentBlock<A>* scratch)
+      : count(components), blocks_(scratch) {}
 
-  // poison becomes NaN where a parameter is not finite, and else stays as it is.
+  ComponentBlock<A>& operator[](int64_t k) const { return blocks_[k]; }
+
+  // Rows of logits, means and log-scales lie `stride` apart. poison becomes NaN where a parameter
+  // is not finite, and else stays as it is.
   template <typename P>
   void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
-    for (int64_t row = 0; row < 3 * count; ++row) {
-      // Logits, means and log-scales follow one another.
-      load_block<P>(params, offset + row * stride, n, log_weight + row * kWidth, poison);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t row = offset + k * stride;
+      load_block<P>(params, row, n, blocks_[k].log_weight);
+      load_block<P>(params, row + count * stride, n, blocks_[k].mean);
+      load_block<P>(params, row + 2 * count * stride, n, blocks_[k].log_scale);
     }
     alignas(64) A peak[kWidth];
     COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) peak[i] = log_weight[i];
-    for (int64_t k = 1; k < count; ++k) {
-      const A* row = log_weight + k * kWidth;
-      COOPFLOW_INDEPENDENT
-      for (int64_t i = 0; i < kWidth; ++i) peak[i] = larger_of(peak[i], row[i]);
+    for (int64_t i = 0; i < kWidth; ++i) {
+      A largest = -INFINITY;
+      for_each_component(
+          count, [&](int64_t k) { largest = larger_of(largest, blocks_[k].log_weight[i]); });
+      peak[i] = largest;
     }
-    for (int64_t k = 0; k < count; ++k) {
-      A* row = log_weight + k * kWidth;
-      COOPFLOW_INDEPENDENT
-      for (int64_t i = 0; i < kWidth; ++i) row[i] -= peak[i];
-    }
-    // One loop over all rows: what make_component reads and writes does not overlap.
-    A* __restrict weight = weight_;
-    A* __restrict inv_scale = inv_scale_;
-    for (int64_t j = 0; j < count * kWidth; ++j) {
-      const Component<A> c = make_component(log_weight[j], A(0), log_scale[j]);
-      weight[j] = c.weight;
-      inv_scale[j] = c.inv_scale;
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      A bad = poison[i];
+      for_each_component(count, [&](int64_t k) {
+        ComponentBlock<A>& block = blocks_[k];
+        const A log_weight = block.log_weight[i], mean = block.mean[i];
+        const A log_scale = block.log_scale[i];
+        bad = poisoned(poisoned(poisoned(bad, log_weight), mean), log_scale);
+        const Component<A> c = make_component(log_weight - peak[i], mean, log_scale);
+        block.log_weight[i] = log_weight - peak[i];
+        block.weight[i] = c.weight;
+        block.inv_scale[i] = c.inv_scale;
+      });
+      poison[i] = bad;
     }
   }
 
   Component<A> at(int64_t k, int64_t i) const {
-    const int64_t j = k * kWidth + i;
-    return {weight_[j], mean[j], inv_scale_[j]};
+    return {blocks_[k].weight[i], blocks_[k].mean[i], blocks_[k].inv_scale[i]};
   }
 
   LogComponent<A> log_at(int64_t k, int64_t i) const {
-    const int64_t j = k * kWidth + i;
-    return make_log_component(log_weight[j], log_scale[j]);
+    return make_log_component(blocks_[k].log_weight[i], blocks_[k].log_scale[i]);
   }
 
   const int64_t count;
-  A* const log_weight;  // relative to the largest
-  A* const mean;
-  A* const log_scale;                      // as given
-  A *const t, *const below, *const above;  // room for each component's logistic at x
 
  private:
-  A* const weight_;
-  A* const inv_scale_;
+  ComponentBlock<A>* const blocks_;
 };
 
 template <typename A>
@@ -120,14 +137,10 @@ struct Sums {
 template <typename A>
 void direct_sums(const Components<A>& m, const A* x, Sums<A>& sums) {
   COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, MixtureSums<A>());
-  for (int64_t k = 0; k < m.count; ++k) {
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) {
-      MixtureSums<A> s = sums.at(i);
-      add(s, x[i], m.at(k, i));
-      sums.set(i, s);
-    }
+  for (int64_t i = 0; i < kWidth; ++i) {
+    MixtureSums<A> s;
+    for_each_component(m.count, [&](int64_t k) { add(s, x[i], m.at(k, i)); });
+    sums.set(i, s);
   }
 }
 
@@ -146,14 +159,10 @@ struct Peaks {
 template <typename A>
 void find_peaks(const Components<A>& m, const A* x, Peaks<A>& peaks) {
   COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) peaks.set(i, MixturePeaks<A>());
-  for (int64_t k = 0; k < m.count; ++k) {
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) {
-      MixturePeaks<A> p = peaks.at(i);
-      raise(p, x[i], m.at(k, i), m.log_at(k, i));
-      peaks.set(i, p);
-    }
+  for (int64_t i = 0; i < kWidth; ++i) {
+    MixturePeaks<A> p;
+    for_each_component(m.count, [&](int64_t k) { raise(p, x[i], m.at(k, i), m.log_at(k, i)); });
+    peaks.set(i, p);
   }
 }
 
@@ -180,14 +189,11 @@ template <typename A>
 void scaled_sums(const Components<A>& m, const A* x, Scaled<A>& sums) {
   find_peaks(m, x, sums.peaks);
   COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, ScaledSums<A>());
-  for (int64_t k = 0; k < m.count; ++k) {
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) {
-      ScaledSums<A> s = sums.at(i);
-      add(s, x[i], m.at(k, i), m.log_at(k, i), sums.peaks.at(i));
-      sums.set(i, s);
-    }
+  for (int64_t i = 0; i < kWidth; ++i) {
+    ScaledSums<A> s;
+    const MixturePeaks<A> p = sums.peaks.at(i);
+    for_each_component(m.count, [&](int64_t k) { add(s, x[i], m.at(k, i), m.log_at(k, i), p); });
+    sums.set(i, s);
   }
 }
 
@@ -256,21 +262,20 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
   int32_t pending[kWidth];
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    low[i] = INFINITY;
-    high[i] = -INFINITY;
-    x[i] = total[i] = A(0);
-    sums.set(i, MixtureSums<A>());
-  }
-  for (int64_t k = 0; k < m.count; ++k) {
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) {
+    A least = INFINITY, greatest = -INFINITY, weighted = A(0), weights = A(0);
+    for_each_component(m.count, [&](int64_t k) {
       const Component<A> c = m.at(k, i);
       const A quantile = component_quantile(c, target[i]);
-      low[i] = smaller_of(low[i], quantile);
-      high[i] = larger_of(high[i], quantile);
-      x[i] = multiply_add(c.weight, quantile, x[i]);
-      total[i] += c.weight;
-    }
+      least = smaller_of(least, quantile);
+      greatest = larger_of(greatest, quantile);
+      weighted = multiply_add(c.weight, quantile, weighted);
+      weights += c.weight;
+    });
+    low[i] = least;
+    high[i] = greatest;
+    x[i] = weighted;
+    total[i] = weights;
+    sums.set(i, MixtureSums<A>());
   }
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
@@ -342,7 +347,7 @@ struct BlockParams {
 };
 
 template <typename T, typename P>
-void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
+void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithmetic_t<T>>* scratch,
          arithmetic_t<T>* partial_sums, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const MixtureShape& shape = args.shape;
@@ -420,30 +425,39 @@ struct GradientBlock {
   }
 };
 
-template <bool kScaled, typename A>
+// Where the scaled form is needed, and what it needs.
+template <typename A>
+struct Scaling {
+  Peaks<A> peaks;
+  int32_t needed[kWidth];
+};
+
+template <bool kAnyScaled, typename A>
 MixtureTerms<A> terms(const Components<A>& m, int64_t k, int64_t i, const Logistic<A>& at,
-                      const Peaks<A>& peaks) {
-  if constexpr (kScaled) return scaled_terms(at, m.log_at(k, i), peaks.at(i));
-  return direct_terms(at, m.at(k, i));
+                      const Scaling<A>& scaling) {
+  const MixtureTerms<A> direct = direct_terms(at, m.at(k, i));
+  if constexpr (!kAnyScaled) return direct;
+  const MixtureTerms<A> scaled = scaled_terms(at, m.log_at(k, i), scaling.peaks.at(i));
+  const bool use = scaling.needed[i] != 0;
+  return {use ? scaled.cdf : direct.cdf, use ? scaled.survival : direct.survival,
+          use ? scaled.density : direct.density};
 }
 
-template <bool kScaled, typename A>
-void gradient_sums(const Components<A>& m, const A* x, const Peaks<A>& peaks,
+template <bool kAnyScaled, typename A>
+void gradient_sums(const Components<A>& m, const A* x, const Scaling<A>& scaling,
                    GradientBlock<A>& sums) {
   COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) sums.set(i, GradientSums<A>());
-  for (int64_t k = 0; k < m.count; ++k) {
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) {
+  for (int64_t i = 0; i < kWidth; ++i) {
+    GradientSums<A> s;
+    for_each_component(m.count, [&](int64_t k) {
       const Component<A> c = m.at(k, i);
       const Logistic<A> at = logistic(x[i], c);
-      m.t[k * kWidth + i] = at.t;
-      m.below[k * kWidth + i] = at.below;
-      m.above[k * kWidth + i] = at.above;
-      GradientSums<A> s = sums.at(i);
-      add(s, at, c, terms<kScaled>(m, k, i, at, peaks));
-      sums.set(i, s);
-    }
+      m[k].t[i] = at.t;
+      m[k].below[i] = at.below;
+      m[k].above[i] = at.above;
+      add(s, at, c, terms<kAnyScaled>(m, k, i, at, scaling));
+    });
+    sums.set(i, s);
   }
 }
 
@@ -461,36 +475,35 @@ struct Reciprocals {
   }
 };
 
-// Gradients of one component's parameters, a row for each, after gradient_sums at the same x.
-template <typename A>
-struct ComponentRows {
-  alignas(64) A logit[kWidth], mean[kWidth], log_scale[kWidth];
-};
-
-template <bool kScaled, typename A>
-void component_rows(const Components<A>& m, int64_t k, const Peaks<A>& peaks,
-                    const Reciprocals<A>& per, const A* grad_u, const A* grad_l,
-                    ComponentRows<A>& rows) {
+// The gradients of the components' logits, means and log-scales take the place of these. t, below
+// and above are what gradient_sums left at the same x.
+template <bool kAnyScaled, typename A>
+void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
+                         const GradientBlock<A>& sums, const A* grad_u, const A* grad_l) {
+  const Reciprocals<A> per(sums);
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    const Component<A> c = m.at(k, i);
-    const A below = m.below[k * kWidth + i], above = m.above[k * kWidth + i];
-    const Logistic<A> at{m.t[k * kWidth + i], below, above, larger_of(below, above)};
-    const MixtureTerms<A> of = terms<kScaled>(m, k, i, at, peaks);
-    const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
-                                of.density * per.density[i]};
-    const ComponentGradient<A> g =
-        component_gradient(at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
-    const A log_scale = m.log_scale[k * kWidth + i];
-    rows.logit[i] = g.logit;
-    rows.mean[i] = g.mean;
-    rows.log_scale[i] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
+    for_each_component(m.count, [&](int64_t k) {
+      ComponentBlock<A>& block = m[k];
+      const Component<A> c = m.at(k, i);
+      const A below = block.below[i], above = block.above[i];
+      const Logistic<A> at{block.t[i], below, above, larger_of(below, above)};
+      const MixtureTerms<A> of = terms<kAnyScaled>(m, k, i, at, scaling);
+      const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
+                                  of.density * per.density[i]};
+      const ComponentGradient<A> g = component_gradient(
+          at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
+      const A log_scale = block.log_scale[i];
+      block.log_weight[i] = g.logit;
+      block.mean[i] = g.mean;
+      block.log_scale[i] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
+    });
   }
 }
 
 template <typename T, typename P>
-void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmetic_t<T>* scratch,
-              int64_t begin, int64_t end) {
+void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
+              ComponentBlock<arithmetic_t<T>>* scratch, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const MixtureShape& shape = args.shape;
   const int64_t stride = shape.per_chain;
@@ -504,20 +517,19 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
     if (args.inverse()) load_block<T>(args.y, offset, n, y, p.poison);
     p.template load_params<P>(args.params, shape, chain, e, n, m);
 
-    Peaks<A> peaks;
-    GradientBlock<A> sums, scaled;
-    gradient_sums<false>(m, x, peaks, sums);
-    int32_t use_scaled[kWidth];
+    Scaling<A> scaling;
+    GradientBlock<A> sums;
+    gradient_sums<false>(m, x, scaling, sums);
     int32_t any_scaled = 0;
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
-      use_scaled[i] =
+      scaling.needed[i] =
           all_is_direct(MixtureSums<A>{sums.cdf[i], sums.survival[i], sums.density[i]}) ? 0 : 1;
-      any_scaled |= use_scaled[i];
+      any_scaled |= scaling.needed[i];
     }
     if (any_scaled != 0) {
-      find_peaks(m, x, peaks);
-      gradient_sums<true>(m, x, peaks, scaled);
+      find_peaks(m, x, scaling.peaks);
+      gradient_sums<true>(m, x, scaling, sums);
     }
 
     alignas(64) A grad_u[kWidth], grad_l[kWidth], grad_in[kWidth], grad_a[kWidth], grad_b[kWidth];
@@ -533,12 +545,8 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
     if (any_scaled != 0) {
       COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) {
-        const GradientSums<A> s = scaled.at(i);
-        const A of_logit = scaled_logit_value(s.cdf, s.survival, peaks.at(i));
-        const MixtureSlopes<A> of = mixture_slopes(s);
-        logit[i] = use_scaled[i] != 0 ? of_logit : logit[i];
-        slope[i] = use_scaled[i] != 0 ? of.logit : slope[i];
-        log_slope[i] = use_scaled[i] != 0 ? of.log_slope : log_slope[i];
+        const A of = scaled_logit_value(sums.cdf[i], sums.survival[i], scaling.peaks.at(i));
+        logit[i] = scaling.needed[i] != 0 ? of : logit[i];
       }
     }
     const auto put = [&](int64_t i, const CouplingGradient<A>& g) {
@@ -569,24 +577,15 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args, arithmet
       store_block<P>(grad_b, row + stride, n, args.grad_params);
       row += 2 * stride;
     }
-    const int64_t kind = shape.components * stride;  // from logits to means to log-scales
-    const Reciprocals<A> per_sum(sums), per_scaled(any_scaled != 0 ? scaled : sums);
-    for (int64_t k = 0; k < shape.components; ++k, row += stride) {
-      ComponentRows<A> rows;
-      component_rows<false>(m, k, peaks, per_sum, grad_u, grad_l, rows);
-      if (any_scaled != 0) {
-        ComponentRows<A> other;
-        component_rows<true>(m, k, peaks, per_scaled, grad_u, grad_l, other);
-        COOPFLOW_INDEPENDENT
-        for (int64_t i = 0; i < kWidth; ++i) {
-          rows.logit[i] = use_scaled[i] ? other.logit[i] : rows.logit[i];
-          rows.mean[i] = use_scaled[i] ? other.mean[i] : rows.mean[i];
-          rows.log_scale[i] = use_scaled[i] ? other.log_scale[i] : rows.log_scale[i];
-        }
-      }
-      store_block<P>(rows.logit, row, n, args.grad_params);
-      store_block<P>(rows.mean, row + kind, n, args.grad_params);
-      store_block<P>(rows.log_scale, row + 2 * kind, n, args.grad_params);
+    if (any_scaled != 0) {
+      component_gradients<true>(m, scaling, sums, grad_u, grad_l);
+    } else {
+      component_gradients<false>(m, scaling, sums, grad_u, grad_l);
+    }
+    for (int64_t k = 0; k < m.count; ++k, row += stride) {
+      store_block<P>(m[k].log_weight, row, n, args.grad_params);
+      store_block<P>(m[k].mean, row + m.count * stride, n, args.grad_params);
+      store_block<P>(m[k].log_scale, row + 2 * m.count * stride, n, args.grad_params);
     }
   };
   for (int64_t index = begin; index < end; ++index) {

@@ -104,13 +104,15 @@ COOPFLOW_HD float exponential_normal(float x) {
 
 COOPFLOW_HD double exponential_normal(double x) { return exponential(x); }
 
-// 2^x for x <= 0 and NaN; results below 2^-125 come out as that (as 0 below 2^-126 on a GPU).
+// 2^x for x <= 0 and NaN; results below 2^kLeast come out as that (as 0 below 2^-126 on a GPU).
+template <int kLeast = -125>
 COOPFLOW_HD float exponential2_nonpositive(float x) {
 #if COOPFLOW_DEVICE_CODE
   return approximate_exp2(x);
 #else
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float t = x < -125.0f ? -125.0f : x;
+  constexpr float kLowest = kLeast;
+  const float t = x < kLowest ? kLowest : x;
   const float shifted = t + kRounder;
   const float f = t - (shifted - kRounder);
   float p = 1.535336188319500e-4f;

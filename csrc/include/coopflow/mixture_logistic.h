@@ -31,7 +31,7 @@ struct MixtureConstants<float> {
   static constexpr float kPerUnit = 0.69314718f;
   static constexpr float kLogUnit = 0.36651292f;
   static constexpr float kEpsilon = 0x1p-23f;
-  // Terms are rounded to zero, or up to 2^-125, below 2^-125: negligible beside this.
+  // Terms are rounded to zero, or up to 2^-110, below 2^-110: negligible beside this.
   static constexpr float kSmallestSum = 0x1p-55f;
   static constexpr float kSmallestSlope = 0x1p-64f;
   static constexpr int kMaxEvaluations = 96;
@@ -82,8 +82,9 @@ COOPFLOW_HD LogComponent<A> make_log_component(A log_weight, A log_scale) {
   return {log_weight * kUnit, clamp_log_scale(log_scale) * kUnit};
 }
 
-// e^x for x <= 0 in units; float rounds results below 2^-125 to anything up to that.
-COOPFLOW_HD float power(float x) { return exponential2_nonpositive(x); }
+// e^x for x <= 0 in units; float rounds results below 2^-110 to anything up to that. Smaller ones
+// would make denormal products, which slow a CPU down.
+COOPFLOW_HD float power(float x) { return exponential2_nonpositive<-110>(x); }
 COOPFLOW_HD double power(double x) { return exponential(x); }
 
 // One logistic at x: sigma(t), sigma(-t), and the larger of the two.
