@@ -71,19 +71,37 @@ void affine(int64_t runs, bool backward) {
   }
 }
 
+constexpr MixtureShape kMixture{kBatch, kPerChain, kComponents, true};
+
 void mixture(int64_t runs, bool inverse) {
-  const int64_t rows = 2 + 3 * kComponents;
-  const std::vector<float> x = values(kElements), params = values(rows * kElements, 1, -0.5F);
+  const std::vector<float> x = values(kElements);
+  const std::vector<float> params = values(kMixture.rows() * kElements, 1, -0.5F);
   std::vector<float> out(kElements), sums(kChunksAtMost);
   std::vector<ComponentBlock<float>> scratch(kComponents);
   MixtureCouplingArgs<float> args{};
   args.in = x.data();
   args.params = params.data();
   args.out = out.data();
-  args.shape = {kBatch, kPerChain, kComponents, true};
+  args.shape = kMixture;
   args.inverse = inverse;
   const auto loops = COOPFLOW_ISA::mixture_logistic_loops<float, float>();
   for (int64_t i = 0; i < runs; ++i) loops.map(args, scratch.data(), sums.data(), 0, kBatch);
+}
+
+void mixture_backward(int64_t runs) {
+  const std::vector<float> x = values(kElements), ones(kBatch, 1);
+  const std::vector<float> params = values(kMixture.rows() * kElements, 1, -0.5F);
+  std::vector<float> grad_x(kElements), grad_params(params.size());
+  std::vector<ComponentBlock<float>> scratch(kComponents);
+  MixtureCouplingBackwardArgs<float> args{};
+  args.grad_out = args.x = x.data();
+  args.grad_ladj = ones.data();
+  args.params = params.data();
+  args.grad_in = grad_x.data();
+  args.grad_params = grad_params.data();
+  args.shape = kMixture;
+  const auto loops = COOPFLOW_ISA::mixture_logistic_loops<float, float>();
+  for (int64_t i = 0; i < runs; ++i) loops.backward(args, scratch.data(), 0, kBatch);
 }
 
 }  // namespace
@@ -105,6 +123,8 @@ int main(int argc, char** argv) {
     mixture(runs, false);
   } else if (is("mixture_inverse")) {
     mixture(runs, true);
+  } else if (is("mixture_backward")) {
+    mixture_backward(runs);
   } else {
     return 2;
   }

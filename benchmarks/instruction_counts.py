@@ -33,6 +33,7 @@ LOOPS = (
     "affine_backward",
     "mixture_forward",
     "mixture_inverse",
+    "mixture_backward",
 )
 # As in CMakeLists.txt.
 FLAGS = (

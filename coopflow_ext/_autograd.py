@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from coopflow_ext import reference
 
@@ -20,8 +21,13 @@ Shapes = Callable[..., Any]  # a fake kernel
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; its forward alone, at a third of the cost, without gradients."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+    """``function.apply(*args)``; its forward alone, at a third of the cost, without derivatives.
+
+    Forward mode, which works under no_grad too, has to reach ``apply``: there it raises.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return function.apply(*args)
+    return function.forward(*args)
 
 
 def _ops() -> Any:

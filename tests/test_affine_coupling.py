@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.library import opcheck
 
 import coopflow_ext as cf
@@ -220,6 +221,8 @@ def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device) -> N
     x, params = inputs((2, 3), torch.float32, torch.float32, device)
     with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
         torch.func.jvp(lambda x: cf.ops.affine_coupling(x, params), (x,), (torch.ones_like(x),))
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"), dual_level():
+        cf.ops.affine_coupling(make_dual(x, torch.ones_like(x)), params)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
