@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coopflow_ext import Key, flows
+from coopflow_ext import Key, flows, ops
 from coopflow_ext.flows.gated import (
     AuxNet,
     ConditionerBlock,
@@ -19,6 +19,7 @@ from coopflow_ext.flows.gated import (
     sinusoidal_positions,
 )
 from coopflow_ext.flows.layers import ActNorm
+from coopflow_ext.rng import USE_PRIOR
 
 DOUBLE = torch.float64
 SMALL = {"channels": 8, "blocks": 1, "components": 3, "dequant_blocks": 1, "dequant_components": 2}
@@ -301,6 +302,18 @@ def test_inverse_is_one_graph():
     compiled = torch.compile(flow.inverse_and_ladj, fullgraph=True, backend="eager")
     for ours, expected in zip(compiled(z), flow.inverse_and_ladj(z), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_sampling_is_one_graph():
+    flow = _small(scales=((0, 1),)).eval()
+    z = ops.normal((2, 1, 4, 4), Key(3).fold_in(USE_PRIOR).tensor())
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def images(z):
+        return flow.to_data(flow.inverse_and_ladj(z)[0])
+
+    with torch.no_grad():
+        torch.testing.assert_close(images(z), flow.sample(2, Key(3)))
 
 
 class _CountReads(TorchDispatchMode):

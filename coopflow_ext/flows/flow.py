@@ -45,6 +45,10 @@ class Flow(nn.Module):
     Random draws come from ``key``; ``key=None`` draws a seed from torch's default generator.
     ``chain_offset`` is the global index of row 0, so that a batch split over several processes
     draws what the whole batch draws.
+
+    A key is a Python object, a constant to ``torch.compile``; programs compiled as one graph take
+    the noise itself: ``flow.log_prob(x, eps=eps)``, and for samples
+    ``flow.to_data(flow.inverse_and_ladj(z)[0])``.
     """
 
     def __init__(
