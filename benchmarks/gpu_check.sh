@@ -15,8 +15,9 @@
 #   pack      logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 8 files
 #
 # OUTDIR/summary.txt says how each stage ended. A stage that ended "ok" is not run again in the same
-# OUTDIR, and one that ran out of time goes on with the cases it lacks; one that failed, or that the machine refused, does not stop the rest. Nothing is
-# downloaded: PYTHON (python3) must have torch, numpy, pytest and the other test requirements.
+# OUTDIR, and one that ran out of time goes on with the cases it lacks; one that failed, or that the
+# machine refused, does not stop the rest. Nothing is downloaded: PYTHON (python3) must have torch,
+# numpy, pytest and the other test requirements.
 # --dry-run goes through the same stages on the CPU and only collects tests and benchmarks.
 # Exit status: 0 unless a stage failed; a refused tool is no failure.
 set -uo pipefail
@@ -146,7 +147,7 @@ stage_bench() {
 }
 
 stage_models() {
-  suite 'chain/*' 'flowpp/*'
+  suite 'chain/*' 'flowpp/*' 'coop/*'
 }
 
 stage_profile() {
