@@ -130,13 +130,17 @@ def paired_samples(
     runs: Mapping[str, Run], device: torch.device, effort: Effort
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call of each contestant in each round, and the calls that make a sample."""
-    calls = {}
+    once = {}
     for name, run in runs.items():
         seconds_of(run, 2, device)  # warm-up: compilation, allocator, caches
-        # The best of a few: one interrupted call would give this contestant shorter samples, and
-        # the clock's and the first call's cost a larger share of them.
-        once = max(min(seconds_of(run, 2, device) for _ in range(5)), 1e-7)
-        calls[name] = max(1, min(100_000, math.ceil(effort.sample_seconds / once)))
+        # The best of a few, as a call can be interrupted.
+        once[name] = max(min(seconds_of(run, 2, device) for _ in range(5)), 1e-7)
+    calls = {}
+    for name, seconds in once.items():
+        # Contestants that are about as fast get the same number of calls: in a shorter sample the
+        # clock and the first call, which finds cold caches, weigh more.
+        rivals = [other for other in once.values() if seconds / 2 <= other <= 2 * seconds]
+        calls[name] = max(1, min(100_000, math.ceil(effort.sample_seconds / min(rivals))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(effort.rounds):
