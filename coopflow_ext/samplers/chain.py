@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,14 +16,6 @@ from coopflow_ext.samplers.gradient import Gradient
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
-
-
-@cache
-def _langevin_step() -> Any:
-    """The op itself. Its face in ops.py repeats at each call what is known here: that x and the
-    gradient have one layout, need no gradients and are seen by no other graph.
-    """
-    return native().langevin_step_.default
 
 
 @dataclass(frozen=True)
@@ -107,6 +98,38 @@ def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
+class AliveSteps:
+    """Counts for how many steps each chain was active.
+
+    Adds bytes to bytes at each step and these to ``total`` now and then: adding booleans to int64
+    takes as long as a small chain's whole update.
+    """
+
+    def __init__(self, active: Tensor) -> None:
+        self.total = torch.empty_like(active, dtype=torch.int64)
+        self._active = active.view(torch.uint8)
+        self._recent = torch.empty_like(self._active)
+        self._n_recent = 0
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self._recent.zero_()
+        self._n_recent = 0
+
+    def count(self) -> None:
+        """One more step was made."""
+        self._recent.add_(self._active)
+        self._n_recent += 1
+        if self._n_recent == 255:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring ``total`` up to date."""
+        self.total.add_(self._recent)
+        self._recent.zero_()
+        self._n_recent = 0
+
+
 class Chain:
     """T steps on fixed buffers. After construction the loop itself allocates nothing and the host
     reads nothing, so :meth:`run` can be captured in a CUDA graph and replayed.
@@ -118,6 +141,10 @@ class Chain:
         self.plan, self.inputs = plan, inputs
         self.xs = xs = inputs.xs
         self.rngs = inputs.rngs
+        # The op itself: its face in ops.py repeats at each call what is known here, that x and the
+        # gradient have one layout, need no gradients and are seen by no other graph.
+        self.langevin_step = native().langevin_step_.default
+        self.strides = [x.stride() for x in xs]
         first, batch = xs[0], xs[0].shape[0]
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
         dtype = plan.autocast
@@ -132,11 +159,11 @@ class Chain:
         self.copies = WeightCopies(plan.gradient.module, dtype, channels_last=plan.channels_last)
 
         self.active: Tensor | None = None
-        self.steps_alive: Tensor | None = None
+        self.alive: AliveSteps | None = None
         self.settled: Tensors | None = None
         if plan.masked:
             self.active = first.new_empty(batch, dtype=torch.bool)
-            self.steps_alive = first.new_empty(batch, dtype=torch.int64)
+            self.alive = AliveSteps(self.active)
             if plan.noise_first:
                 # A frozen chain must not keep noise that no step has used.
                 self.settled = tuple(torch.empty_like(x) for x in xs)
@@ -240,22 +267,24 @@ class Chain:
             for step in range(end):
                 grads, u = plan.gradient(self.leaves, self.leaf_state, self.inputs.model_kwargs)
                 self.update(step, grads)
-                if self.active is not None and self.steps_alive is not None:
-                    self.steps_alive += self.active
+                if self.alive is not None:
+                    self.alive.count()
                 if self.settled is not None:
                     self._settle()
                 if plan.keep_stats or plan.keep_trajectory:
                     self._record(step, u)
                 if plan.noise_first and step + 1 < end and self.noise_when(step) == 2:
                     self._add_noise(step + 1)
+        if self.alive is not None:
+            self.alive.flush()
         if self.settled is not None:
             for x, settled in zip(self.xs, self.settled, strict=True):
                 x.copy_(settled)
 
     def _begin(self) -> None:
-        if self.active is not None and self.steps_alive is not None:
+        if self.active is not None and self.alive is not None:
             self.active.fill_(True)
-            self.steps_alive.zero_()
+            self.alive.reset()
         for copies in filter(None, (self.lows, self.settled)):
             for copy, x in zip(copies, self.xs, strict=True):
                 copy.copy_(x)
@@ -290,12 +319,12 @@ class Chain:
         arguments = self.constant[j]
         if replaced:
             arguments = {**arguments, **replaced}
-        _langevin_step()(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
+        self.langevin_step(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""
         x = self.xs[j]
-        if grad.dtype == x.dtype and grad.stride() == x.stride():
+        if grad.dtype == x.dtype and grad.stride() == self.strides[j]:
             return grad
         buffer = self.grad_buffers[j]
         if buffer is None:

@@ -53,9 +53,9 @@ class DifferentiableChain:
             rows = [states[i : i + len(xs)] for i in range(0, len(states), len(xs))]
             self.recorded += rows[:-1]
             xs = rows[-1]
-        if chain.active is not None and chain.steps_alive is not None:
+        if chain.active is not None and chain.alive is not None:
             chain.active.copy_(masks[0])
-            chain.steps_alive.copy_(masks[1])
+            chain.alive.total.copy_(masks[1])
         return xs
 
     def trajectory(self) -> Tensors | None:
@@ -70,8 +70,8 @@ class DifferentiableChain:
 
     def _masks(self, first_step: int) -> _Masks:
         chain, x = self.chain, self.chain.xs[0]
-        if first_step and chain.active is not None and chain.steps_alive is not None:
-            return chain.active.clone(), chain.steps_alive.clone()
+        if first_step and chain.active is not None and chain.alive is not None:
+            return chain.active.clone(), chain.alive.total.clone()
         ones = x.new_ones(x.shape[0], dtype=torch.bool)
         return ones, x.new_zeros(x.shape[0], dtype=torch.int64)
 

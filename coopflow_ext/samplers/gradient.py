@@ -86,7 +86,11 @@ def check_depends(u: Tensor) -> None:
 
 def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
     """The score's output as one tensor for each tensor of the state; TypeError or ValueError."""
-    scores = (score,) if isinstance(score, Tensor) else score
+    if isinstance(score, Tensor):
+        if len(xs) == 1 and score.shape == xs[0].shape and score.is_floating_point():
+            return (score,)  # nearly every call ends here, at little cost
+        score = (score,)
+    scores = score
     if not isinstance(scores, (tuple, list)) or len(scores) != len(xs):
         raise TypeError(
             f"score must return {len(xs)} tensor(s), like the state, got {type(score).__name__}"

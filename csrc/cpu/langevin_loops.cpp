@@ -120,16 +120,6 @@ inline void set_counters(int64_t chain_offset, int64_t quads_per_chain, int64_t 
   });
 }
 
-// values[4 * quad + lane] -> values[kPerChain * quad + lane] for chains shorter than a quad.
-template <int64_t kPerChain, typename A>
-void close_gaps(A* values) {
-  for (int64_t quad = 1; quad < kQuadsPerTile; ++quad) {
-    for (int64_t lane = 0; lane < kPerChain; ++lane) {
-      values[kPerChain * quad + lane] = values[4 * quad + lane];
-    }
-  }
-}
-
 // Elements that a run has; its last quad may not be full.
 inline int64_t run_elements(const Run& run, int64_t per_chain) {
   const int64_t left = per_chain - 4 * run.first_block;
@@ -137,37 +127,59 @@ inline int64_t run_elements(const Run& run, int64_t per_chain) {
 }
 
 // Moves the noise of the quads [begin, end) together where chains do not fill their last quad.
-// Returns the number of elements.
 template <typename A>
-int64_t close_all_gaps(int64_t per_chain, int64_t begin, int64_t end, A* values) {
-  const int64_t quads = end - begin;
-  switch (per_chain) {
-    case 1:
-      close_gaps<1>(values);
-      return quads;
-    case 2:
-      close_gaps<2>(values);
-      return 2 * quads;
-    case 3:
-      close_gaps<3>(values);
-      return 3 * quads;
-    default:
-      break;
+void close_gaps(int64_t per_chain, int64_t begin, int64_t end, A* values) {
+  if (per_chain % 4 == 0) return;
+  if (per_chain == 3) {
+    for (int64_t quad = 1; quad < kQuadsPerTile; ++quad) {
+      for (int64_t lane = 0; lane < 3; ++lane) values[3 * quad + lane] = values[4 * quad + lane];
+    }
+    return;
   }
-  if (per_chain % 4 == 0) return 4 * quads;
   int64_t n = 0;
   for_each_run(divide_up(per_chain, 4), begin, end, [&](const Run& run) {
     const int64_t count = run_elements(run, per_chain);
     for (int64_t i = 0; i < count; ++i) values[n + i] = values[4 * run.quad + i];
     n += count;
   });
-  return n;
 }
 
-// One tile of the flat range of quads over all chains.
+// The noise of the quads [begin, end), each chain's behind the one before it.
+template <typename A>
+void fill_without_gaps(const LangevinArgs<A>& args, const TileCounters& counters, int64_t begin,
+                       int64_t end, A* xi) {
+  const PhiloxKey key = make_philox_key(args.rng[0]);
+  const uint32_t time = noise_time(args.rng, args.step);
+  if (args.per_chain == 1) return fill_tile_of_short_chains<1>(counters, key, time, xi);
+  if (args.per_chain == 2) return fill_tile_of_short_chains<2>(counters, key, time, xi);
+  fill_tile<NormalNoise>(counters, key, time, xi);
+  close_gaps(args.per_chain, begin, end, xi);
+}
+
+// One tile of the flat range of quads over all chains, which share their coefficients: they follow
+// one another in memory, so one span serves them all.
 template <typename T, bool kFull>
-void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end,
-                 bool shared) {
+void update_shared_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  alignas(64) A xi[kTile] = {};
+  const int64_t quads_per_chain = divide_up(args.per_chain, 4);
+  const auto first_element = [&](int64_t quad) {
+    return (quad / quads_per_chain) * args.per_chain + 4 * (quad % quads_per_chain);
+  };
+  const int64_t first = first_element(begin), n = first_element(end) - first;
+  if (args.noise_source == NoiseSource::kPhilox) {
+    TileCounters counters{};
+    set_counters(args.chain_offset, quads_per_chain, begin, end, &counters);
+    fill_without_gaps(args, counters, begin, end, xi);
+  } else if (args.noise_source == NoiseSource::kGiven) {
+    load<T>(args.xi, first, n, xi);
+  }
+  update_span<T, kFull, false>(args, langevin_chain(args, 0), first, n, xi, nullptr);
+}
+
+// The same, chain by chain.
+template <typename T, bool kFull>
+void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   alignas(64) A xi[kTile] = {};
   const int64_t per_chain = args.per_chain;
@@ -177,15 +189,6 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
     set_counters(args.chain_offset, quads_per_chain, begin, end, &counters);
     fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]), noise_time(args.rng, args.step),
                            xi);
-  }
-  if (shared) {
-    // Chains follow one another in memory, so one span serves them all; the noise of chains whose
-    // last quad is not full is moved together first.
-    const int64_t first = (begin / quads_per_chain) * per_chain + 4 * (begin % quads_per_chain);
-    const int64_t n = close_all_gaps(per_chain, begin, end, xi);
-    if (args.noise_source == NoiseSource::kGiven) load<T>(args.xi, first, n, xi);
-    update_span<T, kFull, false>(args, langevin_chain(args, 0), first, n, xi, nullptr);
-    return;
   }
   for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
     if (args.active != nullptr && !args.active[run.chain]) return;
@@ -200,16 +203,14 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
 template <typename T>
 void update_tiles(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   const int64_t quads = args.batch * divide_up(args.per_chain, 4);
-  const bool shared = args.shares_coefficients();
   const bool plain = args.is_plain();
+  const auto update = args.shares_coefficients()
+                          ? (plain ? update_shared_tile<T, false> : update_shared_tile<T, true>)
+                          : (plain ? update_tile<T, false> : update_tile<T, true>);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kQuadsPerTile;
     const int64_t last = first + kQuadsPerTile < quads ? first + kQuadsPerTile : quads;
-    if (plain) {
-      update_tile<T, false>(args, first, last, shared);
-    } else {
-      update_tile<T, true>(args, first, last, shared);
-    }
+    update(args, first, last);
   }
 }
 

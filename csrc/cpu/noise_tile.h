@@ -83,6 +83,21 @@ void fill_tile(const TileCounters& counters, PhiloxKey key, uint32_t time, A* va
   }
 }
 
+// The normals of chains of one or two elements, which use the first words of their only quad,
+// without gaps between the chains.
+template <int64_t kPerChain, typename A>
+void fill_tile_of_short_chains(const TileCounters& counters, PhiloxKey key, uint32_t time,
+                               A* values) {
+  static_assert(kPerChain == 1 || kPerChain == 2);
+  TileWords tile;
+  philox_tile(counters, key, time, &tile);
+  for (int64_t i = 0; i < kQuadsPerTile; ++i) {
+    const Pair<A> pair = box_muller(tile.words[0][i], tile.words[1][i], A());
+    values[kPerChain * i] = pair.first;
+    if constexpr (kPerChain == 2) values[2 * i + 1] = pair.second;
+  }
+}
+
 inline uint32_t noise_time(const int64_t* rng, int64_t step) {
   return static_cast<uint32_t>(rng[1] + step);
 }
