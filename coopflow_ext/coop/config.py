@@ -212,12 +212,12 @@ _PATCHES_SMALL: dict[str, Any] = {
     "energy_options": {"width": 16},
     "langevin_steps": 15,
     "step_size": 0.5,
-    "noise": 0.01,
+    "noise": 0.005,
     "pretrain_steps": 200,
     "flow_frozen_steps": 80,
     "flow_every": 2,
     "pretrain_lr": 2e-3,
-    "flow_lr": 1e-4,
+    "flow_lr": 2e-5,
     "energy_lr": 1e-5,
     "energy_betas": (0.5, 0.9),
     "flow_ema": 0.98,
@@ -230,8 +230,6 @@ _PATCHES_SMALL: dict[str, Any] = {
 # CoopFlow(Pre) with a small Flow++, for a CPU: the settings around the flow are those above.
 _FLOWPP_SMALL: dict[str, Any] = {
     "flow": "flowpp",
-    "pretrain_lr": 2e-3,
-    "flow_lr": 2e-4,
     "warmup_steps": 50,
     "sample_every": 100,
     "checkpoint_every": 100,
@@ -245,6 +243,7 @@ _DIGITS_FLOWPP: dict[str, Any] = {
     "pretrain_steps": 400,
     "steps": 300,
     "flow_frozen_steps": 150,
+    "flow_lr": 2e-4,
 }
 _PATCHES_FLOWPP: dict[str, Any] = {
     **_PATCHES_SMALL,

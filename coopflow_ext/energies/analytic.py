@@ -51,22 +51,27 @@ class GaussianMixtureEnergy(nn.Module):
         self.register_buffer("stds", stds.expand_as(means).clone())
         self.register_buffer("log_weights", (weights / weights.sum()).log())
 
-    def _component_log_probs(self, x: Tensor) -> Tensor:
+    def _components(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(μ_k − x)/σ_k, (K, D, B), and log w_k N(x; μ_k, σ_k²), (K, B).
+
+        The batch is the innermost dimension: with K or D there, torch's loops are short and slow.
+        """
         dim = self.means.shape[1]
         if x.ndim != 2 or x.shape[1] != dim:
             raise ValueError(f"x must be (B, {dim}), got {tuple(x.shape)}")
-        squares = ((x[:, None] - self.means) / self.stds).square().sum(-1)
-        log_norm = self.stds.log().sum(-1) + 0.5 * dim * math.log(2 * math.pi)
-        return self.log_weights - 0.5 * squares - log_norm
+        offsets = (self.means[..., None] - x.T.contiguous()) / self.stds[..., None]
+        log_norm = self.stds.log().sum(1) + 0.5 * dim * math.log(2 * math.pi)
+        log_probs = (self.log_weights - log_norm)[:, None] - 0.5 * offsets.square().sum(1)
+        return offsets, log_probs
 
     def forward(self, x: Tensor) -> Tensor:
-        return -self._component_log_probs(x).logsumexp(-1)
+        return -self._components(x)[1].logsumexp(0)
 
     def score(self, x: Tensor) -> Tensor:
         """∇log p(x), (B, D)."""
-        responsibility = self._component_log_probs(x).softmax(-1)
-        pull = (self.means - x[:, None]) / self.stds.square()
-        return (responsibility[..., None] * pull).sum(1)
+        offsets, log_probs = self._components(x)
+        pull = offsets / self.stds[..., None]
+        return (log_probs.softmax(0)[:, None] * pull).sum(0).T.contiguous()
 
 
 class DoubleWellEnergy(nn.Module):

@@ -260,18 +260,20 @@ class Chain:
         """The in-place loop on ``xs``: all its steps, or the first ``n_steps`` to warm up."""
         plan = self.plan
         end = plan.fast_steps if n_steps is None else min(n_steps, plan.fast_steps)
+        gradient, model_kwargs = plan.gradient, self.inputs.model_kwargs
+        records = plan.keep_stats or plan.keep_trajectory
         self._begin()
         with self.copies.swapped_in(), self.autocast():
             if plan.noise_first and end:
                 self._add_noise(0)
             for step in range(end):
-                grads, u = plan.gradient(self.leaves, self.leaf_state, self.inputs.model_kwargs)
+                grads, u = gradient(self.leaves, self.leaf_state, model_kwargs)
                 self.update(step, grads)
                 if self.alive is not None:
                     self.alive.count()
                 if self.settled is not None:
                     self._settle()
-                if plan.keep_stats or plan.keep_trajectory:
+                if records:
                     self._record(step, u)
                 if plan.noise_first and step + 1 < end and self.noise_when(step) == 2:
                     self._add_noise(step + 1)
@@ -301,7 +303,10 @@ class Chain:
     def update(self, step: int, grads: Tensors) -> None:
         """Move ``xs`` by one step, given the gradients."""
         if len(grads) == 1:
-            self._move(0, step, self._laid_out(0, grads[0]))
+            grad = self._laid_out(0, grads[0])
+            self.langevin_step(
+                self.xs[0], grad, self.rngs[0], **self.constant[0], **self.varying[0][step]
+            )
             return
         grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
         if self.active is not None:
@@ -316,9 +321,7 @@ class Chain:
             self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
 
     def _move(self, j: int, step: int, grad: Tensor, **replaced: Any) -> None:
-        arguments = self.constant[j]
-        if replaced:
-            arguments = {**arguments, **replaced}
+        arguments = {**self.constant[j], **replaced}
         self.langevin_step(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:

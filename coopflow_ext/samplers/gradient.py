@@ -106,7 +106,10 @@ def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
 
 
 def _detached(tensors: Tensors) -> Tensors:
-    return tuple(t.detach() for t in tensors) if any(t.requires_grad for t in tensors) else tensors
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return tuple(t.detach() for t in tensors)
+    return tensors
 
 
 class Gradient:
