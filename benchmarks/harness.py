@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -296,9 +297,26 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Without what native code writes there: the profiler announces each of its starts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _cpu_peak_bytes(run: Run) -> int:
     """The same on the CPU, from the profiler's record of what was allocated and freed when."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
+    with (
+        quiet_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log,
+    ):
         run()
     events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))

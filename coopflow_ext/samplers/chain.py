@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from coopflow_ext.samplers.gradient import Gradient
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
+
+
+@cache
+def _langevin_step() -> Any:
+    """The op itself. Its face in ops.py repeats at each call what is known here: that x and the
+    gradient have one layout, need no gradients and are seen by no other graph.
+    """
+    return native().langevin_step_.default
 
 
 @dataclass(frozen=True)
@@ -141,9 +150,7 @@ class Chain:
         self.plan, self.inputs = plan, inputs
         self.xs = xs = inputs.xs
         self.rngs = inputs.rngs
-        # The op itself: its face in ops.py repeats at each call what is known here, that x and the
-        # gradient have one layout, need no gradients and are seen by no other graph.
-        self.langevin_step = native().langevin_step_.default
+        self.langevin_step = _langevin_step()
         self.strides = [x.stride() for x in xs]
         first, batch = xs[0], xs[0].shape[0]
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
