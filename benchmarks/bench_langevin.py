@@ -23,6 +23,7 @@ from torch import Tensor
 from coopflow_ext import Key, ops
 
 DRIFT, NOISE, CLAMP = 0.1, 0.1, (-1.0, 1.0)
+TORCHEBM = "torchebm's Triton step"
 
 
 def plain_step(x: Tensor, grad: Tensor) -> Tensor:
@@ -32,6 +33,19 @@ def plain_step(x: Tensor, grad: Tensor) -> Tensor:
 @functools.cache
 def compiled_step() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(plain_step, dynamic=False)
+
+
+def torchebm_step(x: Tensor, grad: Tensor) -> Callable[[], Any] | str:
+    """torchebm's Triton kernel, which it does not export; or why it cannot compete."""
+    if x.dtype != torch.float32:
+        return "for float32 only"
+    try:
+        from torchebm.cuda.fused_langevin import fused_langevin_step
+    except ImportError as error:
+        return f"not installed: {error}"
+    # Its noise has the standard deviation noise_scale * sqrt(2 * step_size).
+    scale = NOISE / math.sqrt(2 * DRIFT)
+    return lambda: fused_langevin_step(x, grad, DRIFT, scale, clamp=CLAMP, out=x)
 
 
 def contestants(
@@ -60,6 +74,11 @@ def contestants(
         replay = cuda_graph(in_place)
         x.copy_(start)
         runs["CUDA graph of in-place"] = replay
+        theirs = torchebm_step(x, grad)
+        if isinstance(theirs, str):
+            missing[TORCHEBM] = theirs
+        else:
+            runs[TORCHEBM] = theirs
     return runs, missing
 
 
@@ -96,7 +115,7 @@ def case(
         runs, missing = contestants(x, grad, with_compile)
         item = x.numel() * x.element_size()
         bytes_of = {"ours": 3, "torch.compile": 3, "in-place eager": 9, "naive eager": 13}
-        bytes_of["CUDA graph of in-place"] = 9
+        bytes_of |= {"CUDA graph of in-place": 9, TORCHEBM: 3}
         return Contest(
             runs,
             lambda: check(runs, x, grad),
