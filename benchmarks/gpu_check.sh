@@ -6,7 +6,7 @@
 # Stages, in this order, all of them by default; each ends within STAGE_SECONDS (570):
 #   facts     device, driver, clocks, torch, compilers, commit
 #   build     the native library with CUDA code, or COOPFLOW_LIBRARY=/path/to/libcoopflow_ext.so
-#   tests     the tests that run on a device, on the GPU
+#   tests     the tests that need a GPU, then all others that can run on it
 #   sanitize  compute-sanitizer: memcheck, then racecheck, over every op on small shapes
 #   bench     the operators' cases of benchmarks/suite.py, and the kernels' resource report
 #   models    its chains, flows and the rest; both add to OUTDIR/results.json case by case
@@ -98,10 +98,14 @@ print(torch.ops.coopflow.build_info())"
 }
 
 stage_tests() {
-  local mode=()
+  local mode=() status=0
   [ "$dry_run" = 0 ] || mode=(--collect-only -q)
-  "$PYTHON" -m pytest tests --device "$device" -m "not slow" --continue-on-collection-errors \
-    --durations=10 "${mode[@]}"
+  "$PYTHON" -m pytest tests --device "$device" -m gpu "${mode[@]}" || status=$?
+  # What compiles for minutes and never touches the device is left out.
+  "$PYTHON" -m pytest tests --device "$device" -m "not slow and not gpu" -k "not emulation" \
+    --ignore=tests/test_build.py --continue-on-collection-errors --durations=10 "${mode[@]}" ||
+    status=$?
+  return $status
 }
 
 # Runs one tool of compute-sanitizer; tells a refusal of the device from a finding.
