@@ -51,13 +51,14 @@ COOPFLOW_HD float quick_log_positive(float x) {
 
 COOPFLOW_HD double quick_log_positive(double x) { return log_positive(x); }
 
-// exp x for every x: 0, infinity and NaN where they belong, denormal results included.
-COOPFLOW_HD float exponential(float x) {
-#if COOPFLOW_DEVICE_CODE
-  return expf(x);
-#else
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float t = clamp_keep_nan(x, -104.0f, 89.0f);
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// e^t = y * 2^n for a t that is not large; n is the integer in the low bits of shifted.
+struct ScaledExponential {
+  float y, shifted;
+};
+
+COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
   const float shifted = multiply_add(t, 1.44269504f, kRounder);
   const float n = shifted - kRounder;
   float r = multiply_add(n, -0.693359375f, t);
@@ -69,12 +70,21 @@ COOPFLOW_HD float exponential(float x) {
   p = multiply_add(p, r, 1.6666665459e-1f);
   p = multiply_add(p, r, 5.0000001201e-1f);
   const float y = multiply_add(p * r, r, r) + 1.0f;
+  return {y, shifted};
+}
+
+// exp x for every x: 0, infinity and NaN where they belong, denormal results included.
+COOPFLOW_HD float exponential(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expf(x);
+#else
+  const ScaledExponential e = scaled_exponential(clamp_keep_nan(x, -104.0f, 89.0f));
   // 2^n in two factors, since n can leave the exponent range of either one alone.
-  const int32_t exponent = static_cast<int32_t>(float_bits(shifted) - float_bits(kRounder));
+  const int32_t exponent = static_cast<int32_t>(float_bits(e.shifted) - float_bits(kRounder));
   const int32_t half = exponent >> 1;
   const float scale0 = bits_float(static_cast<uint32_t>(half + 127) << 23);
   const float scale1 = bits_float(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return y * scale0 * scale1;
+  return e.y * scale0 * scale1;
 #endif
 }
 
@@ -85,20 +95,8 @@ COOPFLOW_HD float exponential_normal(float x) {
 #if COOPFLOW_DEVICE_CODE
   return expf(x);
 #else
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float t = x < -87.0f ? -87.0f : x;
-  const float shifted = multiply_add(t, 1.44269504f, kRounder);
-  const float n = shifted - kRounder;
-  float r = multiply_add(n, -0.693359375f, t);
-  r = multiply_add(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = multiply_add(p, r, 1.3981999507e-3f);
-  p = multiply_add(p, r, 8.3334519073e-3f);
-  p = multiply_add(p, r, 4.1665795894e-2f);
-  p = multiply_add(p, r, 1.6666665459e-1f);
-  p = multiply_add(p, r, 5.0000001201e-1f);
-  const float y = multiply_add(p * r, r, r) + 1.0f;
-  return bits_float(float_bits(y) + (float_bits(shifted) << 23));
+  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  return bits_float(float_bits(e.y) + (float_bits(e.shifted) << 23));
 #endif
 }
 
@@ -110,7 +108,6 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
 #if COOPFLOW_DEVICE_CODE
   return approximate_exp2(x);
 #else
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLowest = kLeast;
   const float t = x < kLowest ? kLowest : x;
   const float shifted = t + kRounder;
