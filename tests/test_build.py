@@ -241,8 +241,8 @@ def test_pip_install_without_cuda(editable: bool, tmp_path: Path) -> None:
         "json.loads(torch.ops.coopflow.build_info())]))"
     )
     (prefix,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    if not editable:  # PYTHONPATH comes first, and may hold an editable install of this package
-        env["PYTHONPATH"] = os.pathsep.join([str(prefix), packages])
+    # PYTHONPATH comes first, and may hold an editable install of this package.
+    env["PYTHONPATH"] = os.pathsep.join([str(prefix), packages])
     done = _run(python, "-c", code, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     location, info = json.loads(done.stdout)

@@ -25,7 +25,7 @@ def test_digits_demo(tmp_path: Path, seed: int) -> None:
     assert fd["flow"] <= 0.2 * fd["flow_start"]
     bits = list(summary["pretraining_bits_per_dim"].values())
     assert len(bits) == 4
-    assert bits == sorted(bits, reverse=True)
+    assert max(bits[1:]) < 0.9 * bits[0]
     assert summary["moment_gap"] < 0.5 * summary["moment_gap_start"]
     # Both models learn to the last step: the last checkpoints differ in both.
     run = coop.RunFolder.open(tmp_path / "run")

@@ -144,7 +144,7 @@ def test_torchrun_then_resume_on_one_process(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("picture:") == 1  # rank 0 alone speaks
     run = RunFolder.open(out)
-    assert [line["step"] for line in run.metrics()] == [0, 2, 4, 4]
+    assert [line["step"] for line in run.metrics()] == [0, 2, 2, 4, 4]
     resumed = ["train", "--out", str(out), "--device", "cpu", "--resume", "--steps", "4"]
     assert launch(*resumed, n=1, cwd=tmp_path).returncode == 0
     twin = tmp_path / "twin"
