@@ -131,11 +131,11 @@ def paired_samples(
     runs: Mapping[str, Run], device: torch.device, effort: Effort
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call of each contestant in each round, and the calls that make a sample."""
-    once = {}
-    for name, run in runs.items():
+    for run in runs.values():
         seconds_of(run, 2, device)  # warm-up: compilation, allocator, caches
-        # The best of a few, as a call can be interrupted.
-        once[name] = max(min(seconds_of(run, 2, device) for _ in range(5)), 1e-7)
+    # The best of several, in turns: what else the machine does can hold up a few calls in a row.
+    passes = [{name: seconds_of(run, 2, device) for name, run in runs.items()} for _ in range(10)]
+    once = {name: max(min(seconds[name] for seconds in passes), 1e-7) for name in runs}
     calls = {}
     for name, seconds in once.items():
         # Contestants that are about as fast get the same number of calls: in a shorter sample the
