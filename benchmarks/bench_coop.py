@@ -48,12 +48,13 @@ def _in_place(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         *,
         active: torch.Tensor | None = None,
         freeze_nonfinite: bool = False,
+        frozen_at: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         out = step(x, grad, rng, **kwargs)
         if active is not None:
-            if freeze_nonfinite:
-                active &= grad.flatten(1).isfinite().all(1)
+            if freeze_nonfinite and frozen_at is not None:
+                chain.mask_jointly(active, frozen_at, kwargs["step"], (grad,))
             out = torch.where(active.view(-1, *[1] * (x.ndim - 1)), out, x)
         return x.copy_(out)
 

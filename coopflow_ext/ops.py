@@ -108,6 +108,7 @@ def langevin_step_(
     stats: Tensor | None = None,
     active: Tensor | None = None,
     freeze_nonfinite: bool = False,
+    frozen_at: Tensor | None = None,
 ) -> Tensor:
     """One Langevin update of every chain, in place.
 
@@ -142,6 +143,7 @@ def langevin_step_(
             step_clip; elements changed by the clamp; non-finite elements of the gradient.
         active: (B,) bool; chains where it is false keep their state.
         freeze_nonfinite: first clear ``active`` where a chain's gradient is not finite.
+        frozen_at: (B,) int64; is given ``step`` where freeze_nonfinite clears ``active``.
 
     Returns:
         x.
@@ -177,6 +179,7 @@ def langevin_step_(
                 stats=stats,
                 active=active,
                 freeze_nonfinite=freeze_nonfinite,
+                frozen_at=frozen_at,
             ),
         )
     except RuntimeError as error:

@@ -28,6 +28,7 @@ struct LangevinOptions {
   int64_t noise_when, step, chain_offset;
   OptionalTensor xi, x_low, stats, active;
   bool freeze_nonfinite;
+  OptionalTensor frozen_at = std::nullopt;
 };
 
 class LangevinOp {
@@ -74,13 +75,7 @@ class LangevinOp {
   }
 
   void check_active(const OptionalTensor& active) const {
-    if (!active) return;
-    check_.has_dtype("active", *active, ScalarType::Bool);
-    check_.same_device("active", *active, x_);
-    if (active->dim() != 1 || active->size(0) != batch_) {
-      check_.fail("active", "must have shape (", batch_, ",), got ", shape_text(*active));
-    }
-    check_.is_contiguous("active", *active);
+    if (active) check_is_per_chain("active", *active, ScalarType::Bool);
   }
 
   // The arguments of one step for arithmetic type A. Call after check_step.
@@ -107,6 +102,8 @@ class LangevinOp {
     args.limits = limits<A>(o.grad_clip, o.step_clip, o.clamp_low, o.clamp_high);
     args.grad_norm = static_cast<A>(o.grad_norm.value_or(kNoLimit));
     args.freeze_nonfinite = o.freeze_nonfinite;
+    if (o.frozen_at) args.frozen_at = static_cast<int64_t*>(o.frozen_at->mutable_data_ptr());
+    args.freeze_step = o.step;
     return args;
   }
 
@@ -165,6 +162,15 @@ class LangevinOp {
     }
   }
 
+  void check_is_per_chain(const char* name, const Tensor& t, ScalarType type) const {
+    check_.has_dtype(name, t, type);
+    check_.same_device(name, t, x_);
+    if (t.dim() != 1 || t.size(0) != batch_) {
+      check_.fail(name, "must have shape (", batch_, ",), got ", shape_text(t));
+    }
+    check_.is_contiguous(name, t);
+  }
+
   void check_limits(const LangevinOptions& o) const {
     if (o.grad_clip) check_.is_positive("grad_clip", *o.grad_clip);
     if (o.grad_norm) check_.is_positive("grad_norm", *o.grad_norm);
@@ -199,6 +205,13 @@ class LangevinOp {
     if (o.freeze_nonfinite && !o.active) {
       check_.fail("freeze_nonfinite", "needs active, the mask to clear");
     }
+    check_frozen_at(o);
+  }
+
+  void check_frozen_at(const LangevinOptions& o) const {
+    if (!o.frozen_at) return;
+    if (!o.freeze_nonfinite) check_.fail("frozen_at", "needs freeze_nonfinite");
+    check_is_per_chain("frozen_at", *o.frozen_at, ScalarType::Long);
   }
 
   // The row of one step. A table with several rows must reach it.
@@ -251,12 +264,14 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
                     std::optional<double> step_clip, std::optional<double> clamp_low,
                     std::optional<double> clamp_high, int64_t noise_when, int64_t step,
                     int64_t chain_offset, OptionalTensor xi, OptionalTensor x_low,
-                    OptionalTensor stats, OptionalTensor active, bool freeze_nonfinite) {
-  const LangevinOptions o{drift,      drift_t,   noise,           noise_t,   decay,
-                          decay_t,    pull,      pull_t,          x_ref,     is_score,
-                          grad_clip,  grad_norm, step_clip,       clamp_low, clamp_high,
-                          noise_when, step,      chain_offset,    xi,        x_low,
-                          stats,      active,    freeze_nonfinite};
+                    OptionalTensor stats, OptionalTensor active, bool freeze_nonfinite,
+                    OptionalTensor frozen_at) {
+  LangevinOptions o{drift,      drift_t,   noise,           noise_t,   decay,
+                    decay_t,    pull,      pull_t,          x_ref,     is_score,
+                    grad_clip,  grad_norm, step_clip,       clamp_low, clamp_high,
+                    noise_when, step,      chain_offset,    xi,        x_low,
+                    stats,      active,    freeze_nonfinite};
+  o.frozen_at = frozen_at;
   const LangevinOp op("langevin_step_", x);
   op.check_step(grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);

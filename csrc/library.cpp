@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   // One Langevin update of every chain, in place, and as a function.
   m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
-        "bool freeze_nonfinite=False) -> ()");
+        "bool freeze_nonfinite=False, Tensor(e!)? frozen_at=None) -> ()");
   m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
   // The noise of one step alone.
   m.def(

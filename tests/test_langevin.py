@@ -292,16 +292,23 @@ def test_freezing_clears_the_mask_before_anything_is_written(
     grad[1, 39999] = math.nan
     grad[3, 0] = math.inf
     active = torch.tensor([True, True, False, True], device=device)
+    frozen_at = torch.full((4,), 9, device=device)
     stats = torch.empty(4, 5, device=device) if with_stats else None
     y = x.clone()
     cf.ops.langevin_step_(
-        y, grad, rng, active=active, freeze_nonfinite=True, stats=stats, **options
-    )
+        y, grad, rng, step=5, active=active, freeze_nonfinite=True, frozen_at=frozen_at,
+        stats=stats, **options,
+    )  # fmt: skip
     assert active.tolist() == [True, False, False, False]
+    assert frozen_at.tolist() == [9, 5, 9, 5]
     assert torch.equal(y[1:], x[1:])
-    assert torch.equal(y[0], cf.ops.langevin_step(x, grad, rng, **options)[0])
+    assert torch.equal(y[0], cf.ops.langevin_step(x, grad, rng, step=5, **options)[0])
     if stats is not None:
         assert stats[:, 4].tolist() == [0, 1, 0, 1]
+    cf.ops.langevin_step_(
+        y, grad, rng, step=6, active=active, freeze_nonfinite=True, frozen_at=frozen_at, **options
+    )
+    assert frozen_at.tolist() == [9, 5, 9, 5]  # the first such step stays
 
 
 def test_nan_gradient_reaches_the_state_unless_frozen(device: torch.device) -> None:
@@ -524,12 +531,15 @@ def test_opcheck_of_the_mutating_ops(device: torch.device, dtype: torch.dtype) -
     x, grad, rng, _ = arguments((3, 8), dtype, device, {})
     stats = torch.empty(3, 5, device=device)
     active = torch.ones(3, dtype=torch.bool, device=device)
+    frozen_at = torch.zeros(3, dtype=torch.int64, device=device)
     ops = torch.ops.coopflow
     opcheck(ops.langevin_step_.default, (x, grad, rng), raw_options())
     opcheck(
         ops.langevin_step_.default,
         (x, grad, rng),
-        raw_options(stats=stats, active=active, freeze_nonfinite=True, grad_norm=0.5),
+        raw_options(
+            stats=stats, active=active, freeze_nonfinite=True, frozen_at=frozen_at, grad_norm=0.5
+        ),
     )
     opcheck(ops.langevin_noise_.default, (x, rng), {"noise": 0.2})
     opcheck(ops.normal_.default, (x, rng))
@@ -611,6 +621,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "active dtype": ({"active": torch.ones(4)}, TypeError, "active: must have dtype bool"),
     "active shape": ({"active": torch.ones(3).bool()}, ValueError, r"active: .*\(4,\), got \(3,\)"),
     "freeze alone": ({"freeze_nonfinite": True}, ValueError, "freeze_nonfinite: needs active"),
+    "frozen_at alone": ({"frozen_at": torch.zeros(4).long()}, ValueError, "needs freeze_nonfinite"),
+    "frozen_at dtype": (
+        {
+            "frozen_at": torch.zeros(4),
+            "active": torch.ones(4).bool(),
+            "freeze_nonfinite": True,
+        },
+        TypeError,
+        "frozen_at: must have dtype int64",
+    ),
     "unknown option": ({"momentum": 0.9}, TypeError, "momentum"),
 }
 

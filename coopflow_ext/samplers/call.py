@@ -75,11 +75,11 @@ def rng_tensors(key: Key, xs: Tensors) -> Tensors:
     return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
 
 
-def nonfinite_error(active: Tensor, steps_alive: Tensor, xs: Tensors) -> NonFiniteError:
-    """The error for the chains that are not ``active`` any more, which end in ``xs``."""
+def nonfinite_error(active: Tensor, frozen_at: Tensor, xs: Tensors) -> NonFiniteError:
+    """The error for the chains that stopped at steps ``frozen_at``, and end in ``xs``."""
     last = tuple(x.detach().clone() for x in xs)
     chains = (~active).nonzero().flatten().cpu()
-    step = int(steps_alive.min())
+    step = int(frozen_at.min())
     shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
     return NonFiniteError(
         f"the gradient was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "

@@ -107,38 +107,6 @@ def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-class AliveSteps:
-    """Counts for how many steps each chain was active.
-
-    Adds bytes to bytes at each step and these to ``total`` now and then: adding booleans to int64
-    takes as long as a small chain's whole update.
-    """
-
-    def __init__(self, active: Tensor) -> None:
-        self.total = torch.empty_like(active, dtype=torch.int64)
-        self._active = active.view(torch.uint8)
-        self._recent = torch.empty_like(self._active)
-        self._n_recent = 0
-
-    def reset(self) -> None:
-        self.total.zero_()
-        self._recent.zero_()
-        self._n_recent = 0
-
-    def count(self) -> None:
-        """One more step was made."""
-        self._recent.add_(self._active)
-        self._n_recent += 1
-        if self._n_recent == 255:
-            self.flush()
-
-    def flush(self) -> None:
-        """Bring ``total`` up to date."""
-        self.total.add_(self._recent)
-        self._recent.zero_()
-        self._n_recent = 0
-
-
 class Chain:
     """T steps on fixed buffers. After construction the loop itself allocates nothing and the host
     reads nothing, so :meth:`run` can be captured in a CUDA graph and replayed.
@@ -166,11 +134,11 @@ class Chain:
         self.copies = WeightCopies(plan.gradient.module, dtype, channels_last=plan.channels_last)
 
         self.active: Tensor | None = None
-        self.alive: AliveSteps | None = None
+        self.frozen_at: Tensor | None = None  # step at which a chain left the mask
         self.settled: Tensors | None = None
         if plan.masked:
             self.active = first.new_empty(batch, dtype=torch.bool)
-            self.alive = AliveSteps(self.active)
+            self.frozen_at = first.new_empty(batch, dtype=torch.int64)
             if plan.noise_first:
                 # A frozen chain must not keep noise that no step has used.
                 self.settled = tuple(torch.empty_like(x) for x in xs)
@@ -219,7 +187,9 @@ class Chain:
         if self.lows:
             constant["x_low"] = self.lows[j]
         if self.active is not None:
-            constant.update(active=self.active, freeze_nonfinite=len(self.xs) == 1)
+            constant["active"] = self.active
+            if len(self.xs) == 1:
+                constant.update(freeze_nonfinite=True, frozen_at=self.frozen_at)
         return constant
 
     def _varying_arguments(self, j: int) -> list[dict[str, Any]]:
@@ -240,7 +210,7 @@ class Chain:
         """Arguments of ``ops.langevin_step`` for tensor j, its noise in its own step."""
         raw = {**self.constant[j], **self.varying[j][step]}
         clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
-        for name in ("active", "freeze_nonfinite", "stats", "x_low"):
+        for name in ("active", "freeze_nonfinite", "frozen_at", "stats", "x_low"):
             raw.pop(name, None)
         call = {name.removesuffix("_t"): value for name, value in raw.items()}
         call["noise_when"] = 2 if self.plan.noise_first else 0
@@ -276,24 +246,20 @@ class Chain:
             for step in range(end):
                 grads, u = gradient(self.leaves, self.leaf_state, model_kwargs)
                 self.update(step, grads)
-                if self.alive is not None:
-                    self.alive.count()
                 if self.settled is not None:
                     self._settle()
                 if records:
                     self._record(step, u)
                 if plan.noise_first and step + 1 < end and self.noise_when(step) == 2:
                     self._add_noise(step + 1)
-        if self.alive is not None:
-            self.alive.flush()
         if self.settled is not None:
             for x, settled in zip(self.xs, self.settled, strict=True):
                 x.copy_(settled)
 
     def _begin(self) -> None:
-        if self.active is not None and self.alive is not None:
+        if self.active is not None and self.frozen_at is not None:
             self.active.fill_(True)
-            self.alive.reset()
+            self.frozen_at.fill_(self.plan.n_steps)
         for copies in filter(None, (self.lows, self.settled)):
             for copy, x in zip(copies, self.xs, strict=True):
                 copy.copy_(x)
@@ -316,8 +282,8 @@ class Chain:
             )
             return
         grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
-        if self.active is not None:
-            mask_jointly(self.active, grads)
+        if self.active is not None and self.frozen_at is not None:
+            mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
         for j, grad in enumerate(grads):
             if shrink is None:
@@ -377,10 +343,11 @@ class Chain:
         )
 
 
-def mask_jointly(active: Tensor, grads: Tensors) -> None:
+def mask_jointly(active: Tensor, frozen_at: Tensor, step: int, grads: Tensors) -> None:
     """A chain of several tensors stops as a whole, before any of them moves."""
-    for grad in grads:
-        active &= grad.flatten(1).isfinite().all(1)
+    finite = torch.stack([grad.flatten(1).isfinite().all(1) for grad in grads]).all(0)
+    frozen_at.masked_fill_(active & ~finite, step)
+    active &= finite
 
 
 def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | None:

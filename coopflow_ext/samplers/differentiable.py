@@ -53,9 +53,9 @@ class DifferentiableChain:
             rows = [states[i : i + len(xs)] for i in range(0, len(states), len(xs))]
             self.recorded += rows[:-1]
             xs = rows[-1]
-        if chain.active is not None and chain.alive is not None:
+        if chain.active is not None and chain.frozen_at is not None:
             chain.active.copy_(masks[0])
-            chain.alive.total.copy_(masks[1])
+            chain.frozen_at.copy_(masks[1])
         return xs
 
     def trajectory(self) -> Tensors | None:
@@ -70,10 +70,10 @@ class DifferentiableChain:
 
     def _masks(self, first_step: int) -> _Masks:
         chain, x = self.chain, self.chain.xs[0]
-        if first_step and chain.active is not None and chain.alive is not None:
-            return chain.active.clone(), chain.alive.total.clone()
+        if first_step and chain.active is not None and chain.frozen_at is not None:
+            return chain.active.clone(), chain.frozen_at.clone()
         ones = x.new_ones(x.shape[0], dtype=torch.bool)
-        return ones, x.new_zeros(x.shape[0], dtype=torch.int64)
+        return ones, torch.full_like(ones, self.plan.n_steps, dtype=torch.int64)
 
     def _leaves(self, xs: Tensors) -> Tensors:
         """The tensors other than x that the model's output depends on and that want gradients."""
@@ -120,15 +120,16 @@ class DifferentiableChain:
             grads, u = plan.gradient(points, state, kwargs, create_graph=create_graph)
         if not create_graph:
             points = tuple(p.detach() for p in points)
-        mask = self._beside(step, points, tuple(g.detach() for g in grads), u, masks[0])
+        masks = self._beside(step, points, tuple(g.detach() for g in grads), u, masks)
         calls = [chain.functional_arguments(j, step) for j in range(len(xs))]
         if len(xs) > 1:
             grads = self._joint_clip(grads, calls)
         moved = []
         for j, (x, grad) in enumerate(zip(points, grads, strict=True)):
             new = ops.langevin_step(x, laid_out(grad, x), chain.rngs[j], **calls[j])
-            moved.append(torch.where(per_chain_view(mask, x), new, xs[j]) if plan.masked else new)
-        return tuple(moved), (mask, masks[1] + mask)
+            keep = per_chain_view(masks[0], x)
+            moved.append(torch.where(keep, new, xs[j]) if plan.masked else new)
+        return tuple(moved), masks
 
     def _with_noise_before(self, step: int, xs: Tensors) -> Tensors:
         if not self.plan.noise_first:
@@ -142,22 +143,23 @@ class DifferentiableChain:
 
     @torch.no_grad()
     def _beside(
-        self, step: int, xs: Tensors, grads: Tensors, u: Tensor | None, mask: Tensor
-    ) -> Tensor:
-        """The same step in place on the chain's buffers; returns the mask after it."""
+        self, step: int, xs: Tensors, grads: Tensors, u: Tensor | None, masks: _Masks
+    ) -> _Masks:
+        """The same step in place on the chain's buffers; returns the masks after it."""
         chain = self.chain
         if not (self.plan.masked or self.plan.keep_stats):
-            return mask
+            return masks
         for buffer, x in zip(chain.xs, xs, strict=True):
             buffer.copy_(x)
         if chain.energies is not None and u is not None:
             chain.energies[step].copy_(u)
-        if chain.active is None:
+        if chain.active is None or chain.frozen_at is None:
             chain.update(step, grads)
-            return mask
-        chain.active.copy_(mask)
+            return masks
+        chain.active.copy_(masks[0])
+        chain.frozen_at.copy_(masks[1])
         chain.update(step, grads)
-        return chain.active.clone()
+        return chain.active.clone(), chain.frozen_at.clone()
 
     def _joint_clip(self, grads: Tensors, calls: list[dict[str, Any]]) -> Tensors:
         """Clips whose norm is over all tensors, applied here instead of by the op."""
@@ -200,13 +202,13 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        active, alive, *saved = ctx.saved_tensors
+        active, frozen_at, *saved = ctx.saved_tensors
         xs = tuple(x.detach().requires_grad_() for x in saved)
         device = xs[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             _set_random_state(ctx.random, device)
             with torch.enable_grad():
-                outputs = ctx.segment((active, alive), xs)[2:]
+                outputs = ctx.segment((active, frozen_at), xs)[2:]
         inputs = (*xs, *ctx.weights)
         return (None, None, None, *torch.autograd.grad(
             outputs, inputs, grads[2:], allow_unused=True

@@ -332,10 +332,10 @@ class LangevinSampler:
 
     def _check_finite(self, chain: Chain, xs: Tensors) -> None:
         """The one read of the mask, after the chain that ended in ``xs``."""
-        if self.on_nonfinite != "raise" or chain.active is None or chain.alive is None:
+        if self.on_nonfinite != "raise" or chain.active is None or chain.frozen_at is None:
             return
         if not bool(chain.active.all()):
-            raise nonfinite_error(chain.active, chain.alive.total, xs)
+            raise nonfinite_error(chain.active, chain.frozen_at, xs)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:

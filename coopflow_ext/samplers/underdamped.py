@@ -20,7 +20,7 @@ from coopflow_ext.samplers.call import (
     normals_like,
     state_copy,
 )
-from coopflow_ext.samplers.chain import laid_out, per_chain_view
+from coopflow_ext.samplers.chain import laid_out, mask_jointly, per_chain_view
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
 from coopflow_ext.samplers.schedule import (
     Coefficient,
@@ -136,11 +136,11 @@ class UnderdampedLangevinSampler:
             keep, half = place("friction", self.keep, x), place("step_size", self.half_step, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
             active = x.new_ones(len(x), dtype=torch.bool)
-            alive = x.new_zeros(len(x), dtype=torch.int64)
-            grad = self._gradient(x, kwargs, active)
+            frozen_at = torch.full_like(active, self.n_steps, dtype=torch.int64)
+            masks = active, frozen_at
+            grad = self._gradient(x, kwargs, masks, 0)
             for step in range(self.n_steps):
                 h, c = _at(half, step, x), _at(keep, step, x)
-                alive += active
                 v_new = v - h * grad
                 x_new = x + h * v_new
                 v_new = ops.langevin_noise_(
@@ -150,11 +150,11 @@ class UnderdampedLangevinSampler:
                 x_new += h * v_new
                 self._assign(x, x_new, active)
                 self._assign(v, v_new, active)
-                grad = self._gradient(x, kwargs, active)
+                grad = self._gradient(x, kwargs, masks, step + 1)
                 self._assign(v, v - h * grad, active)
                 trajectory.record(step, x)
         if self.on_nonfinite == "raise" and not bool(active.all()):
-            raise nonfinite_error(active, alive, (x,))
+            raise nonfinite_error(active, frozen_at, (x,))
         return UnderdampedOutput(x, after, trajectory.states, v)
 
     def _start_velocity(self, x: Tensor, key: Key, offset: int) -> Tensor:
@@ -162,12 +162,14 @@ class UnderdampedLangevinSampler:
         rng = key.fold_in(USE_MOMENTUM).tensor(x.device)
         return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std, chain_offset=offset)
 
-    def _gradient(self, x: Tensor, kwargs: Mapping[str, Any], active: Tensor) -> Tensor:
-        """∇U at x; chains where it is not finite are no longer active."""
+    def _gradient(
+        self, x: Tensor, kwargs: Mapping[str, Any], masks: tuple[Tensor, Tensor], step: int
+    ) -> Tensor:
+        """∇U at x, before this step; chains where it is not finite leave the mask."""
         leaf = x.detach().requires_grad_() if self.gradient.has_energy else x
         (grad,), _ = self.gradient((leaf,), leaf, kwargs)
         if self.on_nonfinite != "ignore":
-            active &= grad.flatten(1).isfinite().all(1)
+            mask_jointly(*masks, step, (grad,))
         return -grad if self.gradient.is_score else grad
 
     def _assign(self, target: Tensor, value: Tensor, active: Tensor) -> None:

@@ -29,7 +29,7 @@ void gradient_pass(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
     if (args.norm_scale) {
       args.norm_scale[chain] = norm_clip_scale(total.sum_of_squares, args.grad_norm);
     }
-    if (args.freeze_nonfinite && !total.finite) args.active[chain] = false;
+    if (args.freeze_nonfinite && !total.finite) freeze_chain(args, chain);
   }
 }
 

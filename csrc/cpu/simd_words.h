@@ -39,7 +39,7 @@ inline SimdWords operator^(SimdWords a, SimdWords b) { return {_mm512_xor_si512(
 
 inline WideProduct<SimdWords> multiply_wide(SimdWords a, uint32_t b) {
   const __m512i product = _mm512_mul_epu32(a.v, _mm512_set1_epi64(b));
-  return {{_mm512_srli_epi64(product, 32)}, {product}};
+  return {{_mm512_shuffle_epi32(product, _MM_PERM_DDBB)}, {product}};
 }
 
 #elif defined(__AVX2__)
@@ -62,7 +62,7 @@ inline SimdWords operator^(SimdWords a, SimdWords b) { return {_mm256_xor_si256(
 
 inline WideProduct<SimdWords> multiply_wide(SimdWords a, uint32_t b) {
   const __m256i product = _mm256_mul_epu32(a.v, _mm256_set1_epi64x(b));
-  return {{_mm256_srli_epi64(product, 32)}, {product}};
+  return {{_mm256_shuffle_epi32(product, 0xF5)}, {product}};
 }
 
 #else

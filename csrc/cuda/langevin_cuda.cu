@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (args.norm_scale != nullptr) {
       args.norm_scale[chain] = norm_clip_scale(sum_of_squares, args.grad_norm);
     }
-    if (args.freeze_nonfinite && nonfinite != A(0)) args.active[chain] = false;
+    if (args.freeze_nonfinite && nonfinite != A(0)) freeze_chain(args, chain);
   }
 }
 

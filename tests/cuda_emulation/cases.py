@@ -116,12 +116,13 @@ def langevin_statistics(inputs: Inputs) -> Results:
     if grad.numel():
         grad.view(batch, -1)[batch // 2, -1] = torch.inf
     active = torch.arange(batch) % 3 != 1
+    frozen_at = torch.full((batch,), 99)
     stats = inputs.poisoned(batch, 5, dtype=inputs.sum_dtype)
     cf.ops.langevin_step_(
         x, grad, inputs.rng, drift=0.3, noise=0.1, grad_clip=1.0, clamp=(-1.0, 1.0),
-        stats=stats, active=active, freeze_nonfinite=True,
+        stats=stats, active=active, freeze_nonfinite=True, frozen_at=frozen_at,
     )  # fmt: skip
-    return {"x": x, "active": active, "stats (sum)": stats}
+    return {"x": x, "active": active, "frozen_at": frozen_at, "stats (sum)": stats}
 
 
 def langevin_noise(inputs: Inputs) -> Results:

@@ -108,13 +108,15 @@ struct LangevinArgs {
   void* x_low;
   A* stats;            // (batch, kStatistics)
   bool* active;        // (batch)
+  int64_t* frozen_at;  // (batch)
   A* norm_scale;       // (batch) workspace
   const int64_t* rng;  // seed, time
   Coefficient<A> drift, noise, decay, pull;
   LangevinLimits<A> limits;
   A grad_norm;
   int64_t batch, per_chain;
-  int64_t step;  // of the noise: already one later when the noise comes after
+  int64_t step;         // of the noise: already one later when the noise comes after
+  int64_t freeze_step;  // what frozen_at is given
   int64_t chain_offset;
   NoiseSource noise_source;
   NoiseWhen noise_when;
@@ -137,6 +139,13 @@ struct LangevinArgs {
            decay.value == A(0) && noise_when != NoiseWhen::kAfterStep;
   }
 };
+
+// A chain whose gradient is not finite stops before this step.
+template <typename A>
+COOPFLOW_HD void freeze_chain(const LangevinArgs<A>& args, int64_t chain) {
+  if (args.frozen_at != nullptr && args.active[chain]) args.frozen_at[chain] = args.freeze_step;
+  args.active[chain] = false;
+}
 
 template <typename A>
 COOPFLOW_HD LangevinChain<A> langevin_chain(const LangevinArgs<A>& args, int64_t chain) {
