@@ -5,7 +5,8 @@
 #
 # address   AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of operators
 # thread    ThreadSanitizer, over those of them that use several threads
-# valgrind  memcheck of every op on small shapes, with the library that is built for use
+# valgrind  memcheck of every op on small shapes, with the library that is built for use, after a
+#           program with mistakes, which it must find
 #
 # Builds go to build/sanitize-*, or BUILD-*. Needs gcc's sanitizer runtimes and valgrind, and says
 # which is missing.
@@ -62,18 +63,41 @@ check_thread() {
     -k "thread and not instruction" --timeout=900 "${tests[@]}"
 }
 
-check_valgrind() {
-  command -v valgrind >/dev/null || { echo "missing: valgrind (Debian: apt install valgrind)" >&2; exit 1; }
-  local log=$build-valgrind.log
-  unset COOPFLOW_LIBRARY
-  # Python and torch have findings of their own; one that names this library is an error.
-  PYTHONMALLOC=malloc COOPFLOW_CPU_ISA=avx2 valgrind --tool=memcheck --num-callers=30 \
-    --log-file="$log" "$python" benchmarks/exercise_ops.py
-  if grep -q libcoopflow_ext "$log"; then
-    grep -B 20 -A 10 libcoopflow_ext "$log" | head -200
+# Runs Python under memcheck. Python and torch have findings of their own, thousands of them, which
+# is why there must be no limit; one with a frame of this library, by its file or, where that has
+# debug information, by its namespace, is an error. Returns 1 then, 2 if the program failed.
+memcheck() { # log, Python's arguments…
+  local log=$1 ours='^==[0-9]+== +(at|by) 0x.*(libcoopflow_ext|coopflow::)'
+  shift
+  PYTHONMALLOC=malloc COOPFLOW_CPU_ISA=avx2 valgrind --tool=memcheck --error-limit=no \
+    --num-callers=30 --log-file="$log" "$python" "$@" || return 2
+  if grep -q -E "$ours" "$log"; then
+    grep -B 20 -A 10 -E "$ours" "$log" | head -200
     return 1
   fi
-  tail -n 3 "$log"
+  tail -n 1 "$log"
+}
+
+check_valgrind() {
+  command -v valgrind >/dev/null || { echo "missing: valgrind (Debian: apt install valgrind)" >&2; exit 1; }
+  unset COOPFLOW_LIBRARY
+  mkdir -p "$build-mistakes"
+  local mistake debug status mistakes
+  mistakes=$(realpath "$build-mistakes")/libcoopflow_ext.so
+  for debug in -g0 -g; do
+    "$cxx" -std=c++17 -O1 "$debug" -fPIC -shared tests/sanitizers/mistakes.cpp -o "$mistakes"
+    for mistake in write_past_the_end read_unwritten; do
+      status=0
+      memcheck "$build-mistakes/valgrind.log" -c "import ctypes, sys
+getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])()" "$mistakes" "$mistake" >/dev/null || status=$?
+      if [ $status != 1 ]; then
+        echo "memcheck does not find $mistake of tests/sanitizers/mistakes.cpp ($debug)" >&2
+        return 1
+      fi
+    done
+  done
+  echo "memcheck finds the mistakes of tests/sanitizers/mistakes.cpp"
+  memcheck "$build-valgrind.log" benchmarks/exercise_ops.py
 }
 
 mkdir -p build
