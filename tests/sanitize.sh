@@ -5,8 +5,9 @@
 #
 # address   AddressSanitizer and UndefinedBehaviorSanitizer, over the tests of operators
 # thread    ThreadSanitizer, over those of them that use several threads
-# valgrind  memcheck of every op on small shapes, with the library that is built for use, after a
-#           program with mistakes, which it must find
+# valgrind  memcheck of every op on small shapes, with the library that is built for use
+#
+# Each must first find a mistake of tests/sanitizers/mistakes.cpp in the same circumstances.
 #
 # Builds go to build/sanitize-*, or BUILD-*. Needs gcc's sanitizer runtimes and valgrind, and says
 # which is missing.
@@ -44,23 +45,52 @@ runtime() {
   echo "$path"
 }
 
+# Builds the mistakes with these flags as a library of the same name, and sets $call to the arguments
+# with which Python makes one of them.
+mistake() { # name, flags…
+  local library=$build-mistakes/libcoopflow_ext.so
+  mkdir -p "$build-mistakes"
+  "$cxx" -std=c++17 -O1 "${@:2}" -fPIC -shared tests/sanitizers/mistakes.cpp -o "$library"
+  call=(-c "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])()"
+    "$(realpath "$library")" "$1")
+}
+
+# Fails unless the command, run over a mistake, ends it with a report that says so.
+must_find() { # name, sign, flag, command…
+  local report
+  mistake "$1" -g1 "$3"
+  if report=$("${@:4}" "${call[@]}" 2>&1) || ! grep -q "$2" <<<"$report"; then
+    printf '%s\nno report of %s in %s of tests/sanitizers/mistakes.cpp\n' "$report" "$2" "$1" >&2
+    return 1
+  fi
+  echo "found: $2 in $1 of tests/sanitizers/mistakes.cpp"
+}
+
 check_address() {
   build_with address,undefined
+  local preloaded
+  preloaded=$(runtime libasan.so)\ $(runtime libstdc++.so)
   # Python frees nothing at exit, so leaks are not looked for.
-  LD_PRELOAD="$(runtime libasan.so) $(runtime libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-    UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider -m "$select" \
-    -k "not compile" --timeout=900 "${tests[@]}"
+  local checked=(env "LD_PRELOAD=$preloaded" ASAN_OPTIONS=detect_leaks=0
+    UBSAN_OPTIONS=print_stacktrace=1 "$python")
+  must_find write_past_the_end heap-buffer-overflow -fsanitize=address "${checked[@]}"
+  "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "not compile" --timeout=900 \
+    "${tests[@]}"
 }
 
 check_thread() {
   build_with thread
   "$cxx" -std=c++17 -O1 -g1 -fPIC -shared -fsanitize=thread tests/sanitizers/parallel_for.cpp \
     -o "$build-thread/libparallel_for.so"
+  local preloaded
+  preloaded=$(runtime libtsan.so)\ $(runtime libstdc++.so)
+  preloaded+=\ $(realpath "$build-thread")/libparallel_for.so
   # The sanitizer of gcc 12 cannot live with much randomness in the address space.
-  LD_PRELOAD="$(runtime libtsan.so) $(runtime libstdc++.so) $(realpath "$build-thread")/libparallel_for.so" \
-    TSAN_OPTIONS="halt_on_error=1" \
-    setarch --addr-no-randomize "$python" -m pytest -q -p no:cacheprovider -m "$select" \
-    -k "thread and not instruction" --timeout=900 "${tests[@]}"
+  local checked=(env "LD_PRELOAD=$preloaded" TSAN_OPTIONS=halt_on_error=1
+    setarch --addr-no-randomize "$python")
+  must_find share_an_element "data race" -fsanitize=thread "${checked[@]}"
+  "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "thread and not instruction" \
+    --timeout=900 "${tests[@]}"
 }
 
 # Runs Python under memcheck. Python and torch have findings of their own, thousands of them, which
@@ -81,22 +111,16 @@ memcheck() { # log, Python's arguments…
 check_valgrind() {
   command -v valgrind >/dev/null || { echo "missing: valgrind (Debian: apt install valgrind)" >&2; exit 1; }
   unset COOPFLOW_LIBRARY
-  mkdir -p "$build-mistakes"
-  local mistake debug status mistakes
-  mistakes=$(realpath "$build-mistakes")/libcoopflow_ext.so
+  local name debug status
   for debug in -g0 -g; do
-    "$cxx" -std=c++17 -O1 "$debug" -fPIC -shared tests/sanitizers/mistakes.cpp -o "$mistakes"
-    for mistake in write_past_the_end read_unwritten; do
+    for name in write_past_the_end read_unwritten; do
+      mistake "$name" "$debug"
       status=0
-      memcheck "$build-mistakes/valgrind.log" -c "import ctypes, sys
-getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])()" "$mistakes" "$mistake" >/dev/null || status=$?
-      if [ $status != 1 ]; then
-        echo "memcheck does not find $mistake of tests/sanitizers/mistakes.cpp ($debug)" >&2
-        return 1
-      fi
+      memcheck "$build-mistakes/valgrind.log" "${call[@]}" >/dev/null || status=$?
+      [ $status = 1 ] || { echo "memcheck does not find $name ($debug)" >&2; return 1; }
     done
   done
-  echo "memcheck finds the mistakes of tests/sanitizers/mistakes.cpp"
+  echo "found: the mistakes of tests/sanitizers/mistakes.cpp"
   memcheck "$build-valgrind.log" benchmarks/exercise_ops.py
 }
 

@@ -28,7 +28,7 @@ CAUGHT = {
     ),
     "pointer_not_checked": (
         "sanitized", "affine_coupling_cuda.cu", "affine_coupling",
-        ("load of misaligned address", "affine_coupling_kernel"),
+        ("misaligned address", "affine_coupling_kernel", "affine_coupling_cuda.cu"),
     ),
     "no_device_guard": (
         "checked", "random_cuda.cu", "random_numbers",
