@@ -121,6 +121,23 @@ def test_one_misaligned_tensor(emulation: harness.Emulation, name: str, dtype: t
         _assert_agrees(results, expected, alone)
 
 
+def test_what_no_thread_writes_is_nan(emulation: harness.Emulation) -> None:
+    """No block runs, so each output is as it was allocated, by Python or by the library."""
+    x, params = torch.zeros(3, 5), torch.zeros(3, 14, 5)
+    rng = Inputs(torch.float32, (3, 5)).rng
+    with emulation.settings(blocks=(1 << 40,)), emulation.ops():
+        outputs = (
+            cf.ops.normal(x.shape, rng),
+            cf.ops.langevin_step(x, x, rng, drift=0.1),
+            *cf.ops.affine_coupling(x, params[:, :2].contiguous()),
+            *cf.ops.mixture_logistic_coupling(x, params),
+            *emulation.raw.affine_coupling_backward(
+                x, x[:, 0].contiguous(), x, params[:, :2].contiguous()
+            ),
+        )
+    assert all(output.isnan().all() for output in outputs)
+
+
 def test_grid_depends_on_the_threads_of_a_block(emulation: harness.Emulation) -> None:
     """Chains of 8 take blocks of 32 threads, of which the device holds 8, chains of 600 take 256,
     of which it holds 4; the first launch of a kernel must not decide for the others."""
