@@ -195,9 +195,13 @@ def limits(kernels: list[Kernel]) -> Limits:
 
 
 def worse(kernels: list[Kernel], committed: Limits) -> list[str]:
-    """One line for each fact of a kernel that is worse than the committed one, or not committed."""
+    """One line for each fact of a kernel that is worse than the committed one, or not committed.
+
+    Architectures of which nothing is committed are left out.
+    """
+    architectures = {key.split()[0] for key in committed}
     lines = []
-    for key, facts in limits(kernels).items():
+    for key, facts in limits([k for k in kernels if k.arch in architectures]).items():
         if key not in committed:
             lines.append(f"{key}: has no limits yet")
             continue

@@ -7,6 +7,8 @@
 # thread    ThreadSanitizer, over those of them that use several threads
 # valgrind  memcheck of every op on small shapes, with the library that is built for use
 #
+# Each must first find a mistake of tests/sanitizers/mistakes.cpp in the same circumstances.
+#
 # Builds go to build/sanitize-*, or BUILD-*. Needs gcc's sanitizer runtimes and valgrind, and says
 # which is missing.
 set -euo pipefail
@@ -43,37 +45,83 @@ runtime() {
   echo "$path"
 }
 
+# Builds the mistakes with these flags as a library of the same name, and sets $call to the arguments
+# with which Python makes one of them.
+mistake() { # name, flags…
+  local library=$build-mistakes/libcoopflow_ext.so
+  mkdir -p "$build-mistakes"
+  "$cxx" -std=c++17 -O1 "${@:2}" -fPIC -shared tests/sanitizers/mistakes.cpp -o "$library"
+  call=(-c "import ctypes, sys; getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])()"
+    "$(realpath "$library")" "$1")
+}
+
+# Fails unless the command, run over a mistake, ends it with a report that says so.
+must_find() { # name, sign, flag, command…
+  local report
+  mistake "$1" -g1 "$3"
+  if report=$("${@:4}" "${call[@]}" 2>&1) || ! grep -q "$2" <<<"$report"; then
+    printf '%s\nno report of %s in %s of tests/sanitizers/mistakes.cpp\n' "$report" "$2" "$1" >&2
+    return 1
+  fi
+  echo "found: $2 in $1 of tests/sanitizers/mistakes.cpp"
+}
+
 check_address() {
   build_with address,undefined
+  local preloaded
+  preloaded=$(runtime libasan.so)\ $(runtime libstdc++.so)
   # Python frees nothing at exit, so leaks are not looked for.
-  LD_PRELOAD="$(runtime libasan.so) $(runtime libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-    UBSAN_OPTIONS=print_stacktrace=1 "$python" -m pytest -q -p no:cacheprovider -m "$select" \
-    -k "not compile" --timeout=900 "${tests[@]}"
+  local checked=(env "LD_PRELOAD=$preloaded" ASAN_OPTIONS=detect_leaks=0
+    UBSAN_OPTIONS=print_stacktrace=1 "$python")
+  must_find write_past_the_end heap-buffer-overflow -fsanitize=address "${checked[@]}"
+  "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "not compile" --timeout=900 \
+    "${tests[@]}"
 }
 
 check_thread() {
   build_with thread
   "$cxx" -std=c++17 -O1 -g1 -fPIC -shared -fsanitize=thread tests/sanitizers/parallel_for.cpp \
     -o "$build-thread/libparallel_for.so"
+  local preloaded
+  preloaded=$(runtime libtsan.so)\ $(runtime libstdc++.so)
+  preloaded+=\ $(realpath "$build-thread")/libparallel_for.so
   # The sanitizer of gcc 12 cannot live with much randomness in the address space.
-  LD_PRELOAD="$(runtime libtsan.so) $(runtime libstdc++.so) $(realpath "$build-thread")/libparallel_for.so" \
-    TSAN_OPTIONS="halt_on_error=1" \
-    setarch --addr-no-randomize "$python" -m pytest -q -p no:cacheprovider -m "$select" \
-    -k "thread and not instruction" --timeout=900 "${tests[@]}"
+  local checked=(env "LD_PRELOAD=$preloaded" TSAN_OPTIONS=halt_on_error=1
+    setarch --addr-no-randomize "$python")
+  must_find share_an_element "data race" -fsanitize=thread "${checked[@]}"
+  "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "thread and not instruction" \
+    --timeout=900 "${tests[@]}"
+}
+
+# Runs Python under memcheck. Python and torch have findings of their own, thousands of them, which
+# is why there must be no limit; one with a frame of this library, by its file or, where that has
+# debug information, by its namespace, is an error. Returns 1 then, 2 if the program failed.
+memcheck() { # log, Python's arguments…
+  local log=$1 ours='^==[0-9]+== +(at|by) 0x.*(libcoopflow_ext|coopflow::)'
+  shift
+  PYTHONMALLOC=malloc COOPFLOW_CPU_ISA=avx2 valgrind --tool=memcheck --error-limit=no \
+    --num-callers=30 --log-file="$log" "$python" "$@" || return 2
+  if grep -q -E "$ours" "$log"; then
+    grep -B 20 -A 10 -E "$ours" "$log" | head -200
+    return 1
+  fi
+  tail -n 1 "$log"
 }
 
 check_valgrind() {
   command -v valgrind >/dev/null || { echo "missing: valgrind (Debian: apt install valgrind)" >&2; exit 1; }
-  local log=$build-valgrind.log
   unset COOPFLOW_LIBRARY
-  # Python and torch have findings of their own; one that names this library is an error.
-  PYTHONMALLOC=malloc COOPFLOW_CPU_ISA=avx2 valgrind --tool=memcheck --num-callers=30 \
-    --log-file="$log" "$python" benchmarks/exercise_ops.py
-  if grep -q libcoopflow_ext "$log"; then
-    grep -B 20 -A 10 libcoopflow_ext "$log" | head -200
-    return 1
-  fi
-  tail -n 3 "$log"
+  local name debug status
+  for debug in -g0 -g; do
+    for name in write_past_the_end read_unwritten; do
+      mistake "$name" "$debug"
+      status=0
+      memcheck "$build-mistakes/valgrind.log" "${call[@]}" >/dev/null || status=$?
+      [ $status = 1 ] || { echo "memcheck does not find $name ($debug)" >&2; return 1; }
+    done
+  done
+  echo "found: the mistakes of tests/sanitizers/mistakes.cpp"
+  memcheck "$build-valgrind.log" benchmarks/exercise_ops.py
 }
 
 mkdir -p build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,18 @@ CAUGHT = {
     "misaligned_access": (
         "sanitized", "random_cuda.cu", "random_numbers",
         ("store to misaligned address", "intrinsics.h"),
+    ),
+    "pointer_not_checked": (
+        "sanitized", "affine_coupling_cuda.cu", "affine_coupling",
+        ("misaligned address", "affine_coupling_kernel", "affine_coupling_cuda.cu"),
+    ),
+    "no_device_guard": (
+        "checked", "random_cuda.cu", "random_numbers",
+        ("CUDA error in a kernel launch: invalid argument",),
+    ),
+    "not_the_current_stream": (
+        "checked", "random_cuda.cu", "random_numbers",
+        ("CUDA error in a kernel launch: invalid argument",),
     ),
     "dropped_barrier": (
         "checked", "affine_coupling_cuda.cu", "affine_coupling",
@@ -102,10 +115,33 @@ def test_every_emulation_mutation_is_tried() -> None:
     assert patches == {*CAUGHT, "missing_intrinsic"}
 
 
+CUDA = sorted((harness.CSRC / "cuda").iterdir())
+
+
+@pytest.mark.parametrize("file", CUDA, ids=lambda file: file.name)
+def test_emulation_knows_each_kernel_by_its_name(file: Path) -> None:
+    """What is not named so would be missing among the kernels that the cases must reach."""
+    text = re.sub(r"__launch_bounds__\([^()]*\)", "", file.read_text())
+    names = re.findall(r"__global__\s+void\s+(\w+)\(", text)
+    assert len(names) == text.count("__global__")
+    assert not [name for name in names if not name.endswith("_kernel")]
+
+
+@pytest.mark.parametrize("file", CUDA, ids=lambda file: file.name)
+def test_emulation_and_nvcc_compile_the_same_lines(file: Path) -> None:
+    """No #if and no assembly in the kernels' files: those belong into coopflow/intrinsics.h."""
+    text = file.read_text()
+    assert not re.findall(r"^\s*#\s*(?:if|el|endif).*", text, re.MULTILINE)
+    assert not re.findall(r"\basm\b.*", text)
+
+
 @pytest.mark.parametrize(
     ("source", "missing"),
     [
         ("int f(int* x) { return atomicAdd(x, 1); }", "atomicAdd"),
+        ("template <typename T> void f(T*) { __threadfence(); }", "__threadfence"),
+        ("void f() { cudaLaunchConfig_t c; c.numAttrs = 1; }", "numAttrs"),
+        ("__global__ void f() { extern __shared__ float x[]; }", "extern __shared__ x"),
         ("__constant__ int x;", "__constant__"),
         ("void f() { auto g = cooperative_groups::this_grid(); }", "cooperative_groups"),
         ("#include <cuda_pipeline.h>", "cuda_pipeline.h"),
@@ -125,6 +161,43 @@ def test_emulation_explains_a_failed_compile(tmp_path: Path, source: str, missin
     assert "tests/cuda_emulation/include" in done.stderr
 
 
+def test_emulation_explains_inline_assembly_and_what_it_does_not_understand() -> None:
+    outputs = {
+        "k.cu:7:3: error: impossible constraint in ‘asm’": explain_missing.INTRINSICS,
+        "k.cu:7: Error: no such instruction: `membar.gl'": explain_missing.INTRINSICS,
+        "k.cu:7:3: error: expected primary-expression before ‘<’ token": explain_missing.HEADER,
+    }
+    for output, file in outputs.items():
+        (line,) = explain_missing.explanations(output)
+        assert line.startswith("cuda_emulation: ")
+        assert file in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [
+        ("static_memory_past_the_end", "out of bounds"),  # UndefinedBehaviorSanitizer comes first
+        ("dynamic_memory_past_the_end", "heap-buffer-overflow"),
+    ],
+)
+def test_emulation_guards_shared_memory(name: str, sign: str) -> None:
+    library = harness.build("coopflow_sanitized")
+    program = (
+        "import sys; from pathlib import Path; from cuda_emulation.harness import Emulation; "
+        "print(Emulation(Path(sys.argv[1])).primitive(sys.argv[2]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library), name],
+        env=_environment("sanitized"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    assert done.returncode != 0, report
+    assert sign in report
+    assert f"in {name}" in report
+    assert "primitives.cpp" in report
+
+
 def _run_sanitized(*selection: str) -> None:
     library = harness.build("coopflow_sanitized")
     done = subprocess.run(
@@ -137,7 +210,8 @@ def _run_sanitized(*selection: str) -> None:
 
 
 def test_emulation_under_sanitizers_every_kernel() -> None:
-    _run_sanitized("tests/test_emulation_ops.py", "-k", "variant or indices")
+    files = ("tests/test_emulation_ops.py", "tests/test_emulation_primitives.py")
+    _run_sanitized(*files, "-k", "variant or indices or misaligned or primitive")
 
 
 @pytest.mark.slow

@@ -7,7 +7,17 @@ import torch
 from cuda_emulation import harness
 from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
 
+import coopflow_ext as cf
+
 pytestmark = pytest.mark.timeout(1200)  # the first test compiles
+
+# Those that fast tests leave to the covering one.
+SLOW_DTYPES = (torch.float16, torch.float64)
+FAST_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=[pytest.mark.slow] * (d in SLOW_DTYPES)) for d in DTYPES],
+    ids=str,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,7 @@ def _assert_agrees(results: Results, expected: Results, what: object) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FAST_DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_cpu_op(
     emulation: harness.Emulation, name: str, dtype: torch.dtype
@@ -63,7 +73,7 @@ def test_agrees_with_the_cpu_op(
             _assert_agrees(_run(emulation, name, dtype, shape, aligned), expected, (shape, aligned))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@FAST_DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_results_do_not_depend_on_order_or_grid(
     emulation: harness.Emulation, name: str, dtype: torch.dtype
@@ -91,9 +101,55 @@ def test_every_kernel_and_template_variant_runs(emulation: harness.Emulation) ->
                     results = _run(emulation, name, dtype, shape, aligned)
                     expected = CASES[name](Inputs(dtype, shape, aligned))
                     _assert_agrees(results, expected, (name, dtype, shape, aligned))
-    missed = set(emulation.kernels.values()) - set(emulation.take_launches())
+    launched = {launch.kernel for launch in emulation.take_launches()}
+    missed = set(emulation.kernels.values()) - launched
     assert emulation.kernels
     assert not missed
+
+
+@FAST_DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_one_misaligned_tensor(emulation: harness.Emulation, name: str, dtype: torch.dtype) -> None:
+    """Each in turn, as a wide access needs all of them aligned. A CPU takes it all the same: what
+    sees it is the sanitized build, with which test_emulation_checks.py runs this test."""
+    everything = Inputs(dtype, (2, 8))
+    CASES[name](everything)
+    for alone in range(everything.placed):
+        expected = CASES[name](Inputs(dtype, (2, 8), alone=alone))
+        with emulation.ops():
+            results = CASES[name](Inputs(dtype, (2, 8), alone=alone))
+        _assert_agrees(results, expected, alone)
+
+
+def test_what_no_thread_writes_is_nan(emulation: harness.Emulation) -> None:
+    """No block runs, so each output is as it was allocated, by Python or by the library."""
+    x, params = torch.zeros(3, 5), torch.zeros(3, 14, 5)
+    rng = Inputs(torch.float32, (3, 5)).rng
+    with emulation.settings(blocks=(1 << 40,)), emulation.ops():
+        outputs = (
+            cf.ops.normal(x.shape, rng),
+            cf.ops.langevin_step(x, x, rng, drift=0.1),
+            *cf.ops.affine_coupling(x, params[:, :2].contiguous()),
+            *cf.ops.mixture_logistic_coupling(x, params),
+            *emulation.raw.affine_coupling_backward(
+                x, x[:, 0].contiguous(), x, params[:, :2].contiguous()
+            ),
+        )
+    assert all(output.isnan().all() for output in outputs)
+
+
+def test_grid_depends_on_the_threads_of_a_block(emulation: harness.Emulation) -> None:
+    """Chains of 8 take blocks of 32 threads, of which the device holds 8, chains of 600 take 256,
+    of which it holds 4; the first launch of a kernel must not decide for the others."""
+    blocks = []
+    for length in (8, 600, 8):
+        x = torch.zeros(40, length)
+        params = torch.zeros(40, 2, length)
+        emulation.take_launches()
+        with emulation.settings(), emulation.ops():
+            cf.ops.affine_coupling(x, params)
+        blocks += [launch.blocks for launch in emulation.take_launches()]
+    assert blocks == [8, 4, 8]
 
 
 def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:

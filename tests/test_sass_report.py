@@ -115,7 +115,12 @@ def test_worse_names_what_grew_what_shrank_and_what_is_new() -> None:
         "sm_90 scale<float, 4>: registers is 33, was 32",
         "sm_90 scale<float, 4>: stores_16_bytes is 0, was 1",
     ]
-    assert sass_report.worse([_kernel()], {}) == ["sm_90 scale<float, 4>: has no limits yet"]
+    other = {"sm_90 other<float>": {"registers": 32}}
+    assert sass_report.worse([_kernel()], other) == ["sm_90 scale<float, 4>: has no limits yet"]
+
+
+def test_worse_leaves_out_architectures_without_limits() -> None:
+    assert sass_report.worse([_kernel()], {"sm_80 scale<float, 4>": {"registers": 1}}) == []
 
 
 def test_no_kernel_is_worse_than_its_limits() -> None:

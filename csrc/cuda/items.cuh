@@ -12,7 +12,8 @@
 
 namespace coopflow {
 
-constexpr int kBlockThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kBlockThreads = 256;  // the most that a kernel is launched with
 
 // Resident blocks that a kernel's registers must allow: 64 registers a thread, for double 128.
 template <typename T>

@@ -33,13 +33,15 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Blocks that fill the device with this kernel: enough for a grid-stride loop, and no more.
+// Blocks of so many threads, whole warps, that fill the device with this kernel: enough for a
+// grid-stride loop, and no more.
 template <auto kKernel>
 int64_t resident_blocks(int device, int threads) {
   constexpr int kDevices = 64;
-  static std::atomic<int> cache[kDevices];
-  const bool cached = device < kDevices;
-  if (cached && cache[device] > 0) return cache[device];
+  static std::atomic<int> cache[kDevices][kBlockThreads / kWarp];  // by device and warps of a block
+  std::atomic<int>* const cached =
+      device < kDevices ? &cache[device][threads / kWarp - 1] : nullptr;
+  if (cached && *cached > 0) return *cached;
   const torch::stable::accelerator::DeviceGuard guard(device);  // occupancy is the current device's
   int multiprocessors = 0;
   int blocks = 0;
@@ -48,7 +50,7 @@ int64_t resident_blocks(int device, int threads) {
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0),
              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const int resident = std::max(1, multiprocessors * blocks);
-  if (cached) cache[device] = resident;
+  if (cached) *cached = resident;
   return resident;
 }
 

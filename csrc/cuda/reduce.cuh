@@ -9,7 +9,6 @@
 
 namespace coopflow {
 
-constexpr int kWarp = 32;
 constexpr int kMaxWarps = kBlockThreads / kWarp;
 
 // Threads of a block that reduces chains of this length; part of the sum's order.

@@ -32,10 +32,21 @@ Case = Callable[["Inputs"], Results]
 
 
 class Inputs:
-    """Seeded random tensors of one dtype and shape, aligned or not."""
+    """Seeded random tensors of one dtype and shape, aligned or not.
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], aligned: bool) -> None:
-        self.dtype, self.shape, self.aligned = dtype, shape, aligned
+    With `alone`, all are aligned but the one of this number, in the order of their making.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        aligned: bool = True,
+        *,
+        alone: int | None = None,
+    ) -> None:
+        self.dtype, self.shape, self.aligned, self.alone = dtype, shape, aligned, alone
+        self.placed = 0
         self.generator = torch.Generator().manual_seed(7)
         self.rng = cf.Key(5, time=11).tensor()
 
@@ -44,7 +55,9 @@ class Inputs:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def place(self, x: Tensor) -> Tensor:
-        return x if self.aligned else misaligned(x)
+        aligned = self.aligned and self.placed != self.alone
+        self.placed += 1
+        return x if aligned else misaligned(x)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(shape or self.shape, generator=self.generator, dtype=torch.float64)
@@ -110,11 +123,44 @@ def langevin_given_noise(inputs: Inputs) -> Results:
     return {"x": x, "x_low": x_low}
 
 
-def langevin_statistics(inputs: Inputs) -> Results:
+def langevin_no_noise(inputs: Inputs) -> Results:
     x, grad = inputs.normal(), inputs.normal()
-    batch = inputs.shape[0]
+    cf.ops.langevin_step_(x, grad, inputs.rng, drift=0.3, noise=0.1, decay=0.1, noise_when=2)
+    return {"x": x}
+
+
+def _with_one_infinite(grad: Tensor) -> Tensor:
+    """The last element of the middle chain."""
     if grad.numel():
-        grad.view(batch, -1)[batch // 2, -1] = torch.inf
+        grad.view(grad.shape[0], -1)[grad.shape[0] // 2, -1] = torch.inf
+    return grad
+
+
+def langevin_frozen(inputs: Inputs) -> Results:
+    """Chains are switched off by their gradient, without statistics."""
+    x, grad = inputs.normal(), _with_one_infinite(inputs.normal())
+    active = torch.ones(inputs.shape[0], dtype=torch.bool)
+    cf.ops.langevin_step_(
+        x, grad, inputs.rng, drift=0.3, noise=0.1, active=active, freeze_nonfinite=True
+    )
+    return {"x": x, "active": active}
+
+
+def langevin_full_statistics(inputs: Inputs) -> Results:
+    """Statistics beside the other options; those of a state without its pending noise."""
+    x, grad, x_ref, xi = (inputs.normal() for _ in range(4))
+    x_low = inputs.poisoned(dtype=torch.bfloat16)
+    stats = inputs.poisoned(inputs.shape[0], 5, dtype=inputs.sum_dtype)
+    cf.ops.langevin_step_(
+        x, grad, inputs.rng, **_tables(inputs), pull=0.2, x_ref=x_ref, step_clip=0.2,
+        clamp=(-1.0, 1.0), noise_when=1, step=1, xi=xi, x_low=x_low, stats=stats,
+    )  # fmt: skip
+    return {"x": x, "x_low": x_low, "stats (sum)": stats}
+
+
+def langevin_statistics(inputs: Inputs) -> Results:
+    x, grad = inputs.normal(), _with_one_infinite(inputs.normal())
+    batch = inputs.shape[0]
     active = torch.arange(batch) % 3 != 1
     frozen_at = torch.full((batch,), 99)
     stats = inputs.poisoned(batch, 5, dtype=inputs.sum_dtype)
@@ -169,39 +215,76 @@ def affine_coupling_mixed(inputs: Inputs) -> Results:
     return results
 
 
-def _mixture(inputs: Inputs, name: str, components: int, params_dtype: torch.dtype) -> Results:
+def _mixture(
+    inputs: Inputs,
+    name: str,
+    components: int,
+    params_dtype: torch.dtype,
+    *,
+    affine: bool = True,
+    legacy: bool = False,
+) -> Results:
     """Means and scales spread so that both direct sums and their scaled form are needed."""
+    first = 2 if affine else 0
     state = inputs.normal().mul_(3).requires_grad_()
     params = inputs.normal(
-        inputs.shape[0], 2 + 3 * components, *inputs.shape[1:], dtype=params_dtype
+        inputs.shape[0], first + 3 * components, *inputs.shape[1:], dtype=params_dtype
     )
-    params[:, 2 + components : 2 + 2 * components] *= 2
-    params[:, 2 + 2 * components :] -= 1
-    params[:, :2].tanh_()
+    params[:, first + components : first + 2 * components] *= 2
+    params[:, first + 2 * components :] -= 1
+    params[:, :first].tanh_()
     params.requires_grad_()
-    out, ladj = getattr(cf.ops, name)(state, params)
+    options = {"affine": affine} | ({"legacy_cdf_clamp": True} if legacy else {})
+    out, ladj = getattr(cf.ops, name)(state, params, **options)
     grad_ladj = inputs.normal(inputs.shape[0], dtype=inputs.sum_dtype)
     torch.autograd.backward((out, ladj), (inputs.normal(), grad_ladj))
     assert state.grad is not None
     assert params.grad is not None
     values = {"out": out, "ladj (sum)": ladj, "state": state.grad, "params": params.grad}
     return {
-        f"{name}, {components} x {params_dtype}: {key}": value.detach()
+        f"{name}, {components} x {params_dtype}, {options}: {key}": value.detach()
         for key, value in values.items()
     }
 
 
+_MIXTURES = ("mixture_logistic_coupling", "mixture_logistic_coupling_inverse")
+
+
+def _mixture_inputs(inputs: Inputs) -> Inputs | None:
+    """A thread has one element, which costs time: fewer shapes, chains of three blocks at most."""
+    batch, length = inputs.shape
+    if 127 < length < 1024 or length > 16391 or (length > 127 and not inputs.aligned):
+        return None
+    return Inputs(inputs.dtype, (batch, min(length, 300)), inputs.aligned)
+
+
 def mixture_logistic_coupling(inputs: Inputs) -> Results:
     """Every number of components that has a kernel of its own, and one that has not."""
-    if not inputs.aligned or 16 < inputs.shape[1] < 1024 or inputs.shape[1] > 16391:
-        return {}  # one element a thread: neither alignment nor most lengths choose a kernel
+    smaller = _mixture_inputs(inputs)
+    if smaller is None:
+        return {}
     halves = (torch.bfloat16, torch.float16) if inputs.dtype == torch.float32 else ()
-    shorten = Inputs(inputs.dtype, (inputs.shape[0], min(inputs.shape[1], 300)), True)
     results = {}
     for params_dtype in (inputs.dtype, *halves):
         for components in (3, 4, 8, 16, 32):
-            for name in ("mixture_logistic_coupling", "mixture_logistic_coupling_inverse"):
-                results |= _mixture(shorten, name, components, params_dtype)
+            for name in _MIXTURES:
+                results |= _mixture(smaller, name, components, params_dtype)
+    return results
+
+
+def mixture_logistic_options(inputs: Inputs) -> Results:
+    """Without a and b, and the inverse with the published code's clamp."""
+    smaller = _mixture_inputs(inputs)
+    if smaller is None:
+        return {}
+    results = {}
+    for components in (3, 4):
+        for name in _MIXTURES:
+            results |= _mixture(smaller, name, components, inputs.dtype, affine=False)
+        for affine in (True, False):
+            results |= _mixture(
+                smaller, _MIXTURES[1], components, inputs.dtype, affine=affine, legacy=True
+            )
     return results
 
 
@@ -213,11 +296,15 @@ CASES: dict[str, Case] = {
         langevin_full,
         langevin_grad_norm,
         langevin_given_noise,
+        langevin_no_noise,
+        langevin_frozen,
         langevin_statistics,
+        langevin_full_statistics,
         langevin_noise,
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_mixed,
         mixture_logistic_coupling,
+        mixture_logistic_options,
     )
 }

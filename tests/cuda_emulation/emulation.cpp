@@ -91,10 +91,10 @@ class Device {
     emulated_block_dim = launch.block;
     emulated_grid_dim = launch.grid;
     dynamic_shared_.reset(new char[launch.dynamic_shared]);
-    if (launch.kernel) launched.push_back(launch.kernel);
     prepare_stacks();
     races_begin_launch(dynamic_shared_.get(), launch.dynamic_shared);
     const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+    if (launch.kernel) launched.push_back({launch.kernel, blocks});
     for (uint64_t block : blocks_in_order(blocks)) {
       if (block < blocks) run_block(block);
     }
@@ -174,7 +174,11 @@ class Device {
   // --- settings ---
   uint64_t order_seed = 0;
   std::vector<uint64_t> only_blocks;  // of each grid; empty: all
-  std::vector<const void*> launched;
+  struct Launched {
+    const void* kernel;
+    uint64_t blocks;
+  };
+  std::vector<Launched> launched;
 
  private:
   template <typename F>
@@ -513,14 +517,17 @@ EXPORTED void cuda_emulation_set_blocks(const uint64_t* blocks, size_t count) {
   cuda_emulation::device().only_blocks.assign(blocks, blocks + count);
 }
 
-// Hands out the symbol addresses of the kernels launched since the last call, relative to the
-// library; returns how many there are and writes at most `capacity`.
-EXPORTED size_t cuda_emulation_take_launches(uint64_t* offsets, size_t capacity) {
-  std::vector<const void*>& launched = cuda_emulation::device().launched;
+// Hands out the launches since the last call: the kernels' symbol addresses, relative to the
+// library, and the grids' numbers of blocks; returns how many there are and writes at most
+// `capacity`.
+EXPORTED size_t cuda_emulation_take_launches(uint64_t* offsets, uint64_t* blocks, size_t capacity) {
+  auto& launched = cuda_emulation::device().launched;
   Dl_info module{};
   dladdr(reinterpret_cast<const void*>(&cuda_emulation_take_launches), &module);
   for (size_t i = 0; i < std::min(capacity, launched.size()); ++i) {
-    offsets[i] = static_cast<const char*>(launched[i]) - static_cast<const char*>(module.dli_fbase);
+    offsets[i] =
+        static_cast<const char*>(launched[i].kernel) - static_cast<const char*>(module.dli_fbase);
+    blocks[i] = launched[i].blocks;
   }
   const size_t count = launched.size();
   launched.clear();

@@ -50,11 +50,12 @@ int lane();
 [[noreturn]] void fail_thread(const char* what, Place place);
 void* dynamic_shared();
 
-// How many blocks each of the emulated devices holds at once: few, so that kernels loop; one; and
+// How much each of the emulated devices holds at once: few blocks, so that kernels loop; one; and
 // so many that each thread has one piece of work.
 constexpr int kDevices = 3;
 constexpr int kMultiprocessors[kDevices] = {2, 1, 1 << 24};
-constexpr int kBlocksPerMultiprocessor[kDevices] = {2, 1, 8};
+constexpr int kBlocksPerMultiprocessor[kDevices] = {4, 1, 8};
+constexpr int kThreadsPerMultiprocessor[kDevices] = {512, 1024, 2048};
 
 // The device that tensors are on, and the device and stream that torch has made current; see
 // torch_device.cpp.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -97,6 +98,13 @@ def sanitizer_environment(*, threads: bool = False) -> dict[str, str]:
     }
 
 
+class Launch(NamedTuple):
+    """A kernel, with its template arguments, and the blocks of its grid."""
+
+    kernel: str
+    blocks: int
+
+
 class Emulation:
     """A loaded build of the emulated kernels."""
 
@@ -157,18 +165,32 @@ class Emulation:
             a: n for a, n in names.items() if re.fullmatch(r"(?!run_|launch_)\w+_kernel(<.*>)?", n)
         }
 
-    def take_launches(self) -> list[str]:
-        """Names of the kernels launched since the last call."""
+    def take_launches(self) -> list[Launch]:
+        """What was launched since the last call."""
         capacity = 1 << 20
-        offsets = (ctypes.c_uint64 * capacity)()
-        count = self._c.cuda_emulation_take_launches(offsets, ctypes.c_size_t(capacity))
-        return [self.kernels[offset] for offset in offsets[:count]]
+        offsets, blocks = ((ctypes.c_uint64 * capacity)() for _ in range(2))
+        count = self._c.cuda_emulation_take_launches(offsets, blocks, ctypes.c_size_t(capacity))
+        return [
+            Launch(self.kernels[offset], grid)
+            for offset, grid in zip(offsets[:count], blocks[:count], strict=True)
+        ]
 
     def wrong_index(self) -> str:
         """The first wrong index that the cursors of items.cuh and reduce.cuh give; "" if none."""
         self._c.cuda_emulation_wrong_index.restype = ctypes.c_char_p
         found: bytes = self._c.cuda_emulation_wrong_index()
         return found.decode()
+
+    def primitive(self, name: str) -> str:
+        """What is wrong with one of the primitives of primitives.cpp, or what it reports."""
+        self._c.cuda_emulation_primitive.restype = ctypes.c_char_p
+        found: bytes = self._c.cuda_emulation_primitive(name.encode())
+        return found.decode()
+
+    def wrong_visits(self) -> int:
+        """Threads of a grid in three dimensions that did not run exactly once."""
+        count: int = self._c.cuda_emulation_wrong_visits()
+        return count
 
 
 def _short_name(symbol: str) -> str:

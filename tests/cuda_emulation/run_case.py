@@ -8,6 +8,7 @@ sanitizers end the process in their own ways.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -23,10 +24,14 @@ def main(library: str, case: str) -> str:
         with emulation.settings(blocks=FAR_BLOCKS):
             return emulation.wrong_index()
     for shape in ((3, 5), *COVERING_SHAPES, (9, 1031)):
-        for aligned in (True, False):
+        for inputs in (
+            functools.partial(Inputs, torch.float32, shape),
+            functools.partial(Inputs, torch.float32, shape, aligned=False),
+            functools.partial(Inputs, torch.float32, shape, alone=1),
+        ):
             with emulation.ops():
-                results = CASES[case](Inputs(torch.float32, shape, aligned))
-            for key, expected in CASES[case](Inputs(torch.float32, shape, aligned)).items():
+                results = CASES[case](inputs())
+            for key, expected in CASES[case](inputs()).items():
                 if not torch.allclose(results[key], expected):
                     return f"{case}, {shape}: {key}: {results[key]} is not {expected}"
     return ""

@@ -24,10 +24,13 @@
 // Blocks run one after another, so a variable of its own storage duration serves each in turn.
 // AddressSanitizer puts red zones around static ones; the race check knows shared memory as the
 // thread-local ones, of which there are no others.
+// C++ knows nothing like `extern __shared__ T name[]`, which is an error here: where a kernel needs
+// dynamic shared memory, a header of csrc/cuda hands out that array to nvcc, and
+// cuda_emulation::dynamic_shared() to other compilers.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
-#define __shared__ thread_local
+#define __shared__ static thread_local
 #endif
 
 using uint3 = cuda_emulation::Index3;
@@ -55,7 +58,7 @@ inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
 // --- shuffles ----------------------------------------------------------------------------------
 namespace cuda_emulation {
 
-// `source` gives the lane to read from, or a lane outside the section of `width` to keep the value.
+// `source` gives the lane to read from, its own to keep the value; sections have `width` lanes.
 template <typename T, typename F>
 T shuffle(const char* operation, unsigned mask, T value, int width, Place place, const F& source) {
   static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4 && sizeof(T) <= 8,
@@ -68,7 +71,6 @@ T shuffle(const char* operation, unsigned mask, T value, int width, Place place,
   const uint64_t* const values = meet_in_warp(operation, mask, bits, place);
   const int section = lane() / width * width;
   const int from = source(section, lane());
-  if (from < section || from >= section + width) return value;
   if (((mask >> from) & 1) == 0) fail_thread("a shuffle reads from a lane outside its mask", place);
   std::memcpy(&value, &values[from], sizeof(T));
   return value;
@@ -87,21 +89,30 @@ template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  cuda_emulation::Place place = cuda_emulation::Place::here()) {
   return cuda_emulation::shuffle("__shfl_up_sync", mask, value, width, place,
-                                 [=](int, int lane) { return lane - static_cast<int>(delta); });
+                                 [=](int section, int lane) {
+                                   const int from = lane - static_cast<int>(delta);
+                                   return from < section ? lane : from;
+                                 });
 }
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    cuda_emulation::Place place = cuda_emulation::Place::here()) {
   return cuda_emulation::shuffle("__shfl_down_sync", mask, value, width, place,
-                                 [=](int, int lane) { return lane + static_cast<int>(delta); });
+                                 [=](int section, int lane) {
+                                   const int from = lane + static_cast<int>(delta);
+                                   return from >= section + width ? lane : from;
+                                 });
 }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
                   cuda_emulation::Place place = cuda_emulation::Place::here()) {
   return cuda_emulation::shuffle("__shfl_xor_sync", mask, value, width, place,
-                                 [=](int, int lane) { return lane ^ bits; });
+                                 [=](int section, int lane) {
+                                   const int from = lane ^ bits;
+                                   return from >= section + width ? lane : from;
+                                 });
 }
 
 // --- votes -------------------------------------------------------------------------------------
@@ -168,7 +179,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* /
                                                           int threads, size_t /*shared_bytes*/) {
   const int device = cuda_emulation::current_device();
   if (threads < 1 || device != cuda_emulation::tensor_device()) return cudaErrorInvalidValue;
-  *blocks = cuda_emulation::kBlocksPerMultiprocessor[device];
+  const int fit = cuda_emulation::kThreadsPerMultiprocessor[device] / threads;
+  const int most = cuda_emulation::kBlocksPerMultiprocessor[device];
+  *blocks = fit < most ? fit : most;
   return cudaSuccess;
 }
 
