@@ -186,11 +186,11 @@ def summary(name: str, records: list[dict[str, Any]], gaps: list[dict[str, str]]
             cell += f"{extra['share_of_copy']:.0%} of copy bandwidth"
         if "share_of_matmul" in extra:
             cell += f", {extra['share_of_matmul']:.0%} of the matrix rate"
-        lines.append(f"  {record['name']:<32}{cell}")
+        lines.append(f"  {record['name']:<36}{cell}")
         if "limited_by" in extra:
             lines.append(f"    limited by {extra['limited_by']}")
-        lines += [f"    {part:<30}{1e3 * t:.2f} ms" for part, t in extra.get("parts", {}).items()]
-    lines += [f"  {gap['contestant']:<32}not measured: {gap['reason']}" for gap in gaps]
+        lines += [f"    {part:<34}{1e3 * t:.2f} ms" for part, t in extra.get("parts", {}).items()]
+    lines += [f"  {gap['contestant']:<36}not measured: {gap['reason']}" for gap in gaps]
     return "\n".join(lines)
 
 

@@ -435,6 +435,10 @@ def test_compare_tells_regressions_from_noise(
         path.write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, paths)])
     assert compare.main() == 1
+    slower["benchmarks"] = [r for r in slower["benchmarks"] if r["group"] == "toy/fp32/64x64"]
+    paths[1].write_text(json.dumps(slower))
+    assert compare.main() == 1
+    assert f"only in {paths[0]}: toy/fp32/other" in capsys.readouterr().out
     paths[1].write_text("{")
     assert compare.main() == 2
     assert "cannot be read as results" in capsys.readouterr().err
