@@ -1,32 +1,29 @@
-"""Flow++ on the CPU, by part: sampling and a training step, with our ops and with plain PyTorch.
+"""Flow++ by part: log_prob, sampling and a training step, with our ops and with plain PyTorch.
 
-    python benchmarks/bench_flowpp.py [--size digits|patches|paper] [--batch N] [--repeats N]
-                                      [--json FILE]
+    pytest benchmarks/bench_flowpp.py --benchmark-only [--device cuda]
+    python benchmarks/suite.py --case 'flowpp/*'
 
-Same model, same inputs, in turns within one process. "reference" replaces the mixture coupling by
-``coopflow_ext.reference``, whose inverse is the published batch-wide bisection. Times are medians
-in milliseconds. On a shared machine only ratios mean something.
+Same model, same inputs. "reference" replaces the mixture coupling by ``coopflow_ext.reference``,
+whose inverse is the published batch-wide bisection; in "reference, compiled" torch.compile makes
+its forward, and the evaluations inside the bisection. On CUDA the whole is waited for, and the
+parts are the host's share.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from harness import Case, Contest, run_pytest
+from bench_mixture_logistic import FORWARD, INVERSE, compiled_forward, compiled_inverse
+from harness import NOT_COMPILED, OURS, Case, Contest, counted_flops, run_pytest
 from torch import Tensor
 
 from coopflow_ext import Key, flows, ops, reference
@@ -40,21 +37,22 @@ SIZES: dict[str, dict[str, Any]] = {
         "dequant_blocks": 1,
         "dequant_components": 4,
     },
-    "patches": {
-        "image_shape": (3, 32, 32),
-        "channels": 32,
-        "blocks": 1,
-        "components": 8,
-        "dequant_blocks": 1,
-        "dequant_components": 4,
-    },
     "paper": {"image_shape": (3, 32, 32)},
 }
-FORWARD, INVERSE = "mixture_logistic_coupling", "mixture_logistic_coupling_inverse"
-VARIANTS = {
-    "ours": {name: getattr(ops, name) for name in (FORWARD, INVERSE)},
-    "reference": {name: getattr(reference, name) for name in (FORWARD, INVERSE)},
-}
+COMPILED = "reference, compiled"
+
+
+def variants(with_compile: bool) -> dict[str, dict[str, Any]]:
+    """The mixture's two ops, by contestant."""
+    found = {
+        OURS: {name: getattr(ops, name) for name in (FORWARD, INVERSE)},
+        "reference": {name: getattr(reference, name) for name in (FORWARD, INVERSE)},
+    }
+    if with_compile:
+        found[COMPILED] = {FORWARD: compiled_forward(None), INVERSE: compiled_inverse(None)}
+    return found
+
+
 Totals = dict[str, float]
 
 
@@ -70,9 +68,9 @@ def _timed(function: Callable[..., Any], totals: Totals, part: str) -> Callable[
 
 
 @contextmanager
-def instrumented(variant: str, totals: Totals) -> Iterator[None]:
+def instrumented(variant: dict[str, Any], totals: Totals) -> Iterator[None]:
     """The variant's ops in place, with the time spent in them and in the conditioners added up."""
-    timed_ops = {name: _timed(op, totals, "mixture op") for name, op in VARIANTS[variant].items()}
+    timed_ops = {name: _timed(op, totals, "mixture op") for name, op in variant.items()}
     conditioner = flows.FlowPPConditioner
     forward = conditioner.forward
 
@@ -99,7 +97,7 @@ def train_step(flow: flows.Flow, x: Tensor, totals: Totals | None = None) -> lis
     return [p.grad for p in flow.parameters() if p.grad is not None]
 
 
-def measure(task: str, variant: str, flow: flows.Flow, x: Tensor) -> Totals:
+def measure(task: str, variant: dict[str, Any], flow: flows.Flow, x: Tensor) -> Totals:
     """Seconds of each part of one run of the task."""
     totals: Totals = defaultdict(float)
     with instrumented(variant, totals):
@@ -119,90 +117,59 @@ def measure(task: str, variant: str, flow: flows.Flow, x: Tensor) -> Totals:
     return dict(totals)
 
 
-def check_equal(flow: flows.Flow, x: Tensor) -> None:
-    """Both variants compute the same before anything is timed.
+def check_equal(variants: dict[str, dict[str, Any]], flow: flows.Flow, x: Tensor) -> None:
+    """Every variant computes the same before anything is timed.
 
     Samples are compared by their quantiles of error: where a CDF is flat, the published bisection
     does not determine x in float32.
     """
     results = {}
-    for variant in VARIANTS:
+    for name, variant in variants.items():
         with instrumented(variant, defaultdict(float)):
-            results[variant] = (sample(flow, x)[0], train_step(flow, x))
-    (ours, our_grads), (theirs, their_grads) = results.values()
-    error = (ours - theirs).abs().flatten()
-    assert error.quantile(0.99).item() < 1e-2, error.quantile(0.99)
-    for a, b in zip(our_grads, their_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * (1 + b.abs().max().item()))
+            with torch.no_grad():
+                log_prob = flow.log_prob(x, key=Key(2))
+            results[name] = (sample(flow, x)[0], log_prob, train_step(flow, x))
+    ours, our_log_prob, our_grads = results.pop(OURS)
+    for name, (theirs, log_prob, grads) in results.items():
+        error = (ours - theirs).abs().flatten().quantile(0.99).item()
+        assert error < 1e-2, f"{name}: samples differ by {error:.2g}"
+        torch.testing.assert_close(our_log_prob, log_prob, rtol=1e-4, atol=1e-2)
+        for a, b in zip(our_grads, grads, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-2, atol=1e-3 * (1 + b.abs().max().item()),
+                msg=lambda m, n=name: f"{n}: {m}",
+            )  # fmt: skip
 
 
-def harness_case(task: str, size: str, batch: int, *, quick: bool = False) -> Case:
+def case(task: str, size: str, batch: int, *, quick: bool = False, **kw: Any) -> Case:
     """A task as a case of the suite, by part."""
     shape = SIZES[size]["image_shape"]
 
     def build(device: torch.device, with_compile: bool) -> Contest:
+        torch.manual_seed(0)
         flow = flows.flowpp(**SIZES[size]).to(device)
         x = torch.rand(batch, *shape, device=device) * 2 - 1
         flow.initialize(x, key=Key(0))
-        runs = {name: partial(measure, task, name, flow, x) for name in VARIANTS}
-        return Contest(runs, partial(check_equal, flow, x), by_part=True)
+        ways = variants(with_compile)
+        runs = {name: partial(measure, task, ops_of, flow, x) for name, ops_of in ways.items()}
+        return Contest(
+            runs,
+            partial(check_equal, ways, flow, x),
+            missing={} if with_compile else {COMPILED: NOT_COMPILED},
+            flops=counted_flops(runs[OURS]),
+            by_part=True,
+        )
 
-    return Case(f"flowpp/{task}/{size}/{batch}", build, batch * math.prod(shape), quick=quick)
+    return Case(f"flowpp/{task}/{size}/{batch}", build, batch * math.prod(shape), quick=quick, **kw)
 
 
+TASKS = ("log_prob", "sampling", "training step")
 SUITE_CASES = (
-    harness_case("log_prob", "digits", 64),
-    harness_case("sampling", "digits", 64),
-    harness_case("training step", "digits", 64),
+    *(case(task, "digits", 64) for task in TASKS),
+    *(case(task, "paper", 28, devices=("cuda",)) for task in TASKS),
 )
 
 
 @pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_flowpp(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)
-
-
-def report(medians: dict[str, dict[str, Totals]]) -> None:
-    for task, variants in medians.items():
-        print(f"\n{task:<16}{'ours':>14}{'reference':>14}{'ratio':>8}")
-        for part, seconds in variants["ours"].items():
-            theirs = variants["reference"][part]
-            print(
-                f"{part:<16}{seconds * 1e3:>11.2f} ms{theirs * 1e3:>11.2f} ms"
-                f"{theirs / seconds:>8.2f}"
-            )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="digits")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    flow = flows.flowpp(**SIZES[args.size])
-    x = torch.rand(args.batch, *flow.event_shape) * 2 - 1
-    flow.initialize(x, key=Key(0))
-    print(
-        f"Flow++ {args.size}, batch {args.batch}; torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.processor()}"
-    )
-    check_equal(flow, x)
-    medians: dict[str, dict[str, Totals]] = {}
-    for task in ("sampling", "training step"):
-        runs: dict[str, list[Totals]] = {name: [] for name in VARIANTS}
-        for _ in range(args.repeats):
-            for name in VARIANTS:
-                runs[name].append(measure(task, name, flow, x))
-        medians[task] = {
-            name: {part: statistics.median(r[part] for r in rows) for part in rows[0]}
-            for name, rows in runs.items()
-        }
-    report(medians)
-    if args.json:
-        args.json.write_text(json.dumps(medians, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,267 +1,327 @@
-"""LangevinSampler against a well-written plain loop and torchebm's sampler, same score.
+"""Whole Langevin chains: LangevinSampler beside loops on the same energy or score.
 
-    pytest benchmarks/bench_sampler.py --benchmark-group-by=param:case
-    python benchmarks/bench_sampler.py [--repeats 15] [--device cpu|cuda]
+    pytest benchmarks/bench_sampler.py --benchmark-only [--device cuda]
+    python benchmarks/suite.py --case 'chain/*'
 
-The program runs the contestants in turns within one process and prints medians of the ratio of
-times, with their 20th and 80th percentile, and the sampler's overhead: its time per step beyond
-the score's own. On a shared machine only ratios mean something. Every contestant is checked
-before it is timed: the plain loop and ours take the same supplied normals to the same state.
+In the cases named "compiled" ours has ``compile=True`` and meets loops whose gradient is compiled
+too; elsewhere ours has its defaults, and the compiled gradient is one of the others. On CUDA ours
+runs as the graph that it captures by itself, and loops take part with and without one.
+
+Before anything is timed, every contestant takes the same supplied normals to the same state, or,
+where it draws its own and noise can be turned off, moves as the plain loop does without noise.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import math
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import harness
 import jax_chain
 import pytest
 import torch
-from torch import Tensor
+from harness import (
+    NOT_COMPILED,
+    OURS,
+    Case,
+    Contest,
+    add_graph,
+    counted_flops,
+    run_pytest,
+)
+from torch import Tensor, nn
 
 from coopflow_ext import Key, LangevinSampler
 from coopflow_ext.energies import GaussianMixtureEnergy, MLPEnergy, ResEnergy
 
 STEP_SIZE = 0.05
 KEY = Key(0)
+TORCHEBM, JAX, COMPILED = "torchebm", "JAX scan", "compiled gradient"
+GRAPH, COMPILED_GRAPH = "CUDA graph of plain loop", "CUDA graph of compiled gradient"
 Run = Callable[[], Any]
+Score = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
-    """An energy, or a score in closed form, and where its chains start."""
+class Problem:
+    """An energy, or a score in closed form, and where its chains start.
+
+    Attributes:
+        low_precision: the gradient is taken in bfloat16 and channels_last.
+    """
 
     function: Callable[[Tensor], Tensor]
     x0: Tensor
     n_steps: int
     is_score: bool = False
+    low_precision: bool = False
 
-    def options(self) -> dict[str, Any]:
+    def sampler(self, **options: Any) -> LangevinSampler:
+        """Ours, with a graph or an error on CUDA."""
+        if self.low_precision:
+            options |= {"autocast": torch.bfloat16, "channels_last": True}
+        if self.x0.is_cuda:
+            options["cuda_graph"] = True
         name = "score" if self.is_score else "energy"
-        return {name: self.function, "n_steps": self.n_steps, "step_size": STEP_SIZE}
+        return LangevinSampler(
+            **{name: self.function}, n_steps=self.n_steps, step_size=STEP_SIZE, **options
+        )
 
-    def score(self, x: Tensor) -> Tensor:
+    def model(self) -> Callable[[Tensor], Tensor]:
+        """The function as a loop calls it: in low precision a copy of its weights, made once."""
+        if not self.low_precision:
+            return self.function
+        assert isinstance(self.function, nn.Module)
+        layout = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+        return copy.deepcopy(self.function).to(**layout)
+
+    def score(self) -> Score:
+        """∇log p by autograd, or as given."""
         if self.is_score:
-            return self.function(x)
-        leaf = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
-        return grad.neg_()
+            return self.function
+        model = self.model()
+
+        def by_autograd(x: Tensor) -> Tensor:
+            leaf = self.cast(x).requires_grad_()
+            (grad,) = torch.autograd.grad(model(leaf).sum(), leaf)
+            return grad.neg_().to(x.dtype)
+
+        return by_autograd
+
+    def compiled_score(self) -> Score:
+        """∇log p as one compiled function."""
+        model = self.model()
+        gradient = torch.compile(torch.func.grad(lambda x: model(x).sum()), dynamic=False)
+        return lambda x: gradient(self.cast(x)).neg().to(x.dtype)
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x.detach().to(torch.bfloat16) if self.low_precision else x.detach()
+
+    def start(self) -> Tensor:
+        """A new copy of x0, in the layout that a tuned loop would give it."""
+        layout = torch.channels_last if self.low_precision else torch.preserve_format
+        return self.x0.clone(memory_format=layout)
 
 
-def _mixture(device: str) -> GaussianMixtureEnergy:
+# --- problems -------------------------------------------------------------------------------------
+
+
+def points(batch: int, device: torch.device) -> Tensor:
+    return torch.randn(batch, 2, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def images(batch: int, device: torch.device) -> Tensor:
+    shape = (batch, 3, 32, 32)
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
+
+
+def mixture_energy(device: torch.device) -> GaussianMixtureEnergy:
     angle = torch.arange(8) * (math.pi / 4)
     means = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
     return GaussianMixtureEnergy(means, 0.3).to(device)
 
 
-def make_case(name: str, device: str = "cpu") -> Case:
-    torch.manual_seed(0)
-    points = torch.randn(1024, 2, device=device)
-    if name == "mixture, autograd":
-        return Case(_mixture(device), points, 50)
-    if name == "mixture, closed form":
-        return Case(_mixture(device).score, points, 50, is_score=True)
-    if name == "MLP":
-        return Case(MLPEnergy(2).to(device).requires_grad_(False), points, 50)
-    energy = ResEnergy(width=16, image_size=32).to(device).requires_grad_(False)
-    return Case(energy, torch.rand(8, 3, 32, 32, device=device) * 2 - 1, 4)
+def mixture(device: torch.device) -> Problem:
+    return Problem(mixture_energy(device), points(1024, device), 50)
 
 
-CASES = ("mixture, autograd", "mixture, closed form", "MLP", "ResEnergy")
+def closed_form(device: torch.device) -> Problem:
+    return Problem(mixture_energy(device).score, points(1024, device), 50, is_score=True)
 
 
-def plain_loop(
-    case: Case, xi: Tensor | None = None, score: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def cheap_score(device: torch.device) -> Problem:
+    """One chain and a score that costs next to nothing: what is left is the sampler's own time."""
+    return Problem(torch.neg, points(1, device), 400, is_score=True)
+
+
+def mlp(batch: int) -> Callable[[torch.device], Problem]:
+    def make(device: torch.device) -> Problem:
+        torch.manual_seed(0)
+        energy = MLPEnergy(2, (64, 64, 64)).to(device).requires_grad_(False)
+        return Problem(energy, points(batch, device), 100)
+
+    return make
+
+
+def convolutional(
+    batch: int, width: int, n_steps: int, low_precision: bool = False
+) -> Callable[[torch.device], Problem]:
+    """The paper's network has width 128."""
+
+    def make(device: torch.device) -> Problem:
+        torch.manual_seed(0)
+        energy = ResEnergy(width=width, image_size=32).to(device).requires_grad_(False)
+        return Problem(energy, images(batch, device), n_steps, low_precision=low_precision)
+
+    return make
+
+
+# --- contestants ----------------------------------------------------------------------------------
+
+
+def plain_loop(problem: Problem, score: Score, xi: Tensor | None = None) -> Tensor:
     """In place, noise into one buffer, no check of anything."""
-    score = score or case.score
-    x, noise = case.x0.clone(), torch.empty_like(case.x0)
-    for k in range(case.n_steps):
+    x = problem.start()
+    noise = torch.empty_like(x)
+    for k in range(problem.n_steps):
         x.add_(score(x), alpha=STEP_SIZE**2 / 2)
         x.add_(noise.normal_() if xi is None else xi[k], alpha=STEP_SIZE)
     return x
 
 
-def contestants(case: Case) -> dict[str, Run]:
-    """What is timed, each checked against the plain loop."""
-    sampler = LangevinSampler(**case.options())
-    xi = torch.randn(case.n_steps, *case.x0.shape, device=case.x0.device)
-    torch.testing.assert_close(
-        sampler(case.x0, xi=xi).x, plain_loop(case, xi), rtol=1e-4, atol=1e-4
-    )
-    runs: dict[str, Run] = {
-        "plain loop": lambda: plain_loop(case),
-        "ours": lambda: sampler(case.x0, key=KEY).x,
-    }
-    if (theirs := _torchebm(case)) is not None:
-        runs["torchebm"] = theirs
-    if (theirs := _jax(case, xi)) is not None:
-        runs["JAX scan"] = theirs
-    return runs
-
-
-def compiled_score(case: Case) -> Callable[[Tensor], Tensor]:
-    """The score as one compiled function of x."""
-    gradient = torch.compile(torch.func.grad(lambda x: case.function(x).sum()), dynamic=False)
-    return lambda x: gradient(x).neg()
-
-
-def harness_case(name: str, elements: int, steps: int, *, quick: bool = False) -> harness.Case:
-    """A chain as a case of the suite; all contestants run the same number of steps."""
-
-    def build(device: torch.device, with_compile: bool) -> harness.Contest:
-        case = make_case(name, device.type)
-        runs = contestants(case)
-        runs = {"ours": runs.pop("ours"), **runs}
-        missing = {} if "torchebm" in runs else {"torchebm": "not installed"}
-        if "JAX scan" not in runs:
-            missing["JAX scan"] = jax_chain.why_not(device) or jax_chain.NOT_WRITTEN
-        if not case.is_score and with_compile:
-            score = compiled_score(case)
-            runs["compiled gradient"] = lambda: plain_loop(case, score=score)
-        elif not case.is_score:
-            missing["compiled gradient"] = "compilation was left out of this run"
-        if device.type == "cuda":
-            runs["CUDA graph of plain loop"] = harness.cuda_graph(lambda: plain_loop(case))
-
-        def check() -> None:  # contestants() has checked the rest
-            if "compiled gradient" in runs:
-                torch.testing.assert_close(
-                    score(case.x0), case.score(case.x0), rtol=1e-4, atol=1e-4
-                )
-
-        return harness.Contest(runs, check, missing=missing)
-
-    return harness.Case(f"chain/{name}", build, elements, steps, quick=quick)
-
-
-def _torchebm(case: Case) -> Run | None:
-    """torchebm's sampler with the same energy or score; None where it is not installed."""
+def torchebm_chain(problem: Problem) -> tuple[Run, Callable[[], Tensor]] | str:
+    """(its sampler; the same with hardly any noise), or why it cannot compete."""
     try:
         from torchebm.core import BaseModel
         from torchebm.samplers import LangevinDynamics
-    except ImportError:
-        return None
+    except ImportError as error:
+        return f"not installed: {error}"
+    if problem.low_precision:
+        return "its state would be in bfloat16"
 
     class Model(BaseModel):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            return case.function(x)
+            return problem.function(x)
 
     class ScoreModel(Model):
         def gradient(self, x: Tensor) -> Tensor:
-            return -case.function(x)
+            return -problem.function(x)
 
-    device = case.x0.device
-    model = (ScoreModel if case.is_score else Model)(device=device)
-    eta = STEP_SIZE**2 / 2
-    sampler = LangevinDynamics(model, step_size=eta, noise_scale=1.0, device=device)
-    quiet = LangevinDynamics(model, step_size=eta, noise_scale=1e-20, device=device)
-    zeros = torch.zeros(case.n_steps, *case.x0.shape, device=device)
-    torch.testing.assert_close(
-        quiet.sample(case.x0.clone(), n_steps=case.n_steps), plain_loop(case, zeros),
-        rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
-    return lambda: sampler.sample(case.x0.clone(), n_steps=case.n_steps)
+    model = (ScoreModel if problem.is_score else Model)(device=problem.x0.device)
+
+    def chain(noise_scale: float) -> Callable[[], Tensor]:
+        sampler = LangevinDynamics(
+            model, step_size=STEP_SIZE**2 / 2, noise_scale=noise_scale, device=problem.x0.device
+        )
+        return lambda: sampler.sample(problem.x0.clone(), n_steps=problem.n_steps)
+
+    return chain(1.0), chain(1e-20)
 
 
-def _jax(case: Case, xi: Tensor) -> Run | None:
-    """A jitted scan; None without JAX for the device, or without the energy in JAX."""
-    if jax_chain.why_not(case.x0.device):
-        return None
-    made = jax_chain.make_chain(case.function, case.x0, case.n_steps, STEP_SIZE)
-    if made is None:
-        return None
-    run, supplied = made
-    torch.testing.assert_close(supplied(xi), plain_loop(case, xi), rtol=1e-4, atol=1e-4)
-    return run
+def case(
+    name: str,
+    make: Callable[[torch.device], Problem],
+    elements: int,
+    steps: int,
+    *,
+    compiled: bool = False,
+    **kw: Any,
+) -> Case:
+    """A chain as a case of the suite; all contestants make the same number of steps."""
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        problem = make(device)
+        assert (problem.x0.numel(), problem.n_steps) == (elements, steps), name
+        score = problem.score()
+        runs: dict[str, Run] = {}
+        missing: dict[str, str] = {}
+        scores = {"plain loop": score}
+        ours = problem.sampler(compile=compiled)
+        runs[OURS] = lambda: ours(problem.x0, key=KEY).x
+        if not compiled:
+            runs["plain loop"] = lambda: plain_loop(problem, score)
+        if with_compile and not problem.is_score:
+            fast = scores[COMPILED] = problem.compiled_score()
+            runs[COMPILED] = lambda: plain_loop(problem, fast)
+        elif not problem.is_score:
+            missing[COMPILED] = NOT_COMPILED
+        if name.startswith("mixture, closed form"):
+            by_autograd = mixture(device).score()
+            scores["plain loop, autograd"] = by_autograd
+            runs["plain loop, autograd"] = lambda: plain_loop(problem, by_autograd)
+        if problem.function is torch.neg:
+            runs["the score alone"] = lambda: [torch.neg(problem.x0) for _ in range(steps)]
+        quiet = None
+        if not compiled:
+            theirs = torchebm_chain(problem)
+            if isinstance(theirs, str):
+                missing[TORCHEBM] = theirs
+            else:
+                runs[TORCHEBM], quiet = theirs
+        jax = None
+        if reason := jax_chain.why_not(device, problem.function):
+            missing[JAX] = reason
+        else:
+            runs[JAX], jax = jax_chain.make_chain(problem.function, problem.x0, steps, STEP_SIZE)
+        if device.type == "cuda":
+            if not compiled:
+                add_graph(GRAPH, runs["plain loop"], runs, missing)
+            if COMPILED in runs:
+                add_graph(COMPILED_GRAPH, runs[COMPILED], runs, missing)
+        supplied = {OURS: lambda xi: ours(problem.x0, xi=xi).x}
+        supplied |= {n: lambda xi, s=s: plain_loop(problem, s, xi) for n, s in scores.items()}
+        if jax is not None:
+            supplied[JAX] = jax
+        unseen = {JAX, GRAPH, COMPILED_GRAPH} | ({OURS} if device.type == "cuda" else set())
+        return Contest(
+            runs,
+            lambda: check(problem, supplied, {} if quiet is None else {TORCHEBM: quiet}),
+            missing=missing,
+            flops=steps * counted_flops(lambda: score(problem.start())),
+            low_precision=problem.low_precision,
+            own_memory=frozenset(unseen),
+        )
+
+    return Case(f"chain/{name}", build, elements, steps, **kw)
+
+
+def check(
+    problem: Problem,
+    supplied: dict[str, Callable[[Tensor], Tensor]],
+    quiet: dict[str, Callable[[], Tensor]],
+) -> None:
+    """Every contestant against the plain loop: with the same normals, and by its drift alone.
+
+    The drift is compared by itself because noise is many times as large: a wrong gradient of a
+    network with weights as initialised would hide behind it.
+    """
+    reference = replace(problem, low_precision=False)
+    exact = reference.score()
+    shape = (problem.n_steps, *problem.x0.shape)
+    xi, zeros = torch.randn(shape, device=problem.x0.device), torch.zeros(shape).to(problem.x0)
+    end, still = (plain_loop(reference, exact, noise) for noise in (xi, zeros))
+    drift = still - problem.x0
+    tolerance = 5e-2 if problem.low_precision else 1e-3
+    for name, run in supplied.items():
+        torch.testing.assert_close(
+            run(xi), end, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name, moved in {
+        **{n: lambda r=r: r(zeros) for n, r in supplied.items()}, **quiet,
+    }.items():  # fmt: skip
+        error = ((moved() - still).norm() / drift.norm()).item()
+        assert error <= tolerance, f"{name}: its drift is off by {error:.2g} of its size"
 
 
 SUITE_CASES = (
-    harness_case("mixture, autograd", 2048, 50),
-    harness_case("mixture, closed form", 2048, 50),
-    harness_case("MLP", 2048, 50, quick=True),
-    harness_case("ResEnergy", 8 * 3072, 4),
-)
+    case("mixture, autograd", mixture, 2048, 50),
+    case("mixture, closed form", closed_form, 2048, 50),
+    case("mixture, compiled", mixture, 2048, 50, compiled=True),
+    case("cheap score, one chain", cheap_score, 2, 400),
+    case("MLP", mlp(1024), 2048, 100, quick=True),
+    case("MLP, compiled", mlp(1024), 2048, 100, compiled=True),
+    case("ResEnergy", convolutional(8, 16, 4), 8 * 3072, 4),
+    case("ResEnergy, compiled", convolutional(8, 16, 4), 8 * 3072, 4, compiled=True),
+    case("MLP, 4096 chains", mlp(4096), 8192, 100, devices=("cuda",)),
+    case("MLP, 4096 chains, compiled", mlp(4096), 8192, 100, compiled=True, devices=("cuda",)),
+    case("paper's network, 28", convolutional(28, 128, 30), 28 * 3072, 30, devices=("cuda",)),
+    case(
+        "paper's network, 28, bf16", convolutional(28, 128, 30, True), 28 * 3072, 30,
+        devices=("cuda",),
+    ),
+    case(
+        "paper's network, 28, bf16, compiled", convolutional(28, 128, 30, True), 28 * 3072, 30,
+        compiled=True, devices=("cuda",),
+    ),
+    case(
+        "paper's network, 128, bf16, compiled", convolutional(128, 128, 30, True), 128 * 3072, 30,
+        compiled=True, devices=("cuda",),
+    ),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("contestant", ["plain loop", "ours", "torchebm"])
-def test_chain(benchmark: Any, case: str, contestant: str, device: torch.device) -> None:
-    runs = contestants(make_case(case, device.type))
-    if contestant not in runs:
-        pytest.skip(f"{contestant} is not installed")
-
-    def run() -> None:
-        runs[contestant]()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=7, warmup_rounds=2)
-
-
-def seconds(run: Run, device: str) -> float:
-    begin = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def ratios(runs: dict[str, Run], name: str, repeats: int, device: str) -> str:
-    """Time of ``name`` by ours, in turns: median (20th to 80th percentile)."""
-    values = sorted(
-        seconds(runs[name], device) / seconds(runs["ours"], device) for _ in range(repeats)
-    )
-    low, high = values[repeats // 5], values[-1 - repeats // 5]
-    return f"{statistics.median(values):.2f} ({low:.2f} to {high:.2f})"
-
-
-def overhead(repeats: int, device: str) -> float:
-    """Microseconds per step of the default sampler beyond a cheap score, one chain."""
-    x0, n_steps = torch.zeros(1, 2, device=device), 400
-    sampler = LangevinSampler(score=torch.neg, n_steps=n_steps, step_size=STEP_SIZE)
-
-    def bare() -> None:
-        for _ in range(n_steps):
-            torch.neg(x0)
-
-    differences = [
-        seconds(lambda: sampler(x0, key=KEY), device) - seconds(bare, device)
-        for _ in range(repeats)
-    ]
-    return 1e6 * statistics.median(differences) / n_steps
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    print(f"{'case':<24}{'plain loop / ours':<26}torchebm / ours")
-    for name in CASES:
-        runs = contestants(make_case(name, args.device))
-        cells = [
-            ratios(runs, other, args.repeats, args.device) if other in runs else "not installed"
-            for other in ("plain loop", "torchebm")
-        ]
-        print(f"{name:<24}{cells[0]:<26}{cells[1]}", flush=True)
-    both = {
-        "autograd": contestants(make_case("mixture, autograd", args.device))["plain loop"],
-        "ours": contestants(make_case("mixture, closed form", args.device))["ours"],
-    }
-    print(
-        "plain loop with autograd / ours with the mixture's closed form: "
-        f"{ratios(both, 'autograd', args.repeats, args.device)}"
-    )
-    print(f"overhead: {overhead(args.repeats, args.device):.1f} µs per step beyond the score")
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
+def test_chain(benchmark: Any, case: Case, device: torch.device) -> None:
+    run_pytest(benchmark, case, device)

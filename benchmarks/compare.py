@@ -4,8 +4,8 @@
 
 Compared is what both runs measured in pairs: each baseline's time divided by ours. Ours got slower
 where the new ratio's 80th percentile lies below the base's 20th by more than 1%. Two runs on one
-GPU are compared by time as well. Exit status 1 when something got slower, 2 when the files cannot
-be compared.
+GPU are compared by time as well. Cases that only one file has are named. Exit status 1 when
+something got slower, 2 when the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def main() -> int:
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    for path, mine, other in ((args.base, base, new), (args.new, new, base)):
+        for case in by_case(mine).keys() - by_case(other).keys():
+            print(f"only in {path}: {case}")
     lines = regressions(base, new)
     print("\n".join(lines) if lines else "nothing got slower beyond noise")
     return int(bool(lines))

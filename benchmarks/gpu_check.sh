@@ -4,20 +4,23 @@
 #   benchmarks/gpu_check.sh [--dry-run] OUTDIR [stage…]
 #
 # Stages, in this order, all of them by default; each ends within STAGE_SECONDS (570):
-#   facts     device, driver, clocks, torch, compilers, commit
-#   build     the native library with CUDA code, or COOPFLOW_LIBRARY=/path/to/libcoopflow_ext.so
-#   tests     the tests that need a GPU, then all others that can run on it
-#   sanitize  compute-sanitizer: memcheck, then racecheck, over every op on small shapes
-#   bench     the operators' cases of benchmarks/suite.py, and the kernels' resource report
-#   models    its chains, flows and the rest; both add to OUTDIR/results.json case by case
-#   profile   ncu over the operators, where the machine allows it
-#   report    OUTDIR/table.md and plots from results.json
-#   pack      logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 8 files
+#   facts      device, driver, clocks, torch, compilers, commit
+#   build      the native library with CUDA code, or COOPFLOW_LIBRARY=/path/to/libcoopflow_ext.so
+#   tests      the tests that need a GPU, then all others that can run on it
+#   memcheck   compute-sanitizer over every op on small shapes: out-of-bounds and misaligned accesses
+#   racecheck  the same for races in shared memory
+#   bench      the operators' cases of benchmarks/suite.py, and the kernels' resource report
+#   models     its chains, flows and the rest; both add to OUTDIR/results.json case by case
+#   profile    ncu over every kernel on large shapes, where the machine allows it
+#   report     OUTDIR/table.md and plots from results.json
+#   pack       logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 8 files
 #
 # OUTDIR/summary.txt says how each stage ended. A stage that ended "ok" is not run again in the same
-# OUTDIR, and one that ran out of time goes on with the cases it lacks; one that failed, or that the
-# machine refused, does not stop the rest. Nothing is downloaded: PYTHON (python3) must have torch,
-# numpy, pytest and the other test requirements.
+# OUTDIR; one that ran out of time goes on with the tests or cases it lacks; one that failed, or that
+# the machine refused, does not stop the rest. Nothing is downloaded: PYTHON (python3) must have torch,
+# numpy, safetensors, tqdm, pytest, pytest-benchmark, pytest-timeout, hypothesis, scipy and mpmath,
+# and matplotlib for the plots; what else the tests use is skipped with its name where it is missing.
+# In a copy without git's history, COOPFLOW_COMMIT=… names the commit.
 # --dry-run goes through the same stages on the CPU and only collects tests and benchmarks.
 # Exit status: 0 unless a stage failed; a refused tool is no failure.
 set -uo pipefail
@@ -29,24 +32,25 @@ if [ "${1:-}" = --dry-run ]; then
   dry_run=1
   shift
 fi
-if [ $# -lt 1 ] || [ "$1" = --help ]; then
-  usage
-  [ "${1:-}" = --help ]
-  exit
-fi
+case ${1:-} in
+  --help) usage && exit ;;
+  '' | -*) usage >&2 && exit 2 ;;
+esac
 root=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "$1" || exit 1
+mkdir -p "$1" && touch "$1/summary.txt" || exit 1 # their message says why
 out=$(cd "$1" && pwd)
 shift
 stages=("$@")
-[ $# -gt 0 ] || stages=(facts build tests sanitize bench models profile report pack)
+all=(facts build tests memcheck racecheck bench models profile report pack)
+[ $# -gt 0 ] || stages=("${all[@]}")
+[ -z "${COOPFLOW_LIBRARY:-}" ] || COOPFLOW_LIBRARY=$(realpath -m "$COOPFLOW_LIBRARY")
 cd "$root" || exit 1
 
 PYTHON=${PYTHON:-python3}
 STAGE_SECONDS=${STAGE_SECONDS:-570}
 device=cuda
 [ "$dry_run" = 0 ] || device=cpu
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 REFUSED=77 # exit status of a stage whose tool this machine lacks or refuses
 
 # Prints a command and what it says, or that it is not there.
@@ -58,6 +62,7 @@ show() {
 stage_facts() {
   date -u +%Y-%m-%dT%H:%M:%SZ
   show git log -1 --format=%H
+  echo "COOPFLOW_COMMIT=${COOPFLOW_COMMIT:-}"
   show uname -a
   show nvidia-smi
   show nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit \
@@ -84,39 +89,65 @@ stage_build() {
   elif [ "$dry_run" = 1 ]; then
     echo "dry run: using the library in coopflow_ext/"
   else
-    local build=${TMPDIR:-/tmp}/coopflow-gpu-check-build
+    # A folder for each checkout: CMake refuses one that another source configured.
+    local build
+    build=${TMPDIR:-/tmp}/coopflow-gpu-check-$(echo "$root" | cksum | cut -d ' ' -f 1)
     COOPFLOW_CUDA=1 cmake -S . -B "$build" -DPython_EXECUTABLE="$(command -v "$PYTHON")" &&
-      cmake --build "$build" --parallel &&
+      cmake --build "$build" --parallel "$(nproc)" &&
       cmake --install "$build" --prefix "$build/stage" &&
       mv -f "$build"/stage/coopflow_ext/*.so coopflow_ext/ || return 1
   fi
-  "$PYTHON" -c "
+  "$PYTHON" - "$device" <<'PYTHON_CODE'
+import sys
+
 import torch
+
 from coopflow_ext import _extension
+
 print(_extension.load_library())
-print(torch.ops.coopflow.build_info())"
+print(torch.ops.coopflow.build_info())
+if sys.argv[1] == "cuda":
+    from coopflow_ext import Key, ops
+
+    print("on the GPU:", ops.normal((1, 4), Key(0).tensor("cuda")))
+PYTHON_CODE
 }
 
 stage_tests() {
   local mode=() status=0
   [ "$dry_run" = 0 ] || mode=(--collect-only -q)
-  "$PYTHON" -m pytest tests --device "$device" -m gpu "${mode[@]}" || status=$?
+  # Those that passed are noted, and left out when this stage is run again.
+  export COOPFLOW_TESTS_PASSED=$out/tests-passed.txt
+  mode+=(-p resume_tests --continue-on-collection-errors)
+  run_tests -m gpu "${mode[@]}" || status=$?
   # What compiles for minutes and never touches the device is left out.
-  "$PYTHON" -m pytest tests --device "$device" -m "not slow and not gpu" -k "not emulation" \
-    --ignore=tests/test_build.py --continue-on-collection-errors --durations=10 "${mode[@]}" ||
-    status=$?
+  run_tests -m "not slow and not gpu" -k "not emulation" --ignore=tests/test_build.py \
+    --durations=10 "${mode[@]}" || status=$?
   return $status
+}
+
+# pytest on the device; that nothing is left to run (5) is right.
+run_tests() {
+  local status=0
+  "$PYTHON" -m pytest tests --device "$device" "$@" || status=$?
+  [ $status = 5 ] || return $status
 }
 
 # Runs one tool of compute-sanitizer; tells a refusal of the device from a finding.
 sanitizer() { # tool, its options…
-  local log=$out/sanitize-$1.txt status
-  echo "--- compute-sanitizer --tool $*"
+  if [ "$dry_run" = 1 ]; then
+    echo "dry run: without compute-sanitizer, and once for both tools"
+    [ "$1" = racecheck ] || "$PYTHON" benchmarks/exercise_ops.py --device cpu
+    return
+  fi
+  local tool log=$out/sanitizer.txt status
+  tool=$(find_tool compute-sanitizer) || return $REFUSED
   # Without torch's caching allocator every tensor has its own bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$@" --error-exitcode 9 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$@" --error-exitcode 9 \
     "$PYTHON" benchmarks/exercise_ops.py --device cuda >"$log" 2>&1
   status=$?
-  tail -n 40 "$log"
+  head -n 2000 "$log" # the first finding counts
+  tail -n 5 "$log"
   if grep -q -i -E "device not supported|failed to initialize|not permitted" "$log"; then
     status=$REFUSED
   fi
@@ -124,19 +155,24 @@ sanitizer() { # tool, its options…
   return $status
 }
 
-stage_sanitize() {
-  if [ "$dry_run" = 1 ]; then
-    "$PYTHON" benchmarks/exercise_ops.py --device cpu
-    return
-  fi
-  if ! command -v compute-sanitizer >/dev/null; then
-    echo "compute-sanitizer: not found"
-    return $REFUSED
-  fi
-  # Calls that fail are no finding: the runtime asks the driver for functions that it may lack, and
-  # this library raises.
-  sanitizer memcheck --report-api-errors no || return
-  sanitizer racecheck
+# Calls that fail are no finding: the runtime asks the driver for functions that it may lack, and
+# this library raises.
+stage_memcheck() { sanitizer memcheck --report-api-errors no; }
+
+stage_racecheck() { sanitizer racecheck; }
+
+# Prints where a tool of the CUDA toolkit is; else says that it is missing.
+find_tool() {
+  local path
+  for path in "$(command -v "$1")" "${CUDA_HOME:-/usr/local/cuda}"/bin/"$1" \
+    /opt/nvidia/nsight-compute/*/"$1"; do
+    if [ -x "$path" ]; then
+      echo "$path"
+      return
+    fi
+  done
+  echo "$1: not found" >&2
+  return 1
 }
 
 # Adds the cases that match the patterns to OUTDIR/results.json.
@@ -158,18 +194,21 @@ stage_models() {
 
 stage_profile() {
   if [ "$dry_run" = 1 ]; then
-    echo "dry run: ncu would profile benchmarks/exercise_ops.py, which sanitize has run"
+    "$PYTHON" benchmarks/exercise_ops.py --large --device cpu
     return
   fi
-  if ! command -v ncu >/dev/null; then
-    echo "ncu: not found"
-    return $REFUSED
-  fi
-  local log=$out/ncu.txt status
-  ncu --set basic --launch-count 60 "$PYTHON" benchmarks/exercise_ops.py --device cuda >"$log" 2>&1
+  local tool log=$out/ncu.txt status
+  tool=$(find_tool ncu) || return $REFUSED
+  # Our kernels only, by name, at the clocks that the benchmarks ran at.
+  "$tool" --set basic --clock-control none --launch-count 60 \
+    --kernel-name 'regex:^(affine_coupling|apply_moments|gradient_moments|langevin|mixture|random_k|sum_chunks)' \
+    "$PYTHON" benchmarks/exercise_ops.py --large --device cuda >"$log" 2>&1
   status=$?
   cat "$log"
-  ! grep -q -i -E "ERR_NVGPUCTRPERM|not supported" "$log" || status=$REFUSED
+  if grep -q -i "no kernels were profiled" "$log"; then status=1; fi
+  if grep -q -i -E "ERR_NVGPUCTRPERM|not supported|failed to initialize" "$log"; then
+    status=$REFUSED
+  fi
   rm -f "$log"
   return $status
 }
@@ -187,7 +226,7 @@ stage_pack() {
   local logs=() name
   cd "$out" || return 1
   [ ! -f logs.tar.gz ] || tar -xzf logs.tar.gz --skip-old-files # those of an earlier run
-  for name in {facts,build,tests,sanitize,bench,models,profile,report}.log; do
+  for name in {facts,build,tests,memcheck,racecheck,bench,models,profile,report}.log; do
     [ ! -f "$name" ] || logs+=("$name")
   done
   [ ${#logs[@]} -gt 0 ] || return 0
@@ -203,7 +242,7 @@ fi
 failed=0
 for stage in "${stages[@]}"; do
   if ! declare -F "stage_$stage" >/dev/null; then
-    echo "unknown stage '$stage': facts, build, tests, sanitize, bench, models, profile, report or pack" >&2
+    echo "unknown stage '$stage': one of ${all[*]}" >&2
     exit 2
   fi
   if [ "$stage" != pack ] && grep -q "^$stage ok" "$out/summary.txt" 2>/dev/null; then

@@ -4,7 +4,8 @@ A `Case` builds a `Contest`: the functions to compare, "ours" first, a check of 
 bytes that each has to move. `measure` checks, warms up, chooses how many calls make one sample, and
 takes one sample of every contestant per round, in an order that turns with the round. So a machine
 that others use slows all of them alike, and the ratio of a round is a paired observation. Reported
-are the median and the 20th and 80th percentile over rounds.
+are the median and the 20th and 80th percentile over rounds. All compute float32 in float32: none
+uses TF32.
 
 Time comes from device events on CUDA and from the host's clock on the CPU. A case with `cold` works
 through copies of its data that together exceed four times the last-level cache.
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,17 +31,27 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from coopflow_ext._extension import native
 
 Run = Callable[[], Any]
 OURS = "ours"
 ROOT = Path(__file__).resolve().parent.parent
 MAX_COPIES = 64
+NOT_COMPILED = "compilation was left out of this run"
 RESOLUTION = 0.01
 """Two equal functions differ by up to some 0.5% for good: addresses, placement of code. No ratio is
 told from another that is nearer than this."""
+EXPLAINED_BELOW = 0.6
+"""A memory-bound contestant that reaches a smaller share of the copy's bandwidth says why."""
+SMALL_SECONDS = 2e-5
+"""What moves its bytes in less than this at the copy's bandwidth is bound by calls and launches."""
 
 
 class WrongResultError(AssertionError):
@@ -55,8 +67,16 @@ class Contest:
     """Raises AssertionError when a contestant is wrong; may change the data."""
     expected_bytes: Mapping[str, int] = field(default_factory=dict)
     """What a memory-bound contestant must read and write, with each operator's own traffic."""
+    limited_by: Mapping[str, str] = field(default_factory=dict)
+    """What else than memory limits a contestant that stays below `EXPLAINED_BELOW`."""
     missing: dict[str, str] = field(default_factory=dict)
     """Contestants that cannot run here, and why."""
+    flops: int = 0
+    """Of the matrix products and convolutions that one call needs; 0: none to speak of."""
+    low_precision: bool = False
+    """The products are in bfloat16, and are held to its rate."""
+    own_memory: frozenset[str] = frozenset()
+    """Contestants whose memory is not torch's allocator's during a call: JAX's, a CUDA graph's."""
     by_part: bool = False
     """The functions return seconds by part, "whole" among them, and are timed by that."""
 
@@ -69,7 +89,6 @@ class Case:
     build: Callable[[torch.device, bool], Contest]
     elements: int
     steps: int = 1
-    flops: int = 0
     quick: bool = False
     cold: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -85,6 +104,7 @@ class Effort:
 
 
 QUICK = Effort(rounds=7, sample_seconds=0.005, with_compile=False)
+PYTEST = Effort(rounds=7, sample_seconds=0.005)
 FULL = Effort()
 
 
@@ -134,8 +154,11 @@ def paired_samples(
     for run in runs.values():
         seconds_of(run, 2, device)  # warm-up: compilation, allocator, caches
     # The best of several, in turns: what else the machine does can hold up a few calls in a row.
-    passes = [{name: seconds_of(run, 2, device) for name, run in runs.items()} for _ in range(10)]
-    once = {name: max(min(seconds[name] for seconds in passes), 1e-7) for name in runs}
+    once = dict.fromkeys(runs, math.inf)
+    for i in range(10):
+        for name, run in runs.items():
+            if i < 2 or once[name] < 2 * effort.sample_seconds:  # else one call is a sample
+                once[name] = min(once[name], max(seconds_of(run, 2, device), 1e-7))
     calls = {}
     for name, seconds in once.items():
         # Contestants that are about as fast get the same number of calls: in a shorter sample the
@@ -143,24 +166,26 @@ def paired_samples(
         rivals = [other for other in once.values() if seconds / 2 <= other <= 2 * seconds]
         calls[name] = max(1, min(100_000, math.ceil(effort.sample_seconds / min(rivals))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for i in range(effort.rounds):
+    for name in in_turns(list(runs), effort.rounds):
+        samples[name].append(seconds_of(runs[name], calls[name], device))
+    return samples, calls
+
+
+def in_turns(names: list[str], rounds: int) -> Iterator[str]:
+    """Every name once in each round, each round in another order."""
+    for i in range(rounds):
         turn = i // 2 % len(names)
         order = names[turn:] + names[:turn]
-        for name in order if i % 2 == 0 else reversed(order):
-            samples[name].append(seconds_of(runs[name], calls[name], device))
-    return samples, calls
+        yield from order if i % 2 == 0 else reversed(order)
 
 
 def samples_by_part(runs: Mapping[str, Run], effort: Effort) -> dict[str, list[dict[str, float]]]:
     """Seconds by part of each contestant in each round."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-    names = list(runs)
-    for name in names:
-        runs[name]()
-    for i in range(effort.rounds):
-        for name in names if i % 2 == 0 else reversed(names):
-            samples[name].append(runs[name]())
+    for run in runs.values():
+        run()
+    for name in in_turns(list(runs), effort.rounds):
+        samples[name].append(runs[name]())
     return samples
 
 
@@ -177,24 +202,79 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def stats(values: list[float], calls: int) -> dict[str, Any]:
     """pytest-benchmark's fields for seconds per call, with p20 and p80 added."""
-    quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else None
-    q1, q3 = (quarters[0], quarters[2]) if quarters else (values[0], values[0])
-    mean = statistics.fmean(values)
+    several = len(values) > 1
+    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if several else values * 3
+    mean, stddev = statistics.fmean(values), statistics.stdev(values) if several else 0.0
+    low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
+    inside = [v for v in values if low <= v <= high]
+    beyond = sum(abs(v - mean) > stddev for v in values)
     return {
         "min": min(values),
         "max": max(values),
         "mean": mean,
-        "stddev": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "stddev": stddev,
         "rounds": len(values),
         "iterations": calls,
         "q1": q1,
         "q3": q3,
         "iqr": q3 - q1,
+        "ld15iqr": min(inside),
+        "hd15iqr": max(inside),
+        "stddev_outliers": beyond,
+        "iqr_outliers": len(values) - len(inside),
+        "outliers": f"{beyond};{len(values) - len(inside)}",
         "ops": 1 / mean,
         "total": sum(values) * calls,
         **spread(values),
         "data": values,
     }
+
+
+# --- what a computation needs ---------------------------------------------------------------------
+
+# Operators that do not read their first argument, and those that move nothing at all.
+_ONLY_WRITE = {
+    "copy_", "normal_", "uniform_", "zero_", "fill_",
+    "randn_like", "rand_like", "zeros_like", "ones_like", "full_like", "new_zeros",
+}  # fmt: skip
+_MOVE_NOTHING = {"empty", "empty_like", "empty_strided", "detach", "_local_scalar_dense"}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what operators read and write, views apart, and their matrix arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        name = packet.__name__
+        if func.is_view or name in _MOVE_NOTHING:
+            return out
+        read = args[1:] if name in _ONLY_WRITE else args
+        tensors = [t for t in tree_leaves((read, kwargs, out)) if isinstance(t, Tensor)]
+        # What is expanded is read from memory once.
+        self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+        return out
+
+
+def counted_bytes(run: Run) -> int:
+    """What the PyTorch operators of one call read and write."""
+    with _Counter() as counter:
+        run()
+    return counter.bytes
+
+
+def counted_flops(run: Run) -> int:
+    """Floating-point operations of one call's matrix products and convolutions."""
+    with _Counter() as counter:
+        run()
+    return counter.flops
 
 
 # --- one case -------------------------------------------------------------------------------------
@@ -208,8 +288,12 @@ def checked(case: Case, device: torch.device, with_compile: bool) -> Contest:
     """
     contest = case.build(device, with_compile)
     try:
-        contest.check()
-    except AssertionError as error:
+        with warnings.catch_warnings():
+            # A sampler that cannot compile or capture warns and goes on without: another contest.
+            for option in ("compile", "cuda_graph"):
+                warnings.filterwarnings("error", message=option)
+            contest.check()
+    except (AssertionError, UserWarning) as error:
         raise WrongResultError(
             f"{case.name}: wrong result, so nothing was timed: {error}"
         ) from error
@@ -227,11 +311,15 @@ def measure(
     case: Case, device: torch.device, effort: Effort, limits: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Check and time a case: records in pytest-benchmark's format, and what was not measured."""
+    # One compiled function may serve many cases, and torch stops compiling it after a few shapes.
+    torch._dynamo.reset()
     contest = checked(case, device, effort.with_compile)
     gaps = [
         {"case": case.name, "contestant": name, "reason": reason}
         for name, reason in contest.missing.items()
     ]
+    parts_of = {}
+    copies = 1
     if contest.by_part:
         rows = samples_by_part(contest.runs, effort)
         samples = {name: [row["whole"] for row in parts] for name, parts in rows.items()}
@@ -240,36 +328,21 @@ def measure(
             name: {part: statistics.median(r[part] for r in parts) for part in parts[0]}
             for name, parts in rows.items()
         }
-        copies = 1
     else:
         copies = copies_beyond_cache(case, contest, device)
         more = [checked(case, device, effort.with_compile) for _ in range(copies - 1)]
         runs = {n: in_rotation([c.runs[n] for c in (contest, *more)]) for n in contest.runs}
         samples, calls = paired_samples(runs, device, effort)
-        parts_of = {}
     records = []
     for name, values in samples.items():
-        per_call = statistics.median(values)
-        extra: dict[str, Any] = {
-            "elements": case.elements,
-            "steps": case.steps,
-            "copies": copies,
-            "nanoseconds_per_element": 1e9 * per_call / (case.elements * case.steps),
-            "microseconds_per_step": 1e6 * per_call / case.steps,
-        }
+        extra = facts(case, contest, name, statistics.median(values), limits)
+        extra["copies"] = copies
         if name != OURS:
             ratios = [t / ours for t, ours in zip(values, samples[OURS], strict=True)]
             extra["ratio_to_ours"] = spread(ratios)
-        if name in contest.expected_bytes:
-            expected = contest.expected_bytes[name]
-            extra["expected_bytes"] = expected
-            extra["share_of_copy"] = expected / per_call / limits["copy_bytes_per_second"]
-        if case.flops:
-            extra["flops"] = case.flops
-            extra["share_of_matmul"] = case.flops / per_call / limits["matmul_flops_per_second"]
         if name in parts_of:
             extra["parts"] = parts_of[name]
-        if not contest.by_part:
+        if name not in contest.own_memory:
             extra["memory_peak_bytes"] = peak_bytes(contest.runs[name], device)
         records.append(
             {
@@ -283,6 +356,32 @@ def measure(
             }
         )
     return records, gaps
+
+
+def facts(
+    case: Case, contest: Contest, name: str, seconds: float, limits: Mapping[str, float]
+) -> dict[str, Any]:
+    """A contestant's time per step and element, and its shares of the device's limits."""
+    extra: dict[str, Any] = {
+        "elements": case.elements,
+        "steps": case.steps,
+        "nanoseconds_per_element": 1e9 * seconds / (case.elements * case.steps),
+        "microseconds_per_step": 1e6 * seconds / case.steps,
+    }
+    if name in contest.expected_bytes:
+        expected = contest.expected_bytes[name]
+        at_best = expected / limits["copy_bytes_per_second"]
+        extra["expected_bytes"] = expected
+        extra["share_of_copy"] = at_best / seconds
+        if at_best < EXPLAINED_BELOW * seconds:
+            small = f"calls and launches: its bytes take {1e6 * at_best:.2g} µs"
+            other = contest.limited_by.get(name, "not explained")
+            extra["limited_by"] = small if at_best < SMALL_SECONDS else other
+    if contest.flops:
+        kind = "bfloat16" if contest.low_precision else "float32"
+        extra["flops"] = contest.flops
+        extra["share_of_matmul"] = contest.flops / seconds / limits[f"{kind}_flops_per_second"]
+    return extra
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
@@ -338,21 +437,40 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def measured_limits(device: torch.device, quick: bool) -> dict[str, float]:
-    """Copy bandwidth (read and written bytes) and the float32 matrix rate of this device, now."""
+    """Copy bandwidth (read and written bytes) and the matrix rates of this device, now."""
     size = 4 * cache_bytes(device) // 4
     source, target = torch.rand(size, device=device), torch.empty(size, device=device)
     n = (1024 if quick else 2048) if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    calls = 1 if device.type == "cpu" else 10  # so that a launch's own time does not count
 
     def best(run: Run, rounds: int) -> float:
         seconds_of(run, 1, device)
-        return min(seconds_of(run, 1, device) for _ in range(rounds))
+        return min(seconds_of(run, calls, device) for _ in range(rounds))
+
+    def matrix_rate(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return 2 * n**3 / best(lambda: torch.mm(a, b), rounds)
 
     rounds = 3 if quick else 10
-    return {
-        "copy_bytes_per_second": 2 * 4 * size / best(lambda: target.copy_(source), rounds),
-        "matmul_flops_per_second": 2 * n**3 / best(lambda: torch.mm(a, b), rounds),
-    }
+    with full_float32():
+        return {
+            "copy_bytes_per_second": 2 * 4 * size / best(lambda: target.copy_(source), rounds),
+            "float32_flops_per_second": matrix_rate(torch.float32),
+            "bfloat16_flops_per_second": matrix_rate(torch.bfloat16),
+        }
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """The same precision for every contestant: no TF32 in products or convolutions."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -366,17 +484,18 @@ def machine(device: torch.device) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "python_version": platform.python_version(),
         "torch": torch.__version__,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "tf32": False,
+        "library": json.loads(native().build_info()),
         "device": device.type,
         "device_name": _cpu_name(),
     }
     if device.type == "cuda":
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        values = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or ""
         info |= {
             "device_name": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
-            query: _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+            "nvidia_smi": {query: values.splitlines()},
         }
     return info
 
@@ -397,22 +516,28 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
+    """Of this tree; a copy without git's history may name it in COOPFLOW_COMMIT."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return {"id": _output("git", "rev-parse", "HEAD"), "dirty": bool(status)}
+    head = _output("git", "rev-parse", "HEAD")
+    return {"id": head or os.environ.get("COOPFLOW_COMMIT"), "dirty": bool(status)}
 
 
-def new_report(device: torch.device, limits: Mapping[str, float], command: str) -> dict[str, Any]:
+def new_report(
+    device: torch.device, limits: Mapping[str, float], command: str, quick: bool
+) -> dict[str, Any]:
     """A report without cases: pytest-benchmark's top level, extended."""
     return {
         "version": "coopflow-bench-1",
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
+        "quick": quick,
         "machine_info": machine(device),
         "commit_info": commit(),
         "limits": dict(limits),
         "benchmarks": [],
         "not_measured": [],
         "finished": [],
+        "failed": [],
     }
 
 
@@ -429,19 +554,25 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 def run_pytest(benchmark: Any, case: Case, device: torch.device) -> None:
     """Check and measure a case in turns; pytest-benchmark's own figure is of ours."""
     if device.type not in case.devices:
+        import pytest
+
         pytest.skip(f"{case.name} does not run on {device.type}")
     limits = measured_limits(device, quick=True)
-    records, gaps = measure(case, device, QUICK, limits)
-    benchmark.group = case.name
-    benchmark.extra_info["contestants"] = {r["name"]: r["extra_info"] for r in records}
-    benchmark.extra_info["not_measured"] = gaps
-    ours = checked(case, device, with_compile=False).runs[OURS]
+    with full_float32():
+        records, gaps = measure(case, device, PYTEST, limits)
+        benchmark.group = case.name
+        benchmark.extra_info["contestants"] = {
+            r["name"]: {**r["extra_info"], "seconds": r["stats"]["median"]} for r in records
+        }
+        benchmark.extra_info["limits"] = limits
+        benchmark.extra_info["not_measured"] = gaps
+        ours = checked(case, device, with_compile=True).runs[OURS]
 
-    def run() -> None:
-        ours()
-        synchronize(device)
+        def run() -> None:
+            ours()
+            synchronize(device)
 
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
 # --- pieces that several cases use ----------------------------------------------------------------
@@ -459,6 +590,14 @@ def cuda_graph(run: Run) -> Run:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]) -> None:
+    """The run as a CUDA graph among the contestants, or why it cannot be captured."""
+    try:
+        runs[name] = cuda_graph(run)
+    except RuntimeError as error:
+        missing[name] = f"cannot be captured: {str(error).strip().splitlines()[0]}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ otherwise.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,17 @@ from coopflow_ext.energies import GaussianMixtureEnergy, MLPEnergy
 NOT_WRITTEN = "this energy is not written in JAX"
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why JAX cannot compete on the device; None where it can."""
+def why_not(device: torch.device, function: Callable[[Tensor], Tensor]) -> str | None:
+    """Why JAX cannot compete on the device with this energy or score; None where it can."""
     if importlib.util.find_spec("jax") is None:
         return "not installed"
+    # Else it takes three quarters of the GPU's memory at its first use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")  # no TF32, as all others
+    if _score(function) is None:
+        return NOT_WRITTEN
 
     wanted = "gpu" if device.type == "cuda" else device.type
     found = jax.default_backend()
@@ -71,17 +78,13 @@ def _score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any] | None:
 
 def make_chain(
     function: Callable[[Tensor], Tensor], x0: Tensor, n_steps: int, step_size: float
-) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]] | None:
-    """(a whole chain with JAX's own noise, waited for; the same on supplied normals (T, B, D)).
-
-    None where the energy is not written in JAX.
-    """
+) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
+    """(a whole chain with JAX's own noise, waited for; the same on supplied normals (T, B, D))."""
     import jax
     import jax.numpy as jnp
 
     score = _score(function)
-    if score is None:
-        return None
+    assert score is not None
     start = _array(x0)
 
     def step(x: Any, noise: Any) -> Any:

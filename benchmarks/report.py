@@ -67,10 +67,65 @@ def table(report: Report) -> str:
             time = f"1 ({1e6 * ours['stats']['median']:.1f} µs)"
             rows.append([case, OURS, time, "-" if share is None else f"{share:.0%}"])
         rows += [_cells(case, n, r, on_gpu) for n, r in records.items() if n != OURS]
-    for gap in report["not_measured"]:
-        cells = [gap["case"], gap["contestant"], f"not measured: {gap['reason']}"]
-        rows.append(cells + ["-"] * (len(header) - 3))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    gaps = [(g["case"], g["contestant"], f"not measured: {g['reason']}") for g in
+            report["not_measured"]]  # fmt: skip
+    gaps += [(f["case"], "all", f"FAILED: {f['error']}") for f in report.get("failed", ())]
+    rows += [[*gap, *["-"] * (len(header) - 3)] for gap in gaps]
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows)
+
+
+def details(report: Report) -> str:
+    """Per step and element, shares of the limits, memory: everything that is no ratio.
+
+    Absolute times only from a GPU.
+    """
+    on_gpu = report["machine_info"]["device"] == "cuda"
+    header = ["case", "contestant", "expected MB", "share of copy", "limited by (below 60%)"]
+    header += ["share of matrix rate", "memory peak, MB"]
+    header += ["µs per step", "ns per element and step"] if on_gpu else []
+    rows = [header, ["---"] * len(header)]
+
+    def cell(extra: dict[str, Any], name: str, form: str, scale: float = 1) -> str:
+        return "-" if name not in extra else format(extra[name] * scale, form)
+
+    for case, records in by_case(report).items():
+        for name, record in records.items():
+            extra = record["extra_info"]
+            cells = [
+                case,
+                name,
+                cell(extra, "expected_bytes", ".3g", 1e-6),
+                cell(extra, "share_of_copy", ".0%"),
+                extra.get("limited_by", "-"),
+                cell(extra, "share_of_matmul", ".1%"),
+                cell(extra, "memory_peak_bytes", ".3g", 1e-6),
+            ]
+            if on_gpu:
+                cells += [cell(extra, "microseconds_per_step", ".4g")]
+                cells += [cell(extra, "nanoseconds_per_element", ".3g")]
+            rows.append(cells)
+    return _markdown(rows)
+
+
+def parts(report: Report) -> str:
+    """Each part's share of ours, and the others' time for it divided by ours."""
+    lines = []
+    for case, records in by_case(report).items():
+        if "parts" not in records[OURS]["extra_info"]:
+            continue
+        ours = records[OURS]["extra_info"]["parts"]
+        others = {n: r["extra_info"]["parts"] for n, r in records.items() if n != OURS}
+        rows = [["part", "share of ours", *(f"{n} / ours" for n in others)]]
+        rows.append(["---"] * len(rows[0]))
+        for part, seconds in ours.items():
+            ratios = [f"{o[part] / seconds:.2f}" if part in o else "-" for o in others.values()]
+            rows.append([part, f"{seconds / ours['whole']:.0%}", *ratios])
+        lines.append(f"**{case}**\n\n{_markdown(rows)}")
+    return "\n\n".join(lines)
 
 
 def provenance(report: Report) -> str:
@@ -83,12 +138,28 @@ def provenance(report: Report) -> str:
             " **Provisional: the cores were shared with other work**, which delays two-thread "
             "loops at random; read the percentiles, and trust no single ratio."
         )
+    clocks = "".join(f", {k} {v}" for k, v in info.get("nvidia_smi", {}).items())
+    named = str(commit["id"])[:10] if commit["id"] else "not known"
     return (
         f"{info['device_name']}, {info['threads']} threads of {info['cores']} cores, load average "
         f"{info['load_average']} at the start, torch {info['torch']}, {report['datetime'][:10]}, "
-        f"commit {str(commit['id'])[:10]}{state}: `{report['command']}`. Above 1, ours is faster."
-        f"{busy}"
+        f"commit {named}{state}: `{report['command']}`. Above 1, ours is faster."
+        f"{clocks}{busy}"
     )
+
+
+def rates(report: Report) -> str:
+    """The limits, which were measured in the same run; absolute only on a GPU."""
+    found = report["limits"]
+    names = {
+        "copy_bytes_per_second": ("copy", 1e-9, "GB/s"),
+        "float32_flops_per_second": ("float32 products", 1e-12, "TFLOP/s"),
+        "bfloat16_flops_per_second": ("bfloat16 products", 1e-12, "TFLOP/s"),
+    }
+    return "Limits, measured in the same run: " + ", ".join(
+        f"{label} {found[name] * scale:.4g} {unit}"
+        for name, (label, scale, unit) in names.items() if name in found
+    )  # fmt: skip
 
 
 def readme_block(reports: dict[str, Report]) -> str:
@@ -128,32 +199,51 @@ def plot_ratios(report: Report, path: Path) -> None:
         for name, r in records.items()
         if name != OURS
     ]
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(bars)))
-    medians = [ratio["median"] for _, ratio in bars]
-    below = [r["median"] - r["p20"] for _, r in bars]
-    above = [r["p80"] - r["median"] for _, r in bars]
-    axes.barh([label for label, _ in bars], medians, xerr=[below, above])
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.24 * len(bars)))
+    for row, (_, ratio) in enumerate(bars):
+        color = "tab:blue" if ratio["median"] >= 1 else "tab:orange"
+        axes.barh(row, ratio["median"] - 1, left=1, color=color)
+        axes.plot([ratio["p20"], ratio["p80"]], [row, row], color="black", linewidth=1.5)
+        at = max(1.0, ratio["p80"])
+        axes.annotate(f" {ratio['median']:.3g}", (at, row), va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("time / ours (above 1, ours is faster)")
-    axes.invert_yaxis()
+    axes.set_xlabel("time / ours, median and 20th to 80th percentile (above 1, ours is faster)")
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.margins(x=0.1)
     _save(figure, path)
 
 
 def plot_sizes(report: Report, path: Path) -> None:
-    """Time per call of ours against the number of elements, one line per family and dtype."""
+    """Time per call against the number of elements, of what was measured at several sizes.
+
+    A panel for each family and dtype, a line for each contestant.
+    """
     plt = _pyplot()
-    lines: dict[str, list[tuple[int, float]]] = {}
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for case, records in by_case(report).items():
-        record = records[OURS]
         family = case.removesuffix("/cold").rpartition("/")[0]
-        point = (record["extra_info"]["elements"], record["stats"]["median"])
-        lines.setdefault(family, []).append(point)
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for family, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=family)
-    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds per call")
-    axes.legend(fontsize=7)
+        for name, record in records.items():
+            point = (record["extra_info"]["elements"], record["stats"]["median"])
+            panels.setdefault(family, {}).setdefault(name, []).append(point)
+    several = {
+        family: {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+        for family, lines in panels.items()
+        if family and family != "chain" and len({size for size, _ in lines[OURS]}) > 1
+    } or panels
+    figure, grid = plt.subplots(
+        (len(several) + 1) // 2, 2, figsize=(11, 3.6 * ((len(several) + 1) // 2)), squeeze=False
+    )
+    for axes, (family, lines) in zip(grid.flat, several.items(), strict=False):
+        for name, points in lines.items():
+            width = 2.5 if name == OURS else 1
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=width)
+        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="seconds per call")
+        axes.set_title(family, fontsize=9)
+        axes.legend(fontsize=6)
+    for axes in list(grid.flat)[len(several) :]:
+        axes.set_axis_off()
     _save(figure, path)
 
 
@@ -161,19 +251,27 @@ def plot_roofline(report: Report, path: Path) -> None:
     """Bytes per second that each memory-bound contestant reached, under the copy's."""
     plt = _pyplot()
     limit = report["limits"]["copy_bytes_per_second"]
-    points = [
-        (r["extra_info"]["expected_bytes"], r["extra_info"]["share_of_copy"] * limit, name == OURS)
-        for records in by_case(report).values()
-        for name, r in records.items()
-        if "share_of_copy" in r["extra_info"]
-    ]
+    points: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+    for case, records in by_case(report).items():
+        for name, record in records.items():
+            extra = record["extra_info"]
+            if "share_of_copy" in extra:
+                key = (case.partition("/")[0], name == OURS)
+                point = (extra["expected_bytes"], extra["share_of_copy"] * limit)
+                points.setdefault(key, []).append(point)
     figure, axes = plt.subplots(figsize=(8, 5))
-    for ours, label in ((True, OURS), (False, "others")):
-        chosen = [(size, rate) for size, rate, is_ours in points if is_ours == ours]
-        axes.scatter(*(zip(*chosen, strict=True) if chosen else ((), ())), label=label)
+    families = list(dict.fromkeys(family for family, _ in points))
+    for (family, is_ours), found in points.items():
+        color, marker = f"C{families.index(family)}", "o" if is_ours else "x"
+        label = f"{family}, {'ours' if is_ours else 'others'}"
+        axes.scatter(*zip(*found, strict=True), label=label, color=color, marker=marker)
     axes.axhline(limit, color="black", linewidth=1, label="copy, measured in the same run")
+    sizes = [size for found in points.values() for size, _ in found]
+    if sizes:
+        ends = [min(sizes), max(sizes)]
+        axes.plot(ends, [0.6 * limit] * 2, color="grey", linestyle=":", label="60% of it")
     axes.set(xscale="log", yscale="log", xlabel="expected bytes", ylabel="bytes per second")
-    axes.legend()
+    axes.legend(fontsize=7)
     _save(figure, path)
 
 
@@ -195,7 +293,8 @@ def _save(figure: Any, path: Path) -> None:
 def write(report: Report, folder: Path) -> None:
     """table.md, ratios.png, sizes.png and roofline.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(f"{table(report)}\n\n{provenance(report)}\n")
+    sections = [table(report), provenance(report), rates(report), parts(report), details(report)]
+    (folder / "table.md").write_text("\n\n".join(filter(None, sections)) + "\n")
     if not report["benchmarks"]:
         return
     plot_ratios(report, folder / "ratios.png")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import itertools
 import json
@@ -263,10 +264,17 @@ def disassemble(library: Path, option: str) -> Iterator[str]:
 def read_kernels(library: Path) -> list[Kernel]:
     """Every kernel of a library, once per architecture that it was compiled for.
 
+    A library is disassembled once in a process, which takes some seconds.
+
     Raises:
         ToolMissingError: the disassembler is not installed.
         RuntimeError: the disassembler failed; the message is its own.
     """
+    return _read_kernels(library, library.stat().st_mtime_ns if library.exists() else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_kernels(library: Path, _written_at: int) -> list[Kernel]:
     kernels: dict[tuple[str, str], Kernel] = {}
     for option in ("-res-usage", "-sass"):
         arch, kernel = "", None

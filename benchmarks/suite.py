@@ -3,7 +3,8 @@
     python benchmarks/suite.py [--quick] [--device cpu|cuda] [--out DIR] [--case PATTERN] [--list]
 
 DIR/results.json is written after every case, so an interrupted run keeps what it finished;
-`--resume` goes on with the rest.
+`--resume` goes on with the rest. A case that fails, because a contestant's result is wrong or it
+cannot run, has no figures; the others are measured, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +24,13 @@ from harness import (
     QUICK,
     Case,
     command_line,
+    full_float32,
     measure,
     measured_limits,
     new_report,
     write_json,
 )
+from report import load
 
 MODULES = (
     "bench_langevin",
@@ -73,7 +75,8 @@ def open_report(path: Path, resume: bool) -> dict[str, Any] | None:
     """The report to go on with, or None for a new one; the folder is known to be writable after.
 
     Raises:
-        ValueError: the folder cannot be written, or holds results that nobody said to continue.
+        ValueError: the folder cannot be written, or holds results that nobody said to continue, or
+            something else.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +89,22 @@ def open_report(path: Path, resume: bool) -> dict[str, Any] | None:
         return None
     if not resume:
         raise ValueError(f"{path} exists: give another --out, or --resume to add what it lacks")
-    report: dict[str, Any] = json.loads(path.read_text())
-    return report
+    return load(path)
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises ValueError unless results of both can stand in one file."""
+    facts = {
+        "the device": lambda r: r["machine_info"]["device_name"],
+        "torch": lambda r: r["machine_info"]["torch"],
+        "the commit": lambda r: r["commit_info"]["id"],
+        "--quick": lambda r: r.get("quick"),
+    }
+    for name, fact in facts.items():
+        if fact(old) != fact(new):
+            raise ValueError(
+                f"--resume: {name} was {fact(old)} and is {fact(new)}; give another --out"
+            )
 
 
 def run(
@@ -99,33 +116,59 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cases, print each as it ends and write `out`/results.json.
 
+    Cases that failed are under "failed" in the report, with the reason; a resumed run tries them
+    again.
+
     Raises:
         ValueError: a device, a case or a folder that will not do; nothing was measured then.
         KeyboardInterrupt: with a message that says where the finished cases are.
-        WrongResultError: a contestant is wrong; the finished cases are kept.
     """
     target = check_device(device)
     selected = select(cases, target.type, quick)
     path = None if out is None else Path(out) / RESULTS
-    report = None if path is None else open_report(path, resume)
-    limits = report["limits"] if report else measured_limits(target, quick)
-    report = report or new_report(target, limits, command_line())
+    old = None if path is None else open_report(path, resume)
+    report = new_report(target, {}, command_line(), quick)
+    if old:
+        check_same(old, report)
+        report = old | {"failed": []}
+    else:
+        report["limits"] = measured_limits(target, quick)
     torch.manual_seed(0)
     try:
         for case in selected:
-            if case.name in report["finished"]:
-                continue
-            records, gaps = measure(case, target, QUICK if quick else FULL, limits)
-            report["benchmarks"] += records
-            report["not_measured"] += gaps
-            report["finished"].append(case.name)
-            print(summary(case.name, records, gaps), flush=True)
-            if path is not None:
-                write_json(path, report)
+            if case.name not in report["finished"]:
+                run_case(case, target, quick, report)
+                if path is not None:
+                    write_json(path, report)
     except KeyboardInterrupt:
         where = f"{len(report['finished'])} finished cases are in {path}" if path else "no --out"
         raise KeyboardInterrupt(f"interrupted; {where}") from None
     return report
+
+
+def run_case(case: Case, device: torch.device, quick: bool, report: dict[str, Any]) -> None:
+    """Measure one case and add to the report what came of it."""
+    try:
+        with full_float32():
+            records, gaps = measure(case, device, QUICK if quick else FULL, report["limits"])
+    except Exception as error:
+        # Whatever it is, it is in the report, and the cases after this one are measured.
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {' '.join(lines[:3])}"
+        report["failed"].append({"case": case.name, "error": reason})
+        print(f"{case.name}\n  FAILED: {reason}", flush=True)
+        return
+    report["benchmarks"] += records
+    report["not_measured"] += gaps
+    report["finished"].append(case.name)
+    print(summary(case.name, records, gaps), flush=True)
+
+
+def failures(report: dict[str, Any]) -> str:
+    """One line for a report with cases that failed; else empty."""
+    failed = report["failed"]
+    names = ", ".join(f["case"] for f in failed)
+    return f"{len(failed)} cases failed, so nothing of them was timed: {names}" if failed else ""
 
 
 def summary(name: str, records: list[dict[str, Any]], gaps: list[dict[str, str]]) -> str:
@@ -139,10 +182,15 @@ def summary(name: str, records: list[dict[str, Any]], gaps: list[dict[str, str]]
             ratio = extra["ratio_to_ours"]
             cell = f"{ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
         if "share_of_copy" in extra:
-            cell += f", {extra['share_of_copy']:.0%} of copy bandwidth"
-        lines.append(f"  {record['name']:<24}{cell}")
-        lines += [f"    {part:<22}{1e3 * t:.2f} ms" for part, t in extra.get("parts", {}).items()]
-    lines += [f"  {gap['contestant']:<24}not measured: {gap['reason']}" for gap in gaps]
+            cell += f", {extra['expected_bytes'] / 1e6:.3g} MB: "
+            cell += f"{extra['share_of_copy']:.0%} of copy bandwidth"
+        if "share_of_matmul" in extra:
+            cell += f", {extra['share_of_matmul']:.0%} of the matrix rate"
+        lines.append(f"  {record['name']:<36}{cell}")
+        if "limited_by" in extra:
+            lines.append(f"    limited by {extra['limited_by']}")
+        lines += [f"    {part:<34}{1e3 * t:.2f} ms" for part, t in extra.get("parts", {}).items()]
+    lines += [f"  {gap['contestant']:<36}not measured: {gap['reason']}" for gap in gaps]
     return "\n".join(lines)
 
 
@@ -159,8 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             print("\n".join(c.name for c in select(args.case, args.device, args.quick)))
         else:
-            run(args.device, args.quick, args.out, args.case, args.resume)
-    except (ValueError, AssertionError) as error:
+            failed = failures(run(args.device, args.quick, args.out, args.case, args.resume))
+            if failed:
+                print(f"suite: {failed}", file=sys.stderr)
+                return 1
+    except ValueError as error:
         print(f"suite: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

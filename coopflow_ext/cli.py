@@ -424,6 +424,8 @@ def bench(args: argparse.Namespace) -> None:
     if args.out is not None:
         importlib.import_module("report").write(results, args.out)
         print(f"results: {args.out}")
+    if failed := suite.failures(results):
+        raise RuntimeError(failed)
 
 
 # --- info ----------------------------------------------------------------------------------------

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,14 @@ import compare  # noqa: E402
 import report  # noqa: E402
 import suite  # noqa: E402
 
-from coopflow_ext import cli  # noqa: E402
+from coopflow_ext import cli, ops  # noqa: E402
 
 CPU = torch.device("cpu")
-LIMITS = {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": 1e11}
+LIMITS = {
+    "copy_bytes_per_second": 1e10,
+    "float32_flops_per_second": 1e11,
+    "bfloat16_flops_per_second": 2e11,
+}
 
 
 def work(a: torch.Tensor) -> None:
@@ -31,7 +39,7 @@ def make_case(name: str = "toy/fp32/64x64", check: Any = lambda: None) -> Any:
         a = torch.rand(64, 64, device=device)
         runs = {"ours": lambda: work(a), "twin": lambda: work(a)}
         gaps = {"absent": "not installed"}
-        return harness.Contest(runs, check, {"ours": 8 * a.numel()}, gaps)
+        return harness.Contest(runs, check, {"ours": 8 * a.numel()}, missing=gaps)
 
     return harness.Case(name, build, 64 * 64, quick=True)
 
@@ -76,6 +84,14 @@ def test_a_wrong_result_is_a_failure() -> None:
         harness.measure(make_case(check=wrong), CPU, harness.QUICK, LIMITS)
 
 
+def test_a_contestant_that_goes_on_without_its_option_is_a_failure() -> None:
+    def falls_back() -> None:
+        warnings.warn("compile=True: torch.compile could not compile the gradient", stacklevel=2)
+
+    with pytest.raises(harness.WrongResultError, match="could not compile"):
+        harness.measure(make_case(check=falls_back), CPU, harness.QUICK, LIMITS)
+
+
 def test_cold_cases_work_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "cache_bytes", lambda _: 64 * 64 * 8)
     case = make_case()
@@ -107,26 +123,98 @@ def test_the_checks_find_wrong_updates() -> None:
             bench_langevin.check({"wrong": step(*wrong)}, x, grad)
 
 
+def test_the_checks_find_wrong_couplings() -> None:
+    import bench_affine_coupling as affine
+    import bench_mixture_logistic as mixture
+
+    x, params = torch.randn(4, 64), torch.randn(4, 2, 64).tanh()
+    right = ops.affine_coupling
+    affine.check("affine_coupling", {"right": right}, x, params, True)
+
+    def bad_gradient(x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, ladj = right(x, params)
+        return y, ladj + 1e-2 * (x - x.detach()).sum(1)
+
+    with pytest.raises(AssertionError, match="wrong, result 2"):
+        affine.check("affine_coupling", {"wrong": bad_gradient}, x, params, True)
+
+    x, params = mixture.inputs(256, 32, CPU)
+    forward, inverse = ops.mixture_logistic_coupling, ops.mixture_logistic_coupling_inverse
+    mixture.check_forward({"right": forward}, x, params, True)
+    y, _ = forward(x, params)
+    mixture.check_inverse({"ours": inverse}, y, params)
+    right = forward
+    with pytest.raises(AssertionError, match="wrong, result 2"):
+        mixture.check_forward({"wrong": bad_gradient}, x, params, True)
+    with pytest.raises(AssertionError, match="wrong: maps back"):
+        mixture.check_inverse({"wrong": lambda y, p: (inverse(y, p)[0] + 0.1, y)}, y, params)
+    with pytest.raises(AssertionError, match="wrong: log-determinant"):
+        mixture.check_inverse({"wrong": lambda y, p: (inverse(y, p)[0], y.sum(1))}, y, params)
+
+
+def test_the_checks_find_wrong_chains() -> None:
+    import bench_sampler
+
+    problem = bench_sampler.mlp(16)(CPU)
+    score = problem.score()
+
+    def loop(score: Any) -> Any:
+        return {"loop": lambda xi: bench_sampler.plain_loop(problem, score, xi)}
+
+    bench_sampler.check(problem, loop(score), {})
+    # Too little for the states to show it beside the noise.
+    with pytest.raises(AssertionError, match="loop: its drift is off"):
+        bench_sampler.check(problem, loop(lambda x: 1.003 * score(x)), {})
+    with pytest.raises(AssertionError, match="loop"):
+        bench_sampler.check(problem, loop(torch.zeros_like), {})
+    with pytest.raises(AssertionError, match="loop"):
+        bench_sampler.check(
+            problem, {"loop": lambda xi: bench_sampler.plain_loop(problem, score, 1.1 * xi)}, {}
+        )
+
+
+FAST = [
+    "langevin/fp32/1024x2",
+    "langevin/bf16/256x3072",
+    "langevin/fp16/256x3072",
+    "affine_coupling/forward+backward/fp32/256x1536",
+    "affine_coupling/inverse/fp32/256x1536",
+    "affine_coupling/forward/bf16/256x1536",
+    "mixture_logistic/inverse/fp32/K32/512",
+    "mixture_logistic/forward+backward/fp32/K32/16384",
+    "mixture_logistic/forward/bf16/K32/16384",
+    "chain/mixture, closed form",
+    "chain/cheap score, one chain",
+    "chain/ResEnergy",
+    "flowpp/sampling/digits/64",
+    "coop/digits-small",
+]
+COMPILED = [
+    "langevin/fp32/256x3072",
+    "affine_coupling/forward+backward/fp32/256x1536",
+    "mixture_logistic/inverse/fp32/K32/512",
+    "chain/MLP, compiled",
+    "flowpp/sampling/digits/64",
+]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "with_compile"),
     [
-        "langevin/fp32/1024x2",
-        "langevin/bf16/256x3072",
-        "affine_coupling/forward+backward/fp32/256x1536",
-        "affine_coupling/inverse/fp32/256x1536",
-        "affine_coupling/forward/bf16/256x1536",
-        "mixture_logistic/inverse/K32/16384",
-        "chain/mixture, closed form",
-        "flowpp/sampling/digits/64",
-        "coop/digits-small",
+        *((name, False) for name in FAST),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in COMPILED),
     ],
 )
-def test_cases_give_right_results(name: str, device: torch.device) -> None:
+def test_cases_give_right_results(name: str, with_compile: bool, device: torch.device) -> None:
     (case,) = (c for c in suite.all_cases() if c.name == name)
     if device.type not in case.devices:
         pytest.skip(f"measured on {', '.join(case.devices)} only")
-    contest = harness.checked(case, device, with_compile=False)
+    contest = harness.checked(case, device, with_compile)
     assert next(iter(contest.runs)) == "ours"
+    assert contest.expected_bytes.keys() <= contest.runs.keys()
+    # All contestants ran, or the reason is told; no memory-bound one lacks its explanation.
+    if device.type == "cpu":
+        assert contest.expected_bytes.keys() <= contest.limited_by.keys()
     for run in contest.runs.values():
         run()
 
@@ -137,6 +225,74 @@ def test_names_are_unique_and_cover_every_family() -> None:
     assert {n.partition("/")[0] for n in names} >= {
         "langevin", "affine_coupling", "mixture_logistic", "chain", "flowpp", "coop",
     }  # fmt: skip
+
+
+def test_pytest_runs_the_cases_of_the_suite() -> None:
+    """`pytest benchmarks/ --benchmark-only` and `coopflow bench`: one list of cases."""
+    files = {path.stem for path in Path(harness.__file__).parent.glob("bench_*.py")}
+    assert files == set(suite.MODULES)
+    for name in suite.MODULES:
+        module = sys.modules[name]
+        tests = [f for n, f in inspect.getmembers(module) if n.startswith("test_")]
+        marks = [mark for test in tests for mark in test.pytestmark]
+        assert [mark.args for mark in marks] == [("case", module.SUITE_CASES)], name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gpu_check_measures_every_case(device: str) -> None:
+    script = Path(harness.__file__).with_name("gpu_check.sh").read_text()
+    stages = [re.findall("'([^']*)'", line) for line in re.findall(r"^  suite (.*)$", script, re.M)]
+    assert len(stages) == 2
+    found = [c.name for patterns in stages for c in suite.select(patterns, device, False)]
+    assert sorted(found) == sorted(c.name for c in suite.all_cases() if device in c.devices)
+
+
+def test_bytes_are_counted_operator_by_operator() -> None:
+    import bench_affine_coupling as affine
+    import bench_langevin as langevin
+
+    x, grad = torch.rand(8, 1024), torch.rand(8, 1024)
+    runs, _ = langevin.contestants(x, grad, False)
+    for name in ("in-place eager", "naive eager"):
+        assert harness.counted_bytes(runs[name]) == langevin.BYTES[name] * x.nbytes
+    for what, factor in (("forward", 9), ("inverse", 11)):
+        expected = affine.case(what, 8, 1024).build(CPU, False).expected_bytes
+        assert expected["eager"] == pytest.approx(factor * x.nbytes, rel=0.01)  # and the sums
+
+
+def test_flops_are_those_of_products_and_convolutions() -> None:
+    a, b = torch.rand(3, 5), torch.rand(5, 7)
+    x, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+    assert harness.counted_flops(lambda: (a @ b).sin()) == 2 * 3 * 5 * 7
+    convolution = 2 * 2 * 4 * 64 * 3 * 9
+    assert harness.counted_flops(lambda: torch.conv2d(x, weight, padding=1)) == convolution
+
+
+def test_a_share_below_60_percent_says_why() -> None:
+    case = make_case()
+    contest = harness.Contest({}, lambda: None, {"a": 10**9}, {"a": "arithmetic"}, flops=10**9)
+
+    def facts(seconds: float, expected: int = 10**9, **replaced: Any) -> Any:
+        contest.expected_bytes = {"a": expected}
+        return harness.facts(case, contest, "a", seconds, LIMITS)
+
+    assert facts(0.2)["share_of_copy"] == pytest.approx(0.5)
+    assert facts(0.2)["limited_by"] == "arithmetic"
+    assert "limited_by" not in facts(0.15)
+    assert facts(1e-3, 10**4)["limited_by"].startswith("calls and launches: its bytes take 1 µs")
+    contest.limited_by = {}
+    assert facts(0.2)["limited_by"] == "not explained"
+    assert facts(0.2)["share_of_matmul"] == pytest.approx(0.05)
+    contest.low_precision = True
+    assert facts(0.2)["share_of_matmul"] == pytest.approx(0.025)
+
+
+def test_nothing_computes_in_tf32() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    with harness.full_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
 
 
 @pytest.mark.usefixtures("toy_suite")
@@ -153,6 +309,55 @@ def test_results_are_in_pytest_benchmarks_format(tmp_path: Path) -> None:
     assert ours["extra_info"]["share_of_copy"] == pytest.approx(bandwidth / 1e10)
     assert written["not_measured"][0]["reason"] == "not installed"
     assert "not measured: not installed" in report.table(written)
+    assert "| toy/fp32/64x64 | ours | 0.0328 |" in report.details(written)
+    # And that package reads it.
+    path = tmp_path / "new" / "results.json"
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "toy/fp32/64x64" in done.stdout
+    assert re.search(r"^twin ", done.stdout, re.M)
+
+
+def test_a_failed_case_does_not_stop_the_others(
+    toy_suite: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong() -> None:
+        raise AssertionError("twin: off by one")
+
+    right = toy_suite[0]
+    toy_suite[0] = make_case(right.name, wrong)
+    assert suite.main(["--quick", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert f"{right.name}\n  FAILED: WrongResultError" in printed.out
+    assert "1 cases failed" in printed.err
+    first = report.load(tmp_path / "results.json")
+    assert {r["group"] for r in first["benchmarks"]} == {toy_suite[1].name}
+    assert "off by one" in report.table(first)
+    toy_suite[0] = right
+    assert suite.main(["--quick", "--out", str(tmp_path), "--resume"]) == 0
+    second = report.load(tmp_path / "results.json")
+    assert second["failed"] == []
+    assert len(second["finished"]) == 2
+    toy_suite[1] = make_case(toy_suite[1].name, wrong)
+    assert cli.main(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "b")]) == 1
+    assert "1 cases failed" in capsys.readouterr().err
+    assert "off by one" in (tmp_path / "b" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("toy_suite")
+def test_results_of_two_setups_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite.run(quick=True, out=tmp_path)
+    with pytest.raises(ValueError, match="--resume: --quick was True and is False"):
+        suite.run(out=tmp_path, resume=True)
+    monkeypatch.setattr(harness, "commit", lambda: {"id": "another", "dirty": False})
+    with pytest.raises(ValueError, match=r"--resume: the commit was .* and is another"):
+        suite.run(quick=True, out=tmp_path, resume=True)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as results"):
+        suite.run(quick=True, out=tmp_path, resume=True)
 
 
 def test_an_interrupted_run_keeps_what_it_finished(
@@ -230,6 +435,10 @@ def test_compare_tells_regressions_from_noise(
         path.write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, paths)])
     assert compare.main() == 1
+    slower["benchmarks"] = [r for r in slower["benchmarks"] if r["group"] == "toy/fp32/64x64"]
+    paths[1].write_text(json.dumps(slower))
+    assert compare.main() == 1
+    assert f"only in {paths[0]}: toy/fp32/other" in capsys.readouterr().out
     paths[1].write_text("{")
     assert compare.main() == 2
     assert "cannot be read as results" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,7 +259,8 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(out.iterdir())) <= 8
     verdicts = [line.split()[:2] for line in (out / "summary.txt").read_text().splitlines()]
-    stages = ["facts", "build", "tests", "sanitize", "bench", "models", "profile", "report", "pack"]
+    stages = ["facts", "build", "tests", "memcheck", "racecheck", "bench", "models", "profile"]
+    stages += ["report", "pack"]
     assert verdicts == [[stage, "ok"] for stage in stages]
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert set(archive.getnames()) >= {f"{stage}.log" for stage in stages[:-1]}
@@ -279,8 +281,41 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
 
 
 @in_source_tree
-def test_gpu_check_refuses_an_unknown_stage(tmp_path: Path) -> None:
+def test_gpu_check_refuses_bad_input(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "gpu_check.sh")
     done = _run("bash", script, "--dry-run", str(tmp_path), "nonsense")
     assert done.returncode == 2
     assert "unknown stage 'nonsense'" in done.stderr
+    (tmp_path / "file").write_text("")
+    done = _run("bash", script, "--dry-run", str(tmp_path / "file"), "facts")
+    assert done.returncode == 1
+    assert "file" in done.stderr
+    done = _run("bash", script, "--dry-run")
+    assert done.returncode == 2
+    assert "OUTDIR" in done.stderr
+
+
+@in_source_tree
+def test_gpu_check_profiles_every_kernel() -> None:
+    script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
+    (pattern,) = re.findall("'regex:(.*)'", script)
+    sources = [p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu*")]
+    definition = r"\b(?!run_|launch_)(\w+_kernel)\("
+    kernels = {name for text in sources for name in re.findall(definition, text)}
+    assert len(kernels) >= 10
+    assert [name for name in kernels if not re.search(pattern, name)] == []
+
+
+@in_source_tree
+def test_stopped_tests_are_resumed(tmp_path: Path) -> None:
+    passed = tmp_path / "passed.txt"
+    (tmp_path / "test_three.py").write_text(
+        "def test_a(): pass\ndef test_b(): assert False\ndef test_c(): pass\n"
+    )
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "resume_tests", "-c", "/dev/null")
+    environment = {"PYTHONPATH": str(ROOT / "benchmarks"), "COOPFLOW_TESTS_PASSED": str(passed)}
+    done = _run(*command, str(tmp_path), **environment)
+    assert "1 failed, 2 passed" in done.stdout
+    assert [line.rpartition("::")[2] for line in passed.read_text().split()] == ["test_a", "test_c"]
+    done = _run(*command, str(tmp_path), **environment)
+    assert "1 failed, 2 deselected" in done.stdout
