@@ -45,12 +45,10 @@ def _plain_warnings() -> Iterator[None]:
     """Warnings as one readable line each, without the place in the code."""
     layout = warnings.formatwarning
 
-    def one_line(
-        message: Warning | str, category: type[Warning], file: str, line: int, source: str | None
-    ) -> str:
+    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
         if issubclass(category, UserWarning):
             return f"coopflow: warning: {' '.join(str(message).split())}\n"
-        return layout(message, category, file, line, source)
+        return layout(message, category, *place)
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
