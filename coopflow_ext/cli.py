@@ -274,6 +274,9 @@ def _add_evaluate(commands: Any) -> None:
         " instead of the training images",
     )
     parser.add_argument("--export-png", type=Path, metavar="DIR", help="write the samples as PNG")
+    parser.add_argument(
+        "--export-training", type=Path, metavar="DIR", help="write the training images as PNG"
+    )
     _add_device(parser)
 
 
@@ -288,6 +291,7 @@ def evaluate(args: argparse.Namespace) -> None:
         inception=args.fid,
         fid_stats=args.fid_stats,
         export_png=args.export_png,
+        export_training=args.export_training,
         device=_device(args.device),
     )
     print(json.dumps(summary, indent=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from coopflow_ext import Key, cli, coop
 from coopflow_ext.coop.judgement import evaluate_run, export
 from coopflow_ext.data import load
 from coopflow_ext.metrics import FeatureStatistics, frechet_distance
-from coopflow_ext.metrics.fid import read_statistics, to_bytes
+from coopflow_ext.metrics.fid import check_installed, read_statistics, to_bytes
 from coopflow_ext.metrics.neighbours import nearest_neighbours
 from coopflow_ext.rng import USE_EVALUATION
 
@@ -47,6 +49,7 @@ def is_png(path: Path) -> bool:
 def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "png"
     command = ["evaluate", str(run), "--n", "30", "--export-png", str(folder)]
+    command += ["--export-training", str(tmp_path / "training")]
     assert cli.main(command) == 0
     assert '"feature_space": "digit-classifier-64"' in capsys.readouterr().out
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
@@ -60,6 +63,7 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert is_png(run / "evaluation" / "energies.png")
     files = sorted(p.name for p in folder.iterdir())
     assert files == [f"{i:06d}.png" for i in range(30)]
+    assert len(list((tmp_path / "training").iterdir())) == len(load("digits").train)
     pixels = np.array(image_module.open(folder / "000007.png"))
     assert pixels.shape == (8, 8, 3)
     assert pixels.dtype == np.uint8
@@ -96,6 +100,30 @@ def test_fid_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str])
         assert "pip install 'coopflow-ext[fid]'" in capsys.readouterr().err
     else:
         pytest.skip("torchmetrics and torch-fidelity are here; the message is for where they lack")
+
+
+def test_fid_says_that_torchvision_does_not_fit_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {
+        "torchmetrics/__init__.py": "",
+        "torchmetrics/image/__init__.py": "",
+        "torchmetrics/image/fid.py": "",
+        "torch_fidelity.py": "raise RuntimeError('operator torchvision::nms does not exist')",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for name in [
+        m for m in sys.modules if m.partition(".")[0] in ("torchmetrics", "torch_fidelity")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = rf"a torchvision made for this torch {re.escape(torch.__version__)}; .*::nms"
+    with pytest.raises(ImportError, match=expected):
+        check_installed()
+    for name in [m for m in sys.modules if m.partition(".")[0] == "torchmetrics"]:
+        del sys.modules[name]
 
 
 def test_fid_code_path_with_features_of_our_own(run: Path, tmp_path: Path) -> None:

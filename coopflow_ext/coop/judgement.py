@@ -34,6 +34,7 @@ def evaluate_run(
     fid_features: int | nn.Module = 2048,
     fid_stats: Path | None = None,
     export_png: Path | None = None,
+    export_training: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Measure a run; results in RUN/evaluation.
@@ -48,6 +49,7 @@ def evaluate_run(
             :func:`coopflow_ext.metrics.fid.read_statistics`.
         fid_features: see :func:`coopflow_ext.metrics.fid.fid`.
         export_png: a folder, new or empty, for the samples as PNG, as pytorch-fid wants them.
+        export_training: the same for the training images.
         device: where to sample.
 
     Returns:
@@ -55,18 +57,19 @@ def evaluate_run(
 
     Raises:
         ImportError: ``inception`` without torchmetrics or torch-fidelity.
-        FileExistsError: ``export_png`` is not empty.
+        FileExistsError: a folder for PNG is not empty.
         ValueError: n below 2, no such statistics, or FID or PNG of a run on vectors.
     """
     inception = inception or fid_stats is not None
     if inception and isinstance(fid_features, int):
         check_installed()
-    if export_png is not None:
-        _check_empty(export_png)
+    folders = [f for f in (export_png, export_training) if f is not None]
+    for folder in folders:
+        _check_empty(folder)
     reference = None if fid_stats is None else read_statistics(fid_stats)
     run, model, data = open_run(path, device)
-    if not data.is_image and (inception or export_png is not None):
-        raise ValueError(f"fid and export_png are for images, and {data.name} holds vectors")
+    if not data.is_image and (inception or folders):
+        raise ValueError(f"FID and PNG are for images, and {data.name} holds vectors")
     n = run.config.n_samples if n is None else n
     if n < 2:
         raise ValueError(f"n must be ≥ 2, got {n}")
@@ -77,6 +80,8 @@ def evaluate_run(
     out.mkdir(exist_ok=True)
     if export_png is not None:
         export(samples, export_png)
+    if export_training is not None:
+        export(data.decode(data.train), export_training)
     held_out = judge.held_out[:n]
     facts = judge.facts(model)
     summary: dict[str, Any] = {
@@ -157,13 +162,13 @@ def _check_empty(folder: Path) -> None:
         raise FileExistsError(f"{folder} must be a new or empty folder")
 
 
-def _numbered(samples: Tensor) -> Iterator[tuple[str, Any]]:
-    for i, pixels in enumerate(to_pixels(samples)):
+def _numbered(images: Tensor) -> Iterator[tuple[str, Any]]:
+    for i, pixels in enumerate(to_pixels(images)):
         yield f"{i:06d}.png", pixels
 
 
-def export(samples: Tensor, folder: Path) -> None:
-    """Samples as 000000.png, 000001.png, …, 8 bits for each of three channels.
+def export(images: Tensor, folder: Path) -> None:
+    """Images as 000000.png, 000001.png, …, 8 bits for each of three channels.
 
     The folder appears with all of them in it, or not at all.
     """
@@ -172,6 +177,6 @@ def export(samples: Tensor, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / folder.name
         made.mkdir()
-        for name, pixels in _numbered(samples):
+        for name, pixels in _numbered(images):
             image.fromarray(pixels).save(made / name)
         made.replace(folder)  # also where an empty folder is there already

@@ -15,8 +15,16 @@ from coopflow_ext.metrics.frechet import FeatureStatistics, frechet_distance
 
 def check_installed() -> None:
     """ImportError, with what to install, unless the Inception network can be had."""
-    require("torchmetrics.image.fid", extra="fid", distribution="torchmetrics")
-    require("torch_fidelity", extra="fid", distribution="torch-fidelity")
+    try:
+        require("torchmetrics.image.fid", extra="fid", distribution="torchmetrics")
+        require("torch_fidelity", extra="fid", distribution="torch-fidelity")
+    except Exception as error:  # a torchvision made for another torch raises RuntimeError
+        if isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError):
+            raise
+        raise ImportError(
+            "FID needs torchmetrics and torch-fidelity, and a torchvision made for this torch "
+            f"{torch.__version__}; they cannot be imported: {error}"
+        ) from error
 
 
 def to_bytes(x: Tensor) -> Tensor:
