@@ -70,3 +70,24 @@ def test_toy_run_learns_the_density(tmp_path: Path) -> None:
     with image_module.open(out / "chain.gif") as animation:
         assert animation.n_frames == 6
     assert (out / "samples" / "step-0000160.png").exists()
+
+
+def test_energy_alone_on_a_toy_density_says_nothing_of_a_flow(tmp_path: Path) -> None:
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "toy",
+            "start": "uniform",
+            "flow_options": {"couplings": 2, "widths": [8]},
+            "energy_options": {"widths": [8]},
+            "langevin_steps": 2,
+            "pretrain_steps": 0,
+            "flow_frozen_steps": 0,
+            "steps": 2,
+            "n_samples": 50,
+        }
+    )
+    summary = coop.train(config, tmp_path / "run")
+    assert math.isfinite(summary["kl_true_to_energy"])
+    assert "kl_true_to_flow" not in summary
+    assert summary["bits_per_dim"] is None
+    assert (tmp_path / "run" / "densities.png").read_bytes().startswith(b"\x89PNG")
