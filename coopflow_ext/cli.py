@@ -9,7 +9,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        args.command(args)
+        with _plain_warnings():
+            args.command(args)
     except KeyboardInterrupt as error:
         print(f"coopflow: {error or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -35,6 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"coopflow: {message} (--debug shows the traceback)", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one readable line each, without the place in the code."""
+    layout = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        if issubclass(category, UserWarning):
+            return f"coopflow: warning: {' '.join(str(message).split())}\n"
+        return layout(message, category, *place)
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = layout
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +190,10 @@ def train(args: argparse.Namespace) -> None:
     given = _settings(args)
     if args.resume:
         run = coop.RunFolder.open(args.out)
-        config = dataclasses.replace(run.config, **given)
+        if args.preset:
+            config = coop.TrainConfig.from_dict({"preset": args.preset, **given})
+        else:
+            config = dataclasses.replace(run.config, **given)
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
@@ -182,7 +205,7 @@ def train(args: argparse.Namespace) -> None:
         f"trained {summary['pretrain_steps']} + {summary['steps']} steps in "
         f"{summary['seconds']:.0f} s ({summary['iterations_per_second']:.1f}/s)"
     )
-    print(fd_table(summary["fd"]))
+    print(fd_table(summary["fd"], summary["start_of_chains"]))
     print(f"picture: {args.out / summary['picture']}  curves: {args.out / 'curves.png'}")
 
 
@@ -191,7 +214,13 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda, cuda:1, … or auto, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that this torch can use, got {name!r}: no CUDA here")
     return name
 
@@ -212,15 +241,19 @@ def sample(args: argparse.Namespace) -> None:
     """``coopflow sample``."""
     from coopflow_ext import Key, coop
     from coopflow_ext.coop import pictures
+    from coopflow_ext.coop.evaluate import START_NAMES
 
     if args.out.suffix not in (".png", ".npy"):
         raise ValueError(f"out must end in .png or .npy, got {args.out}")
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"out must be in a folder that exists, got {args.out}")
     model = coop.CoopFlow.load(args.run, device=_device(args.device))
     proposals, results = model.sample_pairs(args.n, Key(args.seed))
+    start = START_NAMES[model.config.start if model.config else "flow"]
     if args.out.suffix == ".npy":
         pictures.save_array(args.out, results)
     else:
-        pictures.save_panels(args.out, {"flow proposal": proposals, "after Langevin": results})
+        pictures.save_panels(args.out, {start: proposals, "after Langevin": results})
     print(f"{args.n} samples: {args.out}")
 
 
@@ -233,7 +266,17 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--n", type=int, help="samples; default as in the run's settings")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--fid", action="store_true", help="also the FID with Inception features")
+    parser.add_argument(
+        "--fid-stats",
+        type=Path,
+        metavar="FILE",
+        help="the FID against these statistics (.npz with mu and sigma, as pytorch-fid writes them)"
+        " instead of the training images",
+    )
     parser.add_argument("--export-png", type=Path, metavar="DIR", help="write the samples as PNG")
+    parser.add_argument(
+        "--export-training", type=Path, metavar="DIR", help="write the training images as PNG"
+    )
     _add_device(parser)
 
 
@@ -246,7 +289,9 @@ def evaluate(args: argparse.Namespace) -> None:
         n=args.n,
         seed=args.seed,
         inception=args.fid,
+        fid_stats=args.fid_stats,
         export_png=args.export_png,
+        export_training=args.export_training,
         device=_device(args.device),
     )
     print(json.dumps(summary, indent=2))

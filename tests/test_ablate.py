@@ -11,7 +11,7 @@ import torch
 
 from coopflow_ext import Key, cli
 from coopflow_ext.coop import CoopFlow, RunError, TrainConfig, Trainer
-from coopflow_ext.coop.ablate import Plan, ablate
+from coopflow_ext.coop.ablate import Plan, ablate, table
 from coopflow_ext.data import load
 
 BASE: dict[str, Any] = {
@@ -100,6 +100,9 @@ def test_ablation_writes_table_and_plot_and_is_continued(
     assert "| CoopFlow(Pre) | 2 |" in written
     assert json.loads((out / "table.json").read_text()) == rows
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "runs" / "energy-alone-seed1" / "summary.json").read_text())
+    assert summary["bits_per_dim"] is None  # of a flow that never learned
+    assert summary["start_of_chains"] == "noise"
     model = CoopFlow.load(out / "runs" / "energy-alone-seed1")
     assert model.sample(3, Key(0)).shape == (3, 1, 8, 8)
 
@@ -127,9 +130,38 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| flow alone | 0 | – | 4 | 0 |" in capsys.readouterr().out
 
 
+def test_unequal_flow_updates_are_said_under_the_table() -> None:
+    spread = {"mean": 2.0, "std": 0.5}
+    same: dict[str, Any] = dict.fromkeys(("held_out", "flow", "langevin", "moment_gap"), spread)
+    same |= {"feature_space": "f", "n": 20, "seeds": 3, "langevin_steps": 2, "step_size": 0.5}
+    same |= {"energy_updates": 4, "starts_from_flow": True}
+    rows = [{**same, "name": f"{n} updates", "flow_updates": n} for n in (2, 4)]
+    rows.append({**same, "name": "no flow", "flow_updates": 0, "starts_from_flow": False})
+    assert table(rows).endswith("differ in its updates: they are not equally trained.\n")
+    assert "differ" not in table(rows[1:])
+
+
+def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path) -> None:
+    rows = {"good": {}, "bad": {"flow_options": {"net": "mlp", "depth": 3}}}
+    plan = Plan.read(write_plan(tmp_path / "plan.json", rows=rows))
+    with pytest.raises(ValueError, match=r"row 'bad': flow_options do not fit realnvp.*depth"):
+        ablate(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"seeds": 3, "rows": {"a": {}}}', "seeds must be a list, base and rows objects"),
+        ('{"seeds": [0], "rows": ["a"]}', "seeds must be a list, base and rows objects"),
+        ('{"seeds": [-1], "rows": {"a": {}}}', "row 'a': seed must be finite and ≥ 0, got -1"),
+        ('{"seeds": ["x"], "rows": {"a": {}}}', "row 'a': seed must be int, got 'x'"),
+        ('{"seeds": [0], "rows": {"a": {"steps": 1.5}}}', "row 'a': steps must be int, got 1.5"),
+        ('{"seeds": [0], "rows": {"a b": {}, "a-b": {}}}', "must differ in the letters and digits"),
+        (
+            '{"seeds": [0], "rows": {"a": {"data": "digits"}, "b": {"data": "patches"}}}',
+            "data must be the same in all rows",
+        ),
         ("[1]", "must be JSON with seeds, rows and maybe base"),
         ('{"rows": {}}', "KeyError.*seeds"),
         ('{"seeds": [], "rows": {"a": {}}}', "at least one seed and one row"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +100,37 @@ def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "usage: coopflow" in capsys.readouterr().err
 
 
+def test_resume_with_another_preset_is_refused(
+    trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _, _ = trained
+    resume = ["train", "--out", str(out), "--resume", *OPTIONS]
+    assert cli.main([*resume, "--preset", "patches-small"]) == 1
+    assert "was made with data='digits'; --resume cannot change it" in capsys.readouterr().err
+    assert cli.main([*resume, *SMALL, "--preset", "digits-small", "--steps", "6"]) == 0
+
+
+def test_a_warning_is_one_line() -> None:
+    layout = warnings.formatwarning
+    with cli._plain_warnings():
+        text = warnings.formatwarning("left out:\n3.png", UserWarning, "folder.py", 131)
+        other = warnings.formatwarning("old", DeprecationWarning, "folder.py", 131)
+    assert text == "coopflow: warning: left out: 3.png\n"
+    assert other.startswith("folder.py:131: DeprecationWarning")
+    assert warnings.formatwarning is layout
+
+
 def test_errors_of_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", str(tmp_path), "--out", str(tmp_path / "s.gif")]) == 1
     assert "out must end in .png or .npy" in capsys.readouterr().err
     assert cli.main(["sample", str(tmp_path), "--out", str(tmp_path / "s.png")]) == 1
     assert "is not a run" in capsys.readouterr().err
+    nowhere = tmp_path / "nowhere" / "s.png"
+    assert cli.main(["sample", str(tmp_path), "--out", str(nowhere)]) == 1
+    assert "out must be in a folder that exists" in capsys.readouterr().err
+    command = ["sample", str(tmp_path), "--out", str(tmp_path / "s.png"), "--device", "tpu"]
+    assert cli.main(command) == 1
+    assert "device must be cpu, cuda, cuda:1, … or auto, got 'tpu'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

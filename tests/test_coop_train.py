@@ -16,7 +16,7 @@ import torch
 
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
-from coopflow_ext.coop.checkpoint import load_checkpoint, write_atomically
+from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.data import Dataset, load
 from coopflow_ext.rng import USE_PRIOR
@@ -302,8 +302,25 @@ def test_resume_of_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is not a run: it has no readable config.json"):
         coop.train(None, tmp_path, resume=True)
     (tmp_path / "config.json").write_text('{"format": 99}')
-    with pytest.raises(RunError, match="not of format 1"):
+    with pytest.raises(RunError, match="not of format 1, which this version reads, but of 99"):
         coop.train(None, tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_format_is_refused(finished: Path, tmp_path: Path) -> None:
+    tensors, facts = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
+    settings = {**json.loads(facts["config"]), "format": 2}
+    save_checkpoint(tmp_path / "c.safetensors", tensors, {**facts, "config": json.dumps(settings)})
+    with pytest.raises(RunError, match=r"c.safetensors cannot be used: .* but of 2"):
+        coop.CoopFlow.load(tmp_path / "c.safetensors")
+
+
+def test_a_data_set_too_small_to_be_judged_leaves_nothing_behind(tmp_path: Path) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    for i in range(3):
+        image_module.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="at least 4 images"):
+        coop.train(tiny(data=f"folder:{tmp_path}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_truncated_checkpoint_is_named_and_the_older_one_works(
@@ -391,6 +408,23 @@ def test_nothing_is_left_behind_by_settings_that_do_not_work(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message):
             coop.train(tiny(**changes), tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "ten"}, "steps must be int, got 'ten'"),
+        ({"batch_size": 2.0}, "batch_size must be int, got 2.0"),
+        ({"noise": None}, "noise must be float, got None"),
+        ({"step_clip": "0.1"}, r"step_clip must be float \| None, got '0.1'"),
+        ({"flip": 1}, "flip must be bool, got 1"),
+        ({"flow_options": [1]}, r"flow_options must be dict\[str, Any\], got \[1\]"),
+        ({"flow_betas": [0.9]}, r"flow_betas must be tuple\[float, float\], got \(0.9,\)"),
+    ],
+)
+def test_settings_of_another_type(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tiny(**changes)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,6 +57,21 @@ def test_unknown_data_names_the_known_ones() -> None:
         load("mnist")
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("digits", {"root": "here"}, "data_dir is for cifar10, svhn, celeba; digits takes none"),
+        ("toy:moons", {"image_size": 32}, "image_size is for celeba, folder; toy takes none"),
+        ("cifar10", {"image_size": 64, "root": "here"}, "image_size is .* cifar10 takes none"),
+        ("svhn", {"skip_bad": True, "root": "here"}, "skip_bad is for .*; svhn takes none"),
+        ("folder:here", {"root": "there"}, "data_dir is for .*; folder takes none, got there"),
+    ],
+)
+def test_no_argument_is_ignored(name: str, argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(name, **argument)
+
+
 @pytest.mark.parametrize("n", [1, 2, 97])
 def test_permutation(n: int) -> None:
     order = permutation(n, Key(5))
@@ -100,6 +118,20 @@ def test_prefetched_batches_are_the_same_in_any_order() -> None:
     prefetched = Prefetch(Batches(counting_data(10), 4, Key(0)))
     for step in (0, 1, 2, 3, 7, 8, 2, 30):
         assert torch.equal(prefetched[step], plain[step])
+
+
+def test_the_next_batches_are_made_before_they_are_asked_for() -> None:
+    made = threading.Event()
+
+    class Watched(Batches):
+        def __getitem__(self, step: int) -> torch.Tensor:
+            if step == 2:
+                made.set()
+            return super().__getitem__(step)
+
+    prefetched = Prefetch(Watched(counting_data(10), 4, Key(0)), ahead=2)
+    prefetched[0]
+    assert made.wait(timeout=30)  # batch 2, though only batch 0 was asked for
 
 
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None:

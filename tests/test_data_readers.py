@@ -14,7 +14,7 @@ import torch
 
 from coopflow_ext import Key
 from coopflow_ext.data import load, published
-from coopflow_ext.data.folder import BadImageError
+from coopflow_ext.data.folder import BadImageError, read_image
 from coopflow_ext.data.toy import DENSITIES
 
 image_module = pytest.importorskip("PIL.Image")
@@ -192,14 +192,14 @@ def test_folder_of_mixed_sizes(tmp_path: Path) -> None:
 
 
 def test_folder_with_a_corrupt_image(tmp_path: Path) -> None:
-    write_images(tmp_path, 4)
+    write_images(tmp_path, 5)
     whole = (tmp_path / "002.png").read_bytes()
     (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadImageError, match=r"002.png cannot be read .*--skip-bad leaves such"):
         load(f"folder:{tmp_path}")
     with pytest.warns(UserWarning, match=r"left out: .*002.png"):
         data = load(f"folder:{tmp_path}", skip_bad=True)
-    assert len(data.train) + len(data.held_out) == 3
+    assert len(data.train) + len(data.held_out) == 4
 
 
 def test_folder_missing_or_empty(tmp_path: Path) -> None:
@@ -207,12 +207,39 @@ def test_folder_missing_or_empty(tmp_path: Path) -> None:
         load(f"folder:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match=r"holds no images \(.png"):
         load(f"folder:{tmp_path}")
-    write_images(tmp_path, 1)
-    with pytest.raises(ValueError, match="at least 2 images, one to hold out; got 1"):
+    write_images(tmp_path, 3)
+    with pytest.raises(ValueError, match="at least 4 images, 2 of them to hold out; got 3"):
+        load(f"folder:{tmp_path}")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.png").write_text("no image")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="there is no image that can be read"),
+    ):
+        load(f"folder:{tmp_path / 'bad'}", skip_bad=True)
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    write_images(tmp_path, 4, size=(16, 16))
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    exif = image_module.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise: the left half is then above
+    image_module.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    shown = read_image(tmp_path / "turned.png")
+    assert shown[:, :8].min() == 255
+    assert shown[:, 8:].max() == 0
+
+
+def test_more_than_eight_bits_are_not_cut_off(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    deep = np.full((16, 16), 40_000, np.uint16)
+    image_module.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(BadImageError, match=r"deep.png cannot be read as an image of 8 bits .* I"):
         load(f"folder:{tmp_path}")
 
 
-def write_celeba(root: Path) -> None:
+def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = root / "img_align_celeba"
     folder.mkdir()
     lines = []
@@ -223,10 +250,11 @@ def write_celeba(root: Path) -> None:
         image_module.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
         lines.append(f"{i:06d}.jpg {(0, 0, 0, 1, 2, 2)[i - 1]}")
     (root / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    set_checksum(monkeypatch, root / "list_eval_partition.txt")
 
 
-def test_celeba(tmp_path: Path) -> None:
-    write_celeba(tmp_path)
+def test_celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_celeba(tmp_path, monkeypatch)
     data = load("celeba", tmp_path)
     assert data.train.shape == (4, 3, 32, 32)
     assert data.held_out.shape == (2, 3, 32, 32)
@@ -237,14 +265,20 @@ def test_celeba(tmp_path: Path) -> None:
     assert load("celeba", tmp_path, image_size=64).event_shape == (3, 64, 64)
 
 
-def test_celeba_missing_or_damaged(tmp_path: Path) -> None:
+def test_celeba_missing_or_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"img_align_celeba does not exist: get img_align"):
         load("celeba", tmp_path)
-    write_celeba(tmp_path)
+    write_celeba(tmp_path, monkeypatch)
     (tmp_path / "img_align_celeba" / "000002.jpg").unlink()
     with pytest.raises(BadImageError, match=r"000002.jpg cannot be read"):
         load("celeba", tmp_path)
-    (tmp_path / "list_eval_partition.txt").write_text("000001.jpg 0\n000003.jpg\n")
+    with pytest.warns(UserWarning, match=r"left out: .*000002.jpg"):
+        assert len(load("celeba", tmp_path, skip_bad=True).train) == 3
+    partition = tmp_path / "list_eval_partition.txt"
+    partition.write_text("000001.jpg 0\n000003.jpg\n")
+    with pytest.raises(ValueError, match=r"list_eval_partition.txt has MD5 .* the published file"):
+        load("celeba", tmp_path)
+    set_checksum(monkeypatch, partition)
     with pytest.raises(ValueError, match=r"list_eval_partition.txt:2 must be 'NAME 0\|1\|2'"):
         load("celeba", tmp_path)
 

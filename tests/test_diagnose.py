@@ -101,7 +101,7 @@ def test_diagnose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("long_chains.png", "energies.png"):
         assert (run / "diagnose" / name).read_bytes().startswith(b"\x89PNG")
     assert cli.main(["diagnose", str(run), "--long", "5", "3"]) == 1
-    assert "factors ascending" in capsys.readouterr().err
+    assert "long: factors must be ≥ 2 and ascending, got (5, 3)" in capsys.readouterr().err
 
 
 class _Page(HTMLParser):
@@ -159,10 +159,19 @@ def test_report_in_a_browser(run: Path, tmp_path: Path) -> None:
     browser = next((path for name in names if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    page = report_run(run).resolve().as_uri()
-    result = subprocess.run([*command, page], capture_output=True, text=True, timeout=120)
-    assert len(re.findall("<img", result.stdout)) >= 3
+    flags = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"]
+    flags += ["disable-background-networking", "disable-component-update"]
+    flags += [f"user-data-dir={tmp_path / 'profile'}", "dump-dom"]
+    # A copy whose script, run by the browser, counts the pictures that it could decode.
+    page = tmp_path / "report.html"
+    shown = "[...document.images].filter(i => i.complete && i.naturalWidth > 1).length"
+    script = f"<script>onload = () => document.body.dataset.shown = {shown}</script></body>"
+    text = report_run(run).read_text()
+    page.write_text(text.replace("</body>", script))
+    command = [browser, *(f"--{flag}" for flag in flags), page.resolve().as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert re.findall(r'data-shown="(\d+)"', result.stdout) == [str(text.count("<img"))]
+    assert text.count("<img") >= 3
 
 
 def test_tensorboard(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from coopflow_ext import cli, coop
-from coopflow_ext.coop.judgement import evaluate_run
+from coopflow_ext import Key, cli, coop
+from coopflow_ext.coop.judgement import evaluate_run, export
 from coopflow_ext.data import load
-from coopflow_ext.metrics.fid import to_bytes
+from coopflow_ext.metrics import FeatureStatistics, frechet_distance
+from coopflow_ext.metrics.fid import check_installed, read_statistics, to_bytes
 from coopflow_ext.metrics.neighbours import nearest_neighbours
+from coopflow_ext.rng import USE_EVALUATION
 
 image_module = pytest.importorskip("PIL.Image")
 
@@ -45,6 +49,7 @@ def is_png(path: Path) -> bool:
 def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "png"
     command = ["evaluate", str(run), "--n", "30", "--export-png", str(folder)]
+    command += ["--export-training", str(tmp_path / "training")]
     assert cli.main(command) == 0
     assert '"feature_space": "digit-classifier-64"' in capsys.readouterr().out
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
@@ -58,11 +63,26 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert is_png(run / "evaluation" / "energies.png")
     files = sorted(p.name for p in folder.iterdir())
     assert files == [f"{i:06d}.png" for i in range(30)]
+    assert len(list((tmp_path / "training").iterdir())) == len(load("digits").train)
     pixels = np.array(image_module.open(folder / "000007.png"))
     assert pixels.shape == (8, 8, 3)
     assert pixels.dtype == np.uint8
     assert cli.main(command) == 1  # the folder is not empty any more
     assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_exported_png_hold_the_samples_or_there_is_no_folder(tmp_path: Path) -> None:
+    x = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (tmp_path / "png").mkdir()
+    export(x, tmp_path / "png")
+    pixels = np.array(image_module.open(tmp_path / "png" / "000002.png"))
+    assert np.array_equal(pixels, to_bytes(x)[2].permute(1, 2, 0).numpy())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(OSError, match="full"):
+        export(x, tmp_path / "full")
+    assert sorted(p.name for p in tmp_path.rglob("*.txt")) == ["mine.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "png"]
 
 
 def test_evaluation_draws_the_same_samples_every_time(run: Path) -> None:
@@ -82,16 +102,68 @@ def test_fid_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str])
         pytest.skip("torchmetrics and torch-fidelity are here; the message is for where they lack")
 
 
-def test_fid_code_path_with_features_of_our_own(run: Path) -> None:
+def test_fid_says_that_torchvision_does_not_fit_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {
+        "torchmetrics/__init__.py": "",
+        "torchmetrics/image/__init__.py": "",
+        "torchmetrics/image/fid.py": "",
+        "torch_fidelity.py": "raise RuntimeError('operator torchvision::nms does not exist')",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for name in [
+        m for m in sys.modules if m.partition(".")[0] in ("torchmetrics", "torch_fidelity")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = rf"a torchvision made for this torch {re.escape(torch.__version__)}; .*::nms"
+    with pytest.raises(ImportError, match=expected):
+        check_installed()
+    for name in [m for m in sys.modules if m.partition(".")[0] == "torchmetrics"]:
+        del sys.modules[name]
+
+
+def test_fid_code_path_with_features_of_our_own(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="FID is computed by torchmetrics")
+    data = load("digits")
+    samples = coop.CoopFlow.load(run).sample(20, Key(0).fold_in(USE_EVALUATION))
+    statistics = [
+        FeatureStatistics.of(Corners()(to_bytes(x)))
+        for x in (data.decode(data.train), samples.detach())
+    ]
+    want = frechet_distance(*statistics)
+    own = evaluate_run(run, n=20, inception=True, fid_features=Corners())
+    assert own["fid"] == pytest.approx(want, rel=1e-6)
+    assert own["fid_of"] == "training images"
+    file = tmp_path / "stats.npz"
+    np.savez(file, mu=statistics[0].mean.numpy(), sigma=statistics[0].covariance.numpy())
+    stored = evaluate_run(run, n=20, fid_stats=file, fid_features=Corners())
+    assert stored["fid"] == pytest.approx(want, rel=1e-6)
+    assert stored["fid_of"] == str(file)
 
-    class Means(torch.nn.Module):
-        num_features = 3
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.double().mean((2, 3))
+class Corners(torch.nn.Module):
+    """Four grey values: features of our own in the place of the Inception network's."""
 
-    assert evaluate_run(run, n=20, inception=True, fid_features=Means())["fid"] > 0
+    num_features = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0, 2:6:3, 2:6:3].flatten(1).double()
+
+
+def test_fid_statistics_that_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "stats.npz"
+    with pytest.raises(ValueError, match=r"fid_stats .* cannot be read as an .npz file with mu"):
+        read_statistics(file)
+    np.savez(file, mu=np.zeros(3))
+    with pytest.raises(ValueError, match=r"cannot be read as an .npz file with mu and sigma"):
+        read_statistics(file)
+    np.savez(file, mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"mu \(d,\) and sigma \(d, d\), got \(3,\) and \(2, 2\)"):
+        read_statistics(file)
 
 
 def test_images_become_bytes_as_in_a_png() -> None:
@@ -112,6 +184,7 @@ def test_reconstruct_command(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["reconstruct", str(run), "--n", "4"]) == 0
     errors = json.loads((run / "reconstruct" / "errors.json").read_text())
     assert len(errors["errors"]) == 4
+    assert errors["steps"] == 200
     assert errors["error_per_pixel"] < errors["error_per_pixel_of_flow_proposals"]
     assert is_png(run / "reconstruct" / "reconstruct.png")
     assert json.loads(capsys.readouterr().out)["n"] == 4
@@ -131,6 +204,12 @@ def test_inpaint_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     np.save(tmp_path / "small.npy", mask[:4])
     assert cli.main([*arguments, str(tmp_path / "small.npy")]) == 1
     assert "mask must have shape (8, 8)" in capsys.readouterr().err
+    np.save(tmp_path / "three.npy", mask[None])
+    assert cli.main([*arguments, str(tmp_path / "three.npy")]) == 1
+    assert "mask must have shape (8, 8), got (1, 8, 8)" in capsys.readouterr().err
+    np.save(tmp_path / "numbers.npy", mask.astype(float))
+    assert cli.main([*arguments, str(tmp_path / "numbers.npy")]) == 1
+    assert "must be bool, got float64" in capsys.readouterr().err
     (tmp_path / "text.npy").write_text("no array")
     assert cli.main([*arguments, str(tmp_path / "text.npy")]) == 1
     assert "cannot be read as a .npy array" in capsys.readouterr().err
@@ -148,5 +227,9 @@ def test_bad_requests(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = len(load("digits").held_out)
     assert cli.main(["reconstruct", str(run), "--n", str(held_out + 1)]) == 1
     assert f"n must be in [1, {held_out}]" in capsys.readouterr().err
+    assert cli.main(["interpolate", str(run), "--n", str(held_out)]) == 1
+    assert f"n must be in [1, {held_out // 2}], got {held_out}" in capsys.readouterr().err
+    assert cli.main(["inpaint", str(run), "--chains", "0"]) == 1
+    assert "chains must be ≥ 1, got 0" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--n", "1"]) == 1
     assert "n must be ≥ 2, got 1" in capsys.readouterr().err

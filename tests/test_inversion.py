@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key
-from coopflow_ext.coop import CoopFlow, TrainConfig, Trainer
+from coopflow_ext.coop import CoopFlow, TrainConfig, Trainer, inversion
 from coopflow_ext.coop.inversion import (
     centre_hole,
     decode,
@@ -63,7 +63,37 @@ def test_one_descent_step_is_the_recipe(
     torch.testing.assert_close(got.start, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_reconstruction_is_better_with_a_trained_model(
+def test_the_papers_numbers() -> None:
+    assert (inversion.RECONSTRUCTION_STEPS, inversion.RECONSTRUCTION_RATE) == (200, 0.05)
+    numbers = (inversion.INPAINTING_STEPS, inversion.INPAINTING_RATE, inversion.INPAINTING_DECAY)
+    assert numbers == (201, 0.03, 0.99)
+
+
+def test_three_inpainting_steps_are_the_recipe(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    model, _ = models
+    known = centre_hole(8, 8)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(5):
+            (grad,) = torch.autograd.grad(model.energy(x).sum(), x, create_graph=True)
+            x = x - 0.125 * grad
+        return x
+
+    x0 = model.propose(6, Key(1))
+    for j in range(3):
+        leaf = x0.detach().requires_grad_()
+        loss = ((held_out - chain(leaf)) * known).square().sum()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        x0 = (leaf.detach() - 0.03 * 0.99**j * grad).clamp(-1, 1)
+    end = chain(x0.requires_grad_()).detach().clamp(-1, 1)
+    got = inpaint(model, held_out, known, Key(1), chains=1, steps=3)
+    expected = torch.where(known, held_out, end)
+    torch.testing.assert_close(got[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_lowers_the_error_and_sooner_with_a_trained_model(
     models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
 ) -> None:
     trained, untrained = (reconstruct(m, held_out, Key(1), steps=30) for m in models)
@@ -71,7 +101,8 @@ def test_reconstruction_is_better_with_a_trained_model(
     torch.testing.assert_close(trained.error, pixel_error(held_out, trained.result))
     assert bool((trained.error < trained.untouched_error).all())
     assert float(trained.untouched_error.mean()) < float(untrained.untouched_error.mean())
-    # The descent itself is what both share; what the models add shows before it is over.
+    # What the models add shows before the descent is over. At its end an untrained energy, whose
+    # chain moves nothing, lets every pixel be set at will: docs/experiments.md has the numbers.
     early_trained, early_untrained = (
         reconstruct(m, held_out, Key(1), steps=5).error.mean() for m in models
     )
@@ -143,6 +174,8 @@ def test_bad_input(models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor) ->
         inpaint(model, held_out, torch.ones(4, 4, dtype=torch.bool), Key(0))
     with pytest.raises(TypeError, match=r"mask must be bool, got torch.float32"):
         inpaint(model, held_out, torch.ones(8, 8), Key(0))
+    with pytest.raises(ValueError, match="chains must be ≥ 1, got 0"):
+        inpaint(model, held_out, centre_hole(8, 8), Key(0), chains=0)
     with pytest.raises(ValueError, match="points must be ≥ 2, got 1"):
         interpolate(model, held_out, held_out, points=1)
     own = CoopFlow(model.flow, model.energy, model.sampler)

@@ -11,6 +11,7 @@ import torch
 
 from coopflow_ext import coop
 from coopflow_ext.coop.plane import cell_centres, divergence, normalised
+from coopflow_ext.coop.report import report_run
 from coopflow_ext.data.toy import DENSITIES
 
 image_module = pytest.importorskip("PIL.Image")
@@ -35,7 +36,8 @@ def test_grid_sees_the_densities_well_enough() -> None:
 
 
 def test_toy_run_learns_the_density(tmp_path: Path) -> None:
-    """The flow and the energy come nearer to the truth than a Gaussian of the data's moments."""
+    """The flow comes nearer to the truth than a Gaussian of the data's moments, the energy nearer
+    than the uniform density that it starts from."""
     config = coop.TrainConfig.from_dict(
         {
             "preset": "toy",
@@ -57,10 +59,35 @@ def test_toy_run_learns_the_density(tmp_path: Path) -> None:
     gaussian = normalised(-points.square().sum(1) / (2 * std**2))
     truth = normalised(DENSITIES["8gaussians"].log_density(points))
     assert 0 < summary["kl_true_to_flow"] < divergence(truth, gaussian)
-    assert math.isfinite(summary["kl_true_to_energy"])
+    uniform = normalised(torch.zeros(len(points)))
+    assert 0 < summary["kl_true_to_energy"] < divergence(truth, uniform)
+    page = report_run(out).read_text()
+    assert "data:image/gif;base64," in page
+    assert "densities and points" in page
     assert summary["fd"]["feature_space"] == "identity"
     assert json.loads((out / "summary.json").read_text()) == summary
     assert (out / "densities.png").read_bytes().startswith(b"\x89PNG")
     with image_module.open(out / "chain.gif") as animation:
         assert animation.n_frames == 6
     assert (out / "samples" / "step-0000160.png").exists()
+
+
+def test_energy_alone_on_a_toy_density_says_nothing_of_a_flow(tmp_path: Path) -> None:
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "toy",
+            "start": "uniform",
+            "flow_options": {"couplings": 2, "widths": [8]},
+            "energy_options": {"widths": [8]},
+            "langevin_steps": 2,
+            "pretrain_steps": 0,
+            "flow_frozen_steps": 0,
+            "steps": 2,
+            "n_samples": 50,
+        }
+    )
+    summary = coop.train(config, tmp_path / "run")
+    assert math.isfinite(summary["kl_true_to_energy"])
+    assert "kl_true_to_flow" not in summary
+    assert summary["bits_per_dim"] is None
+    assert (tmp_path / "run" / "densities.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ import torch
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.train import train
@@ -40,21 +41,51 @@ class Plan:
         """
         try:
             content = json.loads(path.read_text())
-            seeds = tuple(int(seed) for seed in content["seeds"])
-            base, rows = dict(content.get("base", {})), dict(content["rows"])
+            seeds, base, rows = content["seeds"], content.get("base", {}), content["rows"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} must be JSON with seeds, rows and maybe base: {error!r}"
             ) from error
+        if not (isinstance(seeds, list) and isinstance(base, dict) and isinstance(rows, dict)):
+            raise ValueError(f"{path}: seeds must be a list, base and rows objects")
         if not seeds or not rows:
             raise ValueError(f"{path} must have at least one seed and one row")
         configs = {}
         for name, settings in rows.items():
             try:
-                configs[name] = TrainConfig.from_dict({**base, **settings})
+                for seed in seeds:
+                    configs[name] = TrainConfig.from_dict({**base, **settings, "seed": seed})
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, row {name!r}: {error}") from error
-        return cls(seeds, configs)
+        if len({_file_name(name) for name in configs}) < len(configs):
+            raise ValueError(f"{path}: rows must differ in the letters and digits of their names")
+        _check_comparable(path, configs)
+        return cls(tuple(seeds), configs)
+
+    def check(self) -> None:
+        """Load the data and build the models of every row, so that no mistake shows after hours.
+
+        Raises:
+            ValueError, OSError: as training would; the row is named where it is a ValueError.
+        """
+        data = next(iter(self.rows.values())).load_data()
+        event = EventSpec(data.event_shape, data.levels)
+        for name, config in self.rows.items():
+            try:
+                CoopFlow.from_config(config, event)
+            except ValueError as error:
+                raise ValueError(f"row {name!r}: {error}") from error
+
+
+# What must not differ between rows: else their distances are not those to the same data.
+_COMMON = ("data", "data_dir", "image_size", "skip_bad", "n_samples")
+
+
+def _check_comparable(path: Path, rows: dict[str, TrainConfig]) -> None:
+    for name in _COMMON:
+        values = {getattr(config, name) for config in rows.values()}
+        if len(values) > 1:
+            raise ValueError(f"{path}: {name} must be the same in all rows, got {values}")
 
 
 def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
@@ -66,6 +97,7 @@ def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list
     Returns:
         One dictionary for each row, as in table.json.
     """
+    plan.check()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, config in plan.rows.items():
@@ -145,6 +177,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {cell(row['flow']) if row['starts_from_flow'] else '–'} "
             f"| {cell(row['langevin']) if has_chain else '–'} | {cell(row['moment_gap'])} |"
         )
+    updates = {row["flow_updates"] for row in rows if row["starts_from_flow"]}
+    if len(updates) > 1:
+        lines += ["", "The rows with a flow differ in its updates: they are not equally trained."]
     return "\n".join(lines) + "\n"
 
 

@@ -45,21 +45,25 @@ def diagnose_run(
         logged iteration (law 4: the flow follows the chain, so it shrinks); ``long_chains``, for
         1·T and each factor: mean energy, its R-hat over the chains, Fréchet distance.
     """
-    if n < 4 or list(factors) != sorted(set(factors)) or min(factors, default=2) < 2:
-        raise ValueError(f"n must be ≥ 4 and factors ascending from 2, got {n} and {factors}")
+    if n < 4:
+        raise ValueError(f"n must be ≥ 4, got {n}")
+    if not factors or list(factors) != sorted(set(factors)) or factors[0] < 2:
+        raise ValueError(f"long: factors must be ≥ 2 and ascending, got {factors}")
     run, model, data = open_run(path, device)
     if run.config.langevin_steps < 1:
         raise ValueError("diagnose needs a run with langevin_steps ≥ 1: this one has no chain")
-    out = run.path / "diagnose"
-    out.mkdir(exist_ok=True)
     key = Key(seed).fold_in(USE_EVALUATION)
     proposals, samples = model.sample_pairs(n, key)
     chains, states = long_chains(model, proposals, factors, key)
     judge = Judge(data, run.config)
     for chain, x in zip(chains, states, strict=True):
         chain["fd"] = judge.distance(x)
-    panels = {f"{c['factor']}·T": x[:_SHOWN] for c, x in zip(chains, states, strict=True)}
-    save_panels(out / "long_chains.png", {"proposal": proposals[:_SHOWN], **panels}, columns=4)
+    out = run.path / "diagnose"
+    out.mkdir(exist_ok=True)
+    panels = {judge.start_name: proposals[:_SHOWN]}
+    for chain, x in zip(chains, states, strict=True):
+        panels[f"{chain['factor']}·T"] = x[:_SHOWN]
+    save_panels(out / "long_chains.png", panels, columns=4)
     _save_energies(out / "energies.png", chains)
     ways = [line["langevin_distance"] for line in run.metrics() if "langevin_distance" in line]
     summary = {

@@ -15,6 +15,7 @@ from coopflow_ext.metrics import bits_per_dim, feature_space, frechet_distance
 from coopflow_ext.rng import USE_EVALUATION, Key
 
 _SHOWN = 64
+START_NAMES = {"flow": "flow proposal", "uniform": "noise", "buffer": "persistent chains"}
 
 
 class Judge:
@@ -28,7 +29,11 @@ class Judge:
         self.data = data
         self.space = feature_space(data)
         self.n = min(config.n_samples, len(data.held_out))
+        if self.n < 2:
+            raise ValueError(f"{data.name} must hold out at least 2 events, got {self.n}")
         self.has_flow = config.start == "flow"
+        # What the chains start from, as pictures call it.
+        self.start_name = START_NAMES[config.start]
         self.key = Key(config.seed).fold_in(USE_EVALUATION)
         self.training = self.space.statistics(data.decode(data.train))
         self.held_out = data.decode(data.held_out)
@@ -49,7 +54,7 @@ class Judge:
             n held-out events; and the events themselves by their captions.
         """
         proposals, results = self.pairs(model)
-        kinds = {"flow proposal": proposals, "after Langevin": results}
+        kinds = {self.start_name: proposals, "after Langevin": results}
         save_panels(picture, {caption: x[:_SHOWN] for caption, x in kinds.items()})
         values = {"fd_flow": self.distance(proposals), "fd_langevin": self.distance(results)}
         if self.has_flow:
@@ -62,7 +67,10 @@ class Judge:
         return bits_per_dim(model.flow, self.held_out[:n].to(device), self.key)
 
     def facts(self, model: CoopFlow) -> dict[str, Any]:
-        """What does not change during training, and the likelihood of the held-out split."""
+        """What does not change during training, and the likelihood of the held-out split.
+
+        ``bits_per_dim`` is None where no flow learns.
+        """
         facts: dict[str, Any] = {
             "feature_space": self.space.name,
             "n": self.n,
@@ -70,19 +78,20 @@ class Judge:
         }
         if self.space.accuracy is not None:
             facts["classifier_accuracy"] = self.space.accuracy
-        return {"fd": facts, "bits_per_dim": self.bits_per_dim(model)}
+        bits = self.bits_per_dim(model) if self.has_flow else None
+        return {"fd": facts, "start_of_chains": self.start_name, "bits_per_dim": bits}
 
 
-def fd_table(fd: dict[str, Any]) -> str:
-    """The Fréchet distances of a summary as lines for a terminal."""
+def fd_table(fd: dict[str, Any], start: str) -> str:
+    """The Fréchet distances of a summary, and where its chains start, as lines for a terminal."""
     rows = [
         ("held-out data", fd["held_out"]),
         ("after Langevin", fd["langevin"]),
-        ("flow proposal", fd["flow"]),
-        ("flow proposal at step 0", fd["flow_start"]),
+        (start, fd["flow"]),
+        (f"{start} at step 0", fd["flow_start"]),
     ]
     head = (
         f"Fréchet distance to the training data ({fd['feature_space']} features, "
         f"{fd['n']} samples each; less is better)"
     )
-    return "\n".join([head, *(f"  {name:<24}{value:10.2f}" for name, value in rows)])
+    return "\n".join([head, *(f"  {name:<28}{value:10.2f}" for name, value in rows)])

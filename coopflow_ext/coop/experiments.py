@@ -78,13 +78,15 @@ def inpaint_run(
     observed = held_out_images(data, n, device)
     height, width = observed.shape[-2:]
     known = inversion.centre_hole(height, width) if mask is None else read_mask(mask)
+    if known.shape != (height, width):
+        raise ValueError(f"mask must have shape ({height}, {width}), got {tuple(known.shape)}")
     filled = inversion.inpaint(model, observed, known, Key(seed), chains=chains)
     holed = torch.where(known.to(observed.device), observed, 0.0)
     out = _folder(run, "inpaint")
     rows = torch.cat((observed[:, None], holed[:, None], filled), 1)
     caption = f"observed | known | {chains} fillings"
     save_panels(out / "inpaint.png", {caption: rows.flatten(0, 1)}, columns=chains + 2)
-    hole = ~known.expand(height, width)
+    hole = ~known
     error = (filled - observed[:, None])[..., hole].square().sum((2, 3)) / hole.sum().clamp(min=1)
     return _finish(
         out / "errors.json",
@@ -120,12 +122,14 @@ def interpolate_run(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Lines between reconstructed held-out images, and between flow samples: RUN/interpolate."""
+    """Lines between reconstructed held-out images, and between proposals: RUN/interpolate."""
     run, model, data = open_run(path, device)
+    if data.is_image and not 1 <= n <= len(data.held_out) // 2:
+        raise ValueError(f"n must be in [1, {len(data.held_out) // 2}], got {n}")
     observed = held_out_images(data, 2 * n, device)
     found = inversion.reconstruct(model, observed, Key(seed))
     _, between = inversion.interpolate(model, found.start[:n], found.start[n:], points=points)
-    starts = model.flow.sample(2 * n, Key(seed).fold_in(1))
+    starts = model.propose(2 * n, Key(seed).fold_in(1))
     _, random_lines = inversion.interpolate(model, starts[:n], starts[n:], points=points)
     out = _folder(run, "interpolate")
     for name, lines in (("images", between), ("random", random_lines)):

@@ -98,13 +98,13 @@ def reconstruct(
 ) -> Reconstruction:
     """Find starts whose chains end at the observed events.
 
-    The start comes from the flow and follows x0 ← clamp(x0 − rate·∇Σ(observed − x̃)²), the sum
-    over the whole batch.
+    The start is what the model proposes, a sample of the flow where there is one, and follows
+    x0 ← clamp(x0 − rate·∇Σ(observed − x̃)²), the sum over the whole batch.
 
     Args:
         model: a model made from settings.
         observed: (B, *event_shape).
-        key: draws the flow's starts.
+        key: draws the starts.
         steps, rate: of the descent; the paper has 200 and 0.05.
         checkpoint_every: keep only every so many states of the chain, to bound memory.
 
@@ -115,7 +115,7 @@ def reconstruct(
     chain = smooth_chain(model, checkpoint_every)
     clamp = None if model.event is None else model.event.clamp
     with model.evaluating():
-        first = model.flow.sample(len(observed), key)
+        first = model.propose(len(observed), key)
         before = _end(chain, first).detach()
         start = _descend(
             chain, first, lambda x: (observed - x).square().sum(), [rate] * steps, clamp
@@ -147,7 +147,7 @@ def inpaint(
         model: a model made from settings.
         observed: (B, C, H, W).
         known: bool, (H, W) or broadcastable to (B, 1, H, W); True where the pixel is known.
-        key: draws the flow's starts.
+        key: draws the starts.
         chains: fillings of each image.
         steps, rate, decay: of the descent; the paper has 201, 0.03 and 0.99.
         checkpoint_every: keep only every so many states of the chain, to bound memory.
@@ -160,6 +160,8 @@ def inpaint(
     """
     observed = check_events(model, observed)
     mask = check_mask(known, observed)
+    if chains < 1:
+        raise ValueError(f"chains must be ≥ 1, got {chains}")
     chain = smooth_chain(model, checkpoint_every)
     repeated = observed.repeat_interleave(chains, 0)
     weight = mask.repeat_interleave(chains, 0)
@@ -170,7 +172,7 @@ def inpaint(
     rates = [rate * decay**j for j in range(steps)]
     clamp = None if model.event is None else model.event.clamp
     with model.evaluating():
-        first = model.flow.sample(len(repeated), key)
+        first = model.propose(len(repeated), key)
         start = _descend(chain, first, loss, rates, clamp)
         result = _end(chain, start).detach()
     if clamp is not None:

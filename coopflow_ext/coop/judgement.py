@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from coopflow_ext.coop.checkpoint import write_atomically
 from coopflow_ext.coop.evaluate import Judge
 from coopflow_ext.coop.experiments import open_run, write_json
 from coopflow_ext.coop.model import CoopFlow
-from coopflow_ext.coop.pictures import figure_bytes, save_image, save_panels, to_pixels
+from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels
 from coopflow_ext.data import Dataset
-from coopflow_ext.metrics.fid import check_installed, fid
+from coopflow_ext.metrics.fid import check_installed, fid, read_statistics
 from coopflow_ext.metrics.neighbours import nearest_neighbours
 from coopflow_ext.rng import USE_EVALUATION, Key
 
@@ -31,7 +32,9 @@ def evaluate_run(
     seed: int = 0,
     inception: bool = False,
     fid_features: int | nn.Module = 2048,
+    fid_stats: Path | None = None,
     export_png: Path | None = None,
+    export_training: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Measure a run; results in RUN/evaluation.
@@ -42,8 +45,11 @@ def evaluate_run(
             min(n, size of the held-out split) images.
         seed: of the samples.
         inception: also the FID of the n samples against the training images.
+        fid_stats: the FID against the statistics in this file instead, see
+            :func:`coopflow_ext.metrics.fid.read_statistics`.
         fid_features: see :func:`coopflow_ext.metrics.fid.fid`.
         export_png: a folder, new or empty, for the samples as PNG, as pytorch-fid wants them.
+        export_training: the same for the training images.
         device: where to sample.
 
     Returns:
@@ -51,13 +57,19 @@ def evaluate_run(
 
     Raises:
         ImportError: ``inception`` without torchmetrics or torch-fidelity.
-        FileExistsError: ``export_png`` is not empty.
+        FileExistsError: a folder for PNG is not empty.
+        ValueError: n below 2, no such statistics, or FID or PNG of a run on vectors.
     """
+    inception = inception or fid_stats is not None
     if inception and isinstance(fid_features, int):
         check_installed()
-    if export_png is not None:
-        _check_empty(export_png)
+    folders = [f for f in (export_png, export_training) if f is not None]
+    for folder in folders:
+        _check_empty(folder)
+    reference = None if fid_stats is None else read_statistics(fid_stats)
     run, model, data = open_run(path, device)
+    if not data.is_image and (inception or folders):
+        raise ValueError(f"FID and PNG are for images, and {data.name} holds vectors")
     n = run.config.n_samples if n is None else n
     if n < 2:
         raise ValueError(f"n must be ≥ 2, got {n}")
@@ -66,6 +78,10 @@ def evaluate_run(
     proposals, samples = (x.cpu() for x in model.sample_pairs(n, key, batch_size=_BATCH))
     out = run.path / "evaluation"
     out.mkdir(exist_ok=True)
+    if export_png is not None:
+        export(samples, export_png)
+    if export_training is not None:
+        export(data.decode(data.train), export_training)
     held_out = judge.held_out[:n]
     facts = judge.facts(model)
     summary: dict[str, Any] = {
@@ -84,12 +100,11 @@ def evaluate_run(
     }
     save_histograms(out / "energies.png", summary["energy"])
     if inception:
-        real = (data.decode(rows) for rows in data.train.split(_BATCH))
-        summary["fid"] = fid(
-            real, iter(samples.split(_BATCH)), features=fid_features, device=device
-        )
+        training = (data.decode(rows) for rows in data.train.split(_BATCH))
+        real = training if reference is None else reference
+        summary["fid"] = fid(real, samples.split(_BATCH), features=fid_features, device=device)
+        summary["fid_of"] = "training images" if fid_stats is None else str(fid_stats)
     if export_png is not None:
-        export(samples, export_png)
         summary["png"] = str(export_png)
     for values in summary["energy"].values():
         values.pop("values")
@@ -147,14 +162,21 @@ def _check_empty(folder: Path) -> None:
         raise FileExistsError(f"{folder} must be a new or empty folder")
 
 
-def _numbered(samples: Tensor) -> Iterator[tuple[str, Any]]:
-    for i, pixels in enumerate(to_pixels(samples)):
+def _numbered(images: Tensor) -> Iterator[tuple[str, Any]]:
+    for i, pixels in enumerate(to_pixels(images)):
         yield f"{i:06d}.png", pixels
 
 
-def export(samples: Tensor, folder: Path) -> None:
-    """Samples as 000000.png, 000001.png, …, 8 bits for each of three channels."""
+def export(images: Tensor, folder: Path) -> None:
+    """Images as 000000.png, 000001.png, …, 8 bits for each of three channels.
+
+    The folder appears with all of them in it, or not at all.
+    """
     image = require("PIL.Image", extra="train", distribution="pillow")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pixels in _numbered(samples):
-        save_image(folder / name, image.fromarray(pixels))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        for name, pixels in _numbered(images):
+            image.fromarray(pixels).save(made / name)
+        made.replace(folder)  # also where an empty folder is there already

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
-from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
+from coopflow_ext.coop.checkpoint import RunError, load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
@@ -300,7 +300,10 @@ class CoopFlow(nn.Module):
         if path.is_dir():
             path = RunFolder.open(path).latest_checkpoint()
         tensors, metadata = load_checkpoint(path)
-        config = TrainConfig.from_json(metadata["config"])
+        try:
+            config = TrainConfig.from_json(metadata["config"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path} cannot be used: {error}") from error
         event = metadata["event"]
         model = cls.from_config(config, EventSpec(tuple(event["shape"]), event["levels"]))
         averages = {

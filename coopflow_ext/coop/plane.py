@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.evaluate import START_NAMES
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, scatter
 from coopflow_ext.data import Dataset
@@ -45,16 +46,24 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
 
 @torch.no_grad()
 def densities(model: CoopFlow, data: Dataset) -> dict[str, Tensor]:
-    """log-probability of each cell under the true density, the energy and the flow, (cells²,)."""
+    """log-probability of each cell under the true density, the energy and, where it learns, the
+    flow, (cells²,) each."""
     device = next(model.parameters()).device
     points = cell_centres().to(device)
     name = data.name.partition(":")[2]
     with model.evaluating():
-        return {
+        tables = {
             "true": normalised(DENSITIES[name].log_density(points.cpu())),
             "energy": normalised(-model.energy(points).cpu()),
-            "flow": normalised(model.flow.log_prob(points, key=Key(0)).cpu()),
         }
+        if _start(model) == "flow":
+            tables["flow"] = normalised(model.flow.log_prob(points, key=Key(0)).cpu())
+    return tables
+
+
+def _start(model: CoopFlow) -> str:
+    assert model.config is not None
+    return model.config.start
 
 
 def report_plane(model: CoopFlow, data: Dataset, out: Path) -> dict[str, float]:
@@ -62,28 +71,28 @@ def report_plane(model: CoopFlow, data: Dataset, out: Path) -> dict[str, float]:
     tables = densities(model, data)
     key = Key(0).fold_in(USE_EVALUATION)
     proposals, samples = model.sample_pairs(_POINTS, key)
-    write_atomically(
-        out / "densities.png",
-        _picture(tables, data.held_out[:_POINTS], proposals.cpu(), samples.cpu()),
-    )
-    write_atomically(out / "chain.gif", _animation(model, key))
-    return {
-        "kl_true_to_energy": divergence(tables["true"], tables["energy"]),
-        "kl_true_to_flow": divergence(tables["true"], tables["flow"]),
+    points = {
+        "held-out data": data.held_out[:_POINTS],
+        START_NAMES[_start(model)]: proposals,
+        "after Langevin": samples,
     }
+    write_atomically(out / "densities.png", _picture(tables, points))
+    write_atomically(out / "chain.gif", _animation(model, key))
+    truth = tables.pop("true")
+    return {f"kl_true_to_{name}": divergence(truth, table) for name, table in tables.items()}
 
 
-def _picture(tables: dict[str, Tensor], *points: Tensor) -> bytes:
+def _picture(tables: dict[str, Tensor], points: dict[str, Tensor]) -> bytes:
     figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
     figure = figure_module.Figure(figsize=(11, 7.5), layout="constrained")
     above, below = figure.subplots(2, 3)
-    for axes, (name, table) in zip(above, tables.items(), strict=True):
+    above[-1].set_visible(len(tables) == 3)
+    for axes, (name, table) in zip(above, tables.items(), strict=False):
         image = table.exp().view(_CELLS, _CELLS).T.numpy()
         box = (-EXTENT, EXTENT, -EXTENT, EXTENT)
         axes.imshow(image, origin="lower", extent=box, cmap="magma")
         axes.set_title(f"density: {name}", fontsize=10)
-    titles = ("held-out data", "flow proposals", "after Langevin")
-    for axes, title, x in zip(below, titles, points, strict=True):
+    for axes, (title, x) in zip(below, points.items(), strict=True):
         scatter(axes, x, title)
     return figure_bytes(figure)
 

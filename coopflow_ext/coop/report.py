@@ -40,6 +40,7 @@ def report_run(path: Path) -> Path:
         _heading(run),
         _section("Results", _results(run)),
         _section("Curves", _figure(run.path / "curves.png", "what metrics.jsonl holds")),
+        _section("Densities in the plane", _plane(run)),
         _section("Samples over training", _samples(run)),
         *(_section(name.capitalize(), _folder(run.path / name)) for name in _FOLDERS),
         _section("Settings", _table(json.loads(run.config.to_json()))),
@@ -79,6 +80,12 @@ def _samples(run: RunFolder) -> str:
     found = sorted((run.path / "samples").glob("*.png"))
     chosen = sorted({round(i * (len(found) - 1) / 3) for i in range(4)}) if found else []
     return "".join(_figure(found[i], found[i].stem) for i in chosen)
+
+
+def _plane(run: RunFolder) -> str:
+    """What a run on a toy density leaves beside its samples."""
+    names = {"densities.png": "densities and points", "chain.gif": "the chain"}
+    return "".join(_figure(run.path / name, caption) for name, caption in names.items())
 
 
 def _folder(path: Path) -> str:

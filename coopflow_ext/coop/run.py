@@ -101,6 +101,12 @@ class RunFolder:
         if write:
             self.write_config()
 
+    def close(self) -> None:
+        """Write out what the board still holds."""
+        if self.board is not None:
+            self.board.close()
+            self.board = None
+
     # --- metrics ----------------------------------------------------------------------------------
 
     @property

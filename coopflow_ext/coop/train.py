@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,20 @@ def train(
     if log == "tensorboard" and trainer.ranks.is_first:
         run.board = Board(run.path, trainer.step)
     total = trainer.config.total_steps
-    with _interrupts() as asked, _progress(trainer) as bar:
-        if trainer.step == 0:
-            _observe(trainer, run, judge)
-        while trainer.step < total:
-            _advance(trainer, run, judge, bar)
-            stop = trainer.ranks.any(asked.is_set(), trainer.device)
-            if stop and trainer.step < total:
-                _checkpoint(trainer, run)
-                raise TrainingInterrupted(
-                    f"stopped at step {trainer.step} and saved; go on with: "
-                    f"coopflow train --out {run.path} --resume"
-                )
-    return _finish(trainer, run, judge) if trainer.ranks.is_first else {}
+    with closing(run):
+        with _interrupts() as asked, _progress(trainer) as bar:
+            if trainer.step == 0:
+                _observe(trainer, run, judge)
+            while trainer.step < total:
+                _advance(trainer, run, judge, bar)
+                stop = trainer.ranks.any(asked.is_set(), trainer.device)
+                if stop and trainer.step < total:
+                    _checkpoint(trainer, run)
+                    raise TrainingInterrupted(
+                        f"stopped at step {trainer.step} and saved; go on with: "
+                        f"coopflow train --out {run.path} --resume"
+                    )
+        return _finish(trainer, run, judge) if trainer.ranks.is_first else {}
 
 
 def _start_run(
@@ -231,8 +232,6 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     }
     pictures.save_curves(run.path / "curves.png", metrics)
     run.write_summary(summary)
-    if run.board is not None:
-        run.board.close()
     return summary
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from coopflow_ext._optional import require
 from coopflow_ext.data.batches import permutation
 from coopflow_ext.data.dataset import Dataset, check_images
+from coopflow_ext.data.published import check_checksum
 from coopflow_ext.rng import Key
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _SPLIT_KEY = Key(10)
 _HELD_OUT_SHARE = 0.1
+_MIN_SPLIT = 2  # a covariance, and so a Fréchet distance, needs two
 _CELEBA_FOLDER = "img_align_celeba"
 _CELEBA_PARTITION = "list_eval_partition.txt"
 _CELEBA_CROP = 140
@@ -42,15 +44,22 @@ def read_image(path: Path, *, size: int | None = None, crop: int | None = None) 
         crop: side of that square; None takes the largest that fits.
 
     Raises:
-        BadImageError: the file is damaged or no image; the message names it.
+        BadImageError: the file is damaged, no image, or has more than 8 bits for a channel; the
+            message names it.
     """
     image_module = require("PIL.Image", extra="train", distribution="pillow")
+    upright = require("PIL.ImageOps", extra="train", distribution="pillow").exif_transpose
     try:
         with image_module.open(path) as image:
             image.load()
-            pixels = image.convert("L" if image.mode in ("L", "1", "LA") else "RGB")
+            deep = image.mode.startswith(("I", "F"))
+            pixels = upright(image).convert("L" if image.mode in ("L", "1", "LA") else "RGB")
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise BadImageError(f"{path} cannot be read as an image: {error}") from error
+    if deep:  # Pillow would cut the values off at 255
+        raise BadImageError(
+            f"{path} cannot be read as an image of 8 bits for a channel: its mode is {image.mode}"
+        )
     if size is not None:
         pixels = _crop_and_resize(pixels, size, crop, path)
     array = np.array(pixels, dtype=np.uint8)
@@ -122,6 +131,11 @@ def folder(root: Path, *, size: int | None = None, skip_bad: bool = False) -> Da
         root: the folder.
         size: crop and scale all images to size × size; None wants images of one size.
         skip_bad: leave out images that cannot be read instead of raising.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        BadImageError: an image cannot be read, and not ``skip_bad``.
+        ValueError: fewer than 4 images, two for each split, or images of several sizes.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder")
@@ -129,10 +143,13 @@ def folder(root: Path, *, size: int | None = None, skip_bad: bool = False) -> Da
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(_SUFFIXES)})")
     images, _ = read_images(paths, size=size, skip_bad=skip_bad)
-    if len(images) < 2:
-        raise ValueError(f"{root} must hold at least 2 images, one to hold out; got {len(images)}")
+    if len(images) < 2 * _MIN_SPLIT:
+        raise ValueError(
+            f"{root} must hold at least {2 * _MIN_SPLIT} images, {_MIN_SPLIT} of them to hold out; "
+            f"got {len(images)}"
+        )
     order = permutation(len(images), _SPLIT_KEY)
-    n_held_out = max(1, round(_HELD_OUT_SHARE * len(images)))
+    n_held_out = max(_MIN_SPLIT, round(_HELD_OUT_SHARE * len(images)))
     check_images(images, 256)
     return Dataset(
         f"folder:{root}",
@@ -146,8 +163,8 @@ def folder(root: Path, *, size: int | None = None, skip_bad: bool = False) -> Da
 def celeba(root: Path, *, size: int = 32, skip_bad: bool = False) -> Dataset:
     """CelebA, aligned: the centred 140×140 square of each 178×218 image, scaled to size × size.
 
-    ``root`` holds the folder img_align_celeba and list_eval_partition.txt; the published training
-    and validation parts train, the test part is held out.
+    ``root`` holds the folder img_align_celeba and list_eval_partition.txt, whose checksum is
+    verified; the published training and validation parts train, the test part is held out.
 
     Source: Z. Liu et al., *Deep Learning Face Attributes in the Wild*, ICCV 2015.
     """
@@ -155,6 +172,7 @@ def celeba(root: Path, *, size: int = 32, skip_bad: bool = False) -> Dataset:
     for path in (images_root, partition):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: {_CELEBA_SOURCE}")
+    check_checksum(partition)
     splits: dict[bool, list[Path]] = {True: [], False: []}
     for number, line in enumerate(partition.read_text().splitlines(), 1):
         fields = line.split()

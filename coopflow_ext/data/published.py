@@ -15,11 +15,12 @@ from torch import Tensor
 from coopflow_ext._optional import require
 from coopflow_ext.data.dataset import Dataset, check_images
 
-# MD5 as published beside the archives.
+# MD5 of the published files, by name.
 CHECKSUMS = {
     "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
     "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
     "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
+    "list_eval_partition.txt": "d32c9cbf5e040fd4025c592c306e6668",
 }
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_RECORDS = 10_000

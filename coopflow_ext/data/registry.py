@@ -21,6 +21,7 @@ NAMES = (
     "folder:DIR",
     *(f"toy:{name}" for name in DENSITIES),
 )
+_KINDS = (*_BUNDLED, *_PUBLISHED, "celeba", "folder", "toy")
 
 
 def load(
@@ -39,11 +40,13 @@ def load(
         skip_bad: leave out images that cannot be read, with a warning.
 
     Raises:
-        ValueError: for an unknown name, a missing root, or a damaged file.
+        ValueError: for an unknown name, a missing root, an argument that this data set does not
+            take, or a damaged file.
         FileNotFoundError: the archive is not there; the message says where to get it.
         ImportError: a package is missing; the message says what to install.
     """
     kind, _, rest = name.partition(":")
+    _check_taken(kind, root, image_size, skip_bad)
     if name in _BUNDLED:
         return _BUNDLED[name]()
     if kind == "toy":
@@ -57,3 +60,19 @@ def load(
     if name == "celeba":
         return celeba(Path(root), size=image_size or 32, skip_bad=skip_bad)
     return _PUBLISHED[name](Path(root))
+
+
+def _check_taken(
+    kind: str, root: str | Path | None, image_size: int | None, skip_bad: bool
+) -> None:
+    """ValueError for an argument that data of this kind would ignore."""
+    images = ("celeba", "folder")
+    for argument, value, takers in (
+        ("data_dir", root, (*_PUBLISHED, "celeba")),
+        ("image_size", image_size, images),
+        ("skip_bad", skip_bad or None, images),
+    ):
+        if value is not None and kind in _KINDS and kind not in takers:
+            raise ValueError(
+                f"{argument} is for {', '.join(takers)}; {kind} takes none, got {value}"
+            )
