@@ -196,6 +196,15 @@ def test_sdist_holds_every_source_and_no_binary(sdist: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@in_source_tree
+def test_old_setuptools_is_named(tmp_path: Path) -> None:
+    """Without build isolation nobody else looks at its version, and it fails in many ways."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\n')
+    done = _run(sys.executable, str(ROOT / "setup.py"), "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "setuptools >= 77, found 65.5.0: pip install" in done.stderr
+
+
 def _build_wheel(source: Path, out: Path, **env: str) -> Path:
     done = _run(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
