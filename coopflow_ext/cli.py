@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except KeyboardInterrupt as error:
-        print(f"coopflow: {error or 'interrupted'}", file=sys.stderr)
+        print(f"coopflow: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if args.debug:
@@ -164,13 +164,16 @@ def train(args: argparse.Namespace) -> None:
     """``coopflow train``."""
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
+    from coopflow_ext.coop.config import preset as coop_preset
     from coopflow_ext.coop.evaluate import fd_table
     from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
     if args.resume:
         run = coop.RunFolder.open(args.out)
-        config = dataclasses.replace(run.config, **given)
+        named = {} if args.preset is None else coop_preset(args.preset)
+        named.pop("steps", None)  # of a run that goes on, they are its own unless --steps says more
+        config = coop.TrainConfig.from_dict({**dataclasses.asdict(run.config), **named, **given})
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
@@ -191,8 +194,17 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that this torch can use, got {name!r}: no CUDA here")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one that this torch can use, got {name!r}: it sees "
+            f"{torch.cuda.device_count() or 'no'} CUDA devices"
+        )
     return name
 
 

@@ -337,7 +337,7 @@ def test_full_disk_during_a_run_keeps_the_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match=r"No space left on device: .*step-0000008.safetensors'"):
             coop.train(tiny(), path)
     run = RunFolder.open(path)
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-0000004.safetensors"]
@@ -408,6 +408,26 @@ def test_nothing_is_left_behind_by_settings_that_do_not_work(tmp_path: Path) -> 
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "many"}, "steps must be of type int, got 'many'"),
+        ({"steps": 1.5}, "steps must be of type int, got 1.5"),
+        ({"steps": None}, "steps must be of type int, got None"),
+        ({"seed": True}, "seed must be of type int, got True"),
+        ({"noise": "0.1"}, "noise must be of type float, got '0.1'"),
+        ({"step_clip": [1]}, r"step_clip must be of type float \| None, got \[1\]"),
+        ({"flip": 1}, "flip must be of type bool, got 1"),
+        ({"flow_options": [1]}, r"flow_options must be of type dict.*got \[1\]"),
+        ({"flow_betas": 0.9}, r"flow_betas must be of type tuple\[float, float\], got 0.9"),
+        ({"flow_betas": [0.9]}, r"flow_betas must be of type tuple.*got \(0.9,\)"),
+    ],
+)
+def test_settings_of_another_type(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         tiny(**changes)
 
 

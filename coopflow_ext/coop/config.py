@@ -31,7 +31,8 @@ class TrainConfig:
     "uniform" for short runs from noise, "buffer" for persistent chains.
 
     Raises:
-        ValueError: for a value that makes no sense; the message names the field.
+        TypeError, ValueError: for a value of another type, or one that makes no sense; the message
+            names the field.
     """
 
     data: str = _setting("digits", "data set: " + ", ".join(data.NAMES))
@@ -88,6 +89,8 @@ class TrainConfig:
     keep_checkpoints: int = _setting(2, "how many checkpoints to keep")
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            _check_type(setting.name, str(setting.type), getattr(self, setting.name))
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= minimum):
@@ -150,9 +153,29 @@ class TrainConfig:
             raise ValueError(f"unknown setting {unknown[0]!r}; known are {', '.join(fields)}")
         settings.update(values)
         for name in ("flow_betas", "energy_betas"):
-            if name in settings:
+            if isinstance(settings.get(name), list):
                 settings[name] = tuple(settings[name])
         return cls(**settings)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "dict[str, Any]": (dict,),
+    "tuple[float, float]": (tuple,),
+}
+
+
+def _check_type(name: str, kind: str, value: Any) -> None:
+    """TypeError unless the value is of a field's declared kind, such as "float | None"."""
+    plain, optional = kind.removesuffix(" | None"), kind.endswith(" | None")
+    fits = isinstance(value, _TYPES[plain]) and (plain == "bool" or not isinstance(value, bool))
+    if plain.startswith("tuple"):
+        fits = fits and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    if not (fits or (optional and value is None)):
+        raise TypeError(f"{name} must be of type {kind}, got {value!r}")
 
 
 _MINIMA = {
