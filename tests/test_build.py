@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import coopflow_ext
 from coopflow_ext import _extension
 from coopflow_ext._version import __version__
 from coopflow_ext.errors import BuildError
@@ -44,7 +45,7 @@ def test_library_registers_the_ops() -> None:
     path = _extension.load_library()
     assert path.is_file()
     info = json.loads(torch.ops.coopflow.build_info())
-    assert info["version"] == __version__
+    assert info["version"] == __version__ == coopflow_ext.__version__
     assert info["compiler"]
 
 
