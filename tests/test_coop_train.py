@@ -11,8 +11,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
@@ -273,6 +275,34 @@ def test_more_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
     a, _ = load_checkpoint(RunFolder.open(path).latest_checkpoint())
     b, _ = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
     assert all(torch.equal(a[name], b[name]) for name in b if not name.startswith("moments"))
+
+
+def test_colour_patches_with_a_glow_and_the_papers_energy(tmp_path: Path) -> None:
+    """A few steps of what tests/test_coop_demo.py trains for longer."""
+    config = TrainConfig.from_dict(
+        {
+            "preset": "patches-small",
+            "flow_options": {"scales": 3, "steps": 1, "channels": 8, "blocks": 1},
+            "energy_options": {"width": 4},
+            "batch_size": 4,
+            "langevin_steps": 3,
+            "pretrain_steps": 1,
+            "flow_frozen_steps": 1,
+            "flow_every": 1,
+            "steps": 3,
+            "n_samples": 8,
+            "log_every": 1,
+        }
+    )
+    summary = coop.train(config, tmp_path / "run")
+    assert (summary["flow_updates"], summary["energy_updates"]) == (3, 3)
+    assert summary["fd"]["feature_space"] == "random-conv-64"
+    lines = RunFolder.open(tmp_path / "run").metrics()
+    numbers = [v for line in lines for v in line.values()]
+    assert all(math.isfinite(v) for v in numbers)
+    picture = Image.open(tmp_path / "run" / summary["picture"])
+    red, green, _ = np.asarray(picture.convert("RGB"), dtype=float).transpose(2, 0, 1)
+    assert np.abs(red - green).max() > 10, "a picture without colours"
 
 
 # --- bad input ----------------------------------------------------------------------------------
