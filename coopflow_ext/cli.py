@@ -157,23 +157,24 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     from coopflow_ext.coop.config import TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def train(args: argparse.Namespace) -> None:
     """``coopflow train``."""
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
-    from coopflow_ext.coop.config import preset as coop_preset
     from coopflow_ext.coop.evaluate import fd_table
     from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
     if args.resume:
         run = coop.RunFolder.open(args.out)
-        named = {} if args.preset is None else coop_preset(args.preset)
-        named.pop("steps", None)  # of a run that goes on, they are its own unless --steps says more
-        config = coop.TrainConfig.from_dict({**dataclasses.asdict(run.config), **named, **given})
+        if args.preset:
+            config = coop.TrainConfig.from_dict({"preset": args.preset, **given})
+        else:
+            config = dataclasses.replace(run.config, **given)
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = coop.TrainConfig.from_dict({"preset": preset, **given})
@@ -195,16 +196,13 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be one that this torch can use, got {name!r}: it sees "
-            f"{torch.cuda.device_count() or 'no'} CUDA devices"
-        )
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda, cuda:1, … or auto, got {name!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this torch can use, got {name!r}: no CUDA here")
     return name
 
 

@@ -54,7 +54,7 @@ else:
 def _argument_error(error: RuntimeError) -> Exception:
     """What a kernel's own check found, as ValueError or TypeError; other errors as they are."""
     message = str(error).splitlines()[0]
-    if message.startswith("Could not run 'coopflow::"):
+    if message.startswith(("Could not run 'coopflow::", "unsupported memory format")):
         return ValueError(
             "tensors must be dense and on a device that the library has code for (see `coopflow "
             f"info`): {message.partition('. ')[0]}"
@@ -94,15 +94,6 @@ def _bounds(op: str, clamp: tuple[float, float]) -> tuple[float, float]:
         raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
     low, high = clamp
     return low, high
-
-
-def _contiguous(op: str, **tensors: Tensor) -> list[Tensor]:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"{op}: {name} must be dense, got layout {tensor.layout}")
-    return [tensor.contiguous() for tensor in tensors.values()]
 
 
 def _new_draw(op: str, shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
@@ -386,9 +377,7 @@ def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: an argument does not fit.
     """
     try:
-        y, ladj = _autograd.apply(
-            _autograd.AffineCoupling, *_contiguous("affine_coupling", x=x, params=params)
-        )
+        y, ladj = _autograd.apply(_autograd.AffineCoupling, x.contiguous(), params.contiguous())
     except RuntimeError as error:
         raise _argument_error(error) from None
     return y, ladj
@@ -404,8 +393,7 @@ def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         x, ladj = _autograd.apply(
-            _autograd.AffineCouplingInverse,
-            *_contiguous("affine_coupling_inverse", y=y, params=params),
+            _autograd.AffineCouplingInverse, y.contiguous(), params.contiguous()
         )
     except RuntimeError as error:
         raise _argument_error(error) from None
@@ -450,9 +438,7 @@ def mixture_logistic_coupling(
     """
     try:
         y, ladj = _autograd.apply(
-            _autograd.MixtureLogisticCoupling,
-            *_contiguous("mixture_logistic_coupling", x=x, params=params),
-            affine,
+            _autograd.MixtureLogisticCoupling, x.contiguous(), params.contiguous(), affine
         )
     except RuntimeError as error:
         raise _argument_error(error) from None
@@ -487,7 +473,8 @@ def mixture_logistic_coupling_inverse(
     try:
         x, ladj = _autograd.apply(
             _autograd.MixtureLogisticCouplingInverse,
-            *_contiguous("mixture_logistic_coupling_inverse", y=y, params=params),
+            y.contiguous(),
+            params.contiguous(),
             affine,
             legacy_cdf_clamp,
         )

@@ -264,13 +264,9 @@ def test_bad_input_is_named(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("map_", [*MAPS, *MIXTURE_MAPS])
-def test_what_is_no_dense_tensor_is_named(device: torch.device, map_: Map) -> None:
+def test_what_is_not_dense_or_has_no_data_is_named(device: torch.device, map_: Map) -> None:
     x, params = torch.ones(3, 4, device=device), torch.ones(3, 2, 4, device=device)
-    with pytest.raises(TypeError, match=r"(x|y) must be a tensor, got list"):
-        map_([1.0], params)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="params must be a tensor, got NoneType"):
-        map_(x, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"(x|y) must be dense, got layout torch.sparse_coo"):
+    with pytest.raises(ValueError, match="tensors must be dense"):
         map_(x.to_sparse(), params)
     with pytest.raises(ValueError, match="params: must be on the device of"):
         map_(x, params.to("meta"))

@@ -444,16 +444,16 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": "many"}, "steps must be of type int, got 'many'"),
-        ({"steps": 1.5}, "steps must be of type int, got 1.5"),
-        ({"steps": None}, "steps must be of type int, got None"),
-        ({"seed": True}, "seed must be of type int, got True"),
-        ({"noise": "0.1"}, "noise must be of type float, got '0.1'"),
-        ({"step_clip": [1]}, r"step_clip must be of type float \| None, got \[1\]"),
-        ({"flip": 1}, "flip must be of type bool, got 1"),
-        ({"flow_options": [1]}, r"flow_options must be of type dict.*got \[1\]"),
-        ({"flow_betas": 0.9}, r"flow_betas must be of type tuple\[float, float\], got 0.9"),
-        ({"flow_betas": [0.9]}, r"flow_betas must be of type tuple.*got \(0.9,\)"),
+        ({"steps": "many"}, "steps must be int, got 'many'"),
+        ({"steps": 1.5}, "steps must be int, got 1.5"),
+        ({"steps": None}, "steps must be int, got None"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"noise": "0.1"}, "noise must be float, got '0.1'"),
+        ({"step_clip": [1]}, r"step_clip must be float \| None, got \[1\]"),
+        ({"flip": 1}, "flip must be bool, got 1"),
+        ({"flow_options": [1]}, r"flow_options must be dict.*got \[1\]"),
+        ({"flow_betas": 0.9}, r"flow_betas must be tuple\[float, float\], got 0.9"),
+        ({"flow_betas": [0.9]}, r"flow_betas must be tuple.*got \(0.9,\)"),
     ],
 )
 def test_settings_of_another_type(changes: dict[str, Any], message: str) -> None:
@@ -503,3 +503,5 @@ def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path
         coop.CoopFlow.load(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="n must be ≥ 1, got 0"):
         own.sample(0)
+    with pytest.raises(TypeError, match="key must be a Key or None, got 1"):
+        own.sample(2, 1)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,8 @@ class TrainConfig:
     "uniform" for short runs from noise, "buffer" for persistent chains.
 
     Raises:
-        TypeError, ValueError: for a value of another type, or one that makes no sense; the message
-            names the field.
+        ValueError: for a value that makes no sense; the message names the field.
+        TypeError: for a value of another type than the field's.
     """
 
     data: str = _setting("digits", "data set: " + ", ".join(data.NAMES))
@@ -90,7 +91,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
-            _check_type(setting.name, str(setting.type), getattr(self, setting.name))
+            _check_type(setting.name, getattr(self, setting.name), str(setting.type))
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= minimum):
@@ -138,8 +139,12 @@ class TrainConfig:
             ValueError: not JSON, another version of the format, or an unknown setting.
         """
         values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT_VERSION:
-            raise ValueError(f"the configuration is not of format {FORMAT_VERSION}")
+        version = values.pop("format", None) if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the configuration is not of format {FORMAT_VERSION}, which this version reads, "
+                f"but of {version!r}"
+            )
         return cls.from_dict(values)
 
     @classmethod
@@ -158,24 +163,27 @@ class TrainConfig:
         return cls(**settings)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "dict[str, Any]": (dict,),
-    "tuple[float, float]": (tuple,),
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
+    "str": lambda v: isinstance(v, str),
+    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "float": _is_number,
+    "bool": lambda v: isinstance(v, bool),
+    "dict[str, Any]": lambda v: isinstance(v, dict),
+    "tuple[float, float]": lambda v: (
+        isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v))
+    ),
 }
 
 
-def _check_type(name: str, kind: str, value: Any) -> None:
-    """TypeError unless the value is of a field's declared kind, such as "float | None"."""
-    plain, optional = kind.removesuffix(" | None"), kind.endswith(" | None")
-    fits = isinstance(value, _TYPES[plain]) and (plain == "bool" or not isinstance(value, bool))
-    if plain.startswith("tuple"):
-        fits = fits and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
-    if not (fits or (optional and value is None)):
-        raise TypeError(f"{name} must be of type {kind}, got {value!r}")
+def _check_type(name: str, value: Any, kind: str) -> None:
+    """TypeError unless the value is of the annotated type."""
+    required, _, optional = kind.partition(" | ")
+    if not (_IS_OF_TYPE[required](value) or (optional and value is None)):
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
 
 
 _MINIMA = {

@@ -107,7 +107,7 @@ class Flow(nn.Module):
     def _context(self, key: Key | None, x: Tensor, chain_offset: int) -> Context:
         if not (self._has_dropout and self.training):
             return Context(chain_offset=chain_offset)
-        key = Key.or_default(key)
+        key = Key.from_default_generator() if key is None else key
         # Layers count by time steps, so the key's own time is folded into the seed.
         key = Key(key.fold_in(USE_DROPOUT).fold_in(key.time).seed)
         return Context(dropout_rng=key.tensor(x.device), chain_offset=chain_offset)
@@ -138,7 +138,7 @@ class Flow(nn.Module):
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
             return call_and_ladj(self.transform, x, context, recompute=self.recompute)
         if eps is None:
-            key = Key.or_default(key)
+            key = Key.from_default_generator() if key is None else key
             rng = key.fold_in(USE_DEQUANTIZE).tensor(x.device)
             eps = self.dequantize.draw(x, rng, chain_offset)
         elif eps.shape != x.shape:
@@ -202,7 +202,7 @@ class Flow(nn.Module):
         """n samples, (n, *event_shape), on the parameters' device and in their dtype."""
         if n < 0:
             raise ValueError(f"n must be ≥ 0, got {n}")
-        key = Key.or_default(key)
+        key = Key.from_default_generator() if key is None else key
         like = next(self.parameters())
         rng = key.fold_in(USE_PRIOR).tensor(like.device)
         z = ops.normal((n, *self.event_shape), rng, chain_offset=chain_offset, dtype=like.dtype)
