@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 
-from setuptools import setup
+import setuptools
+
+# Without build isolation pip takes whatever is installed, and older ones fail without saying why.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"coopflow_ext is built with setuptools >= 77, found {setuptools.__version__}: "
+        "pip install 'setuptools>=77' cmake ninja scikit-build-core pybind11"
+    )
+
 from setuptools.command.bdist_wheel import bdist_wheel
 
 # `make` keeps an incremental native build of its own and installs only the Python part.
@@ -21,7 +29,7 @@ class BdistWheel(bdist_wheel):
         return python, abi, platform
 
 
-setup(
+setuptools.setup(
     cmdclass={"bdist_wheel": BdistWheel},
     **({} if skip_native else {"cmake_source_dir": "."}),
 )

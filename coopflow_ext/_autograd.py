@@ -7,7 +7,7 @@ ops: autograd takes that route only when it differentiates a backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -458,26 +458,52 @@ class LangevinStep(torch.autograd.Function):
 # --- registration ---------------------------------------------------------------------------------
 
 
+def _check_devices(op: str, names: list[str], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """What the kernels check, for calls that end at a fake kernel because one tensor is "meta"."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    first, *others = ((name, t) for name, t in given.items() if isinstance(t, Tensor))
+    for name, tensor in others:
+        if tensor.device != first[1].device:
+            raise ValueError(
+                f"{op}: {name.removesuffix('_t')}: must be on the device of {first[0]}, "
+                f"{first[1].device}, got {tensor.device}"
+            )
+
+
+def _fake(name: str) -> Callable[[Shapes], Shapes]:
+    """Registers the shapes of an op's results."""
+    op = f"coopflow::{name}"
+    names = [argument.name for argument in getattr(_ops(), name).default._schema.arguments]
+
+    def register(shapes: Shapes) -> Shapes:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            _check_devices(op, names, args, kwargs)
+            return shapes(*args, **kwargs)
+
+        torch.library.register_fake(op)(checked)
+        return shapes
+
+    return register
+
+
 def _register_fake() -> None:
-    fake: Callable[[str], Callable[[Shapes], Shapes]] = torch.library.register_fake
-
-    @fake("coopflow::normal_")
+    @_fake("normal_")
     def _(out: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
-    @fake("coopflow::uniform_")
+    @_fake("uniform_")
     def _(out: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
-    @fake("coopflow::langevin_step_")
+    @_fake("langevin_step_")
     def _(x: Tensor, grad: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
-    @fake("coopflow::langevin_noise_")
+    @_fake("langevin_noise_")
     def _(x: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
-    @fake("coopflow::langevin_step")
+    @_fake("langevin_step")
     def _(x: Tensor, grad: Tensor, rng: Tensor, *options: Any, **kwargs: Any) -> Tensor:
         return torch.empty_like(x)
 
@@ -492,24 +518,24 @@ def _register_fake() -> None:
         return torch.empty_like(x), torch.empty_like(params)
 
     for name in ("affine_coupling", "affine_coupling_inverse"):
-        fake(f"coopflow::{name}")(coupling)
-        fake(f"coopflow::{name}_backward")(coupling_backward)
+        _fake(name)(coupling)
+        _fake(f"{name}_backward")(coupling_backward)
 
-    @fake("coopflow::mixture_logistic_coupling")
+    @_fake("mixture_logistic_coupling")
     def _(x: Tensor, params: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
         return coupling(x, params)
 
-    @fake("coopflow::mixture_logistic_coupling_inverse")
+    @_fake("mixture_logistic_coupling_inverse")
     def _(y: Tensor, params: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
         return coupling(y, params)
 
-    @fake("coopflow::mixture_logistic_coupling_backward")
+    @_fake("mixture_logistic_coupling_backward")
     def _(
         grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor, *options: bool
     ) -> tuple[Tensor, Tensor]:
         return coupling_backward(grad_y, grad_ladj, x, params)
 
-    @fake("coopflow::mixture_logistic_coupling_inverse_backward")
+    @_fake("mixture_logistic_coupling_inverse_backward")
     def _(
         grad_x: Tensor, grad_ladj: Tensor, y: Tensor, x: Tensor, params: Tensor, *options: bool
     ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from coopflow_ext.errors import BuildError
 LIBRARY_NAME = "libcoopflow_ext.so"
 _HOW_TO_BUILD = (
     "Build it in the source tree with `pip install --no-build-isolation -e .` (needs a C++17 "
-    "compiler and torch >= 2.10; nvcc for CUDA code), or install a coopflow-ext wheel."
+    "compiler, torch >= 2.10, setuptools >= 77, cmake, ninja, scikit-build-core and pybind11; nvcc "
+    "for CUDA code), or install a coopflow-ext wheel."
 )
 
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             args.command(args)
     except KeyboardInterrupt as error:
-        print(f"coopflow: {error or 'interrupted'}", file=sys.stderr)
+        print(f"coopflow: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if args.debug:
@@ -177,7 +177,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     from coopflow_ext.coop.config import TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def train(args: argparse.Namespace) -> None:

@@ -54,8 +54,15 @@ else:
 def _argument_error(error: RuntimeError) -> Exception:
     """What a kernel's own check found, as ValueError or TypeError; other errors as they are."""
     message = str(error).splitlines()[0]
+    if message.startswith(("Could not run 'coopflow::", "unsupported memory format")):
+        return ValueError(
+            "tensors must be dense and on a device that the library has code for (see `coopflow "
+            f"info`): {message.partition('. ')[0]}"
+        )
     if not message.startswith("coopflow::"):
         return error
+    if "type 'int'" in message and message.endswith("found type 'int'."):
+        return ValueError(message.replace("found type 'int'", "found one beyond 64 bits"))
     is_type = any(sign in message for sign in ("dtype", "must be a tensor", "Expected a value"))
     return (TypeError if is_type else ValueError)(message)
 
@@ -74,6 +81,27 @@ def _given(**arguments: Any) -> dict[str, Any]:
         elif value != 0:
             given[name] = value
     return given
+
+
+def _refuse_none(op: str, **coefficients: Coefficient | None) -> None:
+    for name, value in coefficients.items():
+        if value is None:
+            raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
+
+
+def _bounds(op: str, clamp: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+        raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
+    low, high = clamp
+    return low, high
+
+
+def _new_draw(op: str, shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(rng, Tensor):
+        raise TypeError(f"{op}: rng must be a tensor (see Key.tensor), got {type(rng).__name__}")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"{op}: shape must not hold negative sizes, got {tuple(shape)}")
+    return torch.empty(tuple(shape), dtype=dtype, device=rng.device)
 
 
 def _refuse_autograd(op: str, **tensors: Tensor) -> None:
@@ -134,7 +162,8 @@ def langevin_step_(
         clamp: (low, high).
         noise_when: 0 as above; 1: the noise (and its row) of step + 1 is added after the clamp and
             is not clamped, for loops that put noise before the gradient; 2: none.
-        step: added to the key's time; also the row of tables.
+        step: added to the key's time, with which it must stay below 2³² (:meth:`Key.advance` tells;
+            the op does not read rng on the host); also the row of tables.
         chain_offset: global index of chain 0.
         xi: standard normals in place of the key's, like x.
         x_low: bfloat16 or float16 copy of the new state, written too.
@@ -153,7 +182,9 @@ def langevin_step_(
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_step_", x=x, grad=grad)
-    low, high = (None, None) if clamp is None else clamp
+    if drift is None or noise is None or decay is None or pull is None:
+        _refuse_none("langevin_step_", drift=drift, noise=noise, decay=decay, pull=pull)
+    low, high = (None, None) if clamp is None else _bounds("langevin_step_", clamp)
     try:
         _coopflow.langevin_step_(
             x,
@@ -205,6 +236,8 @@ def langevin_noise_(
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
+    if noise is None:
+        _refuse_none("langevin_noise_", noise=noise)
     try:
         _coopflow.langevin_noise_(
             x,
@@ -253,7 +286,7 @@ def langevin_step(
                 raise ValueError(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
                 )
-    low, high = (None, None) if clamp is None else clamp
+    low, high = (None, None) if clamp is None else _bounds("langevin_step", clamp)
     coefficients: dict[str, Any] = {}
     for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
         table = isinstance(value, Tensor)
@@ -296,7 +329,7 @@ def normal(
 
     Equivalent to :func:`coopflow_ext.reference.normal`.
     """
-    out = torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    out = _new_draw("normal", shape, rng, dtype)
     try:
         _coopflow.normal_(out, rng, step=step, chain_offset=chain_offset)
     except RuntimeError as error:
@@ -319,7 +352,7 @@ def uniform(
 
     Equivalent to :func:`coopflow_ext.reference.uniform`.
     """
-    out = torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    out = _new_draw("uniform", shape, rng, dtype)
     try:
         _coopflow.uniform_(out, rng, step=step, chain_offset=chain_offset)
     except RuntimeError as error:

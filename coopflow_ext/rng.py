@@ -120,6 +120,15 @@ class Key:
         return rng
 
     @classmethod
+    def or_default(cls, key: Key | None) -> Key:
+        """``key`` itself; for None one :meth:`from_default_generator`; else a TypeError."""
+        if key is None:
+            return cls.from_default_generator()
+        if not isinstance(key, Key):
+            raise TypeError(f"key must be a Key or None, got {key!r}")
+        return key
+
+    @classmethod
     def from_default_generator(cls) -> Key:
         """A key drawn from torch's default CPU generator, so torch.manual_seed reproduces it."""
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()

@@ -26,6 +26,7 @@ SHAPES = [
     (0, 3), (3, 0), (1, 1), (2, 3), (3, 4), (5, 5), (7,), (4, 127), (2, 65537), (3, 2, 5, 7),
 ]  # fmt: skip
 MAPS = [cf.ops.affine_coupling, cf.ops.affine_coupling_inverse]
+MIXTURE_MAPS = [cf.ops.mixture_logistic_coupling, cf.ops.mixture_logistic_coupling_inverse]
 ORACLES = {
     cf.ops.affine_coupling: cf.reference.affine_coupling,
     cf.ops.affine_coupling_inverse: cf.reference.affine_coupling_inverse,
@@ -260,6 +261,15 @@ def test_bad_input_is_named(  # type: ignore[no-untyped-def]
 ) -> None:
     with pytest.raises(error, match=message):
         map_(x.to(device), params.to(device))
+
+
+@pytest.mark.parametrize("map_", [*MAPS, *MIXTURE_MAPS])
+def test_what_is_not_dense_or_has_no_data_is_named(device: torch.device, map_: Map) -> None:
+    x, params = torch.ones(3, 4, device=device), torch.ones(3, 2, 4, device=device)
+    with pytest.raises(ValueError, match="tensors must be dense"):
+        map_(x.to_sparse(), params)
+    with pytest.raises(ValueError, match="params: must be on the device of"):
+        map_(x, params.to("meta"))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import coopflow_ext
 from coopflow_ext import _extension
 from coopflow_ext._version import __version__
 from coopflow_ext.errors import BuildError
@@ -45,7 +46,7 @@ def test_library_registers_the_ops() -> None:
     path = _extension.load_library()
     assert path.is_file()
     info = json.loads(torch.ops.coopflow.build_info())
-    assert info["version"] == __version__
+    assert info["version"] == __version__ == coopflow_ext.__version__
     assert info["compiler"]
 
 
@@ -195,6 +196,15 @@ def test_sdist_holds_every_source_and_no_binary(sdist: Path) -> None:
     wanted += ["CMakeLists.txt", "pyproject.toml", "setup.py", "conftest.py", "Makefile", "LICENSE"]
     assert not set(wanted) - names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@in_source_tree
+def test_old_setuptools_is_named(tmp_path: Path) -> None:
+    """Without build isolation nobody else looks at its version, and it fails in many ways."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\n')
+    done = _run(sys.executable, str(ROOT / "setup.py"), "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "setuptools >= 77, found 65.5.0: pip install" in done.stderr
 
 
 def _build_wheel(source: Path, out: Path, **env: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -56,6 +57,26 @@ def test_resume_with_more_steps(trained: tuple[Path, str, str]) -> None:
     out, _, _ = trained
     assert cli.main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
     assert (out / "samples" / "step-0000007.png").exists()
+
+
+def test_resume_refuses_another_preset(
+    trained: tuple[Path, str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from coopflow_ext import coop
+
+    out, _, _ = trained
+    command = ["train", "--out", str(out), "--resume"]
+    assert cli.main([*command, "--preset", "patches-small"]) == 1
+    assert "was made with data='digits'; --resume cannot change it" in capsys.readouterr().err
+    # The command that made the run, with --resume at its end, goes on; so do settings in pairs.
+    asked = []
+    monkeypatch.setattr(coop, "train", lambda config, *_, **__: asked.append(config))
+    betas = ["--flow-betas", "0.9", "0.999"]
+    assert cli.main([*command, "--preset", "digits-small", *SMALL, *OPTIONS, *betas]) == 0
+    assert asked[0].langevin_steps == 2
+    assert asked[0] == dataclasses.replace(coop.RunFolder.open(out).config, steps=4)
 
 
 def test_sample(trained: tuple[Path, str, str], tmp_path: Path) -> None:
@@ -160,6 +181,25 @@ def test_an_interrupt_is_130(
     assert cli.main(["train", "--out", str(out), *SMALL, *OPTIONS]) == 130
     expected = f"stopped at step 4 and saved; go on with: coopflow train --out {out} --resume"
     assert expected in capsys.readouterr().err
+
+
+def test_an_interrupt_before_anything_was_made_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_device", interrupted)
+    assert cli.main(["sample", "run", "--out", "s.png"]) == 130
+    assert capsys.readouterr().err == "coopflow: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "cuda:x"])
+def test_a_bad_device_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", "run", "--out", "s.png", "--device", name]) == 1
+    message = capsys.readouterr().err
+    assert "device must be" in message
+    assert f"got '{name}'" in message
 
 
 def test_info_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:

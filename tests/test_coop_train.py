@@ -11,8 +11,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
@@ -275,6 +277,34 @@ def test_more_steps_for_a_finished_run(finished: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in b if not name.startswith("moments"))
 
 
+def test_colour_patches_with_a_glow_and_the_papers_energy(tmp_path: Path) -> None:
+    """A few steps of what tests/test_coop_demo.py trains for longer."""
+    config = TrainConfig.from_dict(
+        {
+            "preset": "patches-small",
+            "flow_options": {"scales": 3, "steps": 1, "channels": 8, "blocks": 1},
+            "energy_options": {"width": 4},
+            "batch_size": 4,
+            "langevin_steps": 3,
+            "pretrain_steps": 1,
+            "flow_frozen_steps": 1,
+            "flow_every": 1,
+            "steps": 3,
+            "n_samples": 8,
+            "log_every": 1,
+        }
+    )
+    summary = coop.train(config, tmp_path / "run")
+    assert (summary["flow_updates"], summary["energy_updates"]) == (3, 3)
+    assert summary["fd"]["feature_space"] == "random-conv-64"
+    lines = RunFolder.open(tmp_path / "run").metrics()
+    numbers = [v for line in lines for v in line.values()]
+    assert all(math.isfinite(v) for v in numbers)
+    picture = Image.open(tmp_path / "run" / summary["picture"])
+    red, green, _ = np.asarray(picture.convert("RGB"), dtype=float).transpose(2, 0, 1)
+    assert np.abs(red - green).max() > 10, "a picture without colours"
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -354,7 +384,7 @@ def test_full_disk_during_a_run_keeps_the_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match=r"No space left on device: .*step-0000008.safetensors'"):
             coop.train(tiny(), path)
     run = RunFolder.open(path)
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-0000004.safetensors"]
@@ -487,3 +517,5 @@ def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path
         coop.CoopFlow.load(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="n must be ≥ 1, got 0"):
         own.sample(0)
+    with pytest.raises(TypeError, match="key must be a Key or None, got 1"):
+        own.sample(2, 1)  # type: ignore[arg-type]

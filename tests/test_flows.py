@@ -155,6 +155,14 @@ def test_actnorm_initialises_from_the_first_batch_only(shape):
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
+def test_actnorm_does_not_start_from_nothing():
+    norm = ActNorm(2)
+    with pytest.raises(ValueError, match=r"ActNorm: x must hold events.*got \(0, 2\)"):
+        norm.call_and_ladj(torch.zeros(0, 2))
+    assert not norm.initialized
+    assert norm.eval().call_and_ladj(torch.zeros(0, 2))[1].shape == (0,)
+
+
 def test_actnorm_waits_for_training_mode():
     norm = ActNorm(2).eval()
     x = torch.randn(8, 2) + 3

@@ -581,8 +581,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "x: must be dense",
     ),
     "x expanded": ({"x": torch.zeros(1, 6).expand(4, 6)}, ValueError, "x: must be dense"),
+    "grad sparse": ({"grad": torch.zeros(4, 6).to_sparse()}, ValueError, "must be dense.*Sparse"),
     "drift NaN": ({"drift": math.nan}, ValueError, "drift: must be finite, got nan"),
     "drift text": ({"drift": "a"}, TypeError, "drift"),
+    "drift None": ({"drift": None}, TypeError, "drift .*float or a tensor, got None"),
+    "noise None": ({"noise": None}, TypeError, "noise .*float or a tensor, got None"),
     "noise negative": ({"noise": -0.1}, ValueError, "noise: must not be negative, got -0.1"),
     "noise infinite": ({"noise": math.inf}, ValueError, "noise: must be finite"),
     "decay NaN": ({"decay": math.nan}, ValueError, "decay: must be finite"),
@@ -602,14 +605,19 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "table dtype": ({"noise": torch.ones(1, 1).half()}, TypeError, "noise: .*float32 or float64"),
     "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
+    "rng Key": ({"rng": KEY}, TypeError, "'rng' .*'Key'"),
     "rng shape": ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng: .*\(3,\)"),
     "grad_clip": ({"grad_clip": 0.0}, ValueError, "grad_clip: must be positive, got 0"),
     "grad_norm": ({"grad_norm": -1.0}, ValueError, "grad_norm: must be positive"),
     "step_clip": ({"step_clip": math.nan}, ValueError, "step_clip: must be positive, got nan"),
     "clamp reversed": ({"clamp": (1.0, -1.0)}, ValueError, r"clamp: .*got \(1, -1\)"),
+    "clamp number": ({"clamp": 1.0}, ValueError, r"clamp must be \(low, high\), got 1.0"),
+    "clamp of three": ({"clamp": (0, 1, 2)}, ValueError, r"clamp must be .*got \(0, 1, 2\)"),
     "clamp NaN": ({"clamp": (math.nan, 1.0)}, ValueError, "clamp: must be"),
     "noise_when": ({"noise_when": 3}, ValueError, "noise_when: must be 0, 1 or 2, got 3"),
     "step negative": ({"step": -1}, ValueError, "step: must be in"),
+    "step beyond 64 bits": ({"step": 2**70}, ValueError, "step.*beyond 64 bits"),
+    "chain_offset beyond 64 bits": ({"chain_offset": 2**63}, ValueError, "chain_offset.*beyond 64"),
     "chain_offset negative": ({"chain_offset": -1}, ValueError, "chain_offset: must be in"),
     "xi shape": ({"xi": torch.zeros(4, 5), "noise": 0.1}, ValueError, "xi: must have the shape"),
     "xi dtype": ({"xi": torch.zeros(4, 6).double(), "noise": 0.1}, TypeError, "xi: .*float64"),
@@ -651,21 +659,43 @@ def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str)
     assert torch.equal(x, before)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["grad", "rng", "xi", "stats", "active"])
-def test_mixed_devices_are_named(name: str) -> None:
+def assert_a_foreign_tensor_is_named(name: str, device: Any, other: str) -> None:
     given: dict[str, Any] = {
-        "x": torch.ones(4, 6, device="cuda"),
-        "grad": torch.ones(4, 6, device="cuda"),
-        "rng": KEY.tensor("cuda"),
-        "xi": torch.ones(4, 6, device="cuda"),
-        "stats": torch.ones(4, 5, device="cuda"),
-        "active": torch.ones(4, dtype=torch.bool, device="cuda"),
+        "x": torch.ones(4, 6, device=device),
+        "grad": torch.ones(4, 6, device=device),
+        "rng": KEY.tensor(device),
+        "drift": torch.ones(1, 4, device=device),
+        "xi": torch.ones(4, 6, device=device),
+        "stats": torch.ones(4, 5, device=device),
+        "active": torch.ones(4, dtype=torch.bool, device=device),
     }
-    given[name] = given[name].cpu()
+    given[name] = given[name].to(other)
     x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
     with pytest.raises(ValueError, match=f"{name}: must be on the device of x"):
-        cf.ops.langevin_step_(x, grad, rng, drift=0.1, noise=0.1, **given)
+        cf.ops.langevin_step_(x, grad, rng, noise=0.1, **given)
+    assert (x == 1).all()
+
+
+FOREIGN = ["grad", "rng", "drift", "xi", "stats", "active"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None:
+    """One "meta" tensor sends the call to the fake kernel, which must not pass for a step."""
+    assert_a_foreign_tensor_is_named(name, device, "meta")
+
+
+def test_shapes_alone_pass_through_the_ops() -> None:
+    x, grad = (torch.empty(4, 6, device="meta") for _ in range(2))
+    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    assert cf.ops.langevin_step_(x, grad, rng, drift=0.1) is x
+    assert cf.ops.langevin_step(x, grad, rng, drift=0.1).shape == (4, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOREIGN)
+def test_mixed_devices_are_named(name: str) -> None:
+    assert_a_foreign_tensor_is_named(name, "cuda", "cpu")
 
 
 @pytest.mark.gpu

@@ -230,6 +230,8 @@ def test_empty_shapes(device: torch.device) -> None:
     ("call", "error", "message"),
     [
         (lambda rng: cf.ops.normal((), rng), ValueError, "out: must have a batch dimension"),
+        (lambda rng: cf.ops.normal((-1, 2), rng), ValueError, r"shape must .*got \(-1, 2\)"),
+        (lambda rng: cf.ops.uniform((2,), cf.Key(0)), TypeError, "rng must be a tensor.*got Key"),
         (lambda rng: cf.ops.normal((2,), rng.int()), TypeError, "rng: must have dtype int64"),
         (lambda rng: cf.ops.normal((2,), rng[:1]), ValueError, r"rng: must have shape \(2,\)"),
         (lambda rng: cf.ops.normal((2,), rng, step=-1), ValueError, "step: must be in"),

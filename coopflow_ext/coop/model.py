@@ -209,7 +209,7 @@ class CoopFlow(nn.Module):
         """The starts of n chains, (n, *event_shape): flow samples, noise, or persistent chains."""
         if self.config is None or self.event is None or self.config.start == "flow":
             return self.flow.sample(n, key, chain_offset=chain_offset)
-        key = Key.from_default_generator() if key is None else key
+        key = Key.or_default(key)
         like = next(self.parameters())
         rng = key.fold_in(USE_CHAIN).tensor(like.device)
         if self.buffer is not None:
@@ -235,7 +235,7 @@ class CoopFlow(nn.Module):
         """
         if n < 1:
             raise ValueError(f"n must be ≥ 1, got {n}")
-        key = Key.from_default_generator() if key is None else key
+        key = Key.or_default(key)
         proposals, results = [], []
         with self.evaluating():
             for start in range(0, n, batch_size):

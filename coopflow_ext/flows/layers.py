@@ -78,6 +78,8 @@ class ActNorm(Transform):
     def initialize(self, x: Tensor) -> None:
         """Set mean and inv_std from the batch x (B, channels, …)."""
         _check_channels(self, x, self.mean.shape[0])
+        if x.numel() == 0:
+            raise ValueError(f"ActNorm: x must hold events to start from, got {tuple(x.shape)}")
         rows = x.transpose(0, 1).flatten(1).to(self.mean.dtype)
         self.mean.copy_(rows.mean(1))
         self.inv_std.copy_(1 / (rows.std(1, unbiased=False) + self.eps))
