@@ -224,6 +224,17 @@ def test_configurations_train_and_sample(options):
     assert samples.abs().max() <= 1
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_empty_batch_passes(recompute):
+    flow = _small(recompute=recompute).eval()
+    x = torch.zeros(0, 1, 4, 4, requires_grad=True)
+    log_prob = flow.log_prob(x, key=Key(0))
+    log_prob.sum().backward()
+    assert log_prob.shape == (0,)
+    assert x.grad.shape == x.shape
+    assert flow.sample(0, Key(0)).shape == x.shape
+
+
 def test_a_few_steps_lower_the_bits_per_dim():
     flow = _small((1, 4, 4), scales=((0, 2),), dequant_blocks=0, dropout=0.1)
     x = torch.randint(0, 2, (32, 1, 4, 4)).float() * 2 - 1
@@ -422,6 +433,14 @@ def test_check_finite_names_the_rows():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_numbers_of_samples_are_checked():
+    flow = _small(dequant_blocks=0)
+    with pytest.raises(ValueError, match="n must be ≥ 0, got -1"):
+        flow.sample(-1)
+    with pytest.raises(TypeError, match="n must be an int, got float"):
+        flow.sample(2.0)
 
 
 def test_wrong_conditioner_output_is_refused():

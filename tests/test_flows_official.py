@@ -158,6 +158,24 @@ def test_export_gives_back_the_same_tensors(golden, golden_energy, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": 0},
+        {"attention": False, "channels": 6},
+        {"scales": ((1, 1),)},
+        {"scales": ((0, 1), (0, 1), (2, 0))},
+        {"recompute": True},
+    ],
+)
+def test_any_flowpp_goes_there_and_back(options):
+    small = {"channels": 4, "blocks": 1, "components": 3, "dequant_components": 2}
+    flow = flows.flowpp((2, 8, 8), **(small | {"scales": ((0, 1),)} | options)).eval()
+    x, eps = torch.rand(2, 2, 8, 8) * 2 - 1, torch.randn(2, 2, 8, 8)
+    back, _ = load_official(export_official(flow, None), (2, 8, 8))
+    assert torch.equal(back.eval().log_prob(x, eps=eps), flow.log_prob(x, eps=eps))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, golden) -> Path:
     """A checkpoint of both models for 16×16 images, with the authors' names."""
@@ -180,7 +198,7 @@ def test_a_coopflow_from_the_authors_checkpoint_survives_our_format(checkpoint, 
         model.sample_pairs(2, Key(1)), again.sample_pairs(2, Key(1)), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="needs both"):
+    with pytest.raises(ValueError, match=r"needs both .* only flow_net; load_official"):
         coop.CoopFlow.from_official({"flow_net": torch.load(checkpoint)["flow_net"]}, (3, 16, 16))
 
 
@@ -231,6 +249,8 @@ def test_checkpoints_that_do_not_fit_are_refused(golden, golden_energy, tmp_path
         load_official({"flow_net": state}, (1, 16, 16))
     with pytest.raises(ValueError, match="only a flow made by flowpp"):
         export_official(flows.realnvp(2), None)
+    with pytest.raises(ValueError, match=r"256 grey levels .* got levels=17"):
+        export_official(flows.flowpp((1, 4, 4), channels=4, blocks=0, levels=17), None)
     with pytest.raises(FileNotFoundError):
         load_official(tmp_path / "missing.pth")
 
@@ -247,5 +267,8 @@ def test_files_with_more_than_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold a dict"):
         load_official(tmp_path / "tensor.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "tensor.pth").read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
-        load_official(tmp_path / "cut.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("cut", "text", "empty"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth holds more than tensors, or is dama"):
+            load_official(tmp_path / f"{name}.pth")

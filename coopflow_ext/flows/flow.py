@@ -197,6 +197,8 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
         """n samples, (n, *event_shape), on the parameters' device and in their dtype."""
+        if not isinstance(n, int):
+            raise TypeError(f"n must be an int, got {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must be ≥ 0, got {n}")
         like = next(self.parameters())
