@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Coefficient = float | Tensor
+_HALF = (torch.bfloat16, torch.float16)
 _ZERO_BY_DEFAULT = frozenset(
     {"drift", "noise", "decay", "pull", "noise_when", "step", "chain_offset"}
 )
@@ -360,6 +361,24 @@ def uniform(
     return out
 
 
+def _coupling(
+    function: type[torch.autograd.Function],
+    name: str,
+    state: Tensor,
+    params: Tensor,
+    *options: bool,
+) -> tuple[Tensor, Tensor]:
+    """(changed state, ladj) of a coupling, from tensors of any layout."""
+    for argument, value in ((name, state), ("params", params)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    try:
+        out, ladj = _autograd.apply(function, state.contiguous(), params.contiguous(), *options)
+    except RuntimeError as error:
+        raise _argument_error(error) from None
+    return out, ladj
+
+
 def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """The affine coupling y = x·e^a + b and its log|det|.
 
@@ -379,11 +398,7 @@ def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    try:
-        y, ladj = _autograd.apply(_autograd.AffineCoupling, x.contiguous(), params.contiguous())
-    except RuntimeError as error:
-        raise _argument_error(error) from None
-    return y, ladj
+    return _coupling(_autograd.AffineCoupling, "x", x, params)
 
 
 def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,13 +409,7 @@ def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         a, b = params.unbind(1)
         return (y - b) * (-a).exp(), -a.flatten(1).sum(1)
     """
-    try:
-        x, ladj = _autograd.apply(
-            _autograd.AffineCouplingInverse, y.contiguous(), params.contiguous()
-        )
-    except RuntimeError as error:
-        raise _argument_error(error) from None
-    return x, ladj
+    return _coupling(_autograd.AffineCouplingInverse, "y", y, params)
 
 
 def mixture_logistic_coupling(
@@ -439,13 +448,7 @@ def mixture_logistic_coupling(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    try:
-        y, ladj = _autograd.apply(
-            _autograd.MixtureLogisticCoupling, x.contiguous(), params.contiguous(), affine
-        )
-    except RuntimeError as error:
-        raise _argument_error(error) from None
-    return y, ladj
+    return _coupling(_autograd.MixtureLogisticCoupling, "x", x, params, affine)
 
 
 def mixture_logistic_coupling_inverse(
@@ -473,14 +476,10 @@ def mixture_logistic_coupling_inverse(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    try:
-        x, ladj = _autograd.apply(
-            _autograd.MixtureLogisticCouplingInverse,
-            y.contiguous(),
-            params.contiguous(),
-            affine,
-            legacy_cdf_clamp,
-        )
-    except RuntimeError as error:
-        raise _argument_error(error) from None
-    return x, ladj
+    function, options = _autograd.MixtureLogisticCouplingInverse, (affine, legacy_cdf_clamp)
+    tensors = isinstance(y, Tensor) and isinstance(params, Tensor)
+    if torch.is_grad_enabled() and tensors and y.dtype == params.dtype in _HALF:
+        # Derivatives are taken at the root, which x in half precision is not.
+        x, ladj = _coupling(function, "y", y.float(), params, *options)
+        return x.to(y.dtype), ladj
+    return _coupling(function, "y", y, params, *options)

@@ -133,3 +133,60 @@ class Key:
         """A key drawn from torch's default CPU generator, so torch.manual_seed reproduces it."""
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()
         return cls(low | (high << 32))
+
+
+def stream(
+    key: Key | None,
+    *uses: int,
+    device: torch.device | str | None = None,
+    fold_time: bool = False,
+) -> torch.Tensor:
+    """The rng tensor of ``key`` with ``uses`` folded in; None draws from torch's generator.
+
+    ``fold_time`` folds the key's time in as well and starts at time 0, for uses that count
+    something else than steps.
+
+    While torch.compile traces, the key's numbers are inputs of the graph, not constants in it, so
+    that the next key needs no other graph.
+    """
+    if torch.compiler.is_compiling():
+        return _traced_stream(key, uses, device, fold_time)
+    key = Key.from_default_generator() if key is None else key
+    for use in uses:
+        key = key.fold_in(use)
+    if fold_time:
+        key = Key(key.fold_in(key.time).seed)
+    return key.tensor(device)
+
+
+def _traced_stream(
+    key: Key | None, uses: tuple[int, ...], device: torch.device | str | None, fold_time: bool
+) -> torch.Tensor:
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if key is None:  # a fresh seed at each call needs no uses to tell it from others
+        low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device).unbind()
+        return torch.stack((low | high << 32, torch.zeros_like(low)))
+    # Halves, because a seed can be more than the int64 that a graph's integers are.
+    low_word, high_word = key.seed % 2**32, key.seed // 2**32
+    rng: torch.Tensor = _stream_op(low_word, high_word, key.time, list(uses), fold_time, device)
+    return rng
+
+
+@torch.library.custom_op(
+    "coopflow_ext::stream",
+    mutates_args=(),
+    schema="(SymInt seed_low, SymInt seed_high, SymInt time, int[] uses, bool fold_time, "
+    "Device device) -> Tensor",
+)
+def _stream_op(
+    seed_low: int, seed_high: int, time: int, uses: list[int], fold_time: bool, device: torch.device
+) -> torch.Tensor:
+    key = Key(seed_low | seed_high << 32, time)
+    return stream(key, *uses, device=device, fold_time=fold_time)
+
+
+@_stream_op.register_fake
+def _(
+    seed_low: int, seed_high: int, time: int, uses: list[int], fold_time: bool, device: torch.device
+) -> torch.Tensor:
+    return torch.empty((2,), dtype=torch.int64, device=device)

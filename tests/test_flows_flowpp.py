@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coopflow_ext import Key, flows, ops
+from coopflow_ext import Key, flows
 from coopflow_ext.flows.gated import (
     AuxNet,
     ConditionerBlock,
@@ -19,7 +20,6 @@ from coopflow_ext.flows.gated import (
     sinusoidal_positions,
 )
 from coopflow_ext.flows.layers import ActNorm
-from coopflow_ext.rng import USE_PRIOR
 
 DOUBLE = torch.float64
 SMALL = {"channels": 8, "blocks": 1, "components": 3, "dequant_blocks": 1, "dequant_components": 2}
@@ -224,6 +224,17 @@ def test_configurations_train_and_sample(options):
     assert samples.abs().max() <= 1
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_empty_batch_passes(recompute):
+    flow = _small(recompute=recompute).eval()
+    x = torch.zeros(0, 1, 4, 4, requires_grad=True)
+    log_prob = flow.log_prob(x, key=Key(0))
+    log_prob.sum().backward()
+    assert log_prob.shape == (0,)
+    assert x.grad.shape == x.shape
+    assert flow.sample(0, Key(0)).shape == x.shape
+
+
 def test_a_few_steps_lower_the_bits_per_dim():
     flow = _small((1, 4, 4), scales=((0, 2),), dequant_blocks=0, dropout=0.1)
     x = torch.randint(0, 2, (32, 1, 4, 4)).float() * 2 - 1
@@ -286,16 +297,6 @@ def test_initialisation_survives_loading():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_log_prob_is_one_graph():
-    flow = _small(scales=((0, 1),))
-    x = torch.rand(2, 1, 4, 4) * 2 - 1
-    eps = torch.randn(2, 1, 4, 4)
-    flow.initialize(x, eps=eps)
-    flow.eval()
-    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, eps=eps), flow.log_prob(x, eps=eps))
-
-
 def test_inverse_is_one_graph():
     flow = _small(scales=((0, 1),), dequant_blocks=0).eval()
     z = torch.randn(2, 1, 4, 4)
@@ -304,16 +305,48 @@ def test_inverse_is_one_graph():
         torch.testing.assert_close(ours, expected)
 
 
+# Every kind of key that a graph must take: small, large, of more than 63 bits, folded.
+_KEYS = (Key(3), Key(4, time=2), Key(2**62, time=1), Key(2**63 + 9), Key(5).fold_in(1), Key(6, 7))
+
+
 def test_sampling_is_one_graph():
-    flow = _small(scales=((0, 1),)).eval()
-    z = ops.normal((2, 1, 4, 4), Key(3).fold_in(USE_PRIOR).tensor())
+    """One graph for any key, except that small seeds are taken for constants at first."""
+    counter = CompileCounter()
+    flow = _small(scales=((0, 1),), dropout=0.5, sampling_dropout=True)
+    flow.initialize(torch.rand(4, 1, 4, 4), key=Key(0))
+    compiled = torch.compile(flow.sample, fullgraph=True, backend=counter)
+    for key in _KEYS:
+        torch.testing.assert_close(compiled(2, key), flow.sample(2, key))
+    assert counter.frame_count <= 3
+    assert not torch.equal(compiled(2), compiled(2))
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def images(z):
-        return flow.to_data(flow.inverse_and_ladj(z)[0])
 
-    with torch.no_grad():
-        torch.testing.assert_close(images(z), flow.sample(2, Key(3)))
+@pytest.mark.parametrize("training", [True, False])
+def test_log_prob_is_one_graph(training):
+    flow = _small(scales=((0, 1),), dropout=0.5)
+    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    flow.initialize(x, key=Key(0))
+    flow.train(training)
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
+    noise = {"key": Key(2**63 + 9, time=3)} if training else {"eps": torch.randn_like(x)}
+    ours, expected = compiled(x, **noise), flow.log_prob(x, **noise)
+    torch.testing.assert_close(ours, expected)
+    parameters = list(flow.parameters())
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), parameters),
+        torch.autograd.grad(expected.sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_compiled_sampling_equals_eager_sampling():
+    """With the compiler that users have, keys beyond int64 included."""
+    flow = _small(scales=((0, 1),), dequant_blocks=0).eval()
+    compiled = torch.compile(flow.sample, fullgraph=True)
+    for key in _KEYS:
+        torch.testing.assert_close(compiled(2, key), flow.sample(2, key), rtol=0, atol=1e-5)
 
 
 class _CountReads(TorchDispatchMode):
@@ -322,11 +355,12 @@ class _CountReads(TorchDispatchMode):
     reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.is_nonzero,
-            torch.ops.aten.nonzero,
-        ):
+        aten = torch.ops.aten
+        reading = (aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.masked_select)
+        by_mask = func.overloadpacket in (aten.index, aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or func.overloadpacket in (*reading, aten.nonzero):
             self.reads += 1
         return func(*args, **(kwargs or {}))
 
@@ -399,6 +433,14 @@ def test_check_finite_names_the_rows():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_numbers_of_samples_are_checked():
+    flow = _small(dequant_blocks=0)
+    with pytest.raises(ValueError, match="n must be ≥ 0, got -1"):
+        flow.sample(-1)
+    with pytest.raises(TypeError, match="n must be an int, got float"):
+        flow.sample(2.0)
 
 
 def test_wrong_conditioner_output_is_refused():

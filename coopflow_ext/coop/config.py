@@ -326,6 +326,7 @@ def _paper_presets(data: str) -> dict[str, dict[str, Any]]:
         "flow": "flowpp",
         "steps": 200 * epoch,
         "sample_step_size": _SAMPLE_STEP_SIZE[data],
+        "flip": data == "cifar10",
         "n_samples": 5000,
         "log_every": 100,
         "sample_every": epoch,

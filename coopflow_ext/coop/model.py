@@ -172,7 +172,10 @@ class CoopFlow(nn.Module):
         legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
         flow, energy = load_official(nets, image_shape, **legacy)
         if flow is None or energy is None:
-            raise ValueError("a CoopFlow needs both flow_net and ebm_net in the checkpoint")
+            raise ValueError(
+                "a CoopFlow needs both flow_net and ebm_net in the checkpoint, which holds only "
+                f"{', '.join(nets)}; load_official returns the model of one"
+            )
         config = TrainConfig.from_dict(
             {
                 "preset": preset,

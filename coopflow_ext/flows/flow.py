@@ -16,7 +16,7 @@ from coopflow_ext.flows.layers import InvertibleConv1x1
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
-from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key
+from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key, stream
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -46,9 +46,8 @@ class Flow(nn.Module):
     ``chain_offset`` is the global index of row 0, so that a batch split over several processes
     draws what the whole batch draws.
 
-    A key is a Python object, a constant to ``torch.compile``; programs compiled as one graph take
-    the noise itself: ``flow.log_prob(x, eps=eps)``, and for samples
-    ``flow.to_data(flow.inverse_and_ladj(z)[0])``.
+    ``torch.compile(flow.sample, fullgraph=True)``, and the same of ``log_prob``, is one graph that
+    takes the key as an input: another key needs no other graph.
     """
 
     def __init__(
@@ -104,13 +103,12 @@ class Flow(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
-    def _context(self, key: Key | None, x: Tensor, chain_offset: int) -> Context:
+    def _context(self, key: Key | None, x: Tensor, chain_offset: int, *uses: int) -> Context:
         if not (self._has_dropout and self.training):
             return Context(chain_offset=chain_offset)
-        key = Key.from_default_generator() if key is None else key
         # Layers count by time steps, so the key's own time is folded into the seed.
-        key = Key(key.fold_in(USE_DROPOUT).fold_in(key.time).seed)
-        return Context(dropout_rng=key.tensor(x.device), chain_offset=chain_offset)
+        rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True)
+        return Context(dropout_rng=rng, chain_offset=chain_offset)
 
     def call_and_ladj(
         self,
@@ -138,8 +136,7 @@ class Flow(nn.Module):
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
             return call_and_ladj(self.transform, x, context, recompute=self.recompute)
         if eps is None:
-            key = Key.from_default_generator() if key is None else key
-            rng = key.fold_in(USE_DEQUANTIZE).tensor(x.device)
+            rng = stream(key, USE_DEQUANTIZE, device=x.device)
             eps = self.dequantize.draw(x, rng, chain_offset)
         elif eps.shape != x.shape:
             raise ValueError(
@@ -200,15 +197,16 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
         """n samples, (n, *event_shape), on the parameters' device and in their dtype."""
+        if not isinstance(n, int):
+            raise TypeError(f"n must be an int, got {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must be ≥ 0, got {n}")
-        key = Key.from_default_generator() if key is None else key
         like = next(self.parameters())
-        rng = key.fold_in(USE_PRIOR).tensor(like.device)
+        rng = stream(key, USE_PRIOR, device=like.device)
         z = ops.normal((n, *self.event_shape), rng, chain_offset=chain_offset, dtype=like.dtype)
         context = Context()
         if self.sampling_dropout:
-            context = self._context(key.fold_in(USE_PRIOR), z, chain_offset)
+            context = self._context(key, z, chain_offset, USE_PRIOR)
         y, _ = self.transform.inverse_and_ladj(z, context)
         return self.to_data(y)
 

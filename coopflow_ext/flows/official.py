@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -90,6 +89,11 @@ def _flow_names(flow: Flow) -> dict[str, str]:
     if not isinstance(dequantize, VariationalDequantize) or not isinstance(transform, Compose):
         raise ValueError(
             "only a flow made by flowpp with dequant_blocks ≥ 1 has an official counterpart"
+        )
+    if dequantize.levels != 256:
+        raise ValueError(
+            "only a flow of images with 256 grey levels has an official counterpart, "
+            f"got levels={dequantize.levels}"
         )
     names = dict(_scale_names(transform, "transform.", "flows"))
     noise_flow = dequantize.transform
@@ -206,7 +210,7 @@ def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str
         "components": _components(state, net, title),
         "dequant_blocks": _count(state, rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\."),
         "dequant_components": _components(state, dequant_net, title),
-        "attention": f"{net}.mid_convs.0.attn.in_proj.weight_g" in state,
+        "attention": any(".attn.in_proj." in name for name in state),
     }
 
 
@@ -249,8 +253,14 @@ def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, S
         path = Path(path_or_dict)
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{path} holds more than tensors, or is damaged: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:
+            # Its text, of any type for a file that is no checkpoint, advises to load unsafely.
+            raise ValueError(
+                f"{path} holds more than tensors, or is damaged: "
+                "torch.load refuses it with weights_only=True"
+            ) from error
         if not isinstance(checkpoint, Mapping):
             raise ValueError(f"{path} must hold a dict, got {type(checkpoint).__name__}")
     nets = {

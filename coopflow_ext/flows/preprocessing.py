@@ -78,7 +78,7 @@ class VariationalDequantize(Dequantize):
         w = self.board.restore(w)
         # −log q = ½ε² + ½ log 2π + ladj + log u + log(1 − u), u = sigmoid(w).
         terms = 0.5 * eps.square() + F.logsigmoid(w) + F.logsigmoid(-w)
-        log_q = terms.flatten(1).sum(1) + 0.5 * math.log(2 * math.pi) * eps[0].numel()
+        log_q = terms.flatten(1).sum(1) + 0.5 * math.log(2 * math.pi) * math.prod(eps.shape[1:])
         return self._mix(x, torch.sigmoid(w)), ladj + log_q
 
 
