@@ -202,7 +202,7 @@ class Chain:
         plan = self.plan
         if not plan.noise_first:
             return 0
-        last = step + 1 == plan.fast_steps
+        last = step + 1 >= plan.fast_steps  # beyond, differentiable steps add it themselves
         return 2 if last or self.settled is not None or plan.records(step) else 1
 
     def _constant_arguments(self, j: int) -> dict[str, Any]:
