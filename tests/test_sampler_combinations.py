@@ -56,6 +56,7 @@ class Run:
     kind: str = "energy"
     breaks: bool = False
     differentiable: bool | str = False
+    low: bool = False
     in_list: type = tuple
     clips: dict[str, float] = field(default_factory=dict)
     clamp: tuple[float, float] | None = None
@@ -95,9 +96,11 @@ def plain_chain(run: Run, start: tuple[Tensor, ...]) -> dict[str, Any]:
             x + column(run.noise[k], x) * z[k] if noise_first else x
             for x, z in zip(xs, run.xi, strict=True)
         ]
-        ys = [y if y.requires_grad else y.requires_grad_() for y in ys]
-        u = energy(tuple(ys), breaks=run.breaks)
-        gs = list(torch.autograd.grad(u.sum(), ys, create_graph=through))
+        leaves = [y if y.requires_grad else y.requires_grad_() for y in ys]
+        if run.low:  # the model reads the state in low precision
+            leaves = [y.detach().bfloat16().requires_grad_() for y in ys]
+        u = energy(tuple(leaf.double() for leaf in leaves), breaks=run.breaks)
+        gs = [g.double() for g in torch.autograd.grad(u.sum(), leaves, create_graph=through)]
         finite = torch.stack([rows(g).isfinite().all(1) for g in gs]).all(0)
         stats["energy"].append(u.detach())
         stats["grad_norm"].append(per_chain_norm(gs).detach())
@@ -237,6 +240,9 @@ def runs(draw) -> Run:
         on_nonfinite=draw(on_nonfinite),
         differentiable=run.differentiable,
     )
+    run.low = run.differentiable is False and draw(st.sampled_from([False, False, True]))
+    if run.low:
+        options["autocast"] = torch.bfloat16
     if run.differentiable is True:
         options["checkpoint_every"] = draw(st.sampled_from([None, 1, 3]))
     return run
@@ -267,12 +273,12 @@ def unpacked(state) -> list[Tensor]:
 
 def make_sampler(run: Run) -> LangevinSampler:
     def u(state):
-        return energy(tuple(unpacked(state)), breaks=run.breaks)
+        return energy(tuple(x.double() for x in unpacked(state)), breaks=run.breaks)
 
     def score(state):
         with torch.enable_grad():
             xs = [x if x.requires_grad else x.detach().requires_grad_() for x in unpacked(state)]
-            value = energy(tuple(xs), breaks=run.breaks).sum()
+            value = energy(tuple(x.double() for x in xs), breaks=run.breaks).sum()
             grads = torch.autograd.grad(value, xs, create_graph=run.differentiable is not False)
         return packed(run, [-g for g in grads])
 
