@@ -196,14 +196,19 @@ class Gradient:
         return check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
 
     def _compile(self) -> StateFunction:
-        if not self.has_energy:
-            return torch.compile(self.function)
-
         def summed(state: State, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             u = self.function(state, **model_kwargs)
             return u.sum(), u
 
-        return torch.compile(torch.func.grad(summed, has_aux=True))
+        def gradient(state: State, model_kwargs: Mapping[str, Any]) -> Any:
+            if not self.has_energy:
+                return self.function(state, **model_kwargs)
+            return torch.func.grad(summed, has_aux=True)(state, model_kwargs)
+
+        # torch.compile allows a code object few variants, and then no longer compiles it: every
+        # sampler needs one of its own.
+        gradient.__code__ = gradient.__code__.replace()
+        return torch.compile(gradient)
 
     def _call_compiled(
         self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]
@@ -213,7 +218,7 @@ class Gradient:
         try:
             plain = pack([leaf.detach() for leaf in leaves], state)
             if not self.has_energy:
-                scores = check_score(self._compiled(plain, **model_kwargs), leaves)
+                scores = check_score(self._compiled(plain, model_kwargs), leaves)
                 return _detached(scores), None
             if not self._checked:  # func.grad would give zeros for an energy detached from x
                 check_depends(self._energy(leaves, state, model_kwargs))
