@@ -130,7 +130,7 @@ def test_nan_from_some_chains(name, make, x0):
         with pytest.raises(cf.NonFiniteError, match="the energy or its gradient was not finite"):
             make(energy)(x0, key=KEY)
     else:
-        with pytest.raises(cf.NonFiniteError, match="the gradient was not finite") as caught:
+        with pytest.raises(cf.NonFiniteError, match=r"gradient .*not finite in 1 of") as caught:
             make(energy)(x0, key=KEY)
         assert caught.value.chains.tolist() == [1]
         assert caught.value.x.isfinite().all()

@@ -136,6 +136,21 @@ def test_a_chain_that_blows_up():
     assert gone.x[1].isnan().all()
 
 
+def test_a_chain_that_overflows_keeps_its_last_finite_state():
+    """h²λ > 4: the state doubles until it leaves float32, with gradients finite till then."""
+    options = {"n_steps": 200, "step_size": 5.0, "temperature": 0.0}
+    x0 = torch.tensor([[0.0], [1.0]])
+    out = UnderdampedLangevinSampler(quadratic(1.0), on_nonfinite="freeze", **options)(
+        x0, velocity=x0
+    )
+    assert out.x.isfinite().all()
+    assert out.x[1].abs() > 1e30
+    with pytest.raises(cf.NonFiniteError, match="the gradient or state was not finite") as caught:
+        UnderdampedLangevinSampler(quadratic(1.0), **options)(x0, velocity=x0)
+    assert caught.value.chains.tolist() == [1]
+    assert torch.equal(caught.value.x, out.x)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

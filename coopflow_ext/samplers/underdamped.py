@@ -84,8 +84,9 @@ class UnderdampedLangevinSampler:
         temperature: τ ≥ 0; p ∝ exp(−U/τ).
         return_trajectory, thin, stats, chain_offset: as in :class:`LangevinSampler`; ``stats`` are
             :class:`UnderdampedStatistics`.
-        on_nonfinite: a chain whose gradient is not finite stays where that was found; then
-            "raise", "freeze" or "ignore" as in :class:`LangevinSampler`.
+        on_nonfinite: a chain whose gradient is not finite stays where that was found, one that
+            would leave the finite numbers where it was; then "raise", "freeze" or "ignore" as in
+            :class:`LangevinSampler`.
 
     Raises:
         ValueError, TypeError: for an option out of range, by name.
@@ -142,7 +143,7 @@ class UnderdampedLangevinSampler:
             velocity: v at the start, shape of x0; by default drawn from N(0, τ) with the key.
 
         Raises:
-            NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.
+            NonFiniteError: with on_nonfinite="raise", when a gradient or state is not finite.
         """
         x0 = check_single_state("UnderdampedLangevinSampler", x0)
         check_chain_counts(self.chain_counts, len(x0))
@@ -179,6 +180,7 @@ class UnderdampedLangevinSampler:
                     xi=None if xis is None else xis[step],
                 )  # fmt: skip
                 x_new += h * v_new
+                self._stop(active, x_new)  # which may overflow where the gradient was finite
                 self._assign(x, x_new, active)
                 self._assign(v, v_new, active)
                 grad, u = self._gradient(x, kwargs, active)
@@ -188,7 +190,8 @@ class UnderdampedLangevinSampler:
                     _record(stats, step, u, grad, v)
         if self.on_nonfinite == "raise" and not bool(active.all()):
             advice = "use a smaller step or on_nonfinite='freeze'"
-            raise nonfinite_error(active, alive, (x,), advice=advice)
+            what = "the gradient or state"
+            raise nonfinite_error(active, alive, (x,), what=what, advice=advice)
         return UnderdampedOutput(x, after, trajectory.states, stats, v)
 
     def _start_velocity(self, x: Tensor, key: Key, offset: int) -> Tensor:
@@ -208,12 +211,16 @@ class UnderdampedLangevinSampler:
         """∇U and U at x; chains where the gradient is not finite are no longer active."""
         leaf = x.detach().requires_grad_() if self.gradient.has_energy else x
         (grad,), u = self.gradient((leaf,), leaf, kwargs)
-        if self.on_nonfinite != "ignore":
-            active &= flat(grad).isfinite().all(1)
+        self._stop(active, grad)
         return (
             -grad if self.gradient.is_score else grad,
             None if u is None else self.gradient.sign * u,
         )
+
+    def _stop(self, active: Tensor, values: Tensor) -> None:
+        """Chains with a value that is not finite are no longer active."""
+        if self.on_nonfinite != "ignore":
+            active &= flat(values).isfinite().all(1)
 
     def _assign(self, target: Tensor, value: Tensor, active: Tensor) -> None:
         if self.on_nonfinite == "ignore":
