@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
+from coopflow_ext.samplers.mala import MALAOutput
 from coopflow_ext.samplers.output import SamplerOutput
+from coopflow_ext.samplers.underdamped import UnderdampedOutput
 
 __all__ = ["autocorrelation", "ess", "plot", "split_rhat", "to_arviz"]
+
+Output = SamplerOutput | MALAOutput | UnderdampedOutput
 
 
 def ess(samples: Tensor) -> Tensor:
@@ -146,11 +150,11 @@ def _effective_size(samples: Tensor) -> Tensor:
     return size.masked_fill(constant, float(samples.shape[0] * samples.shape[1]))
 
 
-def to_arviz(out: SamplerOutput, *, thin: int = 1) -> Any:
+def to_arviz(out: Output, *, thin: int = 1) -> Any:
     """The trajectory and the statistics as ``arviz.InferenceData``.
 
     Args:
-        out: of a sampler with ``return_trajectory=True``. Tensors of a state of several are named
+        out: of any sampler with ``return_trajectory=True``. Tensors of a state of several are named
             x0, x1, …; a single one x.
         thin: of that sampler; statistics are taken at the steps whose states were kept.
 
@@ -179,11 +183,11 @@ def _chain_first(x: Tensor) -> Any:
     return x.detach().transpose(0, 1).cpu().numpy()
 
 
-def plot(out: SamplerOutput, *, max_chains: int = 16) -> Any:
+def plot(out: Output, *, max_chains: int = 16) -> Any:
     """Energy and gradient norm over the steps: some chains, and the median of all.
 
     Args:
-        out: of a LangevinSampler with ``stats=True``.
+        out: of any sampler with ``stats=True``.
         max_chains: number of chains drawn singly.
 
     Returns:

@@ -21,6 +21,7 @@ from coopflow_ext.samplers.langevin import LangevinSampler
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
+    check_flag,
     check_number,
     coefficient,
     per_chain,
@@ -49,7 +50,9 @@ def _sampler(
     energy: Energy, overrides: dict[str, Any], *, step_size: Schedule | None = None, **row: Any
 ) -> LangevinSampler:
     """A row of the table with its overrides. ``step_size`` stands for drift δ²/2 and noise δ,
-    of which either may be overridden alone."""
+    of which either may be overridden alone; as an override it replaces both."""
+    if "step_size" in overrides:
+        row = {name: value for name, value in row.items() if name not in ("drift", "noise")}
     if step_size is not None:
         if overrides.keys() & {"drift", "noise"}:
             delta = coefficient("step_size", step_size, row["n_steps"])
@@ -185,8 +188,10 @@ def improved_cd(
     d_k is 1, or (T − k − 1)/T with ``decay_noise``. With ``differentiable_last`` gradients flow
     through the last step (the KL term). Du et al., ICML 2021.
     """
+    if check_flag("differentiable_last", differentiable_last) and "differentiable" in overrides:
+        raise ValueError("differentiable_last and differentiable both say it; give one")
     scale = coefficient("noise", noise, n_steps)
-    if decay_noise:
+    if check_flag("decay_noise", decay_noise):
         decay = coefficient("decay_noise", lambda k: (n_steps - k - 1) / n_steps, n_steps)
         scale = scale * decay
     return _sampler(

@@ -11,7 +11,12 @@ from torch import Tensor
 
 import coopflow_ext as cf
 from coopflow_ext import diagnostics
-from coopflow_ext.samplers import LangevinSampler, SamplerOutput
+from coopflow_ext.samplers import (
+    LangevinSampler,
+    MALASampler,
+    SamplerOutput,
+    UnderdampedLangevinSampler,
+)
 
 
 def ar1(n: int, chains: int, rho: float, seed: int = 0) -> Tensor:
@@ -118,6 +123,26 @@ def test_to_arviz():
         diagnostics.to_arviz(out, thin=2)
     with pytest.raises(ValueError, match="no trajectory"):
         diagnostics.to_arviz(sampled())
+
+
+@pytest.mark.filterwarnings("ignore:.*ArviZ.*:FutureWarning")
+@pytest.mark.parametrize("sampler", [MALASampler, UnderdampedLangevinSampler])
+def test_outputs_of_the_other_samplers(sampler):
+    pytest.importorskip("arviz")
+    pytest.importorskip("matplotlib")
+    energy = lambda x: 0.5 * x.square().sum(1)  # noqa: E731
+    out = sampler(energy, n_steps=12, step_size=0.3, return_trajectory=True, stats=True)(
+        torch.ones(4, 2), key=cf.Key(0)
+    )
+    data = diagnostics.to_arviz(out)
+    assert data.posterior["x"].shape == (4, 12, 2)
+    np.testing.assert_array_equal(data.sample_stats["energy"].values, out.stats.energy.T.numpy())
+    (energies, norms) = diagnostics.plot(out).axes
+    np.testing.assert_array_equal(energies.lines[0].get_ydata(), out.stats.energy[:, 0].numpy())
+    np.testing.assert_array_equal(norms.lines[0].get_ydata(), out.stats.grad_norm[:, 0].numpy())
+    without = sampler(energy, n_steps=12, step_size=0.3, return_trajectory=True)(torch.ones(4, 2))
+    assert without.stats is None
+    assert not hasattr(diagnostics.to_arviz(without), "sample_stats")
 
 
 def test_plot(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.flows import AffineCoupling
+from coopflow_ext.flows import AffineCoupling, MixtureLogisticCoupling
 from coopflow_ext.flows.couplings import VectorSplit
 from coopflow_ext.integrations.torchebm import LangevinDynamics
 
@@ -76,7 +76,7 @@ def _torchebm_quadratic():
 
     class Model(BaseModel):
         def forward(self, x):
-            return 0.5 * x.square().sum(1)
+            return 0.5 * x.square().flatten(1).sum(1)
 
     return Model()
 
@@ -126,6 +126,38 @@ def test_schedulers_are_reset_or_carried_on(torchebm):
     assert scheduler.step_count == 20
 
 
+@pytest.mark.parametrize("n_steps", [0, 7])
+def test_one_scheduler_for_both_goes_on_as_in_torchebm(torchebm, n_steps):
+    from torchebm.core import LinearScheduler
+
+    counts = []
+    for cls in (theirs(torchebm), LangevinDynamics):
+        scheduler = LinearScheduler(0.05, 0.001, n_steps=30)
+        sampler = cls(_torchebm_quadratic(), step_size=scheduler, noise_scale=scheduler)
+        sampler.sample(dim=2, n_steps=n_steps)
+        counts.append((scheduler.step_count, scheduler.get_value()))
+    assert counts[0] == counts[1]
+
+
+def test_every_kind_of_start_gives_torchebms_shape(torchebm):
+    calls = [
+        {"dim": 2},
+        {"dim": (2, 3)},
+        {"dim": 2, "n_samples": 0},
+        {"dim": 2, "n_steps": 0},
+        {"x": torch.ones(3, 2).long()},
+        {"dim": 2, "n_steps": 3, "thin": 5, "return_trajectory": True},
+        {"dim": 2, "n_steps": 4, "thin": 2, "n_samples": 3, "return_trajectory": True},
+    ]
+    for call in calls:
+        a, b = (
+            cls(_torchebm_quadratic(), step_size=torch.tensor(0.01)).sample(**call)
+            for cls in (theirs(torchebm), LangevinDynamics)
+        )
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+
+
 def test_plain_modules_generators_and_conditions():
     sampler = LangevinDynamics(Quadratic(), step_size=0.1)
     draws = [
@@ -163,7 +195,26 @@ def test_what_is_not_honoured_is_refused(torchebm):
         LangevinDynamics(Quadratic(), noise_scale="high")
     with pytest.raises(ValueError, match="clamp min"):
         LangevinDynamics(Quadratic(), clamp=(1, 0))
+    with pytest.raises(TypeError, match="clamp must be a pair"):
+        LangevinDynamics(Quadratic(), clamp=1.0)
+    with pytest.raises(TypeError, match="energy must be callable, got int"):
+        LangevinDynamics(3)
+    with pytest.raises(TypeError, match="grad_clp"):
+        LangevinDynamics(Quadratic(), grad_clp=1.0)
     sampler = LangevinDynamics(Quadratic())
+    for call, error, match in (
+        ({"x": [1.0]}, TypeError, "x must be a tensor"),
+        ({"dim": -1}, ValueError, "dim must be ≥ 0"),
+        ({"dim": "2"}, TypeError, "dim must be an int"),
+        ({"dim": 2, "n_samples": -1}, ValueError, "n_samples must be ≥ 0"),
+        ({"dim": 2, "n_steps": 1.5}, TypeError, "n_steps must be an int"),
+        ({"dim": 2, "generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"dim": 2, "model_kwargs": 3}, TypeError, "model_kwargs must be a mapping"),
+        ({"dim": 2, "reset_schedulers": "no"}, TypeError, "reset_schedulers must be True or"),
+        ({"dim": 2, "return_diagnostics": 1}, TypeError, "return_diagnostics must be True or"),
+    ):
+        with pytest.raises(error, match=match):
+            sampler.sample(**call)
     with pytest.raises(ValueError, match="dim must be provided"):
         sampler.sample()
     with pytest.raises(ValueError, match="thin"):
@@ -278,6 +329,65 @@ def test_normflows():
         base, [NormflowsFlow(layers[0]), permute, NormflowsFlow(layers[1])]
     )
     check_training(mixed.log_prob(x), list(layers[0].parameters()) + list(layers[1].parameters()))
+
+
+class _ConvNet(nn.Module):
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, n_out, 3, padding=1)
+
+    def forward(self, kept: Tensor, context) -> Tensor:
+        return self.conv(kept)
+
+
+def image_flow(library: str, layers: list[MixtureLogisticCoupling], shape: tuple[int, ...]):
+    """log_prob and n → (samples, their log_prob) of the other library's flow of our layers."""
+    if library == "zuko":
+        zuko = pytest.importorskip("zuko")
+        from coopflow_ext.integrations.zuko import ZukoTransform
+
+        class Base(nn.Module):
+            def forward(self, context=None):
+                normal = torch.distributions.Normal(torch.zeros(shape), torch.ones(shape))
+                return torch.distributions.Independent(normal, 3)
+
+        flow = zuko.flows.Flow([ZukoTransform(layer, event_dim=3) for layer in layers], Base())
+        return flow().log_prob, lambda n: flow().rsample_and_log_prob((n,))
+    if library == "nflows":
+        pytest.importorskip("nflows")
+        from nflows.distributions import StandardNormal
+        from nflows.flows import Flow
+        from nflows.transforms import CompositeTransform
+
+        from coopflow_ext.integrations.nflows import NflowsTransform
+
+        flow = Flow(CompositeTransform([NflowsTransform(c) for c in layers]), StandardNormal(shape))
+        return flow.log_prob, flow.sample_and_log_prob
+    normflows = pytest.importorskip("normflows")
+    from coopflow_ext.integrations.normflows import NormflowsFlow
+
+    base = normflows.distributions.DiagGaussian(shape, trainable=False)
+    flow = normflows.NormalizingFlow(base, [NormflowsFlow(c) for c in reversed(layers)])
+    return flow.log_prob, flow.sample
+
+
+@pytest.mark.parametrize("library", ["zuko", "nflows", "normflows"])
+def test_mixture_couplings_of_images(library):
+    """Three dimensions of an event, and an inverse that is found by iteration."""
+    torch.manual_seed(0)
+    layers = [MixtureLogisticCoupling(_ConvNet(14), 1, 4, flip=flip) for flip in (False, True)]
+    log_prob, sample = image_flow(library, layers, (2, 4, 4))
+    x = torch.randn(5, 2, 4, 4)
+    expected, y = 0, x
+    for layer in layers:
+        y, ladj = layer.call_and_ladj(y)
+        expected = expected + ladj
+    expected = expected + torch.distributions.Normal(0, 1).log_prob(y).flatten(1).sum(1)
+    torch.testing.assert_close(log_prob(x), expected)
+    samples, log_probs = sample(6)
+    assert samples.shape == (6, 2, 4, 4)
+    torch.testing.assert_close(log_prob(samples), log_probs, rtol=1e-4, atol=1e-3)
+    check_training(log_prob(x), [p for layer in layers for p in layer.parameters()])
 
 
 def test_keys_do_not_leak_between_calls():

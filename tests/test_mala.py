@@ -88,6 +88,32 @@ def test_acceptance_ratio_is_exact_for_a_gaussian():
     torch.testing.assert_close(out.x, torch.where(out.stats.accepted[0][:, None], y, x0))
 
 
+def test_statistics_are_those_of_the_states_after_the_steps():
+    x0 = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    sizes = torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
+    out = MALASampler(
+        lambda x: -double_well(x), n_steps=5, step_size=sizes, negative_energy=True, stats=True,
+        return_trajectory=True,
+    )(x0, key=cf.Key(1))  # fmt: skip
+    states = torch.cat([x0[None], out.trajectory])
+    points = states[1:].clone().requires_grad_()
+    u = torch.stack([double_well(x) for x in points])
+    (slopes,) = torch.autograd.grad(u.sum(), points)
+    torch.testing.assert_close(out.stats.energy, u.detach())
+    torch.testing.assert_close(out.stats.grad_norm, slopes.abs()[..., 0])
+    moved = (states[1:] != states[:-1])[..., 0]
+    assert torch.equal(out.stats.accepted, moved)
+    assert moved.any()
+    assert not moved.all()
+    assert torch.equal(out.stats.step_size, sizes[:, None].expand(5, 8))
+
+
+def test_values_per_chain_must_fit_the_batch():
+    sampler = MALASampler(double_well, n_steps=2, step_size=torch.full((1, 5), 0.1))
+    with pytest.raises(ValueError, match="step_size has values for 5 chains, but x0 has 4"):
+        sampler(torch.zeros(4, 1))
+
+
 def test_step_size_adapts_to_the_target_acceptance():
     dim, target = 20, 0.574
     scales = torch.linspace(0.3, 1.0, dim)

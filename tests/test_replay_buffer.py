@@ -84,7 +84,25 @@ def test_bad_arguments():
         ReplayBuffer((1,), reinit_probability=1.5)
     with pytest.raises(ValueError, match="init"):
         ReplayBuffer((1,), init="zeros")
+    with pytest.raises(TypeError, match=r"shape must be a sequence of ints, such as \(3,\)"):
+        ReplayBuffer(3)
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got torch\.int64"):
+        ReplayBuffer((1,), dtype=torch.int64)
+    with pytest.raises(TypeError, match="key must be a Key"):
+        ReplayBuffer((1,), key=0)
+    with pytest.raises(TypeError, match="init must return a tensor, got float"):
+        ReplayBuffer((1,), init=lambda shape, key: 0.0)
     buffer = ReplayBuffer((1,), size=10)
+    with pytest.raises(ValueError, match="n must be ≥ 1"):
+        buffer.draw(0)
+    with pytest.raises(TypeError, match=r"indices must be an int64 tensor.*got list"):
+        buffer.write([1], torch.zeros(1, 1))
+    with pytest.raises(TypeError, match=r"indices must be an int64 tensor.*got torch\.float32"):
+        buffer.write(torch.zeros(1), torch.zeros(1, 1))
+    with pytest.raises(IndexError, match="out of bounds"):
+        buffer.write(torch.tensor([10]), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"state must have seed, time, got \['states'\]"):
+        buffer.load_state_dict({"states": buffer.states})
     with pytest.raises(ValueError, match="n must be at most"):
         buffer.draw(11)
     with pytest.raises(ValueError, match="x must have shape"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,20 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"drift": torch.tensor([0.1, float("nan"), 0.1])}, ValueError, "drift must be finite"),
         ({"drift": lambda k: -1.0}, ValueError, "drift"),
         ({"drift": torch.ones(3, dtype=torch.complex64)}, TypeError, "drift must be real"),
+        ({"drift": lambda k: None}, TypeError, r"drift\(0\) must be a number or a tensor"),
+        ({"drift": lambda k: True}, TypeError, r"drift\(0\) must be .*got bool"),
+        ({"drift": lambda k: torch.ones(2, 2)}, ValueError, r"drift\(0\) must be .*\(2, 2\)"),
+        ({"drift": lambda k: torch.ones(3 + k)}, ValueError, "drift must have .*got 3 and 4 and 5"),
+        (
+            {"drift": torch.ones(1, 4), "temperature": torch.ones(1, 5)},
+            ValueError,
+            "got drift for 4 and temperature for 5",
+        ),
+        (
+            {"step_size": torch.ones(1, 4), "pull": (X0, torch.ones(5))},
+            ValueError,
+            "got step_size for 4 and pull for 5",
+        ),
         ({"step_size": 0.1, "temperature": -1.0}, ValueError, "temperature"),
         ({"step_size": 0.1, "grad_clip": 0.0}, ValueError, "grad_clip must be > 0"),
         ({"step_size": 0.1, "grad_norm": -1.0}, ValueError, "grad_norm"),
@@ -43,11 +58,22 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "clamp": (1.0, -1.0)}, ValueError, "clamp must be"),
         ({"step_size": 0.1, "clamp": (0.0, float("nan"))}, ValueError, "clamp must be"),
         ({"step_size": 0.1, "clamp": 1.0}, TypeError, "clamp must be a pair"),
+        ({"step_size": 0.1, "clamp": (0.0, None)}, TypeError, "clamp must be a pair of numbers"),
+        ({"step_size": 0.1, "clamp": ("0", 1.0)}, TypeError, "clamp must be a pair of numbers"),
+        ({"step_size": 0.1, "negative_energy": 1}, TypeError, "negative_energy must be True or F"),
+        ({"step_size": 0.1, "noise_before_gradient": 0.1}, TypeError, "noise_before_gradient must"),
+        ({"step_size": 0.1, "return_trajectory": 3}, TypeError, "return_trajectory must be True"),
+        ({"step_size": 0.1, "stats": "energy"}, TypeError, "stats must be True or False, got 'en"),
+        ({"step_size": 0.1, "channels_last": None}, TypeError, "channels_last must be True or"),
+        ({"step_size": 0.1, "compile": "inductor"}, TypeError, "compile must be True or False"),
         ({"step_size": 0.1, "clamp_when": "start"}, ValueError, "clamp_when"),
         ({"step_size": 0.1, "on_nonfinite": "stop"}, ValueError, "on_nonfinite"),
         ({"step_size": 0.1, "reference_std": 0.0}, ValueError, "reference_std"),
         ({"step_size": 0.1, "pull": 1.0}, TypeError, "pull must be a pair"),
         ({"step_size": 0.1, "pull": (None, -1.0)}, ValueError, "strength"),
+        ({"step_size": 0.1, "pull": (None, torch.ones(2, 4))}, ValueError, "strength must be a nu"),
+        ({"step_size": 0.1, "pull": (None, "a")}, TypeError, "strength must be a number, got str"),
+        ({"step_size": 0.1, "pull": (1.0, 1.0)}, TypeError, "pull's x_ref must be a tensor"),
         ({"step_size": 0.1, "thin": 0}, ValueError, "thin must be ≥ 1"),
         ({"step_size": 0.1, "chain_offset": -1}, ValueError, "chain_offset"),
         ({"step_size": 0.1, "chain_offset": 2**63}, ValueError, "chain_offset"),
@@ -173,10 +199,33 @@ def test_calls_are_refused(x0, call, error, match):
         LangevinSampler(energy, n_steps=3, step_size=0.1)(x0, **call)
 
 
-def test_values_per_chain_must_fit_the_batch():
-    sampler = LangevinSampler(energy, n_steps=3, drift=torch.ones(1, 5))
-    with pytest.raises(ValueError, match="drift has values for 5 chains, but x0 has 4"):
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("drift", {}),
+        ("step_size", {}),
+        ("noise", {"drift": 0.1}),
+        ("temperature", {"step_size": 0.1}),
+        ("pull", {"step_size": 0.1}),
+    ],
+)
+def test_values_per_chain_must_fit_the_batch(name, others):
+    value = (X0, [1.0] * 5) if name == "pull" else torch.ones(1, 5)
+    sampler = LangevinSampler(energy, n_steps=3, **{name: value, **others})
+    with pytest.raises(ValueError, match=f"{name} has values for 5 chains, but x0 has 4"):
         sampler(X0)
+
+
+def test_numbers_may_be_numpys():
+    """As configurations read them."""
+    sampler = LangevinSampler(
+        energy, n_steps=np.int64(3), drift=np.float32(0.25), noise=0.5, grad_clip=np.float32(0.5),
+        clamp=(np.float64(-1), torch.tensor(1.0)),
+    )  # fmt: skip
+    plain = LangevinSampler(
+        energy, n_steps=3, drift=0.25, noise=0.5, grad_clip=0.5, clamp=(-1.0, 1.0)
+    )
+    assert torch.equal(sampler(X0, key=cf.Key(1)).x, plain(X0, key=cf.Key(1)).x)
 
 
 def test_options_that_need_a_kind_of_x0():

@@ -60,7 +60,10 @@ OPTIONS = [
     {"noise_before_gradient": True, "on_nonfinite": "ignore"},
     {"autocast": torch.bfloat16, "grad_norm": 0.5},
     {"pull": (None, 0.5)},
-]
+    {"drift": lambda k: 0.3 / (k + 1), "noise": [[0.1, 0.2, 0.3, 0.2, 0.1]], "stats": True},
+    {"clamp": (-0.5, 0.5), "clamp_when": "end", "grad_clip": 0.3, "step_clip": 0.05,
+     "reference_std": 2.0, "on_nonfinite": "freeze"},
+]  # fmt: skip
 
 
 def assert_equal_outputs(a, b) -> None:
@@ -130,6 +133,32 @@ def test_model_kwargs(recorded):
     assert recorded.made == 2
     with pytest.warns(UserWarning, match="model_kwargs must be tensors or hashable"):
         sampler(torch.zeros(4, 2), model_kwargs={"centre": 0, "scale": 1, "unhashable": []})
+
+
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_several_tensors_with_supplied_normals_and_chains_that_stop(recorded, noise_first):
+    def energy(state):
+        a, b = state
+        u = a.square().sum(1) + b**4  # NaN where b is large
+        return u + torch.where(b > 1.2, torch.nan, 0.0) * b
+
+    options = {"n_steps": 6, "drift": 0.1, "noise": 0.3, "grad_norm": 1.0, "stats": True,
+               "return_trajectory": True, "thin": 2, "on_nonfinite": "freeze",
+               "noise_before_gradient": noise_first}  # fmt: skip
+    captured = LangevinSampler(energy, **options)
+    plain = LangevinSampler(energy, cuda_graph=False, **options)
+    stopped = 0
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x0 = [torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)]
+        xi = [torch.randn(6, *x.shape, generator=generator) for x in x0]
+        a, b = captured(x0, xi=xi, key=KEY), plain(x0, xi=xi, key=KEY)
+        torch.testing.assert_close(a.x, b.x, rtol=0, atol=0)
+        torch.testing.assert_close(a.trajectory, b.trajectory, rtol=0, atol=0)
+        torch.testing.assert_close(vars(a.stats), vars(b.stats), rtol=0, atol=0, equal_nan=True)
+        stopped += int((a.stats.nonfinite[-1] > 0).sum())
+    assert recorded.made == 1
+    assert 0 < stopped < 32
 
 
 def test_nonfinite_chains_raise(recorded):

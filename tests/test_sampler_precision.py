@@ -216,6 +216,30 @@ def test_compiled_score_and_several_tensors():
     torch.testing.assert_close(*both)
 
 
+@pytest.mark.parametrize("kind", ["energy", "score"])
+def test_many_samplers_are_all_compiled(monkeypatch, kind):
+    """torch.compile gives up on a function after eight variants; samplers share none."""
+    compiled = []
+
+    def backend(program, inputs):
+        compiled.append(program)
+        return program
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    x0 = torch.randn(5, 3)
+    for k in range(12):
+        scale = torch.tensor(float(k))
+        function = {"energy": lambda x, s=scale: (s * x).square().sum(1),
+                    "score": lambda x, s=scale: -s * x}[kind]  # fmt: skip
+        before = len(compiled)
+        out = LangevinSampler(**{kind: function}, n_steps=2, step_size=0.1, compile=True)(
+            x0, key=KEY
+        )
+        plain = LangevinSampler(**{kind: function}, n_steps=2, step_size=0.1)(x0, key=KEY)
+        torch.testing.assert_close(out.x, plain.x)
+        assert len(compiled) > before
+
+
 def test_compile_falls_back_with_one_warning(monkeypatch):
     def broken(function):
         def fail(*args, **kwargs):

@@ -44,7 +44,7 @@ def test_equals_its_equations():
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(net(leaf).sum(), leaf)[0]
 
-    states = []
+    states, rows = [], []
     for k in range(6):
         c = math.exp(-gamma * h)
         v = v - h / 2 * grad(x)
@@ -53,13 +53,40 @@ def test_equals_its_equations():
         x = x + h / 2 * v
         v = v - h / 2 * grad(x)
         states.append(x)
+        rows.append((net(x).detach(), grad(x).norm(dim=1), v.square().sum(1) / 2))
     out = UnderdampedLangevinSampler(
-        net, n_steps=6, step_size=h, friction=gamma, temperature=tau, return_trajectory=True, thin=2
-    )(x0, xi=xi, velocity=v0)
+        net, n_steps=6, step_size=h, friction=gamma, temperature=tau, return_trajectory=True,
+        thin=2, stats=True,
+    )(x0, xi=xi, velocity=v0)  # fmt: skip
     torch.testing.assert_close(out.x, x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.velocity, v, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.trajectory, torch.stack(states[1::2]), rtol=1e-12, atol=1e-12)
+    for name, expected in zip(("energy", "grad_norm", "kinetic"), zip(*rows, strict=True),
+                              strict=True):  # fmt: skip
+        torch.testing.assert_close(
+            getattr(out.stats, name), torch.stack(expected), rtol=1e-11, atol=1e-12
+        )
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_schedules_and_values_per_chain():
+    """Chain b of a batch is the chain whose options are the b-th values."""
+    x0, xi = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None], torch.randn(3, 4, 1).double()
+    h, gamma = torch.tensor([0.1, 0.3, 0.2]).double(), torch.linspace(0.5, 2, 4).double()
+    tau = torch.rand(3, 4, dtype=torch.float64)
+
+    def run(rows, friction, temperature):
+        sampler = UnderdampedLangevinSampler(
+            quadratic(1.5), n_steps=3, step_size=lambda k: h[k], friction=friction,
+            temperature=temperature,
+        )  # fmt: skip
+        x = x0[rows]
+        return sampler(x, xi=xi[:, rows], velocity=torch.zeros_like(x)).x
+
+    whole = run(slice(None), gamma[None], tau)
+    for b in range(4):
+        alone = run(slice(b, b + 1), float(gamma[b]), tau[:, b])
+        torch.testing.assert_close(alone[0], whole[b], rtol=1e-13, atol=1e-14)
 
 
 def test_continues_from_key_and_velocity_and_is_independent_of_the_batch():
@@ -109,6 +136,21 @@ def test_a_chain_that_blows_up():
     assert gone.x[1].isnan().all()
 
 
+def test_a_chain_that_overflows_keeps_its_last_finite_state():
+    """h²λ > 4: the state doubles until it leaves float32, with gradients finite till then."""
+    options = {"n_steps": 200, "step_size": 5.0, "temperature": 0.0}
+    x0 = torch.tensor([[0.0], [1.0]])
+    out = UnderdampedLangevinSampler(quadratic(1.0), on_nonfinite="freeze", **options)(
+        x0, velocity=x0
+    )
+    assert out.x.isfinite().all()
+    assert out.x[1].abs() > 1e30
+    with pytest.raises(cf.NonFiniteError, match="the gradient or state was not finite") as caught:
+        UnderdampedLangevinSampler(quadratic(1.0), **options)(x0, velocity=x0)
+    assert caught.value.chains.tolist() == [1]
+    assert torch.equal(caught.value.x, out.x)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -116,11 +158,16 @@ def test_a_chain_that_blows_up():
         ({"friction": -1.0}, "friction"),
         ({"temperature": float("nan")}, "temperature"),
         ({"on_nonfinite": "stop"}, "on_nonfinite"),
+        ({"friction": [[1.0, 2.0]], "temperature": [[1.0] * 3]}, "friction for 2 and temperature"),
     ],
 )
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         UnderdampedLangevinSampler(quadratic(1.0), **{"n_steps": 5, "step_size": 0.1, **options})
+    with pytest.raises(ValueError, match="friction has values for 5 chains, but x0 has 2"):
+        UnderdampedLangevinSampler(
+            quadratic(1.0), n_steps=1, step_size=0.1, friction=torch.ones(1, 5)
+        )(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="velocity must have shape"):
         UnderdampedLangevinSampler(quadratic(1.0), n_steps=1, step_size=0.1)(
             torch.zeros(2, 1), velocity=torch.zeros(2, 2)

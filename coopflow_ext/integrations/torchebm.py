@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext.rng import Key
+from coopflow_ext.samplers.call import check_kwargs
 from coopflow_ext.samplers.gradient import StateFunction
 from coopflow_ext.samplers.langevin import LangevinSampler
-from coopflow_ext.samplers.schedule import check_count, check_number
+from coopflow_ext.samplers.schedule import check_count, check_flag, check_number
 
 __all__ = ["LangevinDynamics"]
 
@@ -71,6 +72,8 @@ class LangevinDynamics:
     ) -> None:
         if decay != 0:
             raise ValueError(f"decay is not supported and must be 0, got {decay}")
+        if clamp is not None and not (isinstance(clamp, (tuple, list)) and len(clamp) == 2):
+            raise TypeError(f"clamp must be a pair (min, max), got {clamp!r}")
         if clamp is not None and clamp[0] >= clamp[1]:
             raise ValueError(f"clamp min must be < max, got {clamp}")
         name = integrator if isinstance(integrator, str) else type(integrator).__name__
@@ -83,6 +86,7 @@ class LangevinDynamics:
         self._function = _energy_or_score(model)
         self._options = options
         self._samplers: OrderedDict[Any, LangevinSampler] = OrderedDict()
+        self._sampler(0, 0.0, 0.0, 1, keep=False)  # refuses a wrong model or option now
 
     @torch.no_grad()
     def sample(
@@ -120,11 +124,17 @@ class LangevinDynamics:
         """
         check_count("thin", thin, 1)
         check_count("n_steps", n_steps, 0)
+        flags = {"return_trajectory": return_trajectory, "return_diagnostics": return_diagnostics,
+                 "reset_schedulers": reset_schedulers}  # fmt: skip
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         start = self._start(x, dim, n_samples, generator)
         kwargs = self._model_kwargs(model_kwargs, y)
         drift, noise = self._coefficients(n_steps, reset_schedulers)
         keep = return_trajectory or return_diagnostics
-        sampler = self._sampler(n_steps, drift, noise, thin, keep)
+        sampler = self._sampler(n_steps, drift, noise, thin, keep=keep)
         out = sampler(start, key=_key(generator), model_kwargs=kwargs)
         assert isinstance(out.x, Tensor)
         if not keep:
@@ -143,16 +153,17 @@ class LangevinDynamics:
         generator: torch.Generator | None,
     ) -> Tensor:
         if x is not None:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x must be a tensor (B, …), got {type(x).__name__}")
             return x.to(self.device, self.dtype)
         if dim is None:
             raise ValueError("dim must be provided when x is None")
-        shape = (dim,) if isinstance(dim, int) else tuple(dim)
-        return torch.randn(
-            (n_samples, *shape), dtype=self.dtype, device=self.device, generator=generator
-        )
+        shape = [check_count("dim", d, 0) for d in ((dim,) if isinstance(dim, int) else dim)]
+        n = check_count("n_samples", n_samples, 0)
+        return torch.randn((n, *shape), dtype=self.dtype, device=self.device, generator=generator)
 
     def _model_kwargs(self, given: Mapping[str, Any] | None, y: Tensor | None) -> dict[str, Any]:
-        kwargs = dict(given or {})
+        kwargs = check_kwargs(given)
         if y is not None:
             if "y" in kwargs:
                 raise ValueError("y was passed both as y= and inside model_kwargs['y']")
@@ -162,23 +173,24 @@ class LangevinDynamics:
     def _coefficients(self, n_steps: int, reset: bool) -> tuple[Any, Any]:
         """Drift and noise, floats or one value for each step; advances the schedulers."""
         parameters = self.step_size, self.noise_scale
-        unique = {id(p): p for p in parameters if isinstance(p, Scheduler)}
-        if not unique:
+        # torchebm advances a scheduler once for each parameter that it is, so twice if it is both.
+        schedulers = [p for p in parameters if isinstance(p, Scheduler)]
+        if not schedulers:
             eta, scale = float(self.step_size), float(self.noise_scale)  # type: ignore[arg-type]
             return eta, scale * (2 * eta) ** 0.5
         if reset:
-            for scheduler in unique.values():
+            for scheduler in schedulers:
                 scheduler.reset()
         rows = []
         for _ in range(n_steps):
             rows.append([p.get_value() if isinstance(p, Scheduler) else p for p in parameters])
-            for scheduler in unique.values():
+            for scheduler in schedulers:
                 scheduler.step()
         table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1] * (2 * table[:, 0]).sqrt()
 
     def _sampler(
-        self, n_steps: int, drift: Any, noise: Any, thin: int, keep: bool
+        self, n_steps: int, drift: Any, noise: Any, thin: int, *, keep: bool
     ) -> LangevinSampler:
         """The sampler of such a call, made anew or one of the last used."""
         schedule = tuple(tuple(c.tolist()) if isinstance(c, Tensor) else c for c in (drift, noise))
@@ -214,6 +226,8 @@ class LangevinDynamics:
 def _check_parameter(name: str, value: float | Scheduler) -> float | Scheduler:
     if isinstance(value, Scheduler):
         return value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     return check_number(name, value, minimum=0.0, exclusive=True)
 
 

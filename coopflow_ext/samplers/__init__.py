@@ -4,7 +4,11 @@ from coopflow_ext.samplers.langevin import LangevinSampler
 from coopflow_ext.samplers.mala import MALAOutput, MALASampler, MALAStatistics
 from coopflow_ext.samplers.output import ChainStatistics, SamplerOutput
 from coopflow_ext.samplers.replay_buffer import BufferDraw, ReplayBuffer
-from coopflow_ext.samplers.underdamped import UnderdampedLangevinSampler, UnderdampedOutput
+from coopflow_ext.samplers.underdamped import (
+    UnderdampedLangevinSampler,
+    UnderdampedOutput,
+    UnderdampedStatistics,
+)
 
 __all__ = [
     "BufferDraw",
@@ -17,4 +21,5 @@ __all__ = [
     "SamplerOutput",
     "UnderdampedLangevinSampler",
     "UnderdampedOutput",
+    "UnderdampedStatistics",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,33 @@ def check_offset(chain_offset: object) -> int:
     if offset >= _MAX_CHAIN:
         raise ValueError(f"chain_offset must be below 2**63, got {offset}")
     return offset
+
+
+def check_key(key: object) -> Key:
+    """``key``, or for None one from torch's default generator; TypeError otherwise."""
+    if key is None:
+        return Key.from_default_generator()
+    if not isinstance(key, Key):
+        raise TypeError(f"key must be a Key, such as cf.Key(0), or None, got {type(key).__name__}")
+    return key
+
+
+def check_kwargs(model_kwargs: object) -> dict[str, Any]:
+    """The keyword arguments of the energy; TypeError unless they are a mapping by name.
+
+    Tensors made in inference mode are copied: autograd refuses to go through them.
+    """
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, Mapping) or not all(isinstance(k, str) for k in model_kwargs):
+        raise TypeError(
+            f"model_kwargs must be a mapping from names to values, got {model_kwargs!r}"
+        )
+    with torch.inference_mode(False):
+        return {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in model_kwargs.items()
+        }
 
 
 def check_state(x0: State) -> Tensors:
@@ -75,15 +105,17 @@ def rng_tensors(key: Key, xs: Tensors) -> Tensors:
     return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
 
 
-def nonfinite_error(active: Tensor, frozen_at: Tensor, xs: Tensors) -> NonFiniteError:
+def nonfinite_error(
+    active: Tensor, frozen_at: Tensor, xs: Tensors, *, what: str = "the gradient", advice: str
+) -> NonFiniteError:
     """The error for the chains that stopped at steps ``frozen_at``, and end in ``xs``."""
     last = tuple(x.detach().clone() for x in xs)
     chains = (~active).nonzero().flatten().cpu()
     step = int(frozen_at.min())
     shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
     return NonFiniteError(
-        f"the gradient was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "
-        f"step {step}; use a smaller step, clips, or on_nonfinite='freeze'",
+        f"{what} was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "
+        f"step {step}; {advice}",
         step=step,
         chains=chains,
         x=last[0] if len(last) == 1 else last,

@@ -92,6 +92,11 @@ class Inputs:
         )
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x: float32 at least."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def clones(tensors: Tensors) -> Tensors:
     """Each tensor in memory of its own, same layout."""
     return tuple(t.clone() for t in tensors)
@@ -100,6 +105,11 @@ def clones(tensors: Tensors) -> Tensors:
 def laid_out(value: Tensor, x: Tensor) -> Tensor:
     """A copy of ``value`` with x's dtype, device and memory layout; gradients flow through."""
     return torch.empty_like(x, requires_grad=False).copy_(value)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, elements of a chain), also of a state (B,)."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
 def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
@@ -150,10 +160,11 @@ class Chain:
         self.sums: Tensors = ()
         self.energies: Tensor | None = None
         if plan.keep_stats:
-            wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-            self.sums = tuple(x.new_empty(plan.n_steps, batch, 5, dtype=wide) for x in xs)
+            shape = plan.n_steps, batch
+            self.sums = tuple(x.new_empty(*shape, 5, dtype=wide_dtype(x)) for x in xs)
             if plan.gradient.has_energy:
-                self.energies = first.new_empty(plan.n_steps, batch, dtype=wide)
+                wide = torch.float64 if torch.float64 in map(wide_dtype, xs) else torch.float32
+                self.energies = first.new_empty(*shape, dtype=wide)
 
         # Arguments of the op for each tensor: those of every step, and those of one step.
         self.constant = [self._constant_arguments(j) for j in range(len(xs))]
@@ -170,14 +181,14 @@ class Chain:
         plan = self.plan
         if not plan.noise_first:
             return 0
-        last = step + 1 == plan.fast_steps
+        last = step + 1 >= plan.fast_steps  # beyond, differentiable steps add it themselves
         return 2 if last or self.settled is not None or plan.records(step) else 1
 
     def _constant_arguments(self, j: int) -> dict[str, Any]:
         plan, x = self.plan, self.xs[j]
         constant: dict[str, Any] = {**plan.clips, "is_score": plan.gradient.is_score}
         for name, value in plan.coefficients.items():
-            placed = place(name, value, x)
+            placed = place(value, x)
             constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
         constant["chain_offset"] = self.inputs.chain_offset
         if plan.clamp is not None and not plan.clamp_at_end:
@@ -223,7 +234,7 @@ class Chain:
             return []
         xis = self.inputs.xis
         common: dict[str, Any] = {
-            "noise": place("noise", self.plan.coefficients["noise"], self.xs[j]),
+            "noise": place(self.plan.coefficients["noise"], self.xs[j]),
             "chain_offset": self.inputs.chain_offset,
         }
         if self.active is not None:
@@ -289,7 +300,7 @@ class Chain:
             if shrink is None:
                 self._move(j, step, grad)
                 continue
-            drift = place("drift", self.plan.coefficients["drift"], grad)
+            drift = place(self.plan.coefficients["drift"], grad)
             drift_t = _row(drift, step) * shrink[None]
             self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
 
@@ -345,7 +356,7 @@ class Chain:
 
 def mask_jointly(active: Tensor, frozen_at: Tensor, step: int, grads: Tensors) -> None:
     """A chain of several tensors stops as a whole, before any of them moves."""
-    finite = torch.stack([grad.flatten(1).isfinite().all(1) for grad in grads]).all(0)
+    finite = torch.stack([flat(grad).isfinite().all(1) for grad in grads]).all(0)
     frozen_at.masked_fill_(active & ~finite, step)
     active &= finite
 
@@ -355,10 +366,10 @@ def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | Non
     limit, clip = clips.get("grad_norm"), clips.get("grad_clip")
     if limit is None:
         return None
-    flat = [grad.flatten(1) for grad in grads]
+    rows = [flat(grad) for grad in grads]
     if clip is not None:
-        flat = [grad.clamp(-clip, clip) for grad in flat]
-    norm = torch.stack([g.square().sum(1) for g in flat]).sum(0).sqrt()
+        rows = [row.clamp(-clip, clip) for row in rows]
+    norm = torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
     return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from coopflow_ext import ops
 from coopflow_ext.reference import clip_gradient
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
+from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
 from coopflow_ext.samplers.output import Tensors, pack
 
 _Masks = tuple[Tensor, Tensor]  # not frozen yet, steps until then; both (B,)
@@ -77,12 +78,20 @@ class DifferentiableChain:
 
     def _leaves(self, xs: Tensors) -> Tensors:
         """The tensors other than x that the model's output depends on and that want gradients."""
+        if not all(p.is_leaf for p in parameters_of(self.plan.gradient.module)):
+            raise ValueError(
+                "checkpoint_every needs an energy whose parameters are leaves: its steps are run "
+                "again in the backward pass, when torch.func.functional_call is over"
+            )
         points = tuple(x.detach().requires_grad_() for x in xs)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
                 pack(points, self.chain.inputs.like), **self.chain.inputs.model_kwargs
             )
-        outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+        if self.plan.gradient.has_energy:
+            outputs: Tensors = (check_energy(output, xs[0].shape[0]),)
+        else:
+            outputs = check_score(output, xs)
         seen: set[Any] = set()
         found: list[Tensor] = []
         nodes = [o.grad_fn for o in outputs]

@@ -31,19 +31,39 @@ def _version(tensor: Tensor) -> int:
 def frozen(module: nn.Module | None) -> Iterator[None]:
     """Parameters without requires_grad inside, each as it was afterwards, whatever happens.
 
+    Those that have no such flag of their own are left alone: tensors put in their place by
+    torch.func.functional_call, and those made in inference mode.
+
     Raises:
         ValueError: the parameters were changed inside.
     """
-    parameters = [] if module is None else list(module.parameters())
+    everything = parameters_of(module)
+    parameters = [p for p in everything if p.is_leaf and not p.is_inference()]
     required = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        with constant(everything):
+            yield
+    finally:
+        for p, require in zip(parameters, required, strict=True):
+            p.requires_grad_(require)
+
+
+def parameters_of(module: nn.Module | None) -> list[Tensor]:
+    """The module's parameters; none without a module."""
+    return [] if module is None else list(module.parameters())
+
+
+@contextmanager
+def constant(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """ValueError if they are changed inside."""
     versions = [_version(p) for p in parameters]
 
     def changed() -> bool:
         return [_version(p) for p in parameters] != versions
 
     try:
-        for p in parameters:
-            p.requires_grad_(False)
         yield
         if changed():
             raise ValueError(_CHANGED)
@@ -51,9 +71,6 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
         if changed():  # autograd noticed it first
             raise ValueError(_CHANGED) from error
         raise
-    finally:
-        for p, require in zip(parameters, required, strict=True):
-            p.requires_grad_(require)
 
 
 def check_energy(u: object, batch: int) -> Tensor:
@@ -179,14 +196,19 @@ class Gradient:
         return check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
 
     def _compile(self) -> StateFunction:
-        if not self.has_energy:
-            return torch.compile(self.function)
-
         def summed(state: State, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             u = self.function(state, **model_kwargs)
             return u.sum(), u
 
-        return torch.compile(torch.func.grad(summed, has_aux=True))
+        def gradient(state: State, model_kwargs: Mapping[str, Any]) -> Any:
+            if not self.has_energy:
+                return self.function(state, **model_kwargs)
+            return torch.func.grad(summed, has_aux=True)(state, model_kwargs)
+
+        # torch.compile allows a code object few variants, and then no longer compiles it: every
+        # sampler needs one of its own.
+        gradient.__code__ = gradient.__code__.replace()
+        return torch.compile(gradient)
 
     def _call_compiled(
         self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]
@@ -196,7 +218,7 @@ class Gradient:
         try:
             plain = pack([leaf.detach() for leaf in leaves], state)
             if not self.has_energy:
-                scores = check_score(self._compiled(plain, **model_kwargs), leaves)
+                scores = check_score(self._compiled(plain, model_kwargs), leaves)
                 return _detached(scores), None
             if not self._checked:  # func.grad would give zeros for an energy detached from x
                 check_depends(self._energy(leaves, state, model_kwargs))

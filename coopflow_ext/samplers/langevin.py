@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.call import (
     check_choice,
+    check_key,
+    check_kwargs,
     check_like,
     check_offset,
     check_state,
@@ -21,7 +24,7 @@ from coopflow_ext.samplers.call import (
 )
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.differentiable import DifferentiableChain
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, frozen, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs
 from coopflow_ext.samplers.output import (
     ChainStatistics,
@@ -33,7 +36,10 @@ from coopflow_ext.samplers.output import (
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
+    chain_counts,
+    check_chain_counts,
     check_count,
+    check_flag,
     check_number,
     coefficient,
     per_chain,
@@ -43,32 +49,22 @@ from coopflow_ext.samplers.schedule import (
 _Result = tuple[Tensors, Tensors | None, ChainStatistics | None]
 
 
-def _drift_and_noise(
-    step_size: Schedule | None,
-    drift: Schedule | None,
-    noise: Schedule | None,
-    temperature: Schedule | None,
-    n_steps: int,
-) -> tuple[Coefficient, Coefficient]:
+def _drift_and_noise(given: Mapping[str, Coefficient]) -> tuple[Coefficient, Coefficient]:
     """The two coefficients of an update from the options that may fix them."""
-    if (step_size is None) == (drift is None):
+    if ("step_size" in given) == ("drift" in given):
         raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift")
-    if noise is not None and step_size is not None:
+    if "noise" in given and "step_size" in given:
         raise ValueError("noise goes with drift; step_size already fixes the noise")
-    if noise is not None and temperature is not None:
+    if "noise" in given and "temperature" in given:
         raise ValueError("temperature and noise both fix the scale of the noise; give one")
-    if step_size is not None:
-        s = coefficient("step_size", step_size, n_steps)
+    if "step_size" in given:
+        s = given["step_size"]
         a: Coefficient = s * s / 2
     else:
-        assert drift is not None
-        a = coefficient("drift", drift, n_steps)
-        if noise is not None:
-            return a, coefficient("noise", noise, n_steps)
+        a = given["drift"]
         s = sqrt(2 * a)
-    if temperature is not None:
-        s = s * sqrt(coefficient("temperature", temperature, n_steps))
-    return a, s
+    s = given.get("noise", s)
+    return a, s * sqrt(given["temperature"]) if "temperature" in given else s
 
 
 def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -76,6 +72,8 @@ def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | Non
         return None
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
         raise TypeError(f"clamp must be a pair (lo, hi), got {clamp!r}")
+    if not all(isinstance(bound, (Real, Tensor)) for bound in clamp):
+        raise TypeError(f"clamp must be a pair of numbers (lo, hi), got {clamp!r}")
     lo, hi = float(clamp[0]), float(clamp[1])
     if not lo <= hi:
         raise ValueError(f"clamp must be (lo, hi) with lo ≤ hi, got ({lo}, {hi})")
@@ -132,8 +130,9 @@ class LangevinSampler:
             silently. "ignore": no mask, no check.
         chain_offset: number of the first chain; shards of one batch pass where they start.
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
-            made once per chain; the state keeps its dtype.
-        channels_last: the state and 4-D weights are laid out as channels_last.
+            made once per chain; the state keeps its dtype. Weights can be copied where the energy
+            or score is an nn.Module or a method of one.
+        channels_last: the state and 4-D weights (of such a module) are laid out as channels_last.
         compile: compile the gradient with torch.compile at the first call; where that fails, one
             warning says why and the chain runs without.
         cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
@@ -174,7 +173,7 @@ class LangevinSampler:
         clamp_when: Literal["step", "end"] = "step",
         noise_before_gradient: bool = False,
         reference_std: float | None = None,
-        pull: tuple[State | None, float | Tensor] | None = None,
+        pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
         return_trajectory: bool = False,
         thin: int = 1,
         stats: bool = False,
@@ -188,18 +187,38 @@ class LangevinSampler:
         checkpoint_every: int | None = None,
     ) -> None:
         n_steps = check_count("n_steps", n_steps, 0)
+        flags = {
+            "negative_energy": negative_energy,
+            "noise_before_gradient": noise_before_gradient,
+            "return_trajectory": return_trajectory,
+            "stats": stats,
+            "channels_last": channels_last,
+            "compile": compile,
+        }
+        for name, flag in flags.items():
+            check_flag(name, flag)
         check_choice("clamp_when", clamp_when, ("step", "end"))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
-        a, s = _drift_and_noise(step_size, drift, noise, temperature, n_steps)
-        coefficients = {"drift": a, "noise": s}
-        if reference_std is not None:
-            sigma = check_number("reference_std", reference_std, minimum=0.0, exclusive=True)
-            coefficients["decay"] = a / sigma**2
+        schedules = {
+            "step_size": step_size, "drift": drift, "noise": noise, "temperature": temperature
+        }  # fmt: skip
+        given = {
+            name: coefficient(name, schedule, n_steps)
+            for name, schedule in schedules.items()
+            if schedule is not None
+        }
         self.x_ref: State | None = None
         self.needs_x_ref = pull is not None
         if pull is not None:
-            self.x_ref, strength = _check_pull(pull)
-            coefficients["pull"] = a * strength
+            self.x_ref, given["pull"] = _check_pull(pull)
+        self.chain_counts = chain_counts(given)
+        a, s = _drift_and_noise(given)
+        coefficients = {"drift": a, "noise": s}
+        if pull is not None:
+            coefficients["pull"] = a * given["pull"]
+        if reference_std is not None:
+            sigma = check_number("reference_std", reference_std, minimum=0.0, exclusive=True)
+            coefficients["decay"] = a / sigma**2
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.chain_offset = check_offset(chain_offset)
         self.on_nonfinite = on_nonfinite
@@ -236,7 +255,7 @@ class LangevinSampler:
             keep_stats=stats,
             masked=on_nonfinite != "ignore",
             autocast=autocast,
-            channels_last=bool(channels_last),
+            channels_last=channels_last,
         )
 
     def __call__(
@@ -264,7 +283,8 @@ class LangevinSampler:
             OverflowError: when the key's time would reach 2³².
         """
         xs = check_state(x0)
-        key = Key.from_default_generator() if key is None else key
+        check_chain_counts(self.chain_counts, len(xs[0]))
+        key = check_key(key)
         after = key.advance(self.plan.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
@@ -279,7 +299,7 @@ class LangevinSampler:
                 x_refs=self._x_refs(x_ref, starts),
                 xis=self._xis(xi, starts),
                 chain_offset=offset,
-                model_kwargs={} if model_kwargs is None else model_kwargs,
+                model_kwargs=check_kwargs(model_kwargs),
             )
             if self.differentiable:
                 result = self._run_differentiable(inputs, xs)
@@ -326,7 +346,8 @@ class LangevinSampler:
         starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
         starts = starts if whole else clones(chain.xs)
         steps = DifferentiableChain(chain, self.checkpoint_every)
-        ends = steps.run(starts, self.plan.fast_steps)
+        with constant(parameters_of(self.plan.gradient.module)):
+            ends = steps.run(starts, self.plan.fast_steps)
         self._check_finite(chain, ends)
         return ends, steps.trajectory(), chain.statistics()
 
@@ -335,7 +356,8 @@ class LangevinSampler:
         if self.on_nonfinite != "raise" or chain.active is None or chain.frozen_at is None:
             return
         if not bool(chain.active.all()):
-            raise nonfinite_error(chain.active, chain.frozen_at, xs)
+            advice = "use a smaller step, clips, or on_nonfinite='freeze'"
+            raise nonfinite_error(chain.active, chain.frozen_at, xs, advice=advice)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:
@@ -359,7 +381,7 @@ class LangevinSampler:
 
 
 def _check_pull(
-    pull: tuple[State | None, float | Tensor],
+    pull: tuple[State | None, float | Tensor | Sequence[float]],
 ) -> tuple[State | None, Coefficient]:
     if not isinstance(pull, (tuple, list)) or len(pull) != 2:
         raise TypeError("pull must be a pair (x_ref, strength)")

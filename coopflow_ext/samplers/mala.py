@@ -12,15 +12,26 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext.rng import USE_ACCEPT, Key
 from coopflow_ext.samplers.call import (
+    check_key,
+    check_kwargs,
     check_offset,
     check_single_state,
     nonfinite_error,
     normals_like,
     state_copy,
 )
-from coopflow_ext.samplers.chain import per_chain_view
+from coopflow_ext.samplers.chain import flat, per_chain_view, wide_dtype
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
-from coopflow_ext.samplers.schedule import Schedule, check_count, check_number, coefficient, place
+from coopflow_ext.samplers.schedule import (
+    Schedule,
+    chain_counts,
+    check_chain_counts,
+    check_count,
+    check_flag,
+    check_number,
+    coefficient,
+    place,
+)
 from coopflow_ext.samplers.trajectory import Trajectory
 
 
@@ -30,12 +41,14 @@ class MALAStatistics:
 
     Attributes:
         energy: U after the step.
+        grad_norm: L2 norm of ∇U after the step.
         acceptance: probability with which the proposal was accepted.
         accepted: whether it was.
         step_size: δ of the proposal.
     """
 
     energy: Tensor
+    grad_norm: Tensor
     acceptance: Tensor
     accepted: Tensor
     step_size: Tensor
@@ -61,7 +74,8 @@ class MALASampler:
     Args:
         energy: as in :class:`LangevinSampler`; the acceptance needs U, so there is no ``score=``.
         n_steps: number of steps T, adaptation included.
-        step_size: δ, the first one when it is adapted; a float, (T,) or (T or 1, B or 1).
+        step_size: δ, the first one when it is adapted; a float, a callable of the step, (T,) or
+            (T or 1, B or 1).
         temperature: a number > 0.
         negative_energy: ``energy`` returns −U.
         adapt_steps: in the first so many steps, move each chain's own δ toward the target
@@ -90,9 +104,11 @@ class MALASampler:
         stats: bool = False,
         chain_offset: int = 0,
     ) -> None:
+        check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, None, negative_energy=negative_energy)
         self.n_steps = check_count("n_steps", n_steps, 0)
         self.delta = coefficient("step_size", step_size, n_steps)
+        self.chain_counts = chain_counts({"step_size": self.delta})
         if not bool((torch.as_tensor(self.delta) > 0).all()):
             raise ValueError("step_size must be > 0")
         self.temperature = check_number("temperature", temperature, minimum=0.0, exclusive=True)
@@ -104,9 +120,9 @@ class MALASampler:
         self.target_accept = check_number("target_accept", target_accept)
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, got {target_accept}")
-        self.return_trajectory = return_trajectory
+        self.return_trajectory = check_flag("return_trajectory", return_trajectory)
         self.thin = check_count("thin", thin, 1)
-        self.stats = stats
+        self.stats = check_flag("stats", stats)
         self.chain_offset = check_offset(chain_offset)
 
     def __call__(
@@ -124,19 +140,20 @@ class MALASampler:
             NonFiniteError: the energy or its gradient is not finite at x0.
         """
         x0 = check_single_state("MALASampler", x0)
-        key = Key.from_default_generator() if key is None else key
+        check_chain_counts(self.chain_counts, len(x0))
+        key = check_key(key)
         after = key.advance(self.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
-        kwargs = {} if model_kwargs is None else model_kwargs
+        kwargs = check_kwargs(model_kwargs)
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.gradient.module):
             x, y = state_copy(x0), state_copy(x0)
             xis = normals_like(x, xi, self.n_steps)
             rng, accept_rng = key.tensor(x.device), key.fold_in(USE_ACCEPT).tensor(x.device)
             steps = _StepSizes(self, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
-            rows: list[tuple[Tensor, ...]] = []
             u, grad = self._evaluate(x, kwargs)
             _check_start(x, u, grad)
+            stats = _empty_statistics(u, self.n_steps) if self.stats else None
             for step in range(self.n_steps):
                 ops.langevin_step_(
                     y.copy_(x), grad, rng, drift=steps.drift, noise=steps.noise, step=step,
@@ -153,11 +170,13 @@ class MALASampler:
                 torch.where(chains, grad_y, grad, out=grad)
                 acceptance = log_ratio.nan_to_num(-torch.inf).exp().clamp(max=1)
                 trajectory.record(step, x)
-                if self.stats:
-                    rows.append((u, acceptance, accepted, delta.clone()))
+                if stats is not None:
+                    norm = flat(grad).norm(dim=1)
+                    row = MALAStatistics(u, norm, acceptance, accepted, delta)
+                    for name, column in vars(stats).items():
+                        column[step].copy_(getattr(row, name))
                 if step < self.adapt_steps:
                     steps.adapt(step, acceptance)
-        stats = MALAStatistics(*map(torch.stack, zip(*rows, strict=True))) if rows else None
         last = steps.at(max(self.n_steps - 1, 0)).clone()
         return MALAOutput(x, after, trajectory.states, stats, last)
 
@@ -167,17 +186,17 @@ class MALASampler:
         (grad,), value = self.gradient((leaf,), leaf, kwargs)
         assert value is not None
         laid_out = torch.empty_like(x).copy_(-grad if self.gradient.is_score else grad)
-        return self.gradient.sign * value.to(_wide(x)), laid_out
+        return self.gradient.sign * value.to(wide_dtype(x)), laid_out
 
     def _log_ratio(
         self, x: Tensor, u: Tensor, grad: Tensor, y: Tensor, u_y: Tensor, grad_y: Tensor,
         delta: Tensor,
     ) -> Tensor:  # fmt: skip
         """log of p(y) q(x|y) / (p(x) q(y|x)), (B,)."""
-        move = (y - x).flatten(1).to(u.dtype)
+        move = flat(y - x).to(u.dtype)
         drift = (delta * delta / 2)[:, None]
-        forward = (move + drift * grad.flatten(1)).square().sum(1)
-        backward = (-move + drift * grad_y.flatten(1)).square().sum(1)
+        forward = (move + drift * flat(grad)).square().sum(1)
+        backward = (-move + drift * flat(grad_y)).square().sum(1)
         proposals = (forward - backward) / (2 * delta * delta)
         return (u - u_y + proposals) / self.temperature
 
@@ -186,8 +205,8 @@ class _StepSizes:
     """δ of each chain, and the coefficients that follow from it."""
 
     def __init__(self, sampler: MALASampler, x: Tensor) -> None:
-        delta = place("step_size", sampler.delta, x)
-        table = torch.as_tensor(delta, dtype=_wide(x), device=x.device)
+        delta = place(sampler.delta, x)
+        table = torch.as_tensor(delta, dtype=wide_dtype(x), device=x.device)
         rows = table.shape[0] if table.ndim == 2 else 1
         self.delta = table.expand(rows, len(x)).clone()
         self._scale = sampler.temperature**0.5
@@ -214,11 +233,16 @@ class _StepSizes:
         self._derive()
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _empty_statistics(u: Tensor, n_steps: int) -> MALAStatistics:
+    energy, grad_norm, acceptance, step_size = u.new_empty(4, n_steps, len(u))
+    accepted = torch.empty_like(energy, dtype=torch.bool)
+    return MALAStatistics(energy, grad_norm, acceptance, accepted, step_size)
 
 
 def _check_start(x: Tensor, u: Tensor, grad: Tensor) -> None:
-    finite = u.isfinite() & grad.flatten(1).isfinite().all(1)
+    finite = u.isfinite() & flat(grad).isfinite().all(1)
     if not bool(finite.all()):
-        raise nonfinite_error(finite, finite.to(torch.int64).mul(0), (x,))
+        raise nonfinite_error(
+            finite, torch.zeros_like(finite, dtype=torch.int64), (x,),
+            what="the energy or its gradient", advice="start the chains where both are finite",
+        )  # fmt: skip

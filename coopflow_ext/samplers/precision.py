@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from coopflow_ext.samplers.gradient import constant
+
 # The modules whose weights autocast casts at each call. Other parameters keep their precision.
 _CAST_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
@@ -55,8 +57,9 @@ class WeightCopies:
         """The module computes with the copies inside, with its own weights afterwards."""
         try:
             for owner, name, _, copy in self._copies:
-                owner.register_parameter(name, copy)
-            yield
+                owner._parameters[name] = copy
+            with constant([copy for _, _, _, copy in self._copies]):
+                yield
         finally:
             for owner, name, weight, _ in self._copies:
-                owner.register_parameter(name, weight)
+                owner._parameters[name] = weight

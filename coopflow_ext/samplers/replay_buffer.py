@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext.rng import USE_BUFFER, Key
+from coopflow_ext.samplers.call import check_key
 from coopflow_ext.samplers.schedule import check_count, check_number
 
 Init = Literal["uniform", "normal"] | Callable[[tuple[int, ...], Key], Tensor]
@@ -62,10 +63,14 @@ class ReplayBuffer:
         self.reinit_probability = check_number("reinit_probability", reinit_probability)
         if not 0 <= self.reinit_probability <= 1:
             raise ValueError(f"reinit_probability must be in [0, 1], got {reinit_probability}")
+        if isinstance(shape, int):
+            raise TypeError(f"shape must be a sequence of ints, such as ({shape},), got an int")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}")
         if not callable(init) and init not in ("uniform", "normal"):
             raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
         self._init = init
-        self._key = (Key.from_default_generator() if key is None else key).fold_in(USE_BUFFER)
+        self._key = check_key(key).fold_in(USE_BUFFER)
         self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
         self.states.copy_(self._fresh(self.size, _FILL))
 
@@ -91,8 +96,13 @@ class ReplayBuffer:
         """Put the states of drawn chains back.
 
         Raises:
+            TypeError: ``indices`` is not an int64 tensor.
             ValueError: x does not have one state for each of ``indices``.
+            IndexError: an index is beyond the buffer.
         """
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"indices must be an int64 tensor, as draw() gives, got {got}")
         if x.shape != (len(indices), *self.states.shape[1:]):
             expected = (len(indices), *self.states.shape[1:])
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
@@ -105,6 +115,8 @@ class ReplayBuffer:
         shape = (n, *self.states.shape[1:])
         if callable(self._init):
             fresh = self._init(shape, self._key.fold_in(use))
+            if not isinstance(fresh, Tensor):
+                raise TypeError(f"init must return a tensor, got {type(fresh).__name__}")
             if fresh.shape != shape:
                 raise ValueError(f"init must return shape {shape}, got {tuple(fresh.shape)}")
             return fresh
@@ -120,8 +132,10 @@ class ReplayBuffer:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: it is of a buffer of another size or shape.
+            ValueError: it is not a buffer's, or of a buffer of another size or shape.
         """
+        if missing := {"states", "seed", "time"} - state.keys():
+            raise ValueError(f"state must have {', '.join(sorted(missing))}, got {list(state)}")
         if state["states"].shape != self.states.shape:
             raise ValueError(
                 f"states must have shape {tuple(self.states.shape)}, "

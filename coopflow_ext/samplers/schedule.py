@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def check_number(
         TypeError: it is not a number.
         ValueError: it is not finite, below ``minimum``, or equal to it when ``exclusive``.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     number = float(value)
     if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
@@ -35,10 +36,17 @@ def check_number(
 
 def check_count(name: str, value: object, minimum: int) -> int:
     """``value`` as an int ≥ minimum; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value``, which must be True or False; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
@@ -58,11 +66,7 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
     if isinstance(value, (int, float)):
         return check_number(name, value, minimum=0.0)
     if callable(value) and not isinstance(value, Tensor):
-        rows = [torch.as_tensor(value(step), dtype=torch.float64) for step in range(n_steps)]
-        if any(row.ndim > 1 for row in rows):
-            raise ValueError(f"{name}(step) must be a number or (B,), got {tuple(rows[0].shape)}")
-        width = max((row.numel() for row in rows), default=1)
-        table = torch.stack([row.expand(width) for row in rows]) if rows else torch.zeros(0, 1)
+        table = _called(name, value, n_steps)
     else:
         try:
             dtype = None if isinstance(value, Tensor) else torch.float64
@@ -92,11 +96,58 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
     return float(table) if table.numel() == 1 else table
 
 
-def per_chain(name: str, value: float | Tensor) -> Coefficient:
-    """A non-negative float, or (B,) as a (1, B) coefficient."""
-    if isinstance(value, Tensor) and value.ndim == 1:
-        return coefficient(name, value[None], 1)
-    return coefficient(name, value, 1)
+def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) -> Tensor:
+    """The values of a callable of the step, (T, B or 1)."""
+    rows = []
+    for step in range(n_steps):
+        value = function(step)
+        if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+            raise TypeError(
+                f"{name}({step}) must be a number or a tensor (B,), got {type(value).__name__}"
+            )
+        dtype = None if isinstance(value, Tensor) else torch.float64
+        row = torch.as_tensor(value, dtype=dtype, device="cpu").detach()
+        if row.ndim > 1:
+            raise ValueError(f"{name}({step}) must be a number or (B,), got {tuple(row.shape)}")
+        rows.append(row.reshape(-1))
+    widths = {row.numel() for row in rows} - {1}
+    if len(widths) > 1:
+        raise ValueError(
+            f"{name} must have values for the same number of chains at every step, got "
+            f"{' and '.join(map(str, sorted(widths)))}"
+        )
+    width = max(widths, default=1)
+    return torch.stack([row.expand(width) for row in rows]) if rows else torch.zeros(0, 1)
+
+
+def per_chain(name: str, value: float | Tensor | Sequence[float]) -> Coefficient:
+    """A non-negative float, or (B,) values as a (1, B) coefficient; TypeError or ValueError."""
+    if isinstance(value, (Tensor, list, tuple)):
+        value = torch.as_tensor(value)
+        if value.ndim > 1:
+            raise ValueError(f"{name} must be a number or (B,), got shape {tuple(value.shape)}")
+        return coefficient(name, value.reshape(1, -1), 1)
+    return check_number(name, value, minimum=0.0)
+
+
+def chain_counts(values: Mapping[str, Coefficient]) -> dict[str, int]:
+    """For each option that has values per chain, for how many; ValueError where these differ."""
+    counts = {
+        name: value.shape[1]
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.shape[1] > 1
+    }
+    if len(set(counts.values())) > 1:
+        given = " and ".join(f"{name} for {count}" for name, count in counts.items())
+        raise ValueError(f"values per chain must be for the same number of chains, got {given}")
+    return counts
+
+
+def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:
+    """ValueError, naming the option, unless its values are for as many chains as x0 has."""
+    for name, count in counts.items():
+        if count != batch:
+            raise ValueError(f"{name} has values for {count} chains, but x0 has {batch} chains")
 
 
 def sqrt(value: Coefficient) -> Coefficient:
@@ -104,17 +155,9 @@ def sqrt(value: Coefficient) -> Coefficient:
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
-def place(name: str, value: Coefficient, x: Tensor) -> Coefficient:
-    """The coefficient on x's device, in the ops' arithmetic dtype.
-
-    Raises:
-        ValueError: it has values per chain, for another number of chains than x.
-    """
+def place(value: Coefficient, x: Tensor) -> Coefficient:
+    """The coefficient on x's device, in the ops' arithmetic dtype."""
     if not isinstance(value, Tensor):
         return value
-    if value.shape[1] not in (1, x.shape[0]):
-        raise ValueError(
-            f"{name} has values for {value.shape[1]} chains, but x0 has {x.shape[0]} chains"
-        )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return value.to(x.device, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from coopflow_ext import ops
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.call import (
     check_choice,
+    check_key,
+    check_kwargs,
     check_like,
     check_offset,
     check_single_state,
@@ -20,17 +23,41 @@ from coopflow_ext.samplers.call import (
     normals_like,
     state_copy,
 )
-from coopflow_ext.samplers.chain import laid_out, mask_jointly, per_chain_view
+from coopflow_ext.samplers.chain import (
+    flat,
+    laid_out,
+    mask_jointly,
+    per_chain_view,
+    wide_dtype,
+)
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
+    chain_counts,
+    check_chain_counts,
     check_count,
+    check_flag,
     coefficient,
     place,
     sqrt,
 )
 from coopflow_ext.samplers.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class UnderdampedStatistics:
+    """At the end of each step, per chain, each (T, B).
+
+    Attributes:
+        energy: U; None with ``score=``.
+        grad_norm: L2 norm of ∇U.
+        kinetic: ½‖v‖².
+    """
+
+    energy: Tensor | None
+    grad_norm: Tensor
+    kinetic: Tensor
 
 
 class UnderdampedOutput(NamedTuple):
@@ -39,6 +66,7 @@ class UnderdampedOutput(NamedTuple):
     x: Tensor
     key: Key
     trajectory: Tensor | None
+    stats: UnderdampedStatistics | None
     velocity: Tensor
 
 
@@ -60,9 +88,11 @@ class UnderdampedLangevinSampler:
         step_size: h; a float, a callable of the step, (T,) or (T or 1, B or 1), as are the next.
         friction: γ ≥ 0.
         temperature: τ ≥ 0; p ∝ exp(−U/τ).
-        return_trajectory, thin, chain_offset: as in :class:`LangevinSampler`.
-        on_nonfinite: a chain whose gradient is not finite stays where that was found; then
-            "raise", "freeze" or "ignore" as in :class:`LangevinSampler`.
+        return_trajectory, thin, stats, chain_offset: as in :class:`LangevinSampler`; ``stats`` are
+            :class:`UnderdampedStatistics`.
+        on_nonfinite: a chain whose gradient is not finite stays where that was found, one that
+            would leave the finite numbers where it was; then "raise", "freeze" or "ignore" as in
+            :class:`LangevinSampler`.
 
     Raises:
         ValueError, TypeError: for an option out of range, by name.
@@ -80,20 +110,26 @@ class UnderdampedLangevinSampler:
         negative_energy: bool = False,
         return_trajectory: bool = False,
         thin: int = 1,
+        stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
         chain_offset: int = 0,
     ) -> None:
+        check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, score, negative_energy=negative_energy)
         self.n_steps = check_count("n_steps", n_steps, 0)
         self.half_step = coefficient("step_size", step_size, n_steps) / 2
         gamma = coefficient("friction", friction, n_steps)
-        self.keep = _exp(-2 * gamma * self.half_step)
         tau = coefficient("temperature", temperature, n_steps)
+        self.chain_counts = chain_counts(
+            {"step_size": self.half_step, "friction": gamma, "temperature": tau}
+        )
+        self.keep = _exp(-2 * gamma * self.half_step)
         self.noise = sqrt(tau * (1 - self.keep * self.keep))
         self.start_std = sqrt(tau)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
         self.on_nonfinite = on_nonfinite
-        self.return_trajectory = return_trajectory
+        self.return_trajectory = check_flag("return_trajectory", return_trajectory)
+        self.stats = check_flag("stats", stats)
         self.thin = check_count("thin", thin, 1)
         self.chain_offset = check_offset(chain_offset)
 
@@ -113,13 +149,14 @@ class UnderdampedLangevinSampler:
             velocity: v at the start, shape of x0; by default drawn from N(0, τ) with the key.
 
         Raises:
-            NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.
+            NonFiniteError: with on_nonfinite="raise", when a gradient or state is not finite.
         """
         x0 = check_single_state("UnderdampedLangevinSampler", x0)
-        key = Key.from_default_generator() if key is None else key
+        check_chain_counts(self.chain_counts, len(x0))
+        key = check_key(key)
         after = key.advance(self.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
-        kwargs = {} if model_kwargs is None else model_kwargs
+        kwargs = check_kwargs(model_kwargs)
         grad_mode = self.gradient.has_energy or torch.is_grad_enabled()
         with (
             torch.inference_mode(False),
@@ -132,13 +169,14 @@ class UnderdampedLangevinSampler:
             else:
                 v = laid_out(check_like("velocity", velocity, (x,))[0].detach(), x)
             xis = normals_like(x, xi, self.n_steps)
-            noise, rng = place("temperature", self.noise, x), key.tensor(x.device)
-            keep, half = place("friction", self.keep, x), place("step_size", self.half_step, x)
+            noise, rng = place(self.noise, x), key.tensor(x.device)
+            keep, half = place(self.keep, x), place(self.half_step, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
             active = x.new_ones(len(x), dtype=torch.bool)
             frozen_at = torch.full_like(active, self.n_steps, dtype=torch.int64)
             masks = active, frozen_at
-            grad = self._gradient(x, kwargs, masks, 0)
+            grad, _ = self._gradient(x, kwargs, masks, 0)
+            stats = self._empty_statistics(x) if self.stats else None
             for step in range(self.n_steps):
                 h, c = _at(half, step, x), _at(keep, step, x)
                 v_new = v - h * grad
@@ -148,35 +186,62 @@ class UnderdampedLangevinSampler:
                     xi=None if xis is None else xis[step],
                 )  # fmt: skip
                 x_new += h * v_new
+                self._stop(masks, step, x_new)  # which may overflow where the gradient was finite
                 self._assign(x, x_new, active)
                 self._assign(v, v_new, active)
-                grad = self._gradient(x, kwargs, masks, step + 1)
+                grad, u = self._gradient(x, kwargs, masks, step + 1)
                 self._assign(v, v - h * grad, active)
                 trajectory.record(step, x)
+                if stats is not None:
+                    _record(stats, step, u, grad, v)
         if self.on_nonfinite == "raise" and not bool(active.all()):
-            raise nonfinite_error(active, frozen_at, (x,))
-        return UnderdampedOutput(x, after, trajectory.states, v)
+            advice = "use a smaller step or on_nonfinite='freeze'"
+            what = "the gradient or state"
+            raise nonfinite_error(active, frozen_at, (x,), what=what, advice=advice)
+        return UnderdampedOutput(x, after, trajectory.states, stats, v)
 
     def _start_velocity(self, x: Tensor, key: Key, offset: int) -> Tensor:
-        std = place("temperature", self.start_std, x)
+        std = place(self.start_std, x)
         rng = key.fold_in(USE_MOMENTUM).tensor(x.device)
         return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std, chain_offset=offset)
 
+    def _empty_statistics(self, x: Tensor) -> UnderdampedStatistics:
+        energy, grad_norm, kinetic = x.new_empty(3, self.n_steps, len(x), dtype=wide_dtype(x))
+        return UnderdampedStatistics(
+            energy if self.gradient.has_energy else None, grad_norm, kinetic
+        )
+
     def _gradient(
         self, x: Tensor, kwargs: Mapping[str, Any], masks: tuple[Tensor, Tensor], step: int
-    ) -> Tensor:
-        """∇U at x, before this step; chains where it is not finite leave the mask."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """∇U and U at x, before this step; chains where the gradient is not finite stop."""
         leaf = x.detach().requires_grad_() if self.gradient.has_energy else x
-        (grad,), _ = self.gradient((leaf,), leaf, kwargs)
+        (grad,), u = self.gradient((leaf,), leaf, kwargs)
+        self._stop(masks, step, grad)
+        return (
+            -grad if self.gradient.is_score else grad,
+            None if u is None else self.gradient.sign * u,
+        )
+
+    def _stop(self, masks: tuple[Tensor, Tensor], step: int, values: Tensor) -> None:
+        """Chains with a value that is not finite leave the mask."""
         if self.on_nonfinite != "ignore":
-            mask_jointly(*masks, step, (grad,))
-        return -grad if self.gradient.is_score else grad
+            mask_jointly(*masks, step, (values,))
 
     def _assign(self, target: Tensor, value: Tensor, active: Tensor) -> None:
         if self.on_nonfinite == "ignore":
             target.copy_(value)
         else:
             torch.where(per_chain_view(active, target), value, target, out=target)
+
+
+def _record(
+    stats: UnderdampedStatistics, step: int, u: Tensor | None, grad: Tensor, v: Tensor
+) -> None:
+    if stats.energy is not None and u is not None:
+        stats.energy[step].copy_(u)
+    stats.grad_norm[step].copy_(flat(grad).norm(dim=1))
+    stats.kinetic[step].copy_(flat(v).to(stats.kinetic.dtype).square().sum(1) / 2)
 
 
 def _exp(value: Coefficient) -> Coefficient:

@@ -1,0 +1,279 @@
+"""Every sampler: what it leaves alone, where it can be called from, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy
+
+KEY = cf.Key(3)
+T = 3
+
+
+def langevin(**options):
+    return lambda energy, n_steps=T: cf.LangevinSampler(
+        energy, n_steps=n_steps, step_size=0.3, **options
+    )
+
+
+SAMPLERS: dict[str, Callable] = {
+    "langevin": langevin(),
+    "all records": langevin(stats=True, return_trajectory=True, noise_before_gradient=True),
+    "autocast": langevin(autocast=torch.bfloat16),
+    "differentiable": langevin(differentiable=True),
+    "last step": langevin(differentiable="last"),
+    "checkpoints": langevin(differentiable=True, checkpoint_every=2),
+    "mala": lambda energy, n_steps=T: cf.MALASampler(
+        energy, n_steps=n_steps, step_size=0.3, stats=True, return_trajectory=True
+    ),
+    "underdamped": lambda energy, n_steps=T: cf.UnderdampedLangevinSampler(
+        energy, n_steps=n_steps, step_size=0.3, stats=True, return_trajectory=True
+    ),
+}
+DIFFERENTIABLE = ("differentiable", "last step", "checkpoints")
+
+
+@pytest.fixture(params=list(SAMPLERS))
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make(name) -> Callable:
+    return SAMPLERS[name]
+
+
+@pytest.fixture
+def x0() -> Tensor:
+    return torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+class Scaled(nn.Module):
+    """A network one of whose parameters is frozen already, with a condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = MLPEnergy(3, widths=(8,))
+        self.scale = nn.Parameter(torch.full((3,), 1.5), requires_grad=False)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.net(x * self.scale if condition is None else x * self.scale * condition)
+
+
+class Changed(Scaled):
+    """``change`` of what the network returns, from its second call on."""
+
+    def __init__(self, change: Callable[[Scaled, Tensor], object]) -> None:
+        super().__init__()
+        self.change, self.calls = change, 0
+
+    def forward(self, x: Tensor) -> object:
+        self.calls += 1
+        u = super().forward(x)
+        return self.change(self, u) if self.calls > 1 else u
+
+
+def required(module: nn.Module) -> list[bool]:
+    return [p.requires_grad for p in module.parameters()]
+
+
+def raise_key_error(module: Scaled, u: Tensor) -> Tensor:
+    raise KeyError("inside")
+
+
+def change_parameters(module: Scaled, u: Tensor) -> Tensor:
+    with torch.no_grad():
+        module.net.layers[0].weight.mul_(0.9)
+    return u
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (raise_key_error, KeyError, "inside"),
+        (change_parameters, ValueError, "energy changed its parameters"),
+        (lambda m, u: u.sum(), ValueError, r"energy must return one value.*got shape \(\)"),
+        (lambda m, u: u[:2], ValueError, r"energy must return one value.*got shape \(2,\)"),
+        (lambda m, u: u.detach(), ValueError, "energy returned a tensor detached from x"),
+        (lambda m, u: u.long(), TypeError, "energy must return floating-point numbers"),
+        (lambda m, u: u + 0j, TypeError, "energy must return floating-point numbers"),
+        (lambda m, u: None, TypeError, "energy must return a tensor, got NoneType"),
+        (lambda m, u: (u, u), TypeError, "energy must return a tensor, got tuple"),
+    ],
+)
+def test_bad_energies_leave_everything_as_it_was(make, x0, change, error, match):
+    energy = Changed(change)
+    before, start = required(energy), x0.clone()
+    with pytest.raises(error, match=match):
+        make(energy)(x0, key=KEY)
+    assert energy.calls > 1
+    assert required(energy) == before
+    assert all(p.dtype == torch.float32 for p in energy.parameters())
+    assert torch.equal(x0, start)
+
+
+def test_nan_from_some_chains(name, make, x0):
+    energy = Changed(lambda m, u: u * torch.tensor([1, torch.nan, 1, 1]))
+    before, start = required(energy), x0.clone()
+    if name == "mala":  # such proposals are rejected
+        out = make(energy)(x0, key=KEY)
+        assert torch.equal(out.x[1], x0[1])
+        energy.calls = 1
+        with pytest.raises(cf.NonFiniteError, match="the energy or its gradient was not finite"):
+            make(energy)(x0, key=KEY)
+    else:
+        with pytest.raises(cf.NonFiniteError, match=r"gradient .*not finite in 1 of") as caught:
+            make(energy)(x0, key=KEY)
+        assert caught.value.chains.tolist() == [1]
+        assert caught.value.x.isfinite().all()
+    assert required(energy) == before
+    assert torch.equal(x0, start)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        ({"key": 0}, TypeError, r"key must be a Key, such as cf.Key\(0\), or None, got int"),
+        ({"key": torch.Generator()}, TypeError, "key must be a Key.*got Generator"),
+        ({"model_kwargs": [1]}, TypeError, r"model_kwargs must be a mapping.*got \[1\]"),
+        ({"model_kwargs": {1: 2}}, TypeError, "model_kwargs must be a mapping"),
+        ({"chain_offset": 0.5}, TypeError, "chain_offset must be an int"),
+        ({"xi": torch.zeros(2, 4, 3)}, ValueError, r"xi must have shape \(3, 4, 3\)"),
+    ],
+)
+def test_bad_calls(make, x0, call, error, match):
+    with pytest.raises(error, match=match):
+        make(Scaled())(x0, **call)
+
+
+def test_gradients_modes_and_hooks_of_the_model_stay(make, x0):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.SiLU(), nn.Linear(8, 1))
+    net[1].eval()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    grads = [p.grad for p in net.parameters()]
+    forward, backward = [], []
+    net[0].register_forward_hook(lambda *_: forward.append(1))
+    net[0].weight.register_hook(lambda _: backward.append(1))
+    modes = [m.training for m in net.modules()]
+    make(net)(x0, key=KEY)
+    assert forward
+    assert not backward
+    assert [m.training for m in net.modules()] == modes
+    assert all(p.grad is g and bool((g == 7).all()) for p, g in zip(net.parameters(), grads,
+                                                                   strict=True))  # fmt: skip
+    net(x0).sum().backward()
+    assert backward == [1]
+
+
+def test_without_gradients_and_in_inference_mode(name, make, x0):
+    sampler = make(Scaled())
+    condition = torch.full((3,), 0.5)
+    expected = sampler(x0, key=KEY, model_kwargs={"condition": condition}).x.detach()
+    with torch.no_grad():
+        out = sampler(x0, key=KEY, model_kwargs={"condition": condition}).x
+    assert torch.equal(out, expected)
+    with torch.inference_mode():  # with a start and a condition that were made in it
+        out = sampler(x0 + 0, key=KEY, model_kwargs={"condition": condition + 0}).x
+    assert torch.equal(out, expected)
+    assert out.requires_grad == (name in DIFFERENTIABLE)
+
+
+def test_a_start_that_requires_grad(name, make, x0):
+    sampler = make(Scaled())
+    expected = sampler(x0, key=KEY).x
+    leaf = x0.clone().requires_grad_()
+    for start in (leaf, leaf * 1):
+        out = sampler(start, key=KEY).x
+        assert torch.equal(out, expected)
+        assert out.requires_grad == (name in DIFFERENTIABLE)
+    assert torch.equal(leaf, x0)
+    assert leaf.grad is None
+
+
+def test_parameters_replaced_by_functional_call(name, make, x0):
+    """Tensors in the place of parameters are not leaves: nothing to freeze."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return make(self.energy)(x, key=KEY).x
+
+    outer = Outer()
+    expected = outer(x0)
+    source = {k: v.detach().clone().requires_grad_() for k, v in outer.named_parameters()}
+    values = {k: 1 * v for k, v in source.items()}
+    if name == "checkpoints":
+        with pytest.raises(ValueError, match="checkpoint_every needs an energy whose parameters"):
+            torch.func.functional_call(outer, values, (x0,))
+        return
+    out = torch.func.functional_call(outer, values, (x0,))
+    torch.testing.assert_close(out, expected)
+    assert out.requires_grad == (name in DIFFERENTIABLE)
+    if name in DIFFERENTIABLE:
+        (grad,) = torch.autograd.grad(out.sum(), source["energy.net.layers.0.weight"])
+        assert grad.abs().sum() > 0
+
+
+def test_energies_made_of_torch_func(name, make, x0):
+    net = Scaled()
+
+    def one(row: Tensor) -> Tensor:
+        return net(row[None])[0]
+
+    def energy(x: Tensor) -> Tensor:
+        slopes = torch.func.vmap(torch.func.grad(one))(x)
+        return torch.func.vmap(one)(x) + slopes.square().sum(1)
+
+    def plain(x: Tensor) -> Tensor:
+        (slopes,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return net(x) + slopes.square().sum(1)
+
+    # In bfloat16 the two compute ∇U in different orders.
+    tolerance = 1e-2 if name == "autocast" else 1e-5
+    a, b = (make(function)(x0, key=KEY).x for function in (energy, plain))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 0)])
+@pytest.mark.parametrize("n_steps", [0, T])
+def test_empty_batches_states_and_chains(make, shape, n_steps):
+    start = torch.ones(shape)
+    out = make(lambda x: x.square().sum(1), n_steps)(start, key=KEY)
+    assert out.x.shape == shape
+    assert out.x is not start
+    assert out.key == KEY.advance(n_steps)
+    if n_steps == 0:
+        assert torch.equal(out.x, start)
+    if out.trajectory is not None:
+        assert out.trajectory.shape == (n_steps, *shape)
+        for column in vars(out.stats).values():
+            assert column.shape == (n_steps, shape[0])
+
+
+def test_states_of_one_number(make):
+    """(B,): the same as (B, 1)."""
+    x = torch.linspace(-1, 1, 5)
+    flat = make(lambda x: x**4)(x, key=KEY)
+    column = make(lambda x: (x**4).sum(1))(x[:, None], key=KEY)
+    assert torch.equal(flat.x, column.x[:, 0])
+    if flat.stats is not None:
+        torch.testing.assert_close(vars(flat.stats), vars(column.stats))
+
+
+def test_copies_and_pickles(make, x0):
+    sampler = make(Scaled())
+    expected = sampler(x0, key=KEY).x
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(other(x0, key=KEY).x, expected)
