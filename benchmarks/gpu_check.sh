@@ -13,7 +13,7 @@
 #   models     its chains, flows and the rest; both add to OUTDIR/results.json case by case
 #   profile    ncu over every kernel on large shapes, where the machine allows it
 #   report     OUTDIR/table.md and plots from results.json
-#   pack       logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 8 files
+#   pack       logs into OUTDIR/logs.tar.gz; that, summary.txt, results and plots stay: 7 files
 #
 # OUTDIR/summary.txt says how each stage ended. A stage that ended "ok" is not run again in the same
 # OUTDIR; one that ran out of time goes on with the tests or cases it lacks; one that failed, or that
@@ -117,7 +117,10 @@ stage_tests() {
   local mode=() status=0
   [ "$dry_run" = 0 ] || mode=(--collect-only -q)
   # Those that passed are noted, and left out when this stage is run again.
-  export COOPFLOW_TESTS_PASSED=$out/tests-passed.txt
+  export COOPFLOW_TESTS_PASSED=$out/tests-passed.log
+  if [ ! -f "$COOPFLOW_TESTS_PASSED" ] && [ -f "$out/logs.tar.gz" ]; then
+    tar -xzf "$out/logs.tar.gz" -C "$out" tests-passed.log 2>/dev/null || true # packed before
+  fi
   mode+=(-p resume_tests --continue-on-collection-errors)
   run_tests -m gpu "${mode[@]}" || status=$?
   # What compiles for minutes and never touches the device is left out.
@@ -226,7 +229,7 @@ stage_pack() {
   local logs=() name
   cd "$out" || return 1
   [ ! -f logs.tar.gz ] || tar -xzf logs.tar.gz --skip-old-files # those of an earlier run
-  for name in {facts,build,tests,memcheck,racecheck,bench,models,profile,report}.log; do
+  for name in {facts,build,tests,tests-passed,memcheck,racecheck,bench,models,profile,report}.log; do
     [ ! -f "$name" ] || logs+=("$name")
   done
   [ ${#logs[@]} -gt 0 ] || return 0
@@ -262,6 +265,7 @@ for stage in "${stages[@]}"; do
     *) verdict="failed: exit status $status" failed=1 ;;
   esac
   [ "$verdict" = ok ] || tail -n 20 "$out/$stage.log"
+  [ "$stage $verdict" != "pack ok" ] || rm -f "$out/pack.log"
   echo "$stage $verdict ($((SECONDS - started)) s)" | tee -a "$out/summary.txt"
 done
 exit $failed

@@ -291,7 +291,7 @@ def checked(case: Case, device: torch.device, with_compile: bool) -> Contest:
         with warnings.catch_warnings():
             # A sampler that cannot compile or capture warns and goes on without: another contest.
             for option in ("compile", "cuda_graph"):
-                warnings.filterwarnings("error", message=option)
+                warnings.filterwarnings("error", message=f"{option}=", category=UserWarning)
             contest.check()
     except (AssertionError, UserWarning) as error:
         raise WrongResultError(
