@@ -120,12 +120,13 @@ class Key:
         return rng
 
     @classmethod
-    def or_default(cls, key: Key | None) -> Key:
+    def or_default(cls, key: object) -> Key:
         """``key`` itself; for None one :meth:`from_default_generator`; else a TypeError."""
         if key is None:
             return cls.from_default_generator()
         if not isinstance(key, Key):
-            raise TypeError(f"key must be a Key or None, got {key!r}")
+            kind = type(key).__name__
+            raise TypeError(f"key must be a Key, such as cf.Key(0), or None, got {kind}")
         return key
 
     @classmethod
@@ -151,7 +152,7 @@ def stream(
     """
     if torch.compiler.is_compiling():
         return _traced_stream(key, uses, device, fold_time)
-    key = Key.from_default_generator() if key is None else key
+    key = Key.or_default(key)
     for use in uses:
         key = key.fold_in(use)
     if fold_time:

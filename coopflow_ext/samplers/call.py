@@ -30,15 +30,6 @@ def check_offset(chain_offset: object) -> int:
     return offset
 
 
-def check_key(key: object) -> Key:
-    """``key``, or for None one from torch's default generator; TypeError otherwise."""
-    if key is None:
-        return Key.from_default_generator()
-    if not isinstance(key, Key):
-        raise TypeError(f"key must be a Key, such as cf.Key(0), or None, got {type(key).__name__}")
-    return key
-
-
 def check_kwargs(model_kwargs: object) -> dict[str, Any]:
     """The keyword arguments of the energy; TypeError unless they are a mapping by name.
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.call import (
     check_choice,
-    check_key,
     check_kwargs,
     check_like,
     check_offset,
@@ -284,7 +283,7 @@ class LangevinSampler:
         """
         xs = check_state(x0)
         check_chain_counts(self.chain_counts, len(xs[0]))
-        key = check_key(key)
+        key = Key.or_default(key)
         after = key.advance(self.plan.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         # An energy needs autograd; a score runs as it would in the caller's own loop.

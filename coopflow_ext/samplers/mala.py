@@ -12,7 +12,6 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext.rng import USE_ACCEPT, Key
 from coopflow_ext.samplers.call import (
-    check_key,
     check_kwargs,
     check_offset,
     check_single_state,
@@ -141,7 +140,7 @@ class MALASampler:
         """
         x0 = check_single_state("MALASampler", x0)
         check_chain_counts(self.chain_counts, len(x0))
-        key = check_key(key)
+        key = Key.or_default(key)
         after = key.advance(self.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         kwargs = check_kwargs(model_kwargs)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext.rng import USE_BUFFER, Key
-from coopflow_ext.samplers.call import check_key
 from coopflow_ext.samplers.schedule import check_count, check_number
 
 Init = Literal["uniform", "normal"] | Callable[[tuple[int, ...], Key], Tensor]
@@ -70,7 +69,7 @@ class ReplayBuffer:
         if not callable(init) and init not in ("uniform", "normal"):
             raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
         self._init = init
-        self._key = check_key(key).fold_in(USE_BUFFER)
+        self._key = Key.or_default(key).fold_in(USE_BUFFER)
         self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
         self.states.copy_(self._fresh(self.size, _FILL))
 

@@ -14,7 +14,6 @@ from coopflow_ext import ops
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.call import (
     check_choice,
-    check_key,
     check_kwargs,
     check_like,
     check_offset,
@@ -153,7 +152,7 @@ class UnderdampedLangevinSampler:
         """
         x0 = check_single_state("UnderdampedLangevinSampler", x0)
         check_chain_counts(self.chain_counts, len(x0))
-        key = check_key(key)
+        key = Key.or_default(key)
         after = key.advance(self.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         kwargs = check_kwargs(model_kwargs)
