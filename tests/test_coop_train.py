@@ -225,13 +225,13 @@ def test_run_folder_holds_what_it_promises(finished: Path) -> None:
 def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    path = tmp_path / "run"
+    path, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         with pytest.raises(coop.TrainingInterrupted, match=r"--resume") as stopped:
             coop.train(tiny(), path)
     assert str(path) in str(stopped.value)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert RunFolder.open(path).checkpoints()[-1][0] == step + 1
     torch.rand(7)  # nothing may depend on torch's own generator
     coop.train(None, path, resume=True)
@@ -517,5 +517,5 @@ def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path
         coop.CoopFlow.load(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="n must be ≥ 1, got 0"):
         own.sample(0)
-    with pytest.raises(TypeError, match="key must be a Key or None, got 1"):
+    with pytest.raises(TypeError, match=r"key must be a Key, .* or None, got int"):
         own.sample(2, 1)  # type: ignore[arg-type]

@@ -216,6 +216,28 @@ def test_inverse_converges_on_sharp_components(
     assert ((low <= v + tolerance) & (high >= v - tolerance)).all()
 
 
+# The log-determinant's own error, and scales of down to e^-7 which the last step (at most 4 ulp of
+# max(1, |x|)) changes: at most 2 e^7 times as much.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", [*FAMILIES, "adversarial"])
+@pytest.mark.parametrize("components", [4, 32])
+def test_ladj_of_the_inverse_belongs_to_its_root(
+    components: int, family: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    params = mixture(family, 20000, components, 1, seed=3).to(dtype)
+    v = (torch.rand((20000, 1), generator=generator(4), dtype=torch.float64) * 6 - 3).to(dtype)
+    x, ladj = cf.ops.mixture_logistic_coupling_inverse(
+        v.to(device), params.to(device), affine=False
+    )
+    x, ladj = x.cpu(), ladj.cpu().double()
+    _, slope = logit_and_slope(x, params)
+    error = (ladj + slope[:, 0].log()).abs()
+    eps = torch.finfo(dtype).eps
+    sharpest = params[:, 2 * components :, 0].amin(1).clamp(min=-7).neg().exp().double()
+    moved = 2 * sharpest * 4 * eps * x[:, 0].double().abs().clamp(min=1)
+    assert (error <= 32 * eps * ladj.abs().clamp(min=1) + moved).all()
+
+
 @pytest.mark.parametrize("family", ["mild", "trained"])
 def test_round_trip_where_the_density_is_not_flat(family: str, device: torch.device) -> None:
     params = with_affine(mixture(family, 8, 32, 300, seed=8)).to(device)

@@ -264,8 +264,9 @@ COOPFLOW_HD A root_tolerance(A target) {
   return A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(target));
 }
 
-// One evaluation's progress. The step that ends the search is Newton's too where it can be: it
-// costs no evaluation. NaN ends the search.
+// One evaluation's progress. The step that ends the search is Newton's too where it is short: it
+// costs no evaluation. A long one, where F is flat, would bring x to where log|det| is another than
+// at the evaluation. NaN ends the search.
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
@@ -286,7 +287,9 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   s.step_before = s.step;
   s.step = take ? length : half;
   const A last = s.x - newton;
-  const A end = s.pending & solved & (last >= low) & (last <= high) ? last : s.x;
+  const A reach = A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(s.x));
+  const bool finish = (last >= low) & (last <= high) & (absolute(newton) <= reach);
+  const A end = s.pending & solved & finish ? last : s.x;
   s.x = move ? (take ? guess : low + half) : end;
   s.pending = move;
 }
