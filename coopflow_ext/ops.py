@@ -330,12 +330,10 @@ def normal(
 
     Equivalent to :func:`coopflow_ext.reference.normal`.
     """
-    out = _new_draw("normal", shape, rng, dtype)
-    try:
-        _coopflow.normal_(out, rng, step=step, chain_offset=chain_offset)
-    except RuntimeError as error:
-        raise _argument_error(error) from None
-    return out
+    if torch.compiler.is_compiling():
+        drawn: Tensor = _traced_draw("normal", list(shape), rng, step, chain_offset, dtype)
+        return drawn
+    return _draw("normal", shape, rng, step, chain_offset, dtype)
 
 
 def uniform(
@@ -353,12 +351,42 @@ def uniform(
 
     Equivalent to :func:`coopflow_ext.reference.uniform`.
     """
-    out = _new_draw("uniform", shape, rng, dtype)
+    if torch.compiler.is_compiling():
+        drawn: Tensor = _traced_draw("uniform", list(shape), rng, step, chain_offset, dtype)
+        return drawn
+    return _draw("uniform", shape, rng, step, chain_offset, dtype)
+
+
+def _draw(
+    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
+) -> Tensor:
+    out = _new_draw(op, shape, rng, dtype)
     try:
-        _coopflow.uniform_(out, rng, step=step, chain_offset=chain_offset)
+        getattr(_coopflow, f"{op}_")(out, rng, step=step, chain_offset=chain_offset)
     except RuntimeError as error:
         raise _argument_error(error) from None
     return out
+
+
+@torch.library.custom_op(
+    "coopflow_ext::draw",
+    mutates_args=(),
+    schema="(str op, SymInt[] shape, Tensor rng, SymInt step, SymInt chain_offset, "
+    "ScalarType dtype) -> Tensor",
+)
+def _traced_draw(
+    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
+) -> Tensor:
+    """A draw that mutates nothing, for torch.compile: it moved the filling of a new tensor behind
+    the tensor's uses (seen in 2.13, in a graph with gradients)."""
+    return _draw(op, shape, rng, step, chain_offset, dtype)
+
+
+@_traced_draw.register_fake
+def _(
+    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
+) -> Tensor:
+    return _new_draw(op, shape, rng, dtype)
 
 
 def _coupling(

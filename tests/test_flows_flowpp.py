@@ -341,6 +341,18 @@ def test_log_prob_is_one_graph(training):
 
 
 @pytest.mark.slow
+def test_compiled_training_has_the_dropout_of_eager_training():
+    """The compiler once moved a mask's drawing behind its use."""
+    torch.manual_seed(0)
+    flow = _small(scales=((0, 1),), dropout=0.2, dequant_blocks=0)
+    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    flow.initialize(x, key=Key(0))
+    compiled = torch.compile(flow.log_prob, fullgraph=True)
+    for key in (Key(3), Key(4, time=5)):
+        torch.testing.assert_close(compiled(x, key=key), flow.log_prob(x, key=key))
+
+
+@pytest.mark.slow
 def test_compiled_sampling_equals_eager_sampling():
     """With the compiler that users have, keys beyond int64 included."""
     flow = _small(scales=((0, 1),), dequant_blocks=0).eval()
