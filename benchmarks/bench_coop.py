@@ -111,24 +111,30 @@ def timed(
         yield
 
 
+def _by_name(x: torch.Tensor, grad: torch.Tensor, rng: torch.Tensor, **raw: Any) -> None:
+    """The sampler's call of the compiled op as one of ``ops.langevin_step_``."""
+    clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
+    options = {name.removesuffix("_t"): value for name, value in raw.items()}
+    ops.langevin_step_(x, grad, rng, clamp=None if clamp[0] is None else clamp, **options)
+
+
 @contextmanager
 def timed_updates(totals: dict[str, float], replaced: bool) -> Iterator[None]:
-    """Add up the time of the sampler's updates: the compiled op, or what replaces its face."""
-    compiled = chain._langevin_step()
+    """Add up the time of the sampler's updates, by the compiled ops or by what replaces them."""
+    update = chain.Chain.update
 
-    def replacement(x: torch.Tensor, grad: torch.Tensor, rng: torch.Tensor, **raw: Any) -> None:
-        clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
-        options = {name.removesuffix("_t"): value for name, value in raw.items()}
-        ops.langevin_step_(x, grad, rng, clamp=None if clamp[0] is None else clamp, **options)
-
-    step = replacement if replaced else compiled
-
-    def call(*args: Any, **kwargs: Any) -> None:
+    def call(self: chain.Chain, step: int, grads: tuple[torch.Tensor, ...]) -> None:
         begin = time.perf_counter()
-        step(*args, **kwargs)
+        update(self, step, grads)
         totals["Langevin update"] += time.perf_counter() - begin
 
-    with mock.patch.object(chain, "_langevin_step", return_value=call):
+    with (
+        mock.patch.object(chain.Chain, "update", call),
+        mock.patch.object(chain, "_langevin_steps", return_value=(_by_name, None))
+        if replaced else nullcontext(),
+        mock.patch.object(chain.Chain, "_plain_numbers", return_value=None)
+        if replaced else nullcontext(),
+    ):  # fmt: skip
         yield
 
 

@@ -499,6 +499,10 @@ def _register_fake() -> None:
     def _(x: Tensor, grad: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
+    @_fake("langevin_plain_step_")
+    def _(x: Tensor, *arguments: Any) -> None:
+        return None
+
     @_fake("langevin_noise_")
     def _(x: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None

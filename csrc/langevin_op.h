@@ -31,6 +31,20 @@ struct LangevinOptions {
   OptionalTensor frozen_at = std::nullopt;
 };
 
+// Where the numbers of a plain step stand in their tensor. Limits that are off are infinite.
+enum PlainNumber {
+  kDrift,
+  kNoise,
+  kDecay,
+  kIsScore,
+  kGradClip,
+  kGradNorm,
+  kStepClip,
+  kClampLow,
+  kClampHigh,
+  kPlainNumbers
+};
+
 class LangevinOp {
  public:
   LangevinOp(const char* name, const Tensor& x) : check_(name), x_(x) {
@@ -72,6 +86,28 @@ class LangevinOp {
     check_coefficient("noise", noise, noise_t);
     if (!noise_t) check_.is_non_negative("noise", noise);
     if (xi) check_state_like("xi", *xi);
+  }
+
+  // The options of a plain step from their one tensor.
+  LangevinOptions plain_options(const Tensor& numbers) const {
+    check_.has_dtype("numbers", numbers, ScalarType::Double);
+    if (numbers.is_cuda() || numbers.dim() != 1 || numbers.size(0) != kPlainNumbers) {
+      check_.fail("numbers", "must have shape (", int{kPlainNumbers}, ",) on the CPU, got ",
+                  shape_text(numbers));
+    }
+    check_.is_contiguous("numbers", numbers);
+    const double* number = static_cast<const double*>(numbers.const_data_ptr());
+    LangevinOptions o{};
+    o.drift = number[kDrift];
+    o.noise = number[kNoise];
+    o.decay = number[kDecay];
+    o.is_score = number[kIsScore] != 0;
+    o.grad_clip = limit_or_none(number[kGradClip]);
+    o.grad_norm = limit_or_none(number[kGradNorm]);
+    o.step_clip = limit_or_none(number[kStepClip]);
+    o.clamp_low = number[kClampLow];
+    o.clamp_high = number[kClampHigh];
+    return o;
   }
 
   void check_active(const OptionalTensor& active) const {
@@ -141,6 +177,10 @@ class LangevinOp {
     return {static_cast<A>(grad_clip.value_or(kNoLimit)),
             static_cast<A>(step_clip.value_or(kNoLimit)), static_cast<A>(low.value_or(-kNoLimit)),
             static_cast<A>(high.value_or(kNoLimit))};
+  }
+
+  static std::optional<double> limit_or_none(double limit) {
+    return limit == kNoLimit ? std::nullopt : std::optional<double>(limit);
   }
 
   static const void* pointer_or_null(const OptionalTensor& t) {
@@ -273,6 +313,20 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
                     stats,      active,    freeze_nonfinite};
   o.frozen_at = frozen_at;
   const LangevinOp op("langevin_step_", x);
+  op.check_step(grad, rng, o);
+  run_langevin_step<Backend>(op, x, x, grad, rng, o);
+}
+
+template <typename Backend>
+void langevin_plain_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int64_t step,
+                          int64_t chain_offset, OptionalTensor active, OptionalTensor frozen_at) {
+  const LangevinOp op("langevin_plain_step_", x);
+  LangevinOptions o = op.plain_options(numbers);
+  o.step = step;
+  o.chain_offset = chain_offset;
+  o.active = active;
+  o.freeze_nonfinite = active.has_value();
+  o.frozen_at = frozen_at;
   op.check_step(grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);
 }

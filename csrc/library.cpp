@@ -47,6 +47,12 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
         "bool freeze_nonfinite=False, Tensor(e!)? frozen_at=None) -> ()");
+  // The same for the loop of a chain: scalar coefficients, limits and a mask that clears itself.
+  // Its numbers stand in one tensor, because torch takes longer to sort 14 arguments by name than
+  // a small step takes to run.
+  m.def(
+      "langevin_plain_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, SymInt step, "
+      "SymInt chain_offset, Tensor(b!)? active, Tensor(c!)? frozen_at) -> ()");
   m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
   // The noise of one step alone.
   m.def(

@@ -75,6 +75,18 @@ def assert_matches(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=4 * ulp, atol=4 * ulp + noise)
 
 
+PLAIN = ("drift", "noise", "decay", "is_score", "grad_clip", "grad_norm", "step_clip")
+
+
+def plain_numbers(options: dict[str, Any]) -> Tensor:
+    """The options of a plain step as langevin_plain_step_ takes them, off where none is given."""
+    off = dict.fromkeys(PLAIN, 0.0) | dict.fromkeys(PLAIN[4:], math.inf)
+    numbers = [float(options.get(name, off[name])) for name in PLAIN]
+    return torch.tensor(
+        [*numbers, *options.get("clamp", (-math.inf, math.inf))], dtype=torch.float64
+    )
+
+
 # --- against the oracle ---------------------------------------------------------------------------
 
 
@@ -91,6 +103,40 @@ def test_every_option_matches_the_oracle(
         in_place = cf.ops.langevin_step_(x, grad, rng, **options)
         assert in_place is x
         assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, options in OPTIONS.items() if options.keys().isdisjoint(
+        {"pull", "xi", "noise_when"})],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plain_step_is_the_same_step(
+    device: torch.device, dtype: torch.dtype, name: str
+) -> None:
+    x, grad, rng, options = arguments((5, 13), dtype, device, OPTIONS[name])
+    where = options.get("step", 0), options.get("chain_offset", 0)
+    plain = torch.ops.coopflow.langevin_plain_step_.default
+    for mask in (None, torch.tensor([True, False, True, True, True], device=device)):
+        expected, ours = x.clone(), x.clone()
+        masks: list[Tensor | None] = [None, None]
+        grads = grad
+        if mask is not None:
+            grads = grad.clone()
+            grads[3, 7] = math.nan
+            masks = [mask.clone(), torch.full((5,), 99, device=device)]
+        active, frozen_at = (None if m is None else m.clone() for m in masks)
+        cf.ops.langevin_step_(
+            expected, grads, rng, **options, active=active, frozen_at=frozen_at,
+            freeze_nonfinite=mask is not None,
+        )  # fmt: skip
+        plain(ours, grads, rng, plain_numbers(options), *where, *masks)
+        assert torch.equal(ours, expected)
+        if mask is not None:
+            assert active is not None
+            assert frozen_at is not None
+            assert active.tolist() == masks[0].tolist() == [True, False, True, False, True]
+            assert frozen_at.tolist() == masks[1].tolist() == [99, 99, 99, where[0], 99]
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -541,6 +587,9 @@ def test_opcheck_of_the_mutating_ops(device: torch.device, dtype: torch.dtype) -
             stats=stats, active=active, freeze_nonfinite=True, frozen_at=frozen_at, grad_norm=0.5
         ),
     )
+    numbers = plain_numbers({"drift": 0.1, "noise": 0.2})
+    for masks in ((None, None), (active, frozen_at)):
+        opcheck(ops.langevin_plain_step_.default, (x, grad, rng, numbers, 2, 5, *masks))
     opcheck(ops.langevin_noise_.default, (x, rng), {"noise": 0.2})
     opcheck(ops.normal_.default, (x, rng))
     opcheck(ops.uniform_.default, (x, rng))
@@ -656,6 +705,26 @@ def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str)
     before = x.clone()
     with pytest.raises(error, match=message):
         cf.ops.langevin_step_(x, grad, rng, **{"drift": 0.1, **given})
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (torch.zeros(9), "numbers: must have dtype float64"),
+        (torch.zeros(8, dtype=torch.float64), r"numbers: must have shape \(9,\) on the CPU"),
+        (torch.zeros(18, dtype=torch.float64)[::2], "numbers: must be contiguous"),
+        (plain_numbers({"drift": math.nan}), "drift: must be finite"),
+        (plain_numbers({"noise": -1.0}), "noise: must not be negative"),
+        (plain_numbers({"grad_clip": 0.0}), "grad_clip: must be"),
+        (plain_numbers({"clamp": (1.0, -1.0)}), "clamp: must be"),
+    ],
+)
+def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, message: str) -> None:
+    x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=f"coopflow::langevin_plain_step_: {message}"):
+        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, 0, None, None)
     assert torch.equal(x, before)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.samplers import LangevinSampler
+from coopflow_ext.samplers import LangevinSampler, chain
 
 B, D, T = 5, 6, 8
 
@@ -91,6 +91,54 @@ def test_options_together(x0, xi, noise_first, on_nonfinite):
         else:
             assert out.trajectory is None
             assert out.stats is None
+
+
+PLAIN_OPTIONS = {
+    "nothing": {},
+    "every limit": {"grad_clip": 1.2, "grad_norm": 2.0, "step_clip": 0.3, "clamp": (-1.0, 1.5)},
+    "decay, freeze": {"reference_std": 0.7, "on_nonfinite": "freeze", "chain_offset": 2**40},
+    "no mask": {"on_nonfinite": "ignore", "temperature": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_OPTIONS)
+@pytest.mark.parametrize("kind", ["energy", "score"])
+def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, name, kind):
+    options = {"n_steps": T, "step_size": 0.4, **PLAIN_OPTIONS[name]}
+    breaks_at = 1.5 if "on_nonfinite" in options else math.inf
+
+    def score(x):
+        return torch.where(x > breaks_at, math.nan, 1.0) * -(x + x.sin())
+
+    def energy(x):
+        return (torch.where(x > breaks_at, math.nan, 1.0) * (0.5 * x * x - x.cos())).sum(1)
+
+    sampler = LangevinSampler(**{kind: {"energy": energy, "score": score}[kind]}, **options)
+    assert sampler.plan.plain_numbers is not None
+    x0 = cf.ops.normal((16, 5), cf.Key(5).tensor())
+    ours = sampler(x0, key=cf.Key(6)).x
+    assert ours.isnan().any() == (options.get("on_nonfinite") == "ignore")
+    monkeypatch.setattr(chain.Chain, "_plain_numbers", lambda _: None)
+    whole = sampler(x0, key=cf.Key(6)).x
+    assert torch.equal(ours.nan_to_num(9.0), whole.nan_to_num(9.0))
+    assert not torch.equal(ours, x0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise": torch.linspace(0, 1, T)},
+        {"temperature": [0.5, 1.0] * (T // 2)},
+        {"pull": (torch.zeros(2, 3), 0.1)},
+        {"stats": True},
+        {"noise_before_gradient": True},
+        {"clamp": (-1, 1), "clamp_when": "end"},
+        {"autocast": torch.bfloat16},
+    ],
+)
+def test_chains_that_need_the_whole_op(options):
+    options = {"step_size": 0.1} | options if "noise" not in options else {"drift": 0.1} | options
+    assert LangevinSampler(lambda x: x.sum(1), n_steps=T, **options).plan.plain_numbers is None
 
 
 def test_schedules_in_every_form(x0, xi):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from math import inf
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from coopflow_ext.samplers.schedule import Coefficient, place
 
 
 @cache
-def _langevin_step() -> Any:
-    """The op itself. Its face in ops.py repeats at each call what is known here: that x and the
-    gradient have one layout, need no gradients and are seen by no other graph.
+def _langevin_steps() -> tuple[Any, Any]:
+    """The ops themselves. Their face in ops.py repeats at each call what is known here: that x and
+    the gradient have one layout, need no gradients and are seen by no other graph.
     """
-    return native().langevin_step_.default
+    ops = native()
+    return ops.langevin_step_.default, ops.langevin_plain_step_.default
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,24 @@ class Plan:
     def records(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
+
+    @cached_property
+    def plain_numbers(self) -> Tensor | None:
+        """The numbers of ``langevin_plain_step_``; None where steps need more than numbers."""
+        numbers = self.coefficients
+        apart = self.noise_first or self.keep_stats or self.clamp_at_end or self.autocast
+        if apart or "pull" in numbers or any(isinstance(v, Tensor) for v in numbers.values()):
+            return None
+        return torch.tensor(
+            [
+                *(numbers.get(name, 0.0) for name in ("drift", "noise", "decay")),
+                float(self.gradient.is_score),
+                *(self.clips.get(name, inf) for name in ("grad_clip", "grad_norm", "step_clip")),
+                *(self.clamp or (-inf, inf)),
+            ],
+            dtype=torch.float64,
+            device="cpu",
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ class Chain:
         self.plan, self.inputs = plan, inputs
         self.xs = xs = inputs.xs
         self.rngs = inputs.rngs
-        self.langevin_step = _langevin_step()
+        self.langevin_step, self.plain_step = _langevin_steps()
         self.strides = [x.stride() for x in xs]
         first, batch = xs[0], xs[0].shape[0]
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
@@ -166,9 +186,12 @@ class Chain:
                 wide = torch.float64 if torch.float64 in map(wide_dtype, xs) else torch.float32
                 self.energies = first.new_empty(*shape, dtype=wide)
 
-        # Arguments of the op for each tensor: those of every step, and those of one step.
+        # The op's arguments that every step has, for each tensor. Most chains have no others.
         self.constant = [self._constant_arguments(j) for j in range(len(xs))]
-        self.varying = [self._varying_arguments(j) for j in range(len(xs))]
+        self.varies = (
+            plan.noise_first or plan.keep_stats or plan.clamp_at_end or inputs.xis is not None
+        )
+        self.plain_numbers = self._plain_numbers()
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
 
     def load(self, inputs: Inputs) -> None:
@@ -203,23 +226,32 @@ class Chain:
                 constant.update(freeze_nonfinite=True, frozen_at=self.frozen_at)
         return constant
 
-    def _varying_arguments(self, j: int) -> list[dict[str, Any]]:
+    def _varying_arguments(self, j: int, step: int) -> dict[str, Any]:
         plan, xis = self.plan, self.inputs.xis
-        rows: list[dict[str, Any]] = [{"step": step} for step in range(plan.n_steps)]
-        for step, row in enumerate(rows):
-            if plan.noise_first:
-                row["noise_when"] = self.noise_when(step)
-            if xis is not None:
-                row["xi"] = xis[j][step + (self.noise_when(step) == 1)]
-            if plan.keep_stats:
-                row["stats"] = self.sums[j][step]
-        if plan.clamp is not None and plan.clamp_at_end and rows:
-            rows[-1]["clamp_low"], rows[-1]["clamp_high"] = plan.clamp
-        return rows
+        varying: dict[str, Any] = {}
+        if plan.noise_first:
+            varying["noise_when"] = self.noise_when(step)
+        if xis is not None:
+            varying["xi"] = xis[j][step + (self.noise_when(step) == 1)]
+        if plan.keep_stats:
+            varying["stats"] = self.sums[j][step]
+        if plan.clamp is not None and plan.clamp_at_end and step + 1 == plan.n_steps:
+            varying["clamp_low"], varying["clamp_high"] = plan.clamp
+        return varying
+
+    def _plain_numbers(self) -> Tensor | None:
+        """Those of the plan, where the plain op can take this chain's steps."""
+        plain = len(self.xs) == 1 and self.inputs.xis is None
+        return self.plan.plain_numbers if plain else None
+
+    def _arguments(self, j: int, step: int) -> dict[str, Any]:
+        """The op's keyword arguments for tensor j."""
+        varying = self._varying_arguments(j, step) if self.varies else {}
+        return {**self.constant[j], **varying, "step": step}
 
     def functional_arguments(self, j: int, step: int) -> dict[str, Any]:
         """Arguments of ``ops.langevin_step`` for tensor j, its noise in its own step."""
-        raw = {**self.constant[j], **self.varying[j][step]}
+        raw = self._arguments(j, step)
         clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
         for name in ("active", "freeze_nonfinite", "frozen_at", "stats", "x_low"):
             raw.pop(name, None)
@@ -286,11 +318,14 @@ class Chain:
 
     def update(self, step: int, grads: Tensors) -> None:
         """Move ``xs`` by one step, given the gradients."""
+        if self.plain_numbers is not None:
+            self.plain_step(
+                self.xs[0], self._laid_out(0, grads[0]), self.rngs[0], self.plain_numbers, step,
+                self.inputs.chain_offset, self.active, self.frozen_at,
+            )  # fmt: skip
+            return
         if len(grads) == 1:
-            grad = self._laid_out(0, grads[0])
-            self.langevin_step(
-                self.xs[0], grad, self.rngs[0], **self.constant[0], **self.varying[0][step]
-            )
+            self._move(0, step, self._laid_out(0, grads[0]))
             return
         grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
         if self.active is not None and self.frozen_at is not None:
@@ -305,8 +340,8 @@ class Chain:
             self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
 
     def _move(self, j: int, step: int, grad: Tensor, **replaced: Any) -> None:
-        arguments = {**self.constant[j], **replaced}
-        self.langevin_step(self.xs[j], grad, self.rngs[j], **arguments, **self.varying[j][step])
+        arguments = {**self._arguments(j, step), **replaced}
+        self.langevin_step(self.xs[j], grad, self.rngs[j], **arguments)
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@contextmanager
-def frozen(module: nn.Module | None) -> Iterator[None]:
+def frozen(module: nn.Module | None) -> AbstractContextManager[None]:
     """Parameters without requires_grad inside, each as it was afterwards, whatever happens.
 
     Those that have no such flag of their own are left alone: tensors put in their place by
@@ -37,7 +36,12 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
     Raises:
         ValueError: the parameters were changed inside.
     """
-    everything = parameters_of(module)
+    parameters = parameters_of(module)
+    return _frozen(parameters) if parameters else nullcontext()
+
+
+@contextmanager
+def _frozen(everything: list[Tensor]) -> Iterator[None]:
     parameters = [p for p in everything if p.is_leaf and not p.is_inference()]
     required = [p.requires_grad for p in parameters]
     try:

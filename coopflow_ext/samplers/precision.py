@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -46,15 +46,19 @@ class WeightCopies:
                 copy = torch.empty_like(weight, dtype=dtype, memory_format=layout)
                 self._copies.append((owner, name, weight, nn.Parameter(copy, False)))
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Bring the copies up to date with the weights."""
-        for _, _, weight, copy in self._copies:
-            copy.copy_(weight)
+        if self._copies:
+            with torch.no_grad():
+                for _, _, weight, copy in self._copies:
+                    copy.copy_(weight)
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """The module computes with the copies inside, with its own weights afterwards."""
+        return self._swapped_in() if self._copies else nullcontext()
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The module computes with the copies inside, with its own weights afterwards."""
+    def _swapped_in(self) -> Iterator[None]:
         try:
             for owner, name, _, copy in self._copies:
                 owner._parameters[name] = copy

@@ -87,7 +87,15 @@ def langevin_plain(inputs: Inputs) -> Results:
     options = {"drift": 0.3, "noise": 0.1, "step_clip": 0.2, "clamp": (-1.0, 1.0), "step": 2}
     out = cf.ops.langevin_step(x, grad, inputs.rng, **options)
     cf.ops.langevin_step_(x, grad, inputs.rng, is_score=True, **options)
-    return {"functional": out, "in place": x}
+    batch = inputs.shape[0]
+    moved, grad = inputs.normal(), _with_one_infinite(grad)
+    active, frozen_at = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 99)
+    numbers = torch.tensor([0.3, 0.1, 0.2, 1, 1.5, torch.inf, 0.2, -1, 1], dtype=torch.float64)
+    cf.ops._coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, 7, active, frozen_at)
+    return {
+        "functional": out, "in place": x, "chain's": moved, "active": active,
+        "frozen_at": frozen_at,
+    }  # fmt: skip
 
 
 def _tables(inputs: Inputs) -> dict[str, Tensor]:
