@@ -211,6 +211,18 @@ def test_func_grad_and_compile_together(device: torch.device, map_: Map) -> None
     leaf = x.clone().requires_grad_()
     first = torch.autograd.grad(loss(leaf, params), leaf, create_graph=True)[0]
     torch.testing.assert_close(nested, torch.autograd.grad(first.square().sum(), leaf)[0])
+    # Called when the transform is over, with what it has saved.
+    (y, ladj), pull_back = torch.func.vjp(map_, x, params)
+    assert not y.requires_grad
+    cotangents = tuple(torch.randn_like(t).requires_grad_() for t in (y, ladj))
+    ours = pull_back(cotangents)
+    plain = torch.autograd.grad(map_(*leaves), leaves, cotangents, create_graph=True)
+    torch.testing.assert_close(ours, plain)
+    seconds = [
+        torch.autograd.grad(sum(g.square().sum() for g in both), cotangents)
+        for both in (ours, plain)
+    ]
+    torch.testing.assert_close(*seconds)
     # The compiler of torch 2.10 meets the operator's registered derivative inside func.grad.
     in_func = [torch.func.grad(loss)] if torch.__version__ >= (2, 11) else []
     for function in (loss, *in_func):
