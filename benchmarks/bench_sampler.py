@@ -39,6 +39,7 @@ from coopflow_ext.energies import GaussianMixtureEnergy, MLPEnergy, ResEnergy
 STEP_SIZE = 0.05
 KEY = Key(0)
 TORCHEBM, JAX, COMPILED = "torchebm", "JAX scan", "compiled gradient"
+OURS_COMPILED = "ours, compile=True"
 GRAPH, COMPILED_GRAPH = "CUDA graph of plain loop", "CUDA graph of compiled gradient"
 Run = Callable[[], Any]
 Score = Callable[[Tensor], Tensor]
@@ -240,11 +241,6 @@ def case(
                 missing[TORCHEBM] = theirs
             else:
                 runs[TORCHEBM], quiet = theirs
-        jax = None
-        if reason := jax_chain.why_not(device, problem.function):
-            missing[JAX] = reason
-        else:
-            runs[JAX], jax = jax_chain.make_chain(problem.function, problem.x0, steps, STEP_SIZE)
         if device.type == "cuda":
             if not compiled:
                 add_graph(GRAPH, runs["plain loop"], runs, missing)
@@ -252,9 +248,7 @@ def case(
                 add_graph(COMPILED_GRAPH, runs[COMPILED], runs, missing)
         supplied = {OURS: lambda xi: ours(problem.x0, xi=xi).x}
         supplied |= {n: lambda xi, s=s: plain_loop(problem, s, xi) for n, s in scores.items()}
-        if jax is not None:
-            supplied[JAX] = jax
-        unseen = {JAX, GRAPH, COMPILED_GRAPH} | ({OURS} if device.type == "cuda" else set())
+        unseen = {GRAPH, COMPILED_GRAPH} | ({OURS} if device.type == "cuda" else set())
         return Contest(
             runs,
             lambda: check(problem, supplied, {} if quiet is None else {TORCHEBM: quiet}),
@@ -265,6 +259,42 @@ def case(
         )
 
     return Case(f"chain/{name}", build, elements, steps, **kw)
+
+
+def jax_case(
+    name: str, make: Callable[[torch.device], Problem], elements: int, steps: int, **kw: Any
+) -> Case:
+    """A chain beside JAX and no other contestant, because JAX disturbs whoever comes after it."""
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        problem = make(device)
+        assert (problem.x0.numel(), problem.n_steps) == (elements, steps), name
+        samplers = {OURS: problem.sampler(compile=False)}
+        missing: dict[str, str] = {}
+        if with_compile:
+            samplers[OURS_COMPILED] = problem.sampler(compile=True)
+        else:
+            missing[OURS_COMPILED] = NOT_COMPILED
+        runs: dict[str, Run] = {
+            n: lambda s=s: s(problem.x0, key=KEY).x for n, s in samplers.items()
+        }
+        supplied = {n: lambda xi, s=s: s(problem.x0, xi=xi).x for n, s in samplers.items()}
+        if reason := jax_chain.why_not(device, problem.function):
+            missing[JAX] = reason
+        else:
+            runs[JAX], supplied[JAX] = jax_chain.make_chain(
+                problem.function, problem.x0, steps, STEP_SIZE
+            )
+        unseen = {JAX} | (set(samplers) if device.type == "cuda" else set())
+        return Contest(
+            runs,
+            lambda: check(problem, supplied, {}),
+            missing=missing,
+            flops=steps * counted_flops(lambda: problem.score()(problem.start())),
+            own_memory=frozenset(unseen),
+        )
+
+    return Case(f"chain/{name}, JAX", build, elements, steps, **kw)
 
 
 def check(
@@ -319,6 +349,10 @@ SUITE_CASES = (
         "paper's network, 128, bf16, compiled", convolutional(128, 128, 30, True), 128 * 3072, 30,
         compiled=True, devices=("cuda",),
     ),
+    jax_case("mixture, autograd", mixture, 2048, 50),
+    jax_case("mixture, closed form", closed_form, 2048, 50),
+    jax_case("MLP", mlp(1024), 2048, 100),
+    jax_case("MLP, 4096 chains", mlp(4096), 8192, 100, devices=("cuda",)),
 )  # fmt: skip
 
 
