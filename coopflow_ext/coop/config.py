@@ -81,6 +81,7 @@ class TrainConfig:
 
     accumulate: int = _setting(1, "parts of a batch that are handled one after the other")
     precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
+    flow_precision: str = _setting("float32", "of the flow's networks: float32 or bfloat16")
     compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
 
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
@@ -107,10 +108,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
+        for name in ("precision", "flow_precision"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}"
+                )
         if self.step_clip == 0:
             raise ValueError("step_clip must be > 0, or none for no clip, got 0")
         if self.total_steps < 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
+from coopflow_ext.autocast import in_precision
 from coopflow_ext.coop.checkpoint import RunError, load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
@@ -210,10 +211,13 @@ class CoopFlow(nn.Module):
 
     def propose(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
         """The starts of n chains, (n, *event_shape): flow samples, noise, or persistent chains."""
-        if self.config is None or self.event is None or self.config.start == "flow":
-            return self.flow.sample(n, key, chain_offset=chain_offset)
-        key = Key.or_default(key)
         like = next(self.parameters())
+        if self.config is None or self.event is None:
+            return self.flow.sample(n, key, chain_offset=chain_offset)
+        if self.config.start == "flow":
+            with in_precision(self.config.flow_precision, like.device.type):
+                return self.flow.sample(n, key, chain_offset=chain_offset)
+        key = Key.or_default(key)
         rng = key.fold_in(USE_CHAIN).tensor(like.device)
         if self.buffer is not None:
             u = ops.uniform((n, 1), rng, chain_offset=chain_offset, dtype=torch.float64)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopflow_ext.autocast import in_precision
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
@@ -162,7 +163,8 @@ class Trainer:
 
         def parts() -> Iterator[Tensor]:
             for rows, offset in self._parts(x):
-                log_prob = self.model.flow.log_prob(rows, key=self.key, chain_offset=offset)
+                with in_precision(self.config.flow_precision, self.device.type):
+                    log_prob = self.model.flow.log_prob(rows, key=self.key, chain_offset=offset)
                 loss = -log_prob.sum() / len(x)
                 losses.append(loss.detach())
                 yield loss
@@ -177,7 +179,7 @@ class Trainer:
         def parts() -> Iterator[Tensor]:
             pairs = zip(self._parts(x), self._parts(samples), strict=True)
             for (real, _), (synthesised, _) in pairs:
-                with self._autocast():
+                with in_precision(self.config.precision, self.device.type):
                     u = self.model.energy(torch.cat((real, synthesised))).float()
                 on_real, on_synthesised = u.split(len(real))
                 mean = torch.stack((on_real.sum(), on_synthesised.sum())) / len(x)
@@ -191,10 +193,6 @@ class Trainer:
             "energy_samples": on_samples,
             "energy_grad_norm": norm,
         }
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def take_moment_gap(self) -> float | None:
         """The gap of the samples since it was last asked; None when there were none."""

@@ -116,7 +116,8 @@ def _net_output(
 
 def _bound_a(raw: Tensor, rescale: Tensor) -> Tensor:
     """raw (B, n, features, …) with its first entry replaced by a = rescale·tanh(·)."""
-    return torch.cat((rescale * torch.tanh(raw[:, :1]), raw[:, 1:]), dim=1)
+    a = rescale * torch.tanh(raw[:, :1])
+    return torch.cat((a.to(raw.dtype), raw[:, 1:]), dim=1)  # raw is half precision in autocast
 
 
 def check_finite(params: Tensor) -> None:

@@ -173,7 +173,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
         z, ladj = self.call_and_ladj(x, key=key, eps=eps, chain_offset=chain_offset)
-        log_prior = -0.5 * (z.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
+        wide = z if z.dtype == torch.float64 else z.float()
+        log_prior = -0.5 * (wide.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
         log_cells = 0.0 if self.dequantize is None else self.dim * math.log(self.dequantize.levels)
         return log_prior + ladj - log_cells
 

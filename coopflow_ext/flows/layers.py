@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext.autocast import full_precision
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 
 
@@ -142,15 +143,18 @@ class InvertibleConv1x1(Transform):
     def _logabsdet(self) -> Tensor:
         if self._folded is not None:
             return self._folded[1]
-        logabsdet: Tensor = torch.linalg.slogdet(self.weight).logabsdet
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        logabsdet: Tensor = torch.linalg.slogdet(weight).logabsdet
         return logabsdet
 
     def _apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
         _check_channels(self, x, matrix.shape[0])
-        if x.ndim == 2:
-            return F.linear(x, matrix)
-        if x.ndim == 4:
-            return F.conv2d(x, matrix[:, :, None, None])
+        # A state that autocast rounded would no longer belong to its log-determinant.
+        with full_precision(x.device.type):
+            if x.ndim == 2:
+                return F.linear(x, matrix)
+            if x.ndim == 4:
+                return F.conv2d(x, matrix[:, :, None, None])
         raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
 
     def _ladj(self, x: Tensor) -> Tensor:

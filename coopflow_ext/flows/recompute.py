@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from coopflow_ext.autocast import as_it_is
 from coopflow_ext.flows.base import Compose, Context, Transform
 from coopflow_ext.flows.couplings import MixtureLogisticCoupling
 from coopflow_ext.flows.layers import SplitPrior, halves
@@ -97,7 +98,7 @@ class _Recompute(torch.autograd.Function):
                 x, ladj = step.call_and_ladj(x, context)
                 total = total + ladj
         ctx.steps, ctx.context = steps, replace(context, aux=None)
-        ctx.checked = list(witnesses)
+        ctx.checked, ctx.autocast = list(witnesses), as_it_is(x.device.type)
         ctx.save_for_backward(x, aux, *witnesses.values())
         return x, total
 
@@ -113,18 +114,19 @@ class _Recompute(torch.autograd.Function):
         stack: list[Tensor] = []
         grad_stack: list[Tensor] = []
         errors = []
-        for index in reversed(range(len(ctx.steps))):
-            step = ctx.steps[index]
-            if isinstance(step, _Factor):
-                undo = _pop if step is _Factor.OUT else _push
-                x, grad = undo(x, stack), undo(grad, grad_stack)
-            else:
-                with torch.no_grad():
-                    x, _ = step.inverse_and_ladj(x, context)
-                grad = _layer_backward(step, x, context, (grad, grad_ladj), grads)
-            if index in witnesses and x.numel():
-                expected = witnesses[index]
-                errors.append(((_witness(x) - expected).abs() / (1 + expected.abs())).max())
+        with ctx.autocast():
+            for index in reversed(range(len(ctx.steps))):
+                step = ctx.steps[index]
+                if isinstance(step, _Factor):
+                    undo = _pop if step is _Factor.OUT else _push
+                    x, grad = undo(x, stack), undo(grad, grad_stack)
+                else:
+                    with torch.no_grad():
+                        x, _ = step.inverse_and_ladj(x, context)
+                    grad = _layer_backward(step, x, context, (grad, grad_ladj), grads)
+                if index in witnesses and x.numel():
+                    expected = witnesses[index]
+                    errors.append(((_witness(x) - expected).abs() / (1 + expected.abs())).max())
         if errors:
             _check_errors(torch.stack(errors))
         return None, None, grad, grads.get(aux), *(grads.get(p) for p in _parameters(ctx.steps))
@@ -166,7 +168,7 @@ def _check_errors(errors: Tensor) -> None:
     if not worst <= tolerance:
         raise RuntimeError(
             f"recompute: inputs rebuilt by the inverse are off by {worst:.1e}, more than "
-            f"{tolerance:.0e}; the gradients would be wrong. Use float64 or recompute=False"
+            f"{tolerance:.0e}; the gradients would be wrong. Use more precision or recompute=False"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from coopflow_ext import ops
+from coopflow_ext.autocast import as_it_is
 from coopflow_ext.reference import clip_gradient
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
@@ -201,6 +202,7 @@ class _Checkpoint(torch.autograd.Function):
         xs, weights = tensors[:n_states], tensors[n_states:]
         ctx.segment, ctx.weights = segment, weights  # type: ignore[attr-defined]
         ctx.random = _random_state(xs[0].device)  # type: ignore[attr-defined]
+        ctx.autocast = as_it_is(xs[0].device.type)  # type: ignore[attr-defined]
         ctx.save_for_backward(*masks, *xs)
         with torch.enable_grad():
             outputs = segment(masks, tuple(x.detach() for x in xs), create_graph=False)
@@ -216,7 +218,7 @@ class _Checkpoint(torch.autograd.Function):
         device = xs[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             _set_random_state(ctx.random, device)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.autocast():
                 outputs = ctx.segment((active, frozen_at), xs)[2:]
         inputs = (*xs, *ctx.weights)
         return (None, None, None, *torch.autograd.grad(
