@@ -114,6 +114,14 @@ def _refuse_autograd(op: str, **tensors: Tensor) -> None:
             )
 
 
+def _refuse_negated(op: str, x: Tensor) -> None:
+    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(
+            f"{op}: x is a lazily negated view, which cannot be written in place; give "
+            "x.resolve_neg()"
+        )
+
+
 def langevin_step_(
     x: Tensor,
     grad: Tensor,
@@ -183,6 +191,7 @@ def langevin_step_(
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_step_", x=x, grad=grad)
+    _refuse_negated("langevin_step_", x)
     if drift is None or noise is None or decay is None or pull is None:
         _refuse_none("langevin_step_", drift=drift, noise=noise, decay=decay, pull=pull)
     low, high = (None, None) if clamp is None else _bounds("langevin_step_", clamp)
@@ -237,6 +246,7 @@ def langevin_noise_(
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
+    _refuse_negated("langevin_noise_", x)
     if noise is None:
         _refuse_none("langevin_noise_", noise=noise)
     try:

@@ -728,6 +728,21 @@ def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, me
     assert torch.equal(x, before)
 
 
+def test_a_lazily_negated_state_is_named(device: torch.device) -> None:
+    storage = torch.ones(4, 6, device=device)
+    x, grad, rng = torch._neg_view(storage), torch.ones(4, 6, device=device), KEY.tensor(device)
+    for call in (
+        lambda: cf.ops.langevin_step_(x, grad, rng, drift=0.1),
+        lambda: cf.ops.langevin_noise_(x, rng, noise=0.1),
+    ):
+        with pytest.raises(ValueError, match="x is a lazily negated view"):
+            call()
+    assert (storage == 1).all()
+    # As a gradient it is read like any other.
+    out = cf.ops.langevin_step_(torch.zeros(4, 6, device=device), x, rng, drift=0.5)
+    assert (out == 0.5).all()
+
+
 def assert_a_foreign_tensor_is_named(name: str, device: Any, other: str) -> None:
     given: dict[str, Any] = {
         "x": torch.ones(4, 6, device=device),
