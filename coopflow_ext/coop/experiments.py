@@ -55,6 +55,7 @@ def reconstruct_run(
             "error_per_pixel": float(found.error.mean()),
             "error_per_pixel_of_flow_proposals": float(found.untouched_error.mean()),
             "errors": found.error.tolist(),
+            "error_per_pixel_by_step": found.error_by_step.tolist(),
             "picture": str(out / "reconstruct.png"),
         },
     )

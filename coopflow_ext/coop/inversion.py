@@ -32,12 +32,14 @@ class Reconstruction(NamedTuple):
         result: the end of the chain from there, same shape.
         error: squared error per pixel, Σ(observed − result)² / (H·W), (B,).
         untouched_error: the same for the starts that the flow proposed, before the search.
+        error_by_step: mean error of the batch after 0, 1, …, all steps of the search, (steps + 1,).
     """
 
     start: Tensor
     result: Tensor
     error: Tensor
     untouched_error: Tensor
+    error_by_step: Tensor
 
 
 def smooth_chain(model: CoopFlow, checkpoint_every: int | None = None) -> LangevinSampler:
@@ -56,10 +58,14 @@ def smooth_chain(model: CoopFlow, checkpoint_every: int | None = None) -> Langev
     )
 
 
+def _pixels(x: Tensor) -> int:
+    """H·W of images, 1 for vectors."""
+    return x.shape[-2] * x.shape[-1] if x.ndim == 4 else 1
+
+
 def pixel_error(observed: Tensor, result: Tensor) -> Tensor:
     """Σ(observed − result)² / (H·W) of each image, (B,); for vectors divided by 1."""
-    pixels = observed.shape[-2] * observed.shape[-1] if observed.ndim == 4 else 1
-    return (observed - result).square().flatten(1).sum(1) / pixels
+    return (observed - result).square().flatten(1).sum(1) / _pixels(observed)
 
 
 def _descend(
@@ -68,17 +74,19 @@ def _descend(
     loss: Callable[[Tensor], Tensor],
     rates: list[float],
     clamp: tuple[float, float] | None,
-) -> Tensor:
-    """Plain gradient steps on the start, clamped after each."""
-    x0 = start.clone()
+) -> tuple[Tensor, list[Tensor]]:
+    """Plain gradient steps on the start, clamped after each; and the loss before each."""
+    x0, losses = start.clone(), []
     for rate in rates:
         leaf = x0.detach().requires_grad_()
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(loss(_end(chain, leaf)), leaf)
+            value = loss(_end(chain, leaf))
+            (grad,) = torch.autograd.grad(value, leaf)
+        losses.append(value.detach())
         x0 = leaf.detach() - rate * grad
         if clamp is not None:
             x0 = x0.clamp(*clamp)
-    return x0
+    return x0, losses
 
 
 def _end(chain: Callable[..., object], x0: Tensor) -> Tensor:
@@ -117,13 +125,14 @@ def reconstruct(
     with model.evaluating():
         first = model.propose(len(observed), key)
         before = _end(chain, first).detach()
-        start = _descend(
+        start, losses = _descend(
             chain, first, lambda x: (observed - x).square().sum(), [rate] * steps, clamp
         )
         result = _end(chain, start).detach()
-    return Reconstruction(
-        start, result, pixel_error(observed, result), pixel_error(observed, before)
-    )
+    error, untouched = pixel_error(observed, result), pixel_error(observed, before)
+    on_the_way = torch.stack([*losses, (observed - result).square().sum()])
+    by_step = on_the_way / (len(observed) * _pixels(observed))
+    return Reconstruction(start, result, error, untouched, by_step)
 
 
 def inpaint(
@@ -173,7 +182,7 @@ def inpaint(
     clamp = None if model.event is None else model.event.clamp
     with model.evaluating():
         first = model.propose(len(repeated), key)
-        start = _descend(chain, first, loss, rates, clamp)
+        start, _ = _descend(chain, first, loss, rates, clamp)
         result = _end(chain, start).detach()
     if clamp is not None:
         result = result.clamp(*clamp)
