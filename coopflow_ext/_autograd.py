@@ -468,6 +468,9 @@ class LangevinStep(torch.autograd.Function):
 def _check_devices(op: str, names: list[str], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """What the kernels check, for calls that end at a fake kernel because one tensor is "meta"."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    numbers = given.pop("numbers", None)  # a plain step's, read by the host
+    if numbers is not None and numbers.device.type != "cpu":
+        raise ValueError(f"{op}: numbers: must be on the CPU, got {numbers.device}")
     first, *others = ((name, t) for name, t in given.items() if isinstance(t, Tensor))
     for name, tensor in others:
         if tensor.device != first[1].device:

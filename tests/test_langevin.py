@@ -769,6 +769,18 @@ def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None
     assert_a_foreign_tensor_is_named(name, device, "meta")
 
 
+def test_the_numbers_of_a_plain_step_stay_on_the_cpu(device: torch.device) -> None:
+    """Beside tensors of another device, here without data, and as the only ones without data."""
+    plain, numbers = torch.ops.coopflow.langevin_plain_step_, plain_numbers({"drift": 0.1})
+    x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
+    shapes = [t.to("meta") for t in (x, grad, rng)]
+    plain(*shapes, numbers, 0, 0, None, None)
+    before = x.clone()
+    with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
+        plain(x, grad, rng, numbers.to("meta"), 0, 0, None, None)
+    assert torch.equal(x, before)
+
+
 def test_shapes_alone_pass_through_the_ops() -> None:
     x, grad = (torch.empty(4, 6, device="meta") for _ in range(2))
     rng = torch.empty(2, dtype=torch.int64, device="meta")
