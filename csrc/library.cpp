@@ -48,8 +48,8 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
         "bool freeze_nonfinite=False, Tensor(e!)? frozen_at=None) -> ()");
   // The same for the loop of a chain: scalar coefficients, limits and a mask that clears itself.
-  // Its numbers stand in one tensor, because torch takes longer to sort 14 arguments by name than
-  // a small step takes to run.
+  // Its numbers stand in one tensor, because torch takes longer to look 24 arguments up by
+  // name than a small step takes to run.
   m.def(
       "langevin_plain_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, SymInt step, "
       "SymInt chain_offset, Tensor(b!)? active, Tensor(c!)? frozen_at) -> ()");
