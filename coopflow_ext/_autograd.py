@@ -7,7 +7,7 @@ ops: autograd takes that route only when it differentiates a backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return function.apply(*args)
     # All that Function.apply comes to here. It would first bind args to forward's signature,
-    # inspected at each call: 20 us beside couplings of 100.
+    # inspected at each call: 31 us instead of 15 for a coupling of four numbers.
     plain_apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return plain_apply(*unwrap_dead_wrappers(args))
 
@@ -465,12 +465,8 @@ class LangevinStep(torch.autograd.Function):
 # --- registration ---------------------------------------------------------------------------------
 
 
-def _check_devices(op: str, names: list[str], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _check_devices(op: str, given: dict[str, Any]) -> None:
     """What the kernels check, for calls that end at a fake kernel because one tensor is "meta"."""
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    numbers = given.pop("numbers", None)  # a plain step's, read by the host
-    if numbers is not None and numbers.device.type != "cpu":
-        raise ValueError(f"{op}: numbers: must be on the CPU, got {numbers.device}")
     first, *others = ((name, t) for name, t in given.items() if isinstance(t, Tensor))
     for name, tensor in others:
         if tensor.device != first[1].device:
@@ -480,14 +476,17 @@ def _check_devices(op: str, names: list[str], args: Sequence[Any], kwargs: dict[
             )
 
 
-def _fake(name: str) -> Callable[[Shapes], Shapes]:
-    """Registers the shapes of an op's results."""
+def _fake(name: str, *, on_host: str | None = None) -> Callable[[Shapes], Shapes]:
+    """Registers the shapes of an op's results. The host reads the argument ``on_host``."""
     op = f"coopflow::{name}"
     names = [argument.name for argument in getattr(_ops(), name).default._schema.arguments]
 
     def register(shapes: Shapes) -> Shapes:
         def checked(*args: Any, **kwargs: Any) -> Any:
-            _check_devices(op, names, args, kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if on_host and (device := given.pop(on_host).device).type != "cpu":
+                raise ValueError(f"{op}: {on_host}: must be on the CPU, got {device}")
+            _check_devices(op, given)
             return shapes(*args, **kwargs)
 
         torch.library.register_fake(op)(checked)
@@ -509,7 +508,7 @@ def _register_fake() -> None:
     def _(x: Tensor, grad: Tensor, rng: Tensor, **kwargs: Any) -> None:
         return None
 
-    @_fake("langevin_plain_step_")
+    @_fake("langevin_plain_step_", on_host="numbers")
     def _(x: Tensor, *arguments: Any) -> None:
         return None
 

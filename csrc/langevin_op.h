@@ -91,8 +91,9 @@ class LangevinOp {
   // The options of a plain step from their one tensor.
   LangevinOptions plain_options(const Tensor& numbers) const {
     check_.has_dtype("numbers", numbers, ScalarType::Double);
-    if (numbers.is_cuda() || numbers.dim() != 1 || numbers.size(0) != kPlainNumbers) {
-      check_.fail("numbers", "must have shape (", int{kPlainNumbers}, ",) on the CPU, got ",
+    if (numbers.is_cuda()) check_.fail("numbers", "must be on the CPU, got a CUDA tensor");
+    if (numbers.dim() != 1 || numbers.size(0) != kPlainNumbers) {
+      check_.fail("numbers", "must have shape (", int{kPlainNumbers}, ",), got ",
                   shape_text(numbers));
     }
     check_.is_contiguous("numbers", numbers);
