@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -136,6 +137,68 @@ def test_nan_from_some_chains(name, make, x0):
         assert caught.value.x.isfinite().all()
     assert required(energy) == before
     assert torch.equal(x0, start)
+
+
+class Gated(Scaled):
+    """Each thread can wait at its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: dict[int, Callable[[], None]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gates.get(threading.get_ident(), lambda: None)()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("other", list(SAMPLERS))
+def test_overlapping_chains_of_one_energy(make, other, x0):
+    """One starts, another starts, the first ends, the other ends: nothing that either brings back
+    at its end, or holds meanwhile, may reach the other or the caller."""
+    energy = Gated()
+    parameters = dict(energy.named_parameters())
+    first, second = make(energy), SAMPLERS[other](energy)
+    expected = [sampler(x0, key=KEY).x.detach() for sampler in (first, second)]
+    second_runs, first_ended = threading.Event(), threading.Event()
+    seen: list[bool] = []
+    results: dict[int, Tensor] = {}
+
+    def untouched() -> bool:
+        return all(
+            p is parameters[name] and p.dtype == torch.float32 and p.is_contiguous()
+            for name, p in energy.named_parameters()
+        ) and required(energy) == required(Scaled())
+
+    def run(i: int, sampler: Callable, gate: Callable[[], bool]) -> None:
+        energy.gates[threading.get_ident()] = lambda: seen.extend((gate(), untouched()))
+        results[i] = sampler(x0, key=KEY).x.detach()
+
+    def gate_of_second() -> bool:
+        second_runs.set()
+        return first_ended.wait(60)
+
+    threads = [
+        threading.Thread(target=run, args=(0, first, lambda: second_runs.wait(60))),
+        threading.Thread(target=run, args=(1, second, gate_of_second)),
+    ]
+    for thread in threads:
+        thread.start()
+    threads[0].join(60)
+    seen.append(untouched())
+    first_ended.set()
+    threads[1].join(60)
+    assert all(seen)
+    assert untouched()
+    assert torch.equal(results[0], expected[0])
+    assert torch.equal(results[1], expected[1])
+
+
+def test_an_energy_squeezed_to_a_number(make):
+    """Of a batch of one; of a larger batch it is the sum of all, which is refused."""
+    x0 = torch.tensor([[0.5, -0.5, 1.0]])
+    energy = Scaled()
+    expected = make(energy)(x0, key=KEY).x
+    assert torch.equal(make(lambda x: energy(x).squeeze())(x0, key=KEY).x, expected)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ so that everything around it is tested without a GPU."""
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy, ResEnergy
@@ -34,8 +38,7 @@ class FakeRecording:
 
     def replay(self) -> None:
         self.in_use = True
-        with graph.frozen(self.chain.plan.gradient.module):
-            self.chain.run()
+        self.chain.run()
 
     def release(self) -> None:
         self.in_use = False
@@ -193,6 +196,177 @@ def test_refusal_warns_once_or_raises(monkeypatch, recorded):
     assert all(p.requires_grad for p in energy.parameters())
 
 
+class Norms(nn.Module):
+    """What counts its passes, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            spectral_norm(nn.Linear(3, 8)), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_capture_leaves_buffers_and_generators_as_they_were(recorded):
+    """T steps count as T, and dropout continues the same sequence."""
+    x0, results = torch.randn(6, 3), []
+    for cuda_graph in ("auto", False):
+        energy = Norms()
+        torch.manual_seed(1)
+        sampler = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
+        x = sampler(x0, key=KEY).x
+        assert int(energy.net[1].num_batches_tracked) == 5
+        results.append((x, torch.rand(3), *energy.buffers()))
+    assert recorded.made == 1
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["data", "table"])
+def test_an_energy_that_replaces_its_buffers_runs_without_a_graph(recorded, kind):
+    """A replay would read the memory where they were; a capture for each call would be no use."""
+
+    class Replaces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
+            self.register_buffer("u", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "data":  # as the spectral norm of much published code
+                self.scale.data = self.scale * 0.9
+            else:
+                self.u = self.u * 0.9
+            return (x * self.u * self.scale).square().sum(1)
+
+    energy, plain = Replaces(), Replaces()
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    name = "scale" if kind == "data" else "u"
+    x0 = torch.randn(4, 3)
+    with pytest.warns(UserWarning, match=f"puts {name} into other memory") as caught:
+        outs = [sampler(x0, key=KEY).x for _ in range(3)]
+    assert len(caught) == 1
+    assert recorded.made == 1
+    reference = LangevinSampler(plain, n_steps=3, step_size=0.1, cuda_graph=False)
+    assert all(torch.equal(out, reference(x0, key=KEY).x) for out in outs)
+    torch.testing.assert_close(energy.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"cuda_graph=True: .* into other memory"):
+        LangevinSampler(Replaces(), n_steps=3, step_size=0.1, cuda_graph=True)(x0)
+
+
+def test_buffers_belong_to_one_thread_at_a_time(recorded):
+    """A second call of the sampler waits until the first has copied its results."""
+    net, x0 = MLPEnergy(3), torch.randn(4, 3)
+    inside: list[threading.Thread] = []
+
+    def energy(x: Tensor) -> Tensor:
+        if inside and threading.current_thread() is threading.main_thread():
+            if not inside[0].is_alive() and inside[0].ident is None:
+                inside[0].start()
+            inside[0].join(0.05)  # it would run to its end here, or fail: the buffers are in use
+            assert inside[0].is_alive()
+        return net(x)
+
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    expected = [sampler(x, key=KEY).x for x in (x0, x0 + 1)]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(sampler(x0 + 1, key=KEY).x))
+    inside.append(thread)
+    assert torch.equal(sampler(x0, key=KEY).x, expected[0])
+    inside.clear()
+    thread.join(60)
+    assert torch.equal(results[0], expected[1])
+    assert recorded.made == 1
+
+
+class FakeCuda:
+    """Stands for torch.cuda in the recording itself, and notes what it is asked for."""
+
+    def __init__(self, monkeypatch, *, fails: str = "") -> None:
+        self.log: list[str] = []
+        self.sync_mode, self.fails = 0, fails
+        self.generator = SimpleNamespace(
+            clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
+        )
+        self.default_generators = [self.generator]
+        self.memory = SimpleNamespace(
+            _cuda_endAllocateToPool=lambda *a: self.log.append(f"end {a}"),
+            _cuda_releasePool=lambda *a: self.log.append(f"release {a}"),
+        )
+        self.CUDAGraph = lambda: "graph"
+        self.Event = lambda: SimpleNamespace(record=lambda stream: self.log.append("done"))
+        self.Stream = lambda: SimpleNamespace(
+            wait_stream=lambda other: None, synchronize=lambda: self.log.append("synchronize")
+        )
+        monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=self))
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda stream: self.log.append("joined"))
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def get_sync_debug_mode(self):
+        return self.sync_mode
+
+    def set_sync_debug_mode(self, mode):
+        self.sync_mode = {"default": 0, "error": 2}[mode]
+
+    @contextmanager
+    def device(self, device):
+        yield
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+        self.log.append("stream left")
+
+    @contextmanager
+    def graph(self, recorded, *, pool, stream, capture_error_mode):
+        self.log.append(f"capture {capture_error_mode}")
+        yield
+
+    def chain(self):
+        def run(n_steps=None):
+            self.log.append(f"run {n_steps} {self.sync_mode}")
+            if self.fails == "sync" and self.sync_mode == 2:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.fails == "capture" and n_steps is None:
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        x = SimpleNamespace(device=SimpleNamespace(index=0))
+        return SimpleNamespace(xs=[x], run=run)
+
+
+def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    graph._Recording(cuda.chain())
+    steps = ["run 2 0", "run 1 2", "synchronize", "capture thread_local", "run None 0"]
+    assert cuda.log == [*steps, "stream left", "joined", "done"]
+    assert cuda.sync_mode == 0
+
+    cuda = FakeCuda(monkeypatch, fails="sync")
+    with pytest.raises(graph._CaptureError, match="called a synchronizing CUDA operation"):
+        graph._Recording(cuda.chain())
+    assert cuda.log == ["run 2 0", "run 1 2", "joined"]  # no capture was begun
+    assert cuda.sync_mode == 0
+
+    cuda = FakeCuda(monkeypatch)
+    cuda.sync_mode = 1  # the caller's
+    graph._Recording(cuda.chain())
+    assert "run 1 1" in cuda.log
+    assert cuda.sync_mode == 1
+
+
+def test_a_capture_that_fails_is_mended(monkeypatch):
+    cuda = FakeCuda(monkeypatch, fails="capture")
+    with pytest.raises(graph._CaptureError, match="not permitted when stream is capturing"):
+        graph._Recording(cuda.chain())
+    assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
+
+
 def test_everything_is_released_with_the_sampler(recorded):
     sampler = LangevinSampler(MLPEnergy(3), n_steps=2, step_size=0.1)
     sampler(torch.randn(4, 3))
@@ -277,6 +451,73 @@ def test_gpu_a_host_sync_is_named_once(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler(x0, key=KEY)
+
+
+class HiddenWait(torch.autograd.Function):
+    """Waits for the device in a way that torch's debug mode does not report."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        torch.cuda.current_stream().synchronize()
+        return grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("found", ["before", "during"])
+def test_gpu_a_refused_capture_leaves_torch_as_it_was(gpu, found):
+    """Generators continue their sequences, streams and memory are as before, graphs can be made."""
+
+    def energy(x: Tensor) -> Tensor:
+        u = HiddenWait.apply(x).square().sum(1)
+        return u * (1.0 if found == "during" or x.sum().item() > 0 else 2.0)
+
+    x0 = torch.randn(8, 3, device=gpu)
+    with torch.cuda.device(gpu):
+        torch.cuda.manual_seed(5)
+        expected = [torch.rand(7, device=gpu), torch.randn(7, device=gpu)]
+        torch.cuda.manual_seed(5)
+        stream = torch.cuda.current_stream()
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            out = LangevinSampler(energy, n_steps=3, step_size=0.1)(x0, key=KEY)
+        drawn = [torch.rand(7, device=gpu), torch.randn(7, device=gpu)]
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
+        assert torch.cuda.current_stream() == stream
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert torch.is_grad_enabled()
+        plain = LangevinSampler(energy, n_steps=3, step_size=0.1, cuda_graph=False)
+        torch.testing.assert_close(out.x, plain(x0, key=KEY).x)
+        # Memory used on two streams is only freed again where no capture counts as underway.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved(gpu)
+        other = torch.cuda.Stream()
+        for _ in range(4):
+            block = torch.empty(2**26, device=gpu)
+            block.record_stream(other)
+            del block
+            torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved(gpu) <= reserved
+        healthy = LangevinSampler(lambda x: x.square().sum(1), n_steps=3, step_size=0.1,
+                                  cuda_graph=True)  # fmt: skip
+        healthy(x0)
+
+
+@pytest.mark.gpu
+def test_gpu_a_capture_leaves_buffers_and_generators_as_they_were(gpu):
+    x0, results = torch.randn(6, 3, device=gpu), []
+    for cuda_graph in (True, False):
+        energy = Norms().to(gpu)
+        torch.cuda.manual_seed(1)
+        sampler = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
+        x = sampler(x0, key=KEY).x
+        assert int(energy.net[1].num_batches_tracked) == 5
+        results.append((x, torch.rand(3, device=gpu), *energy.buffers()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import warnings
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy, ResEnergy
 from coopflow_ext.samplers import LangevinSampler
-from coopflow_ext.samplers.precision import WeightCopies
+from coopflow_ext.samplers.gradient import reason
+from coopflow_ext.samplers.precision import CastModel
 
 KEY = cf.Key(3)
 T = 4
@@ -64,10 +67,8 @@ def test_autocast_gives_autocasts_numbers_and_keeps_the_states_dtype(energy, x0,
 
 def test_weight_copies_are_made_once_per_chain(energy, x0, monkeypatch):
     refreshed = []
-    original = WeightCopies.refresh
-    monkeypatch.setattr(
-        WeightCopies, "refresh", lambda self: (refreshed.append(1), original(self))[1]
-    )
+    original = CastModel.refresh
+    monkeypatch.setattr(CastModel, "refresh", lambda self: (refreshed.append(1), original(self))[1])
     seen: set[torch.dtype] = set()
     handle = energy.stem.register_forward_hook(lambda m, i, o: seen.add(m.weight.dtype))
     own = dict(energy.named_parameters())
@@ -110,6 +111,55 @@ def test_only_weights_that_autocast_casts_are_copied():
     net = Net()
     LangevinSampler(net, n_steps=2, step_size=0.1, autocast=torch.bfloat16)(torch.randn(4, 3))
     assert net.dtypes == {torch.float32}
+
+
+class Restless(nn.Module):
+    """Shared and nested layers, a buffer changed in place, one replaced, a counter, a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
+        self.same = self.net[0]
+        self.head = nn.Linear(8, 1)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.passes.add_(1)
+        self.last = self.passes * 2
+        self.seen = self.same.weight.dtype
+        return self.head(torch.tanh(self.same(self.net(x))))
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self(x) + x.square().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_what_a_forward_pass_sets_on_its_module_is_kept(method):
+    """As in a plain loop, though the module that computes is another."""
+    net = Restless()
+    tensors = dict(net.named_parameters())
+    passes = net.passes
+    function = net.energy if method else net
+    sampler = LangevinSampler(function, n_steps=T, step_size=0.1, autocast=torch.bfloat16)
+    for chains in (1, 2):
+        sampler(torch.randn(5, 3))
+        assert net.calls == int(net.passes) == chains * T
+        assert int(net.last) == 2 * chains * T
+        assert net.seen == torch.bfloat16
+    assert net.passes is passes
+    assert net.same is net.net[0]
+    assert all(p is tensors[name] for name, p in net.named_parameters())
+    net.net[0] = net.same = nn.Linear(3, 8)  # what the caller does counts at the next chain
+    net.head.eval()
+    modes = [m.training for m in net.modules()]
+    expected = LangevinSampler(function, n_steps=T, step_size=0.1, autocast=torch.bfloat16)
+    x0 = torch.randn(5, 3)
+    assert torch.equal(sampler(x0, key=KEY).x, expected(x0, key=KEY).x)
+    assert [m.training for m in net.modules()] == modes
 
 
 def test_channels_last(energy, x0):
@@ -258,12 +308,69 @@ def test_compile_falls_back_with_one_warning(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.filterwarnings("ignore:compile=True")
-def test_a_detached_energy_is_refused_when_compiled_too():
-    with pytest.raises(ValueError, match="detached"):
-        LangevinSampler(lambda x: x.detach().sum(1), n_steps=T, step_size=0.3, compile=True)(
-            torch.randn(5, 3)
-        )
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_detached_energy_is_refused(compile):
+    net = MLPEnergy(3)  # whose parameters require gradients, so that its values do
+    for energy in (lambda x: x.detach().sum(1), lambda x: net(x.detach())):
+        sampler = LangevinSampler(energy, n_steps=T, step_size=0.3, compile=compile)
+        with pytest.raises(ValueError, match="energy returned a tensor detached from x"):
+            sampler(torch.randn(5, 3))
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("compile", [False, True])
+def test_passes_are_steps(compile):
+    """No pass beside the chain's: of a batch norm, and of what counts its calls."""
+
+    class Counting(MLPEnergy):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    counting = Counting(3)
+    LangevinSampler(counting, n_steps=5, step_size=0.1, compile=compile)(torch.randn(8, 3))
+    assert counting.calls == 5
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 1))
+    with warnings.catch_warnings():  # torch.func.grad does not take a batch norm that trains
+        warnings.simplefilter("ignore")
+        LangevinSampler(net, n_steps=5, step_size=0.1, compile=compile)(torch.randn(8, 3))
+    assert int(net[1].num_batches_tracked) == 5
+
+
+def test_casts_of_compiled_models_are_compiled_once(monkeypatch):
+    """Weights that change in place, or are replaced, compile nothing again."""
+    compiled = []
+
+    def backend(program, inputs):
+        compiled.append(program)
+        return program
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    net, x0 = MLPEnergy(3), torch.randn(5, 3)
+    options = {"n_steps": 2, "step_size": 0.1, "autocast": torch.bfloat16}
+    sampler = LangevinSampler(net, compile=True, **options)
+    for k in range(4):
+        expected = LangevinSampler(net, **options)(x0, key=KEY).x
+        torch.testing.assert_close(sampler(x0, key=KEY).x, expected, rtol=1e-2, atol=1e-2)
+        with torch.no_grad():
+            net.layers[0].weight.mul_(1.1)
+        if k == 2:
+            net.layers[0].weight = nn.Parameter(net.layers[0].weight.detach() * 0.5)
+    assert len(compiled) == 1
+
+
+def test_a_sampler_that_compiles_is_copied_and_pickled():
+    sampler = LangevinSampler(MLPEnergy(3), n_steps=2, step_size=0.1, compile=True)
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert other.plan.gradient._compiled is not None
+        assert other.plan.gradient.function is not sampler.plan.gradient.function
+
+
+def test_messages_give_the_reason_not_the_first_line():
+    error = RuntimeError("backend='inductor' raised:\n\n  NoCompiler: none found\nhint\nhint")
+    assert reason(error) == ("RuntimeError: backend='inductor' raised: NoCompiler: none found hint")
 
 
 def test_differentiable_steps_are_not_compiled():

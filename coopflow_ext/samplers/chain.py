@@ -14,9 +14,9 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._extension import native
-from coopflow_ext.samplers.gradient import Gradient
+from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
-from coopflow_ext.samplers.precision import WeightCopies
+from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Coefficient, place
 
 
@@ -47,6 +47,7 @@ class Plan:
     masked: bool
     autocast: torch.dtype | None
     channels_last: bool
+    casts: CastModels | None  # where the model computes with copies of its weights
 
     def records(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
@@ -161,7 +162,8 @@ class Chain:
         )
         self.leaf_state = pack(self.leaves, inputs.like)
         self.grad_buffers: list[Tensor | None] = [None] * len(xs)
-        self.copies = WeightCopies(plan.gradient.module, dtype, channels_last=plan.channels_last)
+        self.cast = None if plan.casts is None else plan.casts.take()
+        self.gradient = plan.gradient if self.cast is None else self.cast.gradient
 
         self.active: Tensor | None = None
         self.frozen_at: Tensor | None = None  # step at which a chain left the mask
@@ -280,10 +282,10 @@ class Chain:
         """The in-place loop on ``xs``: all its steps, or the first ``n_steps`` to warm up."""
         plan = self.plan
         end = plan.fast_steps if n_steps is None else min(n_steps, plan.fast_steps)
-        gradient, model_kwargs = plan.gradient, self.inputs.model_kwargs
+        gradient, model_kwargs = self.gradient, self.inputs.model_kwargs
         records = plan.keep_stats or plan.keep_trajectory
         self._begin()
-        with self.copies.swapped_in(), self.autocast():
+        with constant(parameters_of(gradient.module)), self.autocast():
             if plan.noise_first and end:
                 self._add_noise(0)
             for step in range(end):
@@ -306,7 +308,14 @@ class Chain:
         for copies in filter(None, (self.lows, self.settled)):
             for copy, x in zip(copies, self.xs, strict=True):
                 copy.copy_(x)
-        self.copies.refresh()
+        if self.cast is not None:
+            self.cast.refresh()
+
+    def release(self) -> None:
+        """The chain is over. Another may have the model, if it was a copy of the caller's."""
+        if self.cast is not None and self.plan.casts is not None:
+            self.plan.casts.give_back(self.cast)
+            self.cast = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model computes in."""
@@ -335,7 +344,8 @@ class Chain:
             if shrink is None:
                 self._move(j, step, grad)
                 continue
-            drift = place(self.plan.coefficients["drift"], grad)
+            constant = self.constant[j]
+            drift = constant["drift_t"] if "drift_t" in constant else constant["drift"]
             drift_t = _row(drift, step) * shrink[None]
             self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
 

@@ -15,6 +15,7 @@ from coopflow_ext.autocast import as_it_is
 from coopflow_ext.reference import clip_gradient
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
+from coopflow_ext.samplers.model_state import random_state, set_random_state
 from coopflow_ext.samplers.output import Tensors, pack
 
 _Masks = tuple[Tensor, Tensor]  # not frozen yet, steps until then; both (B,)
@@ -201,7 +202,7 @@ class _Checkpoint(torch.autograd.Function):
     ) -> Tensors:
         xs, weights = tensors[:n_states], tensors[n_states:]
         ctx.segment, ctx.weights = segment, weights  # type: ignore[attr-defined]
-        ctx.random = _random_state(xs[0].device)  # type: ignore[attr-defined]
+        ctx.random = random_state(xs[0].device)  # type: ignore[attr-defined]
         ctx.autocast = as_it_is(xs[0].device.type)  # type: ignore[attr-defined]
         ctx.save_for_backward(*masks, *xs)
         with torch.enable_grad():
@@ -217,22 +218,10 @@ class _Checkpoint(torch.autograd.Function):
         xs = tuple(x.detach().requires_grad_() for x in saved)
         device = xs[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _set_random_state(ctx.random, device)
+            set_random_state(ctx.random, device)
             with torch.enable_grad(), ctx.autocast():
                 outputs = ctx.segment((active, frozen_at), xs)[2:]
         inputs = (*xs, *ctx.weights)
         return (None, None, None, *torch.autograd.grad(
             outputs, inputs, grads[2:], allow_unused=True
         ))  # fmt: skip
-
-
-def _random_state(device: torch.device) -> Tensors:
-    """State of the generators that an energy may draw from (dropout)."""
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
-
-
-def _set_random_state(state: Tensors, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from coopflow_ext.samplers.output import State, Tensors, pack
 
 StateFunction = Callable[..., Any]
 
-_CHANGED = "energy changed its parameters during the chain; a sampler needs them constant"
+_CHANGED = (
+    "energy changed its parameters during the chain, or another thread did; a sampler needs them "
+    "constant"
+)
 
 
 def module_of(function: object) -> nn.Module | None:
@@ -27,41 +31,19 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def frozen(module: nn.Module | None) -> AbstractContextManager[None]:
-    """Parameters without requires_grad inside, each as it was afterwards, whatever happens.
-
-    Those that have no such flag of their own are left alone: tensors put in their place by
-    torch.func.functional_call, and those made in inference mode.
-
-    Raises:
-        ValueError: the parameters were changed inside.
-    """
-    parameters = parameters_of(module)
-    return _frozen(parameters) if parameters else nullcontext()
-
-
-@contextmanager
-def _frozen(everything: list[Tensor]) -> Iterator[None]:
-    parameters = [p for p in everything if p.is_leaf and not p.is_inference()]
-    required = [p.requires_grad for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        with constant(everything):
-            yield
-    finally:
-        for p, require in zip(parameters, required, strict=True):
-            p.requires_grad_(require)
-
-
 def parameters_of(module: nn.Module | None) -> list[Tensor]:
     """The module's parameters; none without a module."""
     return [] if module is None else list(module.parameters())
 
 
+def constant(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """ValueError if they are changed inside. Nothing about them is touched: other threads may use
+    the same module."""
+    return _constant(parameters) if parameters else nullcontext()
+
+
 @contextmanager
-def constant(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """ValueError if they are changed inside."""
+def _constant(parameters: Sequence[Tensor]) -> Iterator[None]:
     versions = [_version(p) for p in parameters]
 
     def changed() -> bool:
@@ -77,16 +59,23 @@ def constant(parameters: Sequence[Tensor]) -> Iterator[None]:
         raise
 
 
+def reason(error: BaseException) -> str:
+    """Type and message of an error in one line: the reason often stands after the first one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"
+
+
 def check_energy(u: object, batch: int) -> Tensor:
     """The energy's output as (B,).
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: not of shape (B,), (B, 1) or (B, 1, 1, 1).
+        ValueError: not of shape (B,), (B, 1) or (B, 1, 1, 1), nor () where B = 1.
     """
     if not isinstance(u, Tensor):
         raise TypeError(f"energy must return a tensor, got {type(u).__name__}")
-    if u.shape != (batch,) and u.shape not in ((batch, 1), (batch, 1, 1, 1)):
+    squeezed = batch == 1 and u.ndim == 0  # of a batch of one, as squeeze() leaves it
+    if u.shape not in ((batch,), (batch, 1), (batch, 1, 1, 1)) and not squeezed:
         raise ValueError(
             f"energy must return one value for each of the {batch} chains, shape ({batch},), "
             f"({batch}, 1) or ({batch}, 1, 1, 1), got shape {tuple(u.shape)}"
@@ -96,13 +85,10 @@ def check_energy(u: object, batch: int) -> Tensor:
     return u if u.ndim == 1 else u.reshape(batch)
 
 
-def check_depends(u: Tensor) -> None:
-    """ValueError unless autograd can reach x from u."""
-    if not u.requires_grad:
-        raise ValueError(
-            "energy returned a tensor detached from x, so it has no gradient; compute it from x "
-            "without detach(), .data, numpy or no_grad, or give score= instead"
-        )
+_DETACHED = (
+    "energy returned a tensor detached from x, so it has no gradient; compute it from x "
+    "without detach(), .data, numpy or no_grad, or give score= instead"
+)
 
 
 def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
@@ -169,8 +155,23 @@ class Gradient:
         self.is_score = score is not None or negative_energy
         self.sign = -1.0 if negative_energy else 1.0
         self.module = module_of(function)
+        self._depends = True  # of the energy on x, as torch.compile found when it traced it
         self._compiled: StateFunction | None = self._compile() if compile else None
-        self._checked = False
+
+    def of(self, function: StateFunction) -> Gradient:
+        """The same gradient of another function, compiled on its own."""
+        other = copy(self)
+        other.function, other.module = function, module_of(function)
+        other._compiled = other._compile() if self._compiled is not None else None
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what torch.compile made, which belongs to this process."""
+        return {**vars(self), "_compiled": self._compiled is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._compiled = self._compile() if state["_compiled"] else None
 
     def __call__(
         self,
@@ -188,20 +189,22 @@ class Gradient:
         if not self.has_energy:
             scores = check_score(self.function(state, **model_kwargs), leaves)
             return scores if create_graph else _detached(scores), None
-        u = self._energy(leaves, state, model_kwargs)
-        check_depends(u)
+        u = check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
+        if not u.requires_grad:
+            raise ValueError(_DETACHED)
+        # To x alone: the parameters may require gradients, and get none.
         grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError(_DETACHED)
         for j, grad in enumerate(grads):
             if grad is None:
                 raise ValueError(f"energy does not depend on tensor {j} of the state")
         return grads, u.detach()
 
-    def _energy(self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]) -> Tensor:
-        return check_energy(self.function(state, **model_kwargs), leaves[0].shape[0])
-
     def _compile(self) -> StateFunction:
         def summed(state: State, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             u = self.function(state, **model_kwargs)
+            self._depends = u.requires_grad  # of x: func.grad gives zeros where u does not depend
             return u.sum(), u
 
         def gradient(state: State, model_kwargs: Mapping[str, Any]) -> Any:
@@ -224,16 +227,17 @@ class Gradient:
             if not self.has_energy:
                 scores = check_score(self._compiled(plain, model_kwargs), leaves)
                 return _detached(scores), None
-            if not self._checked:  # func.grad would give zeros for an energy detached from x
-                check_depends(self._energy(leaves, state, model_kwargs))
-                self._checked = True
-            scores, u = self._compiled(plain, model_kwargs)
-            return check_score(scores, leaves), check_energy(u, leaves[0].shape[0])
+            with torch.no_grad():  # beyond the gradient to x; without it, one to the parameters too
+                scores, u = self._compiled(plain, model_kwargs)
+            found = check_score(scores, leaves), check_energy(u, leaves[0].shape[0])
         except Exception as error:
             self._compiled = None
             warnings.warn(
                 "compile=True: torch.compile could not compile the gradient, which runs without: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                f"{reason(error)}",
                 stacklevel=2,
             )
             return None
+        if not self._depends:
+            raise ValueError(_DETACHED)
+        return found

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
-from coopflow_ext.samplers.gradient import frozen
+from coopflow_ext.samplers.gradient import reason
+from coopflow_ext.samplers.model_state import ModelState
 
 _MAX_GRAPHS = 4  # each holds its own buffers and activations
-_WARM_UP_STEPS = 3  # libraries choose algorithms and allocate workspaces before the capture
+_WARM_UP_STEPS = 2  # libraries choose algorithms and allocate workspaces before the capture
+
+# The debug mode of synchronisation is the process's, and so is much of what a capture touches.
+_CAPTURING = threading.RLock()
 
 
 class _CaptureError(RuntimeError):
     """The chain runs, but cannot be captured."""
 
 
+@contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """torch raises inside where the host would wait for the device, unless the caller already has
+    it warn or raise."""
+    if torch.cuda.get_sync_debug_mode() != 0:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class _Recording:
-    """A function's work on the device, to be done again."""
+    """A chain's work on the device, to be done again.
+
+    Raises:
+        _CaptureError: the work cannot be captured; torch is as it was before.
+    """
 
     def __init__(self, chain: Chain) -> None:
         self._device = chain.xs[0].device
@@ -30,16 +55,38 @@ class _Recording:
         with torch.cuda.device(self._device):
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                chain.run(_WARM_UP_STEPS)
-            stream.synchronize()
+            # Around torch.cuda.graph too, which leaves its stream the current one when it fails.
             try:
-                with torch.cuda.graph(self._graph, stream=stream):
-                    chain.run()
-            except Exception as error:
-                raise _CaptureError(_root_cause(error)) from error
-            current.wait_stream(stream)
+                with torch.cuda.stream(stream):
+                    chain.run(_WARM_UP_STEPS)
+                    self._capture(chain, stream)
+            finally:
+                current.wait_stream(stream)
             self._done.record(current)
+
+    def _capture(self, chain: Chain, stream: torch.cuda.Stream) -> None:
+        try:
+            # Most of what cannot be captured is found before anything is: a capture that fails
+            # leaves torch with much to mend.
+            with _no_synchronisation():
+                chain.run(1)
+            stream.synchronize()
+            self._record(chain, stream)
+        except Exception as error:
+            raise _CaptureError(reason(_root_cause(error))) from error
+
+    def _record(self, chain: Chain, stream: torch.cuda.Stream) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        capture = torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            with capture:
+                chain.run()
+        except Exception:
+            _mend_after_failed_capture(self._device, pool)
+            _FAILED.append(self._graph)
+            raise
 
     def wait(self) -> None:
         """The buffers belong to one call at a time, whatever stream the calls are made on."""
@@ -58,12 +105,39 @@ class _Recording:
         self._done.synchronize()
 
 
+# The allocator may keep a pointer to a graph whose capture failed.
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+def _mend_after_failed_capture(device: torch.device, pool: Any) -> None:
+    """What ``CUDAGraph.capture_end`` leaves undone when it raises (seen with torch 2.11): the
+    generator still counts its offsets for the capture and refuses every draw outside of it, and the
+    allocator still sends what is allocated to the graph's pool, which it then never frees."""
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    memory: Any = torch.cuda.memory
+    for end in (memory._cuda_endAllocateToPool, memory._cuda_releasePool):
+        with suppress(RuntimeError):  # where the failing capture_end came so far
+            end(device.index, pool)
+
+
 class CapturedChain:
     """A chain on static buffers and the recording of its run."""
 
     def __init__(self, plan: Plan, inputs: Inputs) -> None:
         self.chain = Chain(plan, inputs.clone())
-        self.recording = _Recording(self.chain)
+        before = ModelState(plan.gradient.module, inputs.xs[0].device)
+        try:
+            self.recording = _Recording(self.chain)
+            moved = before.moved()
+        finally:
+            before.restore()
+        if moved:
+            shown = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
+            raise _CaptureError(
+                f"each pass of the energy puts {shown} into other memory, where a replay would not "
+                "find it; change it in place"
+            )
 
     def run(self, inputs: Inputs) -> None:
         """One chain from ``inputs``; its results stay in the buffers until :meth:`release`."""
@@ -86,39 +160,53 @@ class ChainGraphs:
         self._required = required
         self._captured: OrderedDict[Hashable, CapturedChain] = OrderedDict()
         self._refused = False
+        self._in_use = threading.Lock()
 
-    def run(self, plan: Plan, inputs: Inputs) -> CapturedChain | None:
-        """Replay (after a capture, where none fits) from ``inputs``; None: run without a graph.
+    def __reduce__(self) -> Any:
+        """A copy captures its own."""
+        return _new_graphs, (self._required,)
+
+    @contextmanager
+    def replayed(self, plan: Plan, inputs: Inputs) -> Iterator[Chain | None]:
+        """The chain that a replay (after a capture, where none fits) has run from ``inputs``, its
+        results in its buffers until the end of the block; None: run without a graph.
 
         Raises:
             RuntimeError: the capture is impossible and required; says why.
         """
-        if self._refused:
-            return None
+        with self._in_use:  # the buffers belong to one thread at a time
+            captured = None if self._refused else self._find(plan, inputs)
+            if captured is None:
+                yield None
+                return
+            captured.run(inputs)
+            try:
+                yield captured.chain
+            finally:
+                captured.release()
+
+    def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain | None:
         try:
-            captured = self._find(plan, inputs)
+            kind = _kind(inputs, plan.gradient.module)
+            if kind not in self._captured:
+                with _CAPTURING:
+                    self._captured[kind] = CapturedChain(plan, inputs)
         except _CaptureError as error:
             message = f"the chain cannot be captured in a CUDA graph: {error}"
             if self._required:
                 raise RuntimeError(f"cuda_graph=True: {message}") from error
             self._refused = True
-            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=4)
+            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=6)
             return None
-        captured.run(inputs)
-        return captured
-
-    def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain:
-        module = plan.gradient.module
-        kind = _kind(inputs, module)
-        captured = self._captured.get(kind)
-        if captured is None:
-            with frozen(module):
-                captured = self._captured[kind] = CapturedChain(plan, inputs)
-            if len(self._captured) > _MAX_GRAPHS:
-                _, dropped = self._captured.popitem(last=False)
-                dropped.recording.finish()
         self._captured.move_to_end(kind)
-        return captured
+        if len(self._captured) > _MAX_GRAPHS:
+            _, dropped = self._captured.popitem(last=False)
+            dropped.recording.finish()
+        return self._captured[kind]
+
+
+def _new_graphs(required: bool) -> ChainGraphs:
+    return ChainGraphs(required=required)
 
 
 def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
@@ -143,9 +231,8 @@ def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
     return kind
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     """The first failure: ending a broken capture raises another one on top of it."""
     while error.__context__ is not None:
         error = error.__context__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return error

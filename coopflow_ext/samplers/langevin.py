@@ -23,7 +23,7 @@ from coopflow_ext.samplers.call import (
 )
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.differentiable import DifferentiableChain
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, frozen, parameters_of
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs
 from coopflow_ext.samplers.output import (
     ChainStatistics,
@@ -32,6 +32,7 @@ from coopflow_ext.samplers.output import (
     Tensors,
     pack,
 )
+from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
@@ -103,8 +104,9 @@ class LangevinSampler:
     the batch size, the device or the number of threads.
 
     Args:
-        energy: nn.Module or callable of the state; returns U as (B,), (B, 1) or (B, 1, 1, 1). Its
-            parameters are frozen during the chain and restored after it.
+        energy: nn.Module or callable of the state; returns U as (B,), (B, 1) or (B, 1, 1, 1), and
+            for one chain also as (). Its parameters get no gradients and are not touched, so that
+            other threads may use it meanwhile, but must stay constant during the chain.
         score: instead of energy, a callable that gives ∇log p = −∇U, of x's shape.
         n_steps: number of steps T.
         step_size: δ: drift δ²/2, noise δ·√temperature.
@@ -130,14 +132,19 @@ class LangevinSampler:
         chain_offset: number of the first chain; shards of one batch pass where they start.
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
             made once per chain; the state keeps its dtype. Weights can be copied where the energy
-            or score is an nn.Module or a method of one.
+            or score is an nn.Module or a method of one; the caller's module is left as it is.
         channels_last: the state and 4-D weights (of such a module) are laid out as channels_last.
         compile: compile the gradient with torch.compile at the first call; where that fails, one
             warning says why and the chain runs without.
         cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
             where that is impossible, one warning says why. True: raise instead. False: never.
-        differentiable: gradients flow through the chain to x0 and to the energy's parameters,
-            which are not frozen; "last": only through the last step.
+            A capture leaves the energy's buffers and torch's generators as they were, so that T
+            steps count as T (for a plain callable the generators only: buffers that it reaches
+            through a closure have seen a few steps more). A replay does again what the device did
+            in the capture, and Python sees nothing of it: an energy that draws its next minibatch
+            in Python, reads a schedule from an attribute or counts its calls needs False.
+        differentiable: gradients flow through the chain to x0 and to the energy's parameters;
+            "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
             steps between them in the backward pass. The energy's parameters must be leaves.
 
@@ -236,8 +243,10 @@ class LangevinSampler:
         if autocast is not None:
             check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
         in_place_steps = {False: n_steps, True: 0, "last": max(n_steps - 1, 0)}
+        gradient = Gradient(energy, score, negative_energy=negative_energy, compile=compile)
+        casts = CastModels(gradient, autocast, channels_last=channels_last)
         self.plan = Plan(
-            gradient=Gradient(energy, score, negative_energy=negative_energy, compile=compile),
+            gradient=gradient,
             n_steps=n_steps,
             fast_steps=in_place_steps[differentiable],
             coefficients=coefficients,
@@ -255,6 +264,7 @@ class LangevinSampler:
             masked=on_nonfinite != "ignore",
             autocast=autocast,
             channels_last=channels_last,
+            casts=casts if gradient.module and (autocast or channels_last) else None,
         )
 
     def __call__(
@@ -310,26 +320,29 @@ class LangevinSampler:
         )
 
     def _run(self, inputs: Inputs) -> _Result:
-        chain = Chain(self.plan, inputs)
-        with frozen(self.plan.gradient.module):
-            chain.run()
+        chain = self._ran(inputs)
         self._check_finite(chain, chain.xs)
         return chain.xs, chain.trajectory, chain.statistics()
+
+    def _ran(self, inputs: Inputs) -> Chain:
+        """A chain after its steps in place."""
+        chain = Chain(self.plan, inputs)
+        try:
+            chain.run()
+        finally:
+            chain.release()
+        return chain
 
     def _run_captured(self, inputs: Inputs) -> _Result | None:
         """The same as a CUDA graph; None where there is none to be had."""
         if self._graphs is None or not self._can_capture(inputs.xs[0]):
             return None
-        captured = self._graphs.run(self.plan, inputs)
-        if captured is None:
-            return None
-        chain = captured.chain
-        try:
+        with self._graphs.replayed(self.plan, inputs) as chain:
+            if chain is None:
+                return None
             self._check_finite(chain, chain.xs)
             trajectory = None if chain.trajectory is None else clones(chain.trajectory)
             return clones(chain.xs), trajectory, chain.statistics()
-        finally:
-            captured.release()
 
     def _can_capture(self, x: Tensor) -> bool:
         if self.cuda_graph is True and not x.is_cuda:
@@ -338,9 +351,7 @@ class LangevinSampler:
 
     def _run_differentiable(self, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""
-        chain = Chain(self.plan, inputs)
-        with frozen(self.plan.gradient.module):
-            chain.run()
+        chain = self._ran(inputs)
         whole = self.differentiable is True
         starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
         starts = starts if whole else clones(chain.xs)

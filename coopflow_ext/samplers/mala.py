@@ -20,7 +20,7 @@ from coopflow_ext.samplers.call import (
     state_copy,
 )
 from coopflow_ext.samplers.chain import flat, per_chain_view, wide_dtype
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.schedule import (
     Schedule,
     chain_counts,
@@ -144,7 +144,11 @@ class MALASampler:
         after = key.advance(self.n_steps)
         offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         kwargs = check_kwargs(model_kwargs)
-        with torch.inference_mode(False), torch.enable_grad(), frozen(self.gradient.module):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            constant(parameters_of(self.gradient.module)),
+        ):
             x, y = state_copy(x0), state_copy(x0)
             xis = normals_like(x, xi, self.n_steps)
             rng, accept_rng = key.tensor(x.device), key.fold_in(USE_ACCEPT).tensor(x.device)

@@ -1,69 +1,148 @@
-"""Copies of a network's weights in the precision and memory layout that a chain computes in."""
+"""A model that computes with copies of its weights in another precision or memory layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
-from coopflow_ext.samplers.gradient import constant
+from coopflow_ext.samplers.gradient import Gradient
 
 # The modules whose weights autocast casts at each call. Other parameters keep their precision.
 _CAST_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
 
+_State = tuple[dict[str, Any], dict[str, Any]]  # a module's attributes and its buffers
 
-class WeightCopies:
-    """Low-precision and/or channels-last copies of the weights of linear and convolution modules.
 
-    Autocast would cast the same weights at every step of a chain, because it caches no cast of a
-    frozen parameter; the copies are refreshed once per chain and give the same numbers.
+class CastModel:
+    """The caller's energy or score with copies of the weights of linear and convolution layers.
+
+    Autocast would cast the same weights at every step of a chain; the copies are made once per
+    chain and give the same numbers. The caller's modules are left alone, since other threads may
+    use them meanwhile: those that lead to a copied weight have twins, whose own tables of
+    parameters, buffers and submodules hold the same objects but for the copies and the twins. What
+    a forward pass sets on a twin (a counter, a buffer) is handed on after the chain.
 
     Args:
-        module: the energy, or None: no copies.
+        gradient: of the caller's function.
         dtype: precision of the copies; None keeps each weight's.
         channels_last: lay 4-D weights out as channels_last.
+
+    Attributes:
+        gradient: of the model that computes with the copies.
     """
 
     def __init__(
-        self, module: nn.Module | None, dtype: torch.dtype | None, *, channels_last: bool
+        self, gradient: Gradient, dtype: torch.dtype | None, *, channels_last: bool
     ) -> None:
-        self._copies: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        if module is None or (dtype is None and not channels_last):
+        self._caller, self._dtype, self._channels_last = gradient, dtype, channels_last
+        self._twins: dict[nn.Module, nn.Module] = {}
+        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._before: dict[nn.Module, _State] = {}
+        self.gradient = gradient
+        self.update()
+        twin = None if gradient.module is None else self._twins.get(gradient.module)
+        if twin is not None:
+            is_method = gradient.function is not gradient.module
+            function = gradient.function.__func__.__get__(twin) if is_method else twin  # type: ignore[attr-defined]
+            self.gradient = gradient.of(function)
+
+    def update(self) -> None:
+        """The twins become what the caller's modules are now. Their copies still lack values."""
+        known, self._twins, self._copies = self._twins, {}, []
+        if self._caller.module is not None:
+            self._add_twin(self._caller.module, known, set())
+        self._before = {module: _state(twin) for module, twin in self._twins.items()}
+
+    def _add_twin(
+        self, module: nn.Module, known: dict[nn.Module, nn.Module], seen: set[nn.Module]
+    ) -> None:
+        """Twins of ``module`` and of its descendants, where they lead to a copied weight. Those
+        that were ``known`` stay the same objects, or torch.compile would compile them again."""
+        if module in seen:
             return
-        for owner in module.modules():
-            if not isinstance(owner, _CAST_MODULES):
+        seen.add(module)
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        for child in children.values():
+            self._add_twin(child, known, seen)
+        twins = {name: self._twins[m] for name, m in children.items() if m in self._twins}
+        copies = self._copies_of(module)
+        if twins or copies:
+            twin = known.get(module) or object.__new__(type(module))
+            twin.__class__ = type(module)
+            vars(twin).clear()
+            vars(twin).update(
+                vars(module),
+                _parameters={**module._parameters, **copies},
+                _buffers=dict(module._buffers),
+                _modules={**module._modules, **twins},
+            )
+            self._twins[module] = twin
+
+    def _copies_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        if not isinstance(module, _CAST_MODULES):
+            return {}
+        copies = {}
+        for name in ("weight", "bias"):
+            weight = module._parameters.get(name)
+            if weight is None:
                 continue
-            for name in ("weight", "bias"):
-                weight = owner._parameters.get(name)
-                if weight is None:
-                    continue
-                layout = torch.preserve_format
-                if channels_last and weight.ndim == 4:
-                    layout = torch.channels_last
-                copy = torch.empty_like(weight, dtype=dtype, memory_format=layout)
-                self._copies.append((owner, name, weight, nn.Parameter(copy, False)))
+            layout = torch.preserve_format
+            if self._channels_last and weight.ndim == 4:
+                layout = torch.channels_last
+            copy = torch.empty_like(weight, dtype=self._dtype, memory_format=layout)
+            copies[name] = nn.Parameter(copy, False)
+            self._copies.append((weight, copies[name]))
+        return copies
 
     def refresh(self) -> None:
-        """Bring the copies up to date with the weights."""
+        """The copies take the weights' values: work for the device alone, which can be captured."""
         if self._copies:
             with torch.no_grad():
-                for _, _, weight, copy in self._copies:
+                for weight, copy in self._copies:
                     copy.copy_(weight)
 
-    def swapped_in(self) -> AbstractContextManager[None]:
-        """The module computes with the copies inside, with its own weights afterwards."""
-        return self._swapped_in() if self._copies else nullcontext()
+    def hand_on(self) -> None:
+        """The caller's modules take what forward passes have set on their twins."""
+        for module, (attributes, buffers) in self._before.items():
+            now = _state(self._twins[module])
+            vars(module).update(_changed(attributes, now[0]))
+            module._buffers.update(_changed(buffers, now[1]))
 
-    @contextmanager
-    def _swapped_in(self) -> Iterator[None]:
+
+def _state(module: nn.Module) -> _State:
+    return dict(vars(module)), dict(module._buffers)
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in after.items() if k not in before or before[k] is not v}
+
+
+class CastModels:
+    """The models of one sampler: a chain takes one and gives it back, so that chains of several
+    threads have their own."""
+
+    def __init__(
+        self, gradient: Gradient, dtype: torch.dtype | None, *, channels_last: bool
+    ) -> None:
+        self._gradient, self._dtype, self._channels_last = gradient, dtype, channels_last
+        self._idle: list[CastModel] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_idle": []}
+
+    def take(self) -> CastModel:
+        """A model that no other chain uses, up to date with the caller's."""
         try:
-            for owner, name, _, copy in self._copies:
-                owner._parameters[name] = copy
-            with constant([copy for _, _, _, copy in self._copies]):
-                yield
-        finally:
-            for owner, name, weight, _ in self._copies:
-                owner._parameters[name] = weight
+            model = self._idle.pop()
+        except IndexError:
+            return CastModel(self._gradient, self._dtype, channels_last=self._channels_last)
+        model.update()
+        return model
+
+    def give_back(self, model: CastModel) -> None:
+        """A chain is over that took it."""
+        model.hand_on()
+        self._idle.append(model)

@@ -29,7 +29,7 @@ from coopflow_ext.samplers.chain import (
     per_chain_view,
     wide_dtype,
 )
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, frozen
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
@@ -160,7 +160,7 @@ class UnderdampedLangevinSampler:
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(grad_mode),
-            frozen(self.gradient.module),
+            constant(parameters_of(self.gradient.module)),
         ):
             x = state_copy(x0)
             if velocity is None:
