@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,16 @@ def test_a_contestant_that_replaces_memory_is_a_failure() -> None:
     harness.checked(harness.Case("toy", build("ours"), 8), CPU, False)
     with pytest.raises(harness.WrongResultError, match="rebinds: replaces the memory"):
         harness.checked(harness.Case("toy", build("rebinds"), 8), CPU, False)
+
+
+@pytest.mark.gpu
+def test_a_refused_capture_leaves_torchs_generator_whole() -> None:
+    runs: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    harness.add_graph("graph", lambda: torch.rand(2, device="cuda").sum().item(), runs, missing)
+    assert not runs
+    assert missing["graph"].startswith("cannot be captured")
+    assert torch.rand(2, device="cuda").isfinite().all()
 
 
 def test_the_checks_find_wrong_updates() -> None:
@@ -533,6 +544,24 @@ def test_plots(measured: Any, tmp_path: Path) -> None:
     report.write(measured, tmp_path)
     for name in ("ratios.png", "sizes.png", "roofline.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_device_profile(device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import device_profile
+
+    problems = {"free score": device_profile.PROBLEMS["free score"]}
+    monkeypatch.setattr(device_profile, "PROBLEMS", problems)
+    if device.type == "cpu":  # two kernels a step, each of 3 µs
+        events = [SimpleNamespace(count=800, device_time_total=2400.0)]
+        monkeypatch.setattr(device_profile, "kernels", lambda *_: events)
+    device_profile.steps(device)
+    lines = capsys.readouterr().out.splitlines()
+    labels = ["{}", "{'on_nonfinite': 'ignore'}", "plain loop"]
+    assert [line[22:].split("  ")[0] for line in lines] == labels
+    for line in lines[:2]:
+        (counted,) = re.findall(r"([\d.]+) kernels", line)
+        assert float(counted) > 1
+        assert device.type == "cuda" or line.endswith("2.0 kernels, busy 6.00 µs")
 
 
 def test_readme_agrees_with_the_committed_results() -> None:
