@@ -30,7 +30,12 @@ Op = Callable[..., tuple[Tensor, Tensor]]
 FORWARD, INVERSE = "mixture_logistic_coupling", "mixture_logistic_coupling_inverse"
 COMPILED = "torch.compile"
 ON_CPU = "arithmetic: exponentials and logarithms of every component"
-ON_CUDA = {"inverse": "arithmetic of some ten evaluations; host reads and launches of bisection"}
+FEW_WARPS = "latency: its registers leave room for few warps"
+BISECTING = "host reads and launches at every iteration"
+ON_CUDA = {
+    "inverse": {OURS: FEW_WARPS, "bisection": BISECTING},
+    "forward+backward": {OURS: FEW_WARPS},
+}
 
 
 def inputs(
@@ -164,10 +169,9 @@ def case(
         expected = {OURS: fused, plain: counted_bytes(runs[plain])}
         if what != "inverse" and with_compile:
             expected[COMPILED] = fused
-        reason = ON_CPU if device.type == "cpu" else ON_CUDA.get(what)
-        return Contest(
-            runs, check, expected, dict.fromkeys(runs, reason) if reason else {}, missing
-        )
+        on_cpu = device.type == "cpu"
+        reasons = dict.fromkeys(runs, ON_CPU) if on_cpu else ON_CUDA.get(what, {})
+        return Contest(runs, check, expected, reasons, missing)
 
     title = f"mixture_logistic/{what}/{dtype_name(dtype)}/K{components}/{elements}"
     return Case(title, build, elements, quick=quick, **kw)

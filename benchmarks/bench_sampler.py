@@ -8,7 +8,8 @@ too; elsewhere ours has its defaults, and the compiled gradient is one of the ot
 runs as the graph that it captures by itself, and loops take part with and without one.
 
 Before anything is timed, every contestant takes the same supplied normals to the same state, or,
-where it draws its own and noise can be turned off, moves as the plain loop does without noise.
+where it draws its own and noise can be turned off, moves as the plain loop does without noise. A
+loop's graph ends where the loop ends from the same seed.
 """
 
 from __future__ import annotations
@@ -241,17 +242,19 @@ def case(
                 missing[TORCHEBM] = theirs
             else:
                 runs[TORCHEBM], quiet = theirs
-        if device.type == "cuda":
-            if not compiled:
-                add_graph(GRAPH, runs["plain loop"], runs, missing)
-            if COMPILED in runs:
-                add_graph(COMPILED_GRAPH, runs[COMPILED], runs, missing)
+        captured: dict[str, tuple[Run, Run]] = {}
+        loops = {GRAPH: "plain loop", COMPILED_GRAPH: COMPILED} if device.type == "cuda" else {}
+        for graph, loop in loops.items():
+            if loop in runs:
+                add_graph(graph, runs[loop], runs, missing)
+            if graph in runs:
+                captured[graph] = runs[graph], runs[loop]
         supplied = {OURS: lambda xi: ours(problem.x0, xi=xi).x}
         supplied |= {n: lambda xi, s=s: plain_loop(problem, s, xi) for n, s in scores.items()}
         unseen = {GRAPH, COMPILED_GRAPH} | ({OURS} if device.type == "cuda" else set())
         return Contest(
             runs,
-            lambda: check(problem, supplied, {} if quiet is None else {TORCHEBM: quiet}),
+            lambda: check(problem, supplied, {} if quiet is None else {TORCHEBM: quiet}, captured),
             missing=missing,
             flops=steps * counted_flops(lambda: score(problem.start())),
             low_precision=problem.low_precision,
@@ -288,7 +291,7 @@ def jax_case(
         unseen = {JAX} | (set(samplers) if device.type == "cuda" else set())
         return Contest(
             runs,
-            lambda: check(problem, supplied, {}),
+            lambda: check(problem, supplied, {}, {}),
             missing=missing,
             flops=steps * counted_flops(lambda: problem.score()(problem.start())),
             own_memory=frozenset(unseen),
@@ -301,11 +304,13 @@ def check(
     problem: Problem,
     supplied: dict[str, Callable[[Tensor], Tensor]],
     quiet: dict[str, Callable[[], Tensor]],
+    captured: dict[str, tuple[Run, Run]],
 ) -> None:
     """Every contestant against the plain loop: with the same normals, and by its drift alone.
 
-    The drift is compared by itself because noise is many times as large: a wrong gradient of a
-    network with weights as initialised would hide behind it.
+    Graphs against the loop that each was captured from, with the same seed. The drift is compared
+    by itself because noise is many times as large: a wrong gradient of a network with weights as
+    initialised would hide behind it.
     """
     reference = replace(problem, low_precision=False)
     exact = reference.score()
@@ -323,6 +328,13 @@ def check(
     }.items():  # fmt: skip
         error = ((moved() - still).norm() / drift.norm()).item()
         assert error <= tolerance, f"{name}: its drift is off by {error:.2g} of its size"
+    for name, pair in captured.items():
+        torch.manual_seed(0)
+        replayed = pair[0]().clone()
+        torch.manual_seed(0)
+        torch.testing.assert_close(
+            replayed, pair[1](), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 SUITE_CASES = (

@@ -5,7 +5,8 @@
 
 Results are compared with the plain-PyTorch reference, loosely: the test suite judges accuracy. The
 reference runs on the CPU, so that a checker sees hardly any kernels but ours. With ``--large``
-every op runs once in float32 and bfloat16 on enough elements to fill a GPU, for profilers.
+every kernel runs in float32 and bfloat16 on enough elements to fill a GPU, for profilers; the
+mixture's at K = 32.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def forward_and_backward(name: str, x: Tensor, params: Tensor) -> tuple[Tensor, 
 
 
 def exercise_large(device: torch.device, rng: Tensor) -> None:
-    """Every op once in each dtype, with nothing to compare."""
+    """Every kernel in each dtype, with nothing to compare."""
     batch = 1024 if device.type == "cuda" else 16
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(8 * batch, 3072, device=device).to(dtype)

@@ -61,7 +61,7 @@ show() {
 
 stage_facts() {
   date -u +%Y-%m-%dT%H:%M:%SZ
-  show git log -1 --format=%H
+  [ ! -e .git ] || show git log -1 --format=%H # else it may speak of a folder further up
   echo "COOPFLOW_COMMIT=${COOPFLOW_COMMIT:-}"
   show uname -a
   show nvidia-smi

@@ -79,6 +79,9 @@ class Contest:
     """Contestants whose memory is not torch's allocator's during a call: JAX's, a CUDA graph's."""
     by_part: bool = False
     """The functions return seconds by part, "whole" among them, and are timed by that."""
+    in_place: tuple[Tensor, ...] = ()
+    """What every contestant changes where it lies, and `check` reads: a graph that was captured
+    before somebody put new memory in its place would go on writing to the old."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,8 @@ class _Counter(TorchDispatchMode):
         if func.is_view or name in _MOVE_NOTHING:
             return out
         read = args[1:] if name in _ONLY_WRITE else args
-        tensors = [t for t in tree_leaves((read, kwargs, out)) if isinstance(t, Tensor)]
+        options = {k: v for k, v in kwargs.items() if k != "out"}  # that is the result
+        tensors = [t for t in tree_leaves((read, options, out)) if isinstance(t, Tensor)]
         # What is expanded is read from memory once.
         self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
         return out
@@ -281,13 +285,14 @@ def counted_flops(run: Run) -> int:
 
 
 def checked(case: Case, device: torch.device, with_compile: bool) -> Contest:
-    """A contest of the case whose contestants all gave the right result.
+    """A contest of the case whose contestants all gave the right result, where they should.
 
     Raises:
         WrongResultError: one of them did not.
     """
     contest = case.build(device, with_compile)
     try:
+        check_memory(contest)
         with warnings.catch_warnings():
             # A sampler that cannot compile or capture warns and goes on without: another contest.
             for option in ("compile", "cuda_graph"):
@@ -298,6 +303,15 @@ def checked(case: Case, device: torch.device, with_compile: bool) -> Contest:
             f"{case.name}: wrong result, so nothing was timed: {error}"
         ) from error
     return contest
+
+
+def check_memory(contest: Contest) -> None:
+    """Raises AssertionError for a contestant that gives a tensor of `in_place` other memory."""
+    before = [t.data_ptr() for t in contest.in_place]
+    for name, run in contest.runs.items() if before else ():
+        run()
+        after = [t.data_ptr() for t in contest.in_place]
+        assert after == before, f"{name}: replaces the memory of what it should change in place"
 
 
 def copies_beyond_cache(case: Case, contest: Contest, device: torch.device) -> int:
@@ -517,9 +531,10 @@ def _output(*command: str) -> str | None:
 
 def commit() -> dict[str, Any]:
     """Of this tree; a copy without git's history may name it in COOPFLOW_COMMIT."""
+    if not (ROOT / ".git").exists():  # git would answer for a repository that the copy lies in
+        return {"id": os.environ.get("COOPFLOW_COMMIT"), "dirty": None}
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
-    head = _output("git", "rev-parse", "HEAD")
-    return {"id": head or os.environ.get("COOPFLOW_COMMIT"), "dirty": bool(status)}
+    return {"id": _output("git", "rev-parse", "HEAD"), "dirty": bool(status)}
 
 
 def new_report(
@@ -579,7 +594,7 @@ def run_pytest(benchmark: Any, case: Case, device: torch.device) -> None:
 
 
 def cuda_graph(run: Run) -> Run:
-    """The same work as one captured CUDA graph."""
+    """The same work as one captured CUDA graph; it returns what the run returned, written anew."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -588,8 +603,13 @@ def cuda_graph(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]) -> None:
@@ -598,6 +618,9 @@ def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]
         runs[name] = cuda_graph(run)
     except RuntimeError as error:
         missing[name] = f"cannot be captured: {str(error).strip().splitlines()[0]}"
+        # Else torch's generator goes on waiting for the end of the capture, and raises at each use.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import OURS, ROOT
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+FASTER = "Above 1, ours is faster."
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 Report = dict[str, Any]
@@ -38,6 +40,13 @@ def load(path: Path) -> Report:
     return report
 
 
+def runs(report: Report) -> list[Report]:
+    """What each run that gave the results was: a report without figures, with its cases' names."""
+    figures = ("benchmarks", "not_measured", "finished", "failed")
+    only = {key: value for key, value in report.items() if key not in figures}
+    return report.get("runs") or [{**only, "cases": report["finished"]}]
+
+
 def by_case(report: Report) -> dict[str, dict[str, Any]]:
     """Records by case and contestant."""
     cases: dict[str, dict[str, Any]] = {}
@@ -46,10 +55,14 @@ def by_case(report: Report) -> dict[str, dict[str, Any]]:
     return cases
 
 
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['p20']:.2f} to {found['p80']:.2f})"
+
+
 def _cells(case: str, name: str, record: dict[str, Any], on_gpu: bool) -> list[str]:
     extra = record["extra_info"]
     ratio = extra["ratio_to_ours"]
-    cells = [case, name, f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"]
+    cells = [case, name, _ratio(ratio)]
     share = f"{extra['share_of_copy']:.0%}" if on_gpu and "share_of_copy" in extra else "-"
     return [*cells, share] if on_gpu else cells
 
@@ -129,28 +142,44 @@ def parts(report: Report) -> str:
 
 
 def provenance(report: Report) -> str:
-    """Machine, date, commit and command in one paragraph."""
-    info, commit = report["machine_info"], report["commit_info"]
-    state = " with uncommitted changes" if commit["dirty"] else ""
+    """A paragraph for each run: machine, date, commit and command; of several, with their cases."""
+    found = runs(report)
+    paragraphs = []
+    for run in found:
+        paragraphs.append(_provenance(run))
+        if len(found) > 1:
+            paragraphs.append("Its cases: " + ", ".join(f"`{case}`" for case in run["cases"]))
+        paragraphs.append(rates(run))
+    return "\n\n".join(paragraphs)
+
+
+def _provenance(run: Report) -> str:
+    info = run["machine_info"]
     busy = ""
-    if info["device"] == "cpu" and info["load_average"] > info["cores"]:
+    if info["load_average"] > info["cores"]:
         busy = (
-            " **Provisional: the cores were shared with other work**, which delays two-thread "
-            "loops at random; read the percentiles, and trust no single ratio."
+            " **Provisional: the cores were shared with other work** when it began, which delays "
+            "at random what the host limits; read the percentiles, and trust no single ratio."
         )
-    clocks = "".join(f", {k} {v}" for k, v in info.get("nvidia_smi", {}).items())
-    named = str(commit["id"])[:10] if commit["id"] else "not known"
+    clocks = "".join(f", {k} {'; '.join(v)}" for k, v in info.get("nvidia_smi", {}).items())
+    note = f" {run['note']}" if "note" in run else ""
     return (
         f"{info['device_name']}, {info['threads']} threads of {info['cores']} cores, load average "
-        f"{info['load_average']} at the start, torch {info['torch']}, {report['datetime'][:10]}, "
-        f"commit {named}{state}: `{report['command']}`. Above 1, ours is faster."
-        f"{clocks}{busy}"
+        f"{info['load_average']} at the start, torch {info['torch']}, Python "
+        f"{info['python_version']}, {run['datetime'][:10]}{clocks}, commit {_commit(run)}: "
+        f"`{run['command']}`.{note}{busy}"
     )
 
 
-def rates(report: Report) -> str:
+def _commit(run: Report) -> str:
+    found = run["commit_info"]
+    named = str(found["id"])[:10] if found["id"] else "not known"
+    return named + (" with uncommitted changes" if found["dirty"] else "")
+
+
+def rates(run: Report) -> str:
     """The limits, which were measured in the same run; absolute only on a GPU."""
-    found = report["limits"]
+    found = run["limits"]
     names = {
         "copy_bytes_per_second": ("copy", 1e-9, "GB/s"),
         "float32_flops_per_second": ("float32 products", 1e-12, "TFLOP/s"),
@@ -162,12 +191,136 @@ def rates(report: Report) -> str:
     )  # fmt: skip
 
 
+# --- README ---------------------------------------------------------------------------------------
+
+COMPILED = ("torch.compile", "torch.compile, noise drawn before")
+Cell = tuple[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of README's table: what, against what, and by device the case and its contestants.
+
+    Of several contestants the fastest counts.
+    """
+
+    what: str
+    against: str
+    cells: dict[str, Cell]
+
+
+README_ROWS = (
+    Row(
+        "Langevin update, float32 (GPU 16384×3072, CPU 256×3072)",
+        "tuned in-place eager",
+        {
+            "cuda": ("langevin/fp32/16384x3072/cold", ("in-place eager",)),
+            "cpu": ("langevin/fp32/256x3072", ("in-place eager",)),
+        },
+    ),
+    Row(
+        "the same",
+        "torch.compile, the faster of two ways",
+        {
+            "cuda": ("langevin/fp32/16384x3072/cold", COMPILED),
+            "cpu": ("langevin/fp32/256x3072", COMPILED),
+        },
+    ),
+    Row(
+        "affine coupling and log-det, forward + backward (8192×1536, 256×1536)",
+        "eager",
+        {
+            "cuda": ("affine_coupling/forward+backward/fp32/8192x1536/cold", ("eager",)),
+            "cpu": ("affine_coupling/forward+backward/fp32/256x1536", ("eager",)),
+        },
+    ),
+    Row(
+        "mixture coupling, K = 32, forward (2²⁰ elements, 2¹⁴)",
+        "torch.compile",
+        {
+            "cuda": ("mixture_logistic/forward/fp32/K32/1048576", COMPILED[:1]),
+            "cpu": ("mixture_logistic/forward/fp32/K32/16384", COMPILED[:1]),
+        },
+    ),
+    Row(
+        "the same, forward + backward",
+        "torch.compile",
+        {
+            "cuda": ("mixture_logistic/forward+backward/fp32/K32/1048576", COMPILED[:1]),
+            "cpu": ("mixture_logistic/forward+backward/fp32/K32/16384", COMPILED[:1]),
+        },
+    ),
+    Row(
+        "its inverse",
+        "the published bisection",
+        {
+            "cuda": ("mixture_logistic/inverse/fp32/K32/1048576", ("bisection",)),
+            "cpu": ("mixture_logistic/inverse/fp32/K32/16384", ("bisection",)),
+        },
+    ),
+    Row(
+        "chain on a mixture of Gaussians, 1,024 chains",
+        "torchebm",
+        dict.fromkeys(("cuda", "cpu"), ("chain/mixture, autograd", ("torchebm",))),
+    ),
+    Row(
+        "chain on an MLP (GPU 4,096 chains, CPU 1,024)",
+        "a plain loop",
+        {
+            "cuda": ("chain/MLP, 4096 chains", ("plain loop",)),
+            "cpu": ("chain/MLP", ("plain loop",)),
+        },
+    ),
+    Row(
+        "the same, `compile=True`",
+        "a loop of the compiled gradient, on the GPU as one CUDA graph",
+        {
+            "cuda": ("chain/MLP, 4096 chains, compiled", ("CUDA graph of compiled gradient",)),
+            "cpu": ("chain/MLP, compiled", ("compiled gradient",)),
+        },
+    ),
+    Row(
+        "sampling a small Flow++, batch 64",
+        "the same with the published bisection",
+        dict.fromkeys(("cuda", "cpu"), ("flowpp/sampling/digits/64", ("reference",))),
+    ),
+)
+
+
+def _readme_cell(report: Report, row: Row) -> str:
+    """The ratio to ours of the row's fastest contestant in these results."""
+    case, contestants = row.cells[report["machine_info"]["device"]]
+    records = by_case(report).get(case, {})
+    ratios = [records[n]["extra_info"]["ratio_to_ours"] for n in contestants if n in records]
+    return _ratio(min(ratios, key=lambda r: r["median"])) if ratios else "not measured"
+
+
+def _readme_source(folder: str, report: Report) -> str:
+    info = report["machine_info"]
+    commits = " and ".join(dict.fromkeys(_commit(run) for run in runs(report)))
+    return (
+        f"{folder}: {info['device_name']}, {info['cores']} cores, torch {info['torch']}, "
+        f"{report['datetime'][:10]}, commit {commits}."
+    )
+
+
 def readme_block(reports: dict[str, Report]) -> str:
-    """What stands between the markers, for the results of every folder."""
-    parts = [f"{table(report)}\n\n{provenance(report)}" for report in reports.values()]
+    """What stands between the markers: README's rows, with a column for every folder's results.
+
+    GPUs come first.
+    """
+    order = sorted(reports, key=lambda folder: reports[folder]["machine_info"]["device"] == "cpu")
+    links = [f"[{folder}](benchmarks/results/{folder}/table.md)" for folder in order]
+    rows = [["operation", "against", *links], ["---"] * (2 + len(links))]
+    for row in README_ROWS:
+        cells = [_readme_cell(reports[folder], row) for folder in order]
+        rows.append([row.what, row.against, *cells])
+    about = f"Its time / ours: median (20th to 80th percentile). {FASTER}"
+    sources = [_readme_source(folder, reports[folder]) for folder in order]
+    about = " ".join((about, "The columns link to all cases, with command and limits.", *sources))
     if not any(r["machine_info"]["device"] == "cuda" for r in reports.values()):
-        parts.append("GPU: not measured.")
-    return "\n\n".join(parts)
+        about += "\n\nGPU: not measured."
+    return f"{_markdown(rows)}\n\n{about}"
 
 
 def committed() -> dict[str, Report]:
@@ -250,14 +403,15 @@ def plot_sizes(report: Report, path: Path) -> None:
 def plot_roofline(report: Report, path: Path) -> None:
     """Bytes per second that each memory-bound contestant reached, under the copy's."""
     plt = _pyplot()
-    limit = report["limits"]["copy_bytes_per_second"]
+    limits = [run["limits"]["copy_bytes_per_second"] for run in runs(report)]
     points: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for case, records in by_case(report).items():
         for name, record in records.items():
             extra = record["extra_info"]
             if "share_of_copy" in extra:
                 key = (case.partition("/")[0], name == OURS)
-                point = (extra["expected_bytes"], extra["share_of_copy"] * limit)
+                reached = extra["expected_bytes"] / record["stats"]["median"]
+                point = (extra["expected_bytes"], reached)
                 points.setdefault(key, []).append(point)
     figure, axes = plt.subplots(figsize=(8, 5))
     families = list(dict.fromkeys(family for family, _ in points))
@@ -265,11 +419,13 @@ def plot_roofline(report: Report, path: Path) -> None:
         color, marker = f"C{families.index(family)}", "o" if is_ours else "x"
         label = f"{family}, {'ours' if is_ours else 'others'}"
         axes.scatter(*zip(*found, strict=True), label=label, color=color, marker=marker)
-    axes.axhline(limit, color="black", linewidth=1, label="copy, measured in the same run")
+    for limit in limits:
+        axes.axhline(limit, color="black", linewidth=1)
+    axes.plot([], [], color="black", linewidth=1, label="copy, measured in the same run")
     sizes = [size for found in points.values() for size, _ in found]
     if sizes:
         ends = [min(sizes), max(sizes)]
-        axes.plot(ends, [0.6 * limit] * 2, color="grey", linestyle=":", label="60% of it")
+        axes.plot(ends, [0.6 * max(limits)] * 2, color="grey", linestyle=":", label="60% of it")
     axes.set(xscale="log", yscale="log", xlabel="expected bytes", ylabel="bytes per second")
     axes.legend(fontsize=7)
     _save(figure, path)
@@ -293,7 +449,7 @@ def _save(figure: Any, path: Path) -> None:
 def write(report: Report, folder: Path) -> None:
     """table.md, ratios.png, sizes.png and roofline.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [table(report), provenance(report), rates(report), parts(report), details(report)]
+    sections = [table(report), FASTER, provenance(report), parts(report), details(report)]
     (folder / "table.md").write_text("\n\n".join(filter(None, sections)) + "\n")
     if not report["benchmarks"]:
         return

@@ -3,8 +3,9 @@
     python benchmarks/suite.py [--quick] [--device cpu|cuda] [--out DIR] [--case PATTERN] [--list]
 
 DIR/results.json is written after every case, so an interrupted run keeps what it finished;
-`--resume` goes on with the rest. A case that fails, because a contestant's result is wrong or it
-cannot run, has no figures; the others are measured, and the exit status is 1.
+`--resume` goes on with the rest, and the file then says which case is from which run. A case that
+fails, because a contestant's result is wrong or it cannot run, has no figures; the others are
+measured, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from harness import (
     new_report,
     write_json,
 )
+from merge import check_same, merged
 from report import load
 
 MODULES = (
@@ -92,21 +94,6 @@ def open_report(path: Path, resume: bool) -> dict[str, Any] | None:
     return load(path)
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises ValueError unless results of both can stand in one file."""
-    facts = {
-        "the device": lambda r: r["machine_info"]["device_name"],
-        "torch": lambda r: r["machine_info"]["torch"],
-        "the commit": lambda r: r["commit_info"]["id"],
-        "--quick": lambda r: r.get("quick"),
-    }
-    for name, fact in facts.items():
-        if fact(old) != fact(new):
-            raise ValueError(
-                f"--resume: {name} was {fact(old)} and is {fact(new)}; give another --out"
-            )
-
-
 def run(
     device: str = "cpu",
     quick: bool = False,
@@ -130,20 +117,22 @@ def run(
     report = new_report(target, {}, command_line(), quick)
     if old:
         check_same(old, report)
-        report = old | {"failed": []}
-    else:
-        report["limits"] = measured_limits(target, quick)
+        selected = [case for case in selected if case.name not in old["finished"]]
+        if not selected:
+            return old
+    report["limits"] = measured_limits(target, quick)
     torch.manual_seed(0)
+    whole = old or report
     try:
         for case in selected:
-            if case.name not in report["finished"]:
-                run_case(case, target, quick, report)
-                if path is not None:
-                    write_json(path, report)
+            run_case(case, target, quick, report)
+            whole = merged(old, report) if old else report
+            if path is not None:
+                write_json(path, whole)
     except KeyboardInterrupt:
-        where = f"{len(report['finished'])} finished cases are in {path}" if path else "no --out"
+        where = f"{len(whole['finished'])} finished cases are in {path}" if path else "no --out"
         raise KeyboardInterrupt(f"interrupted; {where}") from None
-    return report
+    return whole
 
 
 def run_case(case: Case, device: torch.device, quick: bool, report: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 harness = pytest.importorskip("harness", reason="needs the source tree's benchmarks/")
 import compare  # noqa: E402
+import merge  # noqa: E402
 import report  # noqa: E402
 import suite  # noqa: E402
 
@@ -106,6 +108,29 @@ def test_cold_cases_work_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [0, 1, 2, 0]
 
 
+def test_a_contestant_that_replaces_memory_is_a_failure() -> None:
+    """On CUDA a graph captured before it would go on with memory that nobody reads."""
+
+    def build(name: str) -> Any:
+        x = torch.zeros(8)
+        runs = {"ours": lambda: x.add_(1), "rebinds": lambda: setattr(x, "data", x + 1)}
+        return lambda *_: harness.Contest({name: runs[name]}, lambda: None, in_place=(x,))
+
+    harness.checked(harness.Case("toy", build("ours"), 8), CPU, False)
+    with pytest.raises(harness.WrongResultError, match="rebinds: replaces the memory"):
+        harness.checked(harness.Case("toy", build("rebinds"), 8), CPU, False)
+
+
+@pytest.mark.gpu
+def test_a_refused_capture_leaves_torchs_generator_whole() -> None:
+    runs: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    harness.add_graph("graph", lambda: torch.rand(2, device="cuda").sum().item(), runs, missing)
+    assert not runs
+    assert missing["graph"].startswith("cannot be captured")
+    assert torch.rand(2, device="cuda").isfinite().all()
+
+
 def test_the_checks_find_wrong_updates() -> None:
     import bench_langevin
 
@@ -161,16 +186,25 @@ def test_the_checks_find_wrong_chains() -> None:
     def loop(score: Any) -> Any:
         return {"loop": lambda xi: bench_sampler.plain_loop(problem, score, xi)}
 
-    bench_sampler.check(problem, loop(score), {})
+    bench_sampler.check(problem, loop(score), {}, {})
     # Too little for the states to show it beside the noise.
     with pytest.raises(AssertionError, match="loop: its drift is off"):
-        bench_sampler.check(problem, loop(lambda x: 1.003 * score(x)), {})
+        bench_sampler.check(problem, loop(lambda x: 1.003 * score(x)), {}, {})
     with pytest.raises(AssertionError, match="loop"):
-        bench_sampler.check(problem, loop(torch.zeros_like), {})
+        bench_sampler.check(problem, loop(torch.zeros_like), {}, {})
     with pytest.raises(AssertionError, match="loop"):
         bench_sampler.check(
-            problem, {"loop": lambda xi: bench_sampler.plain_loop(problem, score, 1.1 * xi)}, {}
+            problem, {"loop": lambda xi: bench_sampler.plain_loop(problem, score, 1.1 * xi)}, {}, {}
         )
+
+    def plain() -> torch.Tensor:
+        return bench_sampler.plain_loop(problem, score)
+
+    # A graph that works elsewhere leaves what it returned at its capture as it was.
+    bench_sampler.check(problem, {}, {}, {"graph": (plain, plain)})
+    stale = plain()
+    with pytest.raises(AssertionError, match="graph"):
+        bench_sampler.check(problem, {}, {}, {"graph": (lambda: stale, plain)})
 
 
 FAST = [
@@ -350,14 +384,76 @@ def test_results_of_two_setups_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite.run(quick=True, out=tmp_path)
-    with pytest.raises(ValueError, match="--resume: --quick was True and is False"):
+    with pytest.raises(ValueError, match="--quick was True and is False: these results need two"):
         suite.run(out=tmp_path, resume=True)
     monkeypatch.setattr(harness, "commit", lambda: {"id": "another", "dirty": False})
-    with pytest.raises(ValueError, match=r"--resume: the commit was .* and is another"):
+    with pytest.raises(ValueError, match=r"the commit was .* and is another"):
         suite.run(quick=True, out=tmp_path, resume=True)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as results"):
         suite.run(quick=True, out=tmp_path, resume=True)
+
+
+@pytest.mark.usefixtures("toy_suite")
+def test_a_resumed_run_says_which_case_is_from_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of one run and what failed in it are not those of the next."""
+    names = ["toy/fp32/64x64", "toy/fp32/other"]
+    for i, name in enumerate(names):
+        monkeypatch.setattr(suite, "command_line", lambda i=i: f"command {i}")
+        monkeypatch.setattr(suite, "measured_limits", lambda *_, i=i: LIMITS | {"number": i})
+        suite.run(quick=True, out=tmp_path, cases=[name], resume=True)
+    found = report.load(tmp_path / "results.json")
+    assert [(r["command"], r["cases"], r["limits"]["number"]) for r in found["runs"]] == [
+        ("command 0", names[:1], 0), ("command 1", names[1:], 1),
+    ]  # fmt: skip
+    text = report.provenance(found)
+    for i, name in enumerate(names):
+        assert f"`command {i}`." in text.partition(f"`{name}`")[0].split("\n\n")[-2]
+    assert suite.run(quick=True, out=tmp_path, resume=True) == found
+
+
+def test_runs_of_one_machine_are_merged(
+    toy_suite: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    right, names = toy_suite[0], [case.name for case in toy_suite]
+
+    def wrong() -> None:
+        raise AssertionError("off by one")
+
+    toy_suite[0] = make_case(right.name, wrong)
+    first = suite.run(quick=True) | {"note": "One line was mended."}
+    toy_suite[0] = right
+    second = suite.run(quick=True, cases=[right.name])
+    assert [f["case"] for f in first["failed"]] == [right.name]
+    paths = [tmp_path / f"{name}.json" for name in ("out", "first", "second")]
+    for path, content in zip(paths[1:], (first, second), strict=True):
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, paths)])
+    assert merge.main() == 0
+    both = report.load(paths[0])
+    assert both["failed"] == []
+    assert sorted(both["finished"]) == sorted(names)
+    assert both["benchmarks"] == json.loads(json.dumps(first["benchmarks"] + second["benchmarks"]))
+    assert report.provenance(both).count("One line was mended.") == 1
+    report.write(both, tmp_path)
+    with pytest.raises(ValueError, match=f"measured in both runs: {right.name}"):
+        merge.merged(both, second)
+    paths[2].write_text(json.dumps(second | {"commit_info": {"id": "another", "dirty": False}}))
+    assert merge.main() == 1
+    assert "the commit was" in capsys.readouterr().err
+
+
+def test_a_copy_without_history_names_its_own_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of a repository which it lies in."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(harness, "ROOT", tmp_path / "copy")
+    monkeypatch.setenv("COOPFLOW_COMMIT", "abc")
+    assert harness.commit() == {"id": "abc", "dirty": None}
 
 
 def test_an_interrupted_run_keeps_what_it_finished(
@@ -450,9 +546,60 @@ def test_plots(measured: Any, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_device_profile(device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import device_profile
+
+    problems = {"free score": device_profile.PROBLEMS["free score"]}
+    monkeypatch.setattr(device_profile, "PROBLEMS", problems)
+    if device.type == "cpu":  # two kernels a step, each of 3 µs
+        events = [SimpleNamespace(count=800, device_time_total=2400.0)]
+        monkeypatch.setattr(device_profile, "kernels", lambda *_: events)
+    device_profile.steps(device)
+    lines = capsys.readouterr().out.splitlines()
+    labels = ["{}", "{'on_nonfinite': 'ignore'}", "plain loop"]
+    assert [line[22:].split("  ")[0] for line in lines] == labels
+    for line in lines[:2]:
+        (counted,) = re.findall(r"([\d.]+) kernels", line)
+        assert float(counted) > 1
+        assert device.type == "cuda" or line.endswith("2.0 kernels, busy 6.00 µs")
+
+
 def test_readme_agrees_with_the_committed_results() -> None:
     text = report.README.read_text()
     assert report.with_block(text, report.readme_block(report.committed())) == text
+
+
+def test_readmes_rows_are_cases_of_the_suite() -> None:
+    names = {
+        device: {c.name for c in suite.all_cases() if device in c.devices}
+        for device in ("cpu", "cuda")
+    }
+    assert len(report.README_ROWS) == 10
+    for row in report.README_ROWS:
+        assert {d for d, (case, _) in row.cells.items() if case in names[d]} == {"cpu", "cuda"}
+    # No contestant's name went stale: all that a case has stand in the committed results.
+    for found in report.committed().values():
+        cases, device = report.by_case(found), found["machine_info"]["device"]
+        for row in report.README_ROWS:
+            case, contestants = row.cells[device]
+            assert case not in cases or set(contestants) <= cases[case].keys()
+
+
+def test_readmes_cells(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs first; of several contestants the fastest; what has no figure says so."""
+    cell, none = ("toy/fp32/64x64", ("twin", "third")), ("toy/fp32/none", ("twin",))
+    row = report.Row("what", "others", {"cpu": cell, "cuda": none})
+    monkeypatch.setattr(report, "README_ROWS", (row,))
+    set_ratio(measured, 1.5, 2.0, 2.5)
+    third = copy.deepcopy(measured["benchmarks"][1]) | {"name": "third"}
+    third["extra_info"]["ratio_to_ours"] = {"p20": 1.0, "median": 1.5, "p80": 3.0}
+    measured["benchmarks"].append(third)
+    gpu = copy.deepcopy(measured)
+    gpu["machine_info"]["device"] = "cuda"
+    text = report.readme_block({"a-cpu": measured, "b-gpu": gpu})
+    assert "[b-gpu](benchmarks/results/b-gpu/table.md) | [a-cpu]" in text
+    assert "| what | others | not measured | 1.50 (1.00 to 3.00) |" in text
+    assert "GPU: not measured." not in text
 
 
 def test_readme_needs_its_markers(measured: Any) -> None:

@@ -692,13 +692,27 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+def as_it_lies(value: Any, device: torch.device) -> Any:
+    """A tensor on the device with its strides: ``to`` makes what has gaps or overlaps dense."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout != torch.strided:
+        return value.to(device)
+    n = value.untyped_storage().nbytes() // value.element_size()
+    return value.as_strided((n,), (1,), 0).to(device).as_strided(value.shape, value.stride())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_lies_on_another_device_as_it_does_here(name: str) -> None:
+    for value in BAD[name][0].values():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            assert as_it_lies(value, torch.device("meta")).stride() == value.stride()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str) -> None:
     overrides, error, message = BAD[name]
-    given = {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in overrides.items()
-    }
+    given = {key: as_it_lies(value, device) for key, value in overrides.items()}
     x = given.pop("x", torch.ones(4, 6, device=device))
     grad = given.pop("grad", torch.ones(4, 6, device=device))
     rng = given.pop("rng", KEY.tensor(device))
