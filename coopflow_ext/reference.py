@@ -12,6 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coopflow_ext._tensors import (
+    arithmetic_dtype,
+    flat,
+    norm_scale,
+    per_chain_view,
+    safe_sqrt,
+    table_row,
+)
+
 _WORD = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -66,7 +75,7 @@ def normal(
     radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
     angle = 2 * math.pi * words[..., 1::2] * 2.0**-32
     lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return _chains(lanes)[:, :per_chain].reshape(tuple(shape)).to(dtype)
+    return flat(lanes)[:, :per_chain].reshape(tuple(shape)).to(dtype)
 
 
 def uniform(
@@ -83,7 +92,7 @@ def uniform(
     """
     batch, per_chain = shape[0], math.prod(shape[1:])
     words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset)
-    words = _chains(words)[:, :per_chain].reshape(tuple(shape))
+    words = flat(words)[:, :per_chain].reshape(tuple(shape))
     if dtype == torch.float64:
         return (words.double() + 0.5) * 2.0**-32
     return (((words >> 9).double() + 0.5) * 2.0**-23).to(dtype)
@@ -93,24 +102,14 @@ def _per_chain(value: Coefficient, step: int, x: Tensor) -> Coefficient:
     """Row ``step`` of a (T or 1, B or 1) table, shaped to broadcast against x."""
     if isinstance(value, (int, float)):
         return value
-    row = value[step if value.shape[0] > 1 else 0]
-    return row.to(_arithmetic_dtype(x.dtype)).reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chains(x: Tensor) -> Tensor:
-    """x as (batch, elements of a chain)."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return per_chain_view(table_row(value, step).to(arithmetic_dtype(x.dtype)), x)
 
 
 def _noise_like(x: Tensor, rng: Tensor, step: int, chain_offset: int, xi: Tensor | None) -> Tensor:
     if xi is not None:
         return xi
     noise = normal(x.shape, rng, step=step, chain_offset=chain_offset, dtype=torch.float64)
-    return noise.to(_arithmetic_dtype(x.dtype))
+    return noise.to(arithmetic_dtype(x.dtype))
 
 
 def clip_gradient(
@@ -120,9 +119,8 @@ def clip_gradient(
     if grad_clip is not None:
         grad = grad.clamp(-grad_clip, grad_clip)
     if grad_norm is not None:
-        norm = torch.linalg.vector_norm(_chains(grad), dim=1)
-        scale = torch.where(norm > grad_norm, grad_norm / norm, torch.ones_like(norm))
-        grad = grad * scale.reshape(-1, *[1] * (grad.dim() - 1))
+        norm = safe_sqrt(flat(grad).square().sum(1))
+        grad = grad * per_chain_view(norm_scale(norm, grad_norm), grad)
     return grad
 
 
@@ -147,7 +145,7 @@ def langevin_step(
     xi: Tensor | None = None,
 ) -> Tensor:
     """One Langevin update of every chain; the arguments are those of ``ops.langevin_step``."""
-    work = _arithmetic_dtype(x.dtype)
+    work = arithmetic_dtype(x.dtype)
     state, g = x.to(work), grad.to(work)
     g = clip_gradient(-g if is_score else g, grad_clip=grad_clip, grad_norm=grad_norm)
     d = _per_chain(drift, step, x) * g + _per_chain(decay, step, x) * state
@@ -176,7 +174,7 @@ def langevin_noise(
     xi: Tensor | None = None,
 ) -> Tensor:
     """x + s·ξ: the noise of one step alone."""
-    work = _arithmetic_dtype(x.dtype)
+    work = arithmetic_dtype(x.dtype)
     z = _noise_like(x, rng, step, chain_offset, xi).to(work)
     return (x.to(work) + _per_chain(noise, step, x) * z).to(x.dtype)
 
@@ -199,7 +197,7 @@ def langevin_statistics(
     Σg²; Σ(x_out − x)²; elements changed by grad_clip or step_clip; elements changed by the clamp
     (of ``x_unclamped``); non-finite elements of the gradient.
     """
-    g = grad.to(_arithmetic_dtype(x.dtype))
+    g = grad.to(arithmetic_dtype(x.dtype))
     clipped = torch.zeros_like(g, dtype=torch.bool)
     d = _per_chain(drift, step, x) * clip_gradient(g, grad_clip=grad_clip)
     d = d + _per_chain(decay, step, x) * x.to(g.dtype)
@@ -217,21 +215,21 @@ def langevin_statistics(
         clamped.to(g.dtype),
         (~grad.isfinite()).to(g.dtype),
     )
-    return torch.stack([_chains(c).sum(1) for c in columns], dim=1)
+    return torch.stack([flat(c).sum(1) for c in columns], dim=1)
 
 
 def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """y = x·e^a + b, ladj = Σa; params (B, 2, *x.shape[1:]) = (a, b)."""
-    work = _arithmetic_dtype(x.dtype)
+    work = arithmetic_dtype(x.dtype)
     a, b = params.to(work).unbind(1)
-    return (x.to(work) * a.exp() + b).to(x.dtype), _chains(a).sum(1)
+    return (x.to(work) * a.exp() + b).to(x.dtype), flat(a).sum(1)
 
 
 def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """x = (y − b)·e^{−a}, ladj = −Σa."""
-    work = _arithmetic_dtype(y.dtype)
+    work = arithmetic_dtype(y.dtype)
     a, b = params.to(work).unbind(1)
-    return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -_chains(a).sum(1)
+    return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -flat(a).sum(1)
 
 
 MIN_LOG_SCALE = -7.0
@@ -274,7 +272,7 @@ def mixture_logistic_coupling(
     params (B, 2 + 3K, *x.shape[1:]) = a, b, K weight logits, K means, K log-scales (clamped at −7);
     without ``affine`` (B, 3K, …). ladj = Σ[log f − log F − log(1 − F) + a], (B,).
     """
-    work = _arithmetic_dtype(x.dtype)
+    work = arithmetic_dtype(x.dtype)
     a, b, mixture = _mixture_parameters(params.to(work), affine=affine)
     log_cdf, log_survival, log_density = mixture_logistic_log_cdf(x.to(work), *mixture)
     y = (log_cdf - log_survival + b) * a.exp()
@@ -318,7 +316,7 @@ def mixture_logistic_coupling_inverse(
     [1e-5, 1 − 1e-5] for root finding only, as the published code does; v in the log-determinant
     stays as it is.
     """
-    work = _arithmetic_dtype(y.dtype)
+    work = arithmetic_dtype(y.dtype)
     a, b, mixture = _mixture_parameters(params.to(work), affine=affine)
     v = y.to(work) * (-a).exp() - b
     target = v.clamp(-LEGACY_LOGIT_LIMIT, LEGACY_LOGIT_LIMIT) if legacy_cdf_clamp else v

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import coopflow_ext as cf
+from coopflow_ext.ops import _call
 from cuda_emulation.harness import misaligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +75,7 @@ def _filled(inputs: Inputs, op: str) -> Tensor:
         out: Tensor = call(inputs.shape, inputs.rng, step=3, chain_offset=7, dtype=inputs.dtype)
         return out
     out = inputs.poisoned(dtype=inputs.dtype)
-    getattr(cf.ops._coopflow, f"{op}_")(out, inputs.rng, step=3, chain_offset=7)
+    getattr(_call.coopflow, f"{op}_")(out, inputs.rng, step=3, chain_offset=7)
     return out
 
 
@@ -91,7 +92,7 @@ def langevin_plain(inputs: Inputs) -> Results:
     moved, grad = inputs.normal(), _with_one_infinite(grad)
     active, frozen_at = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 99)
     numbers = torch.tensor([0.3, 0.1, 0.2, 1, 1.5, torch.inf, 0.2, -1, 1], dtype=torch.float64)
-    cf.ops._coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, 7, active, frozen_at)
+    _call.coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, 7, active, frozen_at)
     return {
         "functional": out, "in place": x, "chain's": moved, "active": active,
         "frozen_at": frozen_at,

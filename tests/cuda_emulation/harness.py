@@ -23,8 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import coopflow_ext as cf
-from coopflow_ext import _autograd
+from coopflow_ext.ops import _call
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -118,14 +117,13 @@ class Emulation:
     @contextlib.contextmanager
     def ops(self) -> Iterator[None]:
         """`cf.ops` and its derivatives call the emulated kernels; new tensors are poisoned."""
-        native, native_autograd = cf.ops._coopflow, _autograd._ops
-        cf.ops._coopflow, _autograd._ops = self.raw, lambda: self.raw
+        native, _call.coopflow = _call.coopflow, self.raw
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             yield
         finally:
-            cf.ops._coopflow, _autograd._ops = native, native_autograd
+            _call.coopflow = native
             torch.use_deterministic_algorithms(deterministic)
 
     @contextlib.contextmanager

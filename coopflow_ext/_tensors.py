@@ -1,0 +1,40 @@
+"""Small facts about tensors that the whole package shares."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the ops compute in: float64 for double, float32 for everything below."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, elements of a chain), also of a state (B,) and of empty ones."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) shaped to broadcast against x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def table_row(table: Tensor, step: int) -> Tensor:
+    """The row of a (T or 1, B or 1) table of coefficients that a step uses, (B or 1,)."""
+    return table[step if table.shape[0] > 1 else 0]
+
+
+def norm_scale(norm: Tensor, limit: float) -> Tensor:
+    """min(1, limit/norm): what brings a norm to at most ``limit``, 1 also where it is 0 or NaN."""
+    exceeds = norm > limit
+    return torch.where(exceeds, limit / torch.where(exceeds, norm, 1.0), 1.0)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """√x with derivative 0 at 0, where autograd's would be infinite."""
+    zero = x == 0
+    return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())

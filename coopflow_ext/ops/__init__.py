@@ -1,0 +1,26 @@
+"""The operators, with checked arguments, fake kernels (torch.compile) and derivatives.
+
+Each says what it equals in plain PyTorch; :mod:`coopflow_ext.reference` holds that in full.
+The kernels check their arguments and the functions here raise what they find as ValueError, or as
+TypeError when it is a dtype or a type; nothing is changed when an op refuses.
+"""
+
+from coopflow_ext.ops.affine_coupling import affine_coupling, affine_coupling_inverse
+from coopflow_ext.ops.langevin import langevin_noise_, langevin_step, langevin_step_
+from coopflow_ext.ops.mixture_logistic import (
+    mixture_logistic_coupling,
+    mixture_logistic_coupling_inverse,
+)
+from coopflow_ext.ops.random import normal, uniform
+
+__all__ = [
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "langevin_noise_",
+    "langevin_step",
+    "langevin_step_",
+    "mixture_logistic_coupling",
+    "mixture_logistic_coupling_inverse",
+    "normal",
+    "uniform",
+]
