@@ -155,7 +155,7 @@ class Chain:
         dtype = plan.autocast
         self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
         # Leaves share storage; a step's autograd graph is gone before they are overwritten.
-        differentiate = plan.gradient.has_energy
+        differentiate = plan.gradient.has_energy and plan.fast_steps > 0
         self.leaves = tuple(
             x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
         )

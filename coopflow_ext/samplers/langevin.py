@@ -137,9 +137,11 @@ class LangevinSampler:
         cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
             where that is impossible, one warning says why. True: raise instead. False: never.
         differentiable: gradients flow through the chain to x0 and to the energy's parameters,
-            which are not frozen; "last": only through the last step.
+            which are not frozen; ``torch.func.grad`` goes through it too. "last": only through
+            the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass. The energy's parameters must be leaves.
+            steps between them in the backward pass. The energy's parameters must be leaves; not
+            inside a transform of torch.func.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
@@ -339,7 +341,7 @@ class LangevinSampler:
     def _run_differentiable(self, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""
         chain = Chain(self.plan, inputs)
-        with frozen(self.plan.gradient.module):
+        with frozen(self.plan.gradient.module if self.plan.fast_steps else None):
             chain.run()
         whole = self.differentiable is True
         starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
