@@ -68,9 +68,7 @@ def test_torch_funcs_transforms_agree_with_autograd(energy, x0, options):
             return loss(x)
 
     leaf = x0.clone().requires_grad_()
-    torch.testing.assert_close(
-        torch.func.grad(loss)(x0), torch.autograd.grad(loss(leaf), leaf)[0]
-    )
+    torch.testing.assert_close(torch.func.grad(loss)(x0), torch.autograd.grad(loss(leaf), leaf)[0])
     torch.testing.assert_close(
         torch.func.jacrev(torch.func.grad(loss))(x0), torch.autograd.functional.hessian(loss, x0)
     )
