@@ -15,6 +15,7 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext._extension import native
 from coopflow_ext.samplers.gradient import Gradient
+from coopflow_ext.samplers.nested import map_tensors, tensors_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import WeightCopies
 from coopflow_ext.samplers.schedule import Coefficient, place
@@ -91,24 +92,23 @@ class Inputs:
     x_refs: Tensors | None
     xis: tuple[Tensors, ...] | None
     chain_offset: int
-    model_kwargs: Mapping[str, Any]
+    model_kwargs: dict[str, Any]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the inputs, always in the same order."""
-        kwargs = [v for v in self.model_kwargs.values() if isinstance(v, Tensor)]
         rows = [row for rows in self.xis or () for row in rows]
+        kwargs = tensors_of(self.model_kwargs)
         return [*self.xs, *self.rngs, *(self.x_refs or ()), *rows, *kwargs]
 
     def clone(self) -> Inputs:
         """The same values in tensors of its own."""
-        kwargs = self.model_kwargs.items()
         return replace(
             self,
             xs=clones(self.xs),
             rngs=clones(self.rngs),
             x_refs=None if self.x_refs is None else clones(self.x_refs),
             xis=None if self.xis is None else tuple(map(clones, self.xis)),
-            model_kwargs={k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs},
+            model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
         )
 
 

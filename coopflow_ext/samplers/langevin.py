@@ -279,7 +279,8 @@ class LangevinSampler:
             xi: the standard normals to use instead, (T, *x0.shape).
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
             chain_offset: replaces the option of that name.
-            model_kwargs: further keyword arguments of the energy or score.
+            model_kwargs: further keyword arguments of the energy or score; tensors may be nested
+                in dicts, lists and tuples.
 
         Raises:
             NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.
