@@ -16,6 +16,7 @@ KEY = cf.Key(1)
 OPTIONS = [
     {},
     {"noise_before_gradient": True},
+    {"noise_before_gradient": True, "clamp": (-0.7, 0.9), "clamp_when": "both"},
     {"grad_norm": 0.2, "step_clip": 0.5, "clamp": (-3.0, 3.0)},
     {"reference_std": 1.5, "on_nonfinite": "ignore"},
 ]

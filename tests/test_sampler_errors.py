@@ -68,6 +68,8 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "channels_last": None}, TypeError, "channels_last must be True or"),
         ({"step_size": 0.1, "compile": "inductor"}, TypeError, "compile must be True or False"),
         ({"step_size": 0.1, "clamp_when": "start"}, ValueError, "clamp_when"),
+        ({"step_size": 0.1, "clamp_when": "noise"}, ValueError, "'noise' needs noise_before_grad"),
+        ({"step_size": 0.1, "clamp_when": "both"}, ValueError, "'both' needs noise_before_grad"),
         ({"step_size": 0.1, "on_nonfinite": "stop"}, ValueError, "on_nonfinite"),
         ({"step_size": 0.1, "reference_std": 0.0}, ValueError, "reference_std"),
         ({"step_size": 0.1, "pull": 1.0}, TypeError, "pull must be a pair"),

@@ -30,6 +30,9 @@ def _langevin_steps() -> tuple[Any, Any]:
     return ops.langevin_step_.default, ops.langevin_plain_step_.default
 
 
+Bounds = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sampler's options, checked, in the form that the loop needs."""
@@ -39,8 +42,9 @@ class Plan:
     fast_steps: int  # steps of the in-place loop; the rest is differentiable
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
-    clamp: tuple[float, float] | None
-    clamp_at_end: bool
+    step_clamp: Bounds | None  # of the state after every step
+    end_clamp: Bounds | None  # after the last
+    noise_clamp: Bounds | None  # after the noise that comes before the gradient
     noise_first: bool
     thin: int
     keep_trajectory: bool
@@ -57,7 +61,7 @@ class Plan:
     def plain_numbers(self) -> Tensor | None:
         """The numbers of ``langevin_plain_step_``; None where steps need more than numbers."""
         numbers = self.coefficients
-        apart = self.noise_first or self.keep_stats or self.clamp_at_end or self.autocast
+        apart = self.noise_first or self.keep_stats or self.end_clamp or self.autocast
         if apart or "pull" in numbers or any(isinstance(v, Tensor) for v in numbers.values()):
             return None
         return torch.tensor(
@@ -65,7 +69,7 @@ class Plan:
                 *(numbers.get(name, 0.0) for name in ("drift", "noise", "decay")),
                 float(self.gradient.is_score),
                 *(self.clips.get(name, inf) for name in ("grad_clip", "grad_norm", "step_clip")),
-                *(self.clamp or (-inf, inf)),
+                *(self.step_clamp or (-inf, inf)),
             ],
             dtype=torch.float64,
             device="cpu",
@@ -189,7 +193,7 @@ class Chain:
         # The op's arguments that every step has, for each tensor. Most chains have no others.
         self.constant = [self._constant_arguments(j) for j in range(len(xs))]
         self.varies = (
-            plan.noise_first or plan.keep_stats or plan.clamp_at_end or inputs.xis is not None
+            plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis is not None
         )
         self.plain_numbers = self._plain_numbers()
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
@@ -205,7 +209,8 @@ class Chain:
         if not plan.noise_first:
             return 0
         last = step + 1 >= plan.fast_steps  # beyond, differentiable steps add it themselves
-        return 2 if last or self.settled is not None or plan.records(step) else 1
+        apart = self.settled is not None or plan.noise_clamp is not None or plan.records(step)
+        return 2 if last or apart else 1
 
     def _constant_arguments(self, j: int) -> dict[str, Any]:
         plan, x = self.plan, self.xs[j]
@@ -214,8 +219,8 @@ class Chain:
             placed = place(value, x)
             constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
         constant["chain_offset"] = self.inputs.chain_offset
-        if plan.clamp is not None and not plan.clamp_at_end:
-            constant["clamp_low"], constant["clamp_high"] = plan.clamp
+        if plan.step_clamp is not None:
+            constant["clamp_low"], constant["clamp_high"] = plan.step_clamp
         if self.inputs.x_refs is not None:
             constant["x_ref"] = self.inputs.x_refs[j]
         if self.lows:
@@ -235,8 +240,8 @@ class Chain:
             varying["xi"] = xis[j][step + (self.noise_when(step) == 1)]
         if plan.keep_stats:
             varying["stats"] = self.sums[j][step]
-        if plan.clamp is not None and plan.clamp_at_end and step + 1 == plan.n_steps:
-            varying["clamp_low"], varying["clamp_high"] = plan.clamp
+        if plan.end_clamp is not None and step + 1 == plan.n_steps:
+            varying["clamp_low"], varying["clamp_high"] = plan.end_clamp
         return varying
 
     def _plain_numbers(self) -> Tensor | None:
@@ -370,6 +375,8 @@ class Chain:
     def _add_noise(self, step: int) -> None:
         for j, x in enumerate(self.xs):
             ops.langevin_noise_(x, self.rngs[j], **self.noise_calls[j][step])
+            if self.plan.noise_clamp is not None:
+                x.clamp_(*self.plan.noise_clamp)
             if self.lows:
                 self.lows[j].copy_(x)
 

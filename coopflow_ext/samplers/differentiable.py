@@ -148,7 +148,8 @@ class DifferentiableChain:
         for j, x in enumerate(xs):
             arguments = {k: v for k, v in self.chain.noise_calls[j][step].items() if k != "active"}
             noise = torch.zeros_like(x, requires_grad=False)
-            noisy.append(x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments))
+            x = x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments)
+            noisy.append(x if self.plan.noise_clamp is None else x.clamp(*self.plan.noise_clamp))
         return tuple(noisy)
 
     @torch.no_grad()

@@ -118,7 +118,8 @@ class LangevinSampler:
         grad_norm: then scale each chain's gradient to L2 norm ≤ grad_norm.
         step_clip: clip each element of the scaled step (drift, without noise) to ±step_clip.
         clamp: (lo, hi), bounds of the state.
-        clamp_when: clamp at every "step" or only at the "end".
+        clamp_when: clamp after every "step" or only at the "end"; with noise_before_gradient also
+            only after the "noise", before the gradient is taken, or at "both".
         noise_before_gradient: x′ = x + noise·ξ, and the gradient is taken at x′.
         reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U.
         pull: (x_ref, strength), adds ½·strength·‖x − x_ref‖² to U; strength a float or (B,).
@@ -173,7 +174,7 @@ class LangevinSampler:
         grad_norm: float | None = None,
         step_clip: float | None = None,
         clamp: tuple[float, float] | None = None,
-        clamp_when: Literal["step", "end"] = "step",
+        clamp_when: Literal["step", "end", "noise", "both"] = "step",
         noise_before_gradient: bool = False,
         reference_std: float | None = None,
         pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
@@ -200,7 +201,10 @@ class LangevinSampler:
         }
         for name, flag in flags.items():
             check_flag(name, flag)
-        check_choice("clamp_when", clamp_when, ("step", "end"))
+        check_choice("clamp_when", clamp_when, ("step", "end", "noise", "both"))
+        if clamp_when in ("noise", "both") and not noise_before_gradient:
+            raise ValueError(f"clamp_when={clamp_when!r} needs noise_before_gradient=True")
+        bounds = _check_clamp(clamp)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
         schedules = {
             "step_size": step_size, "drift": drift, "noise": noise, "temperature": temperature
@@ -250,8 +254,9 @@ class LangevinSampler:
                 for name, limit in limits.items()
                 if limit is not None
             },
-            clamp=_check_clamp(clamp),
-            clamp_at_end=clamp_when == "end",
+            step_clamp=bounds if clamp_when in ("step", "both") else None,
+            end_clamp=bounds if clamp_when == "end" else None,
+            noise_clamp=bounds if clamp_when in ("noise", "both") else None,
             noise_first=noise_before_gradient,
             thin=check_count("thin", thin, 1),
             keep_trajectory=return_trajectory,
