@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import coopflow_ext as cf
 from coopflow_ext import integrations
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.flows import AffineCoupling, MixtureLogisticCoupling
+from coopflow_ext.flows import AffineCoupling, Flow, MixtureLogisticCoupling, realnvp
 from coopflow_ext.flows.couplings import VectorSplit
 from coopflow_ext.integrations.torchebm import LangevinDynamics
 
@@ -719,6 +719,94 @@ def image_flow(library: str, layers: list[MixtureLogisticCoupling], shape: tuple
     base = normflows.distributions.DiagGaussian(shape, trainable=False)
     flow = normflows.NormalizingFlow(base, [NormflowsFlow(c) for c in reversed(layers)])
     return flow.log_prob, flow.sample
+
+
+def conditional_flow() -> Flow:
+    torch.manual_seed(0)
+    flow = realnvp(3, couplings=3, widths=(8,), context_dim=2)
+    flow.initialize(torch.randn(20, 3), context=torch.randn(20, 2))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return flow
+
+
+def test_zuko_with_context():
+    """zuko's context has any batch dimensions, which x is broadcast against."""
+    zuko = pytest.importorskip("zuko")
+    from coopflow_ext.integrations.zuko import ZukoTransform
+
+    flow = conditional_flow()
+    base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(3), torch.ones(3), buffer=True
+    )
+    theirs = zuko.flows.Flow([ZukoTransform(t) for t in flow.transform.transforms], base)
+    x, context = torch.randn(7, 3), torch.randn(7, 2)
+    expected = flow.log_prob(x, context=context)
+    torch.testing.assert_close(theirs(context).log_prob(x), expected)
+    torch.testing.assert_close(
+        theirs(context[0]).log_prob(x), flow.log_prob(x, context=context[:1].expand(7, 2))
+    )
+    torch.testing.assert_close(
+        theirs(context).log_prob(x[0]), flow.log_prob(x[:1].expand(7, 3), context=context)
+    )
+    torch.testing.assert_close(
+        theirs(context[:, None]).log_prob(x),
+        torch.stack([flow.log_prob(x, context=c.expand(7, 2)) for c in context]),
+    )
+    samples, log_probs = theirs(context).rsample_and_log_prob((5,))
+    assert samples.shape == (5, 7, 3)
+    torch.testing.assert_close(theirs(context).log_prob(samples), log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flow.log_prob(samples[1], context=context), log_probs[1])
+    with pytest.raises(ValueError, match="context must be a tensor"):
+        theirs().log_prob(x)
+
+
+def test_nflows_with_context():
+    """nflows embeds the context, and samples a number for each row of it."""
+    pytest.importorskip("nflows")
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow as NflowsFlow
+    from nflows.transforms import CompositeTransform
+
+    from coopflow_ext.integrations.nflows import NflowsTransform
+
+    flow, embedding = conditional_flow(), nn.Linear(4, 2)
+    theirs = NflowsFlow(
+        CompositeTransform([NflowsTransform(t) for t in flow.transform.transforms]),
+        StandardNormal([3]),
+        embedding_net=embedding,
+    )
+    x, raw = torch.randn(7, 3), torch.randn(7, 4)
+    torch.testing.assert_close(theirs.log_prob(x, raw), flow.log_prob(x, context=embedding(raw)))
+    samples, log_probs = theirs.sample_and_log_prob(5, context=raw)
+    assert samples.shape == (7, 5, 3)
+    assert theirs.sample(5, context=raw).shape == (7, 5, 3)
+    torch.testing.assert_close(
+        flow.log_prob(samples[:, 1], context=embedding(raw)), log_probs[:, 1], rtol=1e-4, atol=1e-4
+    )
+    check_training(theirs.log_prob(x, raw), list(theirs.parameters()))
+
+
+def test_normflows_with_context():
+    """normflows calls each layer with context=, one row for a sample."""
+    normflows = pytest.importorskip("normflows")
+    from coopflow_ext.integrations.normflows import NormflowsFlow
+
+    flow = conditional_flow()
+    base = normflows.distributions.DiagGaussian(3, trainable=False)
+    layers = [NormflowsFlow(t) for t in reversed(flow.transform.transforms)]
+    theirs = normflows.ConditionalNormalizingFlow(base, layers)
+    x, context = torch.randn(7, 3), torch.randn(7, 2)
+    torch.testing.assert_close(theirs.log_prob(x, context), flow.log_prob(x, context=context))
+    samples, log_probs = theirs.sample(7, context=context)
+    torch.testing.assert_close(
+        flow.log_prob(samples, context=context), log_probs, rtol=1e-4, atol=1e-4
+    )
+    check_training(-theirs.forward_kld(x, context=context), list(flow.parameters()))
+    unconditional = NormflowsFlow(realnvp(3, couplings=1).transform.eval())
+    with pytest.raises(ValueError, match=r"context of shape .* is given to a network"):
+        normflows.ConditionalNormalizingFlow(base, [unconditional]).log_prob(x, context)
 
 
 @pytest.mark.parametrize("library", ["zuko", "nflows", "normflows"])

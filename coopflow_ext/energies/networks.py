@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext._tensors import check_tensor
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "softplus": F.softplus,
@@ -48,6 +50,8 @@ class ResEnergy(nn.Module):
 
     Raises:
         ValueError: for an image size that is not in the list, or an x of another shape.
+        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
+            taken under autocast), or that is no tensor.
     """
 
     def __init__(self, channels: int = 3, width: int = 128, image_size: int = 32) -> None:
@@ -64,6 +68,7 @@ class ResEnergy(nn.Module):
         self.head = nn.Conv2d(width << n_blocks, 100, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, next(self.parameters()).dtype)
         if x.shape[1:] != self.event_shape:
             raise ValueError(f"x must have shape (B, *{self.event_shape}), got {tuple(x.shape)}")
         h = F.silu(self.stem(x))
@@ -85,6 +90,8 @@ class MLPEnergy(nn.Module):
 
     Raises:
         ValueError: for a size below 1, an unknown activation, or an x of another size.
+        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
+            taken under autocast), or that is no tensor.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class MLPEnergy(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, next(self.parameters()).dtype)
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dim:
             raise ValueError(f"x must be (B, …) of {self.dim} elements each, got {tuple(x.shape)}")
         act = _ACTIVATIONS[self.activation]
