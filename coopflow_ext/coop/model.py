@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext.autocast import in_precision
-from coopflow_ext.coop.checkpoint import RunError, load_checkpoint, save_checkpoint
+from coopflow_ext.coop.checkpoint import (
+    RunError,
+    load_checkpoint,
+    module_state,
+    save_checkpoint,
+)
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
@@ -313,12 +318,8 @@ class CoopFlow(nn.Module):
             raise RunError(f"{path} cannot be used: {error}") from error
         event = metadata["event"]
         model = cls.from_config(config, EventSpec(tuple(event["shape"]), event["levels"]))
-        averages = {
-            name.replace("_ema.", ".", 1): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(("flow_ema.", "energy_ema."))
-        }
-        weights = {name: {**tensors, **averages}[name] for name in model.state_dict()}
-        model.load_state_dict(weights)
+        for name, module in (("flow", model.flow), ("energy", model.energy)):
+            averages = module_state(tensors, f"{name}_ema")
+            module.load_state_dict({**module_state(tensors, name), **averages})
         model.load_buffer(tensors)
         return model.to(device)
