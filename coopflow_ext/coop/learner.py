@@ -141,8 +141,9 @@ class Learner:
         if not self.clip_groups:
             return nn.utils.clip_grad_norm_(self.parameters, limit)
         groups = [group["params"] for group in self.optimizer.param_groups]
-        norms = torch.stack([nn.utils.clip_grad_norm_(group, limit) for group in groups])
-        return torch.linalg.vector_norm(norms)
+        norms = [nn.utils.clip_grad_norm_(group, limit) for group in groups]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     @torch.no_grad()
     def _step(self, lr: float, iteration: int, skipped: Tensor) -> None:
