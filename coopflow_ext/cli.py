@@ -313,6 +313,12 @@ def _add_experiments(commands: Any) -> None:
         parser.add_argument("run", type=Path, help="a run folder")
         parser.add_argument("--n", type=int, help="how many images")
         parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
+        parser.add_argument(
+            "--step-size",
+            type=float,
+            metavar="δ",
+            help="of the chain; default: that of the run's training, 0.03 in the paper",
+        )
         _add_device(parser)
         if name == "inpaint":
             parser.add_argument("--chains", type=int, help="fillings of each image (default 4)")
@@ -325,7 +331,7 @@ def experiment(args: argparse.Namespace) -> None:
     """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
     from coopflow_ext.coop import experiments
 
-    names = ("n", "seed", "chains", "mask", "points")
+    names = ("n", "seed", "step_size", "chains", "mask", "points")
     options = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in options.items() if value is not None}
     run = getattr(experiments, f"{args.experiment}_run")
