@@ -442,6 +442,9 @@ def _add_import_official(commands: Any) -> None:
     parser.add_argument(
         "--image-shape", type=_image_shape, default=(3, 32, 32), help="C,H,W; default: 3,32,32"
     )
+    parser.add_argument(
+        "--dropout", type=float, default=0.2, help="of the flow when it trains on (default 0.2)"
+    )
 
 
 def _image_shape(text: str) -> tuple[int, int, int]:
@@ -457,7 +460,9 @@ def import_official(args: argparse.Namespace) -> None:
     from coopflow_ext import coop
 
     coop.RunFolder.check_free(args.out)
-    model = coop.CoopFlow.from_official(args.checkpoint, args.image_shape, preset=args.preset)
+    model = coop.CoopFlow.from_official(
+        args.checkpoint, args.image_shape, preset=args.preset, dropout=args.dropout
+    )
     assert model.config is not None
     run = coop.RunFolder.create(args.out, model.config)
     run.save(0, model.state_dict(), model.metadata())

@@ -163,11 +163,12 @@ class CoopFlow(nn.Module):
         preset: str = "cifar10",
         legacy_contrast: bool = True,
         legacy_cdf_clamp: bool = True,
+        dropout: float = 0.2,
     ) -> CoopFlow:
         """The models of a checkpoint of the authors' published code, ready to :meth:`save`.
 
         Args:
-            path_or_dict, image_shape, legacy_contrast, legacy_cdf_clamp: as for
+            path_or_dict, image_shape, legacy_contrast, legacy_cdf_clamp, dropout: as for
                 :func:`coopflow_ext.coop.load_official`.
             preset: where the settings of the chain, and the name of the data, come from.
 
@@ -175,8 +176,12 @@ class CoopFlow(nn.Module):
             ValueError: the checkpoint does not fit, or lacks one of the two models.
         """
         nets = read_official(path_or_dict)
-        legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
-        flow, energy = load_official(nets, image_shape, **legacy)
+        options: dict[str, Any] = {
+            "legacy_contrast": legacy_contrast,
+            "legacy_cdf_clamp": legacy_cdf_clamp,
+            "dropout": dropout,
+        }
+        flow, energy = load_official(nets, image_shape, **options)
         if flow is None or energy is None:
             raise ValueError(
                 "a CoopFlow needs both flow_net and ebm_net in the checkpoint, which holds only "
@@ -186,7 +191,7 @@ class CoopFlow(nn.Module):
             {
                 "preset": preset,
                 "flow": "flowpp",
-                "flow_options": {**infer_flow_options(nets["flow_net"], image_shape), **legacy},
+                "flow_options": {**infer_flow_options(nets["flow_net"], image_shape), **options},
                 "energy": "res",
                 "energy_options": {"width": energy.width},
             }
