@@ -19,16 +19,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 _RES_IMAGE_SIZES = (8, 16, 32, 64)
+_RES_MOST_DOUBLINGS = 3
 
 
 class _DownBlock(nn.Module):
-    """n → 2n channels at half the size: avgpool2(swish(conv(swish(conv x))) + swish(conv x))."""
+    """Half the size, other channels: avgpool2(swish(conv(swish(conv x))) + swish(conv x))."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
-        self.skip = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(n_in, n_in, 3, padding=1)
+        self.conv2 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.skip = nn.Conv2d(n_in, n_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         deep = F.silu(self.conv2(F.silu(self.conv1(x))))
@@ -39,7 +40,8 @@ class ResEnergy(nn.Module):
     """The convolutional energy of the CoopFlow paper (appendix of arXiv 2205.06924).
 
     conv3×3 to ``width`` channels and swish, log2(image_size / 4) down-sampling blocks that double
-    the channels, and a 4×4 convolution to 100 outputs whose sum is the negative energy f.
+    the channels up to 8·``width`` (the fourth, of images of 64, keeps them), and a 4×4 convolution
+    to 100 outputs whose sum is the negative energy f.
 
     Args:
         channels: channels of the images.
@@ -64,8 +66,9 @@ class ResEnergy(nn.Module):
         self.width = width
         n_blocks = (image_size // 4).bit_length() - 1
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_DownBlock(width << i) for i in range(n_blocks))
-        self.head = nn.Conv2d(width << n_blocks, 100, 4)
+        widths = [width << min(i, _RES_MOST_DOUBLINGS) for i in range(n_blocks + 1)]
+        self.blocks = nn.ModuleList(itertools.starmap(_DownBlock, itertools.pairwise(widths)))
+        self.head = nn.Conv2d(widths[-1], 100, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x, next(self.parameters()).dtype)

@@ -88,7 +88,7 @@ class GatedAttention(nn.Module):
 
 
 class ConditionerBlock(nn.Module):
-    """Gated convolution and gated attention, each with a residual connection and a LayerNorm."""
+    """Gated convolution and, if asked for, attention, each with a residual and a LayerNorm."""
 
     def __init__(
         self, channels: int, dropout: float, aux_channels: int = 0, attention: bool = True
@@ -97,15 +97,15 @@ class ConditionerBlock(nn.Module):
         self.conv = GatedConv(channels, dropout, aux_channels)
         self.norm1 = nn.LayerNorm(channels)
         self.attention = GatedAttention(channels, dropout) if attention else None
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels) if attention else None
 
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         B, C, H, W = x.shape
         # In channels_last the change to (B, H·W, C) and back moves no data.
         h = self.norm1((x + self.conv(x, context)).permute(0, 2, 3, 1).reshape(B, H * W, C))
-        if self.attention is not None:
-            h = h + self.attention(h, positions, context)
-        return cast(Tensor, self.norm2(h)).view(B, H, W, C).permute(0, 3, 1, 2)
+        if self.attention is not None and self.norm2 is not None:
+            h = self.norm2(h + self.attention(h, positions, context))
+        return cast(Tensor, h).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class FlowPPConditioner(Conditioner):
