@@ -6,6 +6,17 @@ import importlib
 from typing import Any
 
 
+def optional(module: str) -> Any:
+    """Import ``module``; None where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise
+        return None
+
+
 def require(module: str, *, extra: str, distribution: str | None = None) -> Any:
     """Import ``module`` or say how to get it.
 
@@ -17,13 +28,10 @@ def require(module: str, *, extra: str, distribution: str | None = None) -> Any:
     Raises:
         ImportError: it is not installed; the message says what to install.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        top = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != top:
-            raise
-        name = distribution or top
+    found = optional(module)
+    if found is None:
+        name = distribution or module.partition(".")[0]
         raise ImportError(
             f"{name} is needed for this: pip install 'coopflow-ext[{extra}]' (or {name})"
-        ) from error
+        )
+    return found

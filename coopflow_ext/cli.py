@@ -87,6 +87,17 @@ def _add_command(
     return parser
 
 
+def _add_number(parser: argparse.ArgumentParser, description: str, **options: Any) -> None:
+    """How many of something.
+
+    ``--n`` is an older spelling: torchrun refuses it as an abbreviation of several of its own
+    options, although it stands behind the name of the module (argparse looks for abbreviations in
+    all arguments, also in those left for the module). The same holds for ``--log`` and ``--start``
+    of ``train``, which have second spellings for that.
+    """
+    parser.add_argument("-n", "--n-samples", "--n", dest="n", type=int, help=description, **options)
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, …; default: a GPU if any"
@@ -121,6 +132,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "bool": _switch,
     "dict[str, Any]": _json_object,
 }
+_MORE_SPELLINGS = {"n_samples": ("-n",), "start": ("--chain-start",)}
 _METAVARS = {
     "dict[str, Any]": "JSON",
     "bool": "true|false",
@@ -149,21 +161,28 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--log", choices=("tensorboard",), help="also write RUN/tensorboard")
+    parser.add_argument(
+        "--log-to", "--log", dest="log", choices=("tensorboard",), help="also write RUN/tensorboard"
+    )
     _add_device(parser)
     settings = parser.add_argument_group("settings, in place of those of the preset")
     for field in dataclasses.fields(TrainConfig):
         kind = str(field.type)
         pair = kind.startswith("tuple")
         name = "float" if pair else kind
-        option = "--" + field.name.replace("_", "-")
+        options = [*_MORE_SPELLINGS.get(field.name, ()), "--" + field.name.replace("_", "-")]
         if kind == "bool" and field.default is False:
             settings.add_argument(
-                option, action="store_true", default=argparse.SUPPRESS, help=field.metadata["help"]
+                *options,
+                dest=field.name,
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
             )
             continue
         settings.add_argument(
-            option,
+            *options,
+            dest=field.name,
             type=_checked(_PARSERS[name], name),
             nargs=2 if pair else None,
             metavar=_METAVARS.get(name, name.upper()),
@@ -232,7 +251,7 @@ def _device(name: str) -> str:
 def _add_sample(commands: Any) -> None:
     parser = _add_command(commands, "sample", "draw samples from a run into a picture", sample)
     parser.add_argument("run", type=Path, help="a run folder or a checkpoint")
-    parser.add_argument("--n", type=int, default=64, help="how many (default 64)")
+    _add_number(parser, "how many (default 64)", default=64)
     parser.add_argument("--out", type=Path, required=True, help="PNG, or .npy for the numbers")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     _add_device(parser)
@@ -264,7 +283,7 @@ def sample(args: argparse.Namespace) -> None:
 def _add_evaluate(commands: Any) -> None:
     parser = _add_command(commands, "evaluate", "measure a finished run", evaluate)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--n", type=int, help="samples; default as in the run's settings")
+    _add_number(parser, "samples; default as in the run's settings")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--fid", action="store_true", help="also the FID with Inception features")
     parser.add_argument(
@@ -311,8 +330,14 @@ def _add_experiments(commands: Any) -> None:
         parser = _add_command(commands, name, description, experiment)
         parser.set_defaults(experiment=name)
         parser.add_argument("run", type=Path, help="a run folder")
-        parser.add_argument("--n", type=int, help="how many images")
+        _add_number(parser, "how many images")
         parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
+        parser.add_argument(
+            "--step-size",
+            type=float,
+            metavar="δ",
+            help="of the chain; default: that of the run's training, 0.03 in the paper",
+        )
         _add_device(parser)
         if name == "inpaint":
             parser.add_argument("--chains", type=int, help="fillings of each image (default 4)")
@@ -325,7 +350,7 @@ def experiment(args: argparse.Namespace) -> None:
     """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
     from coopflow_ext.coop import experiments
 
-    names = ("n", "seed", "chains", "mask", "points")
+    names = ("n", "seed", "step_size", "chains", "mask", "points")
     options = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in options.items() if value is not None}
     run = getattr(experiments, f"{args.experiment}_run")
@@ -342,7 +367,7 @@ def _add_diagnose(commands: Any) -> None:
         commands, "diagnose", "moment gap, drift of the proposals and long chains", diagnose
     )
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--n", type=int, default=200, help="chains (default 200)")
+    _add_number(parser, "chains (default 200)", default=200)
     parser.add_argument(
         "--long",
         type=int,
@@ -417,6 +442,9 @@ def _add_import_official(commands: Any) -> None:
     parser.add_argument(
         "--image-shape", type=_image_shape, default=(3, 32, 32), help="C,H,W; default: 3,32,32"
     )
+    parser.add_argument(
+        "--dropout", type=float, default=0.2, help="of the flow when it trains on (default 0.2)"
+    )
 
 
 def _image_shape(text: str) -> tuple[int, int, int]:
@@ -432,7 +460,9 @@ def import_official(args: argparse.Namespace) -> None:
     from coopflow_ext import coop
 
     coop.RunFolder.check_free(args.out)
-    model = coop.CoopFlow.from_official(args.checkpoint, args.image_shape, preset=args.preset)
+    model = coop.CoopFlow.from_official(
+        args.checkpoint, args.image_shape, preset=args.preset, dropout=args.dropout
+    )
     assert model.config is not None
     run = coop.RunFolder.create(args.out, model.config)
     run.save(0, model.state_dict(), model.metadata())

@@ -40,6 +40,7 @@ __all__ = [
     "life_cycle",
     "short_run",
     "ula",
+    "uvadlc",
     "vaebm",
 ]
 
@@ -171,6 +172,25 @@ def igebm(energy: Energy = None, *, n_steps: int = 60, **overrides: Any) -> Lang
         noise_before_gradient=True,
         grad_clip=0.01,
         clamp=(0.0, 1.0),
+    )
+
+
+def uvadlc(energy: Energy = None, *, n_steps: int = 60, **overrides: Any) -> LangevinSampler:
+    """x′ = clamp(x + 0.005ξ, ±1); g = ∇U(x′); x⁺ = clamp(x′ − 10·clamp(g, ±0.03), ±1).
+
+    The loop of the UvA Deep Learning tutorial on energy-based models, whose network returns −U:
+    give that one with ``negative_energy=True``.
+    """
+    return _sampler(
+        energy,
+        overrides,
+        n_steps=n_steps,
+        drift=10.0,
+        noise=0.005,
+        noise_before_gradient=True,
+        grad_clip=0.03,
+        clamp=(-1.0, 1.0),
+        clamp_when="both",
     )
 
 

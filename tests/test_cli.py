@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
+import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.run import get_args_parser
 
 from coopflow_ext import cli
 
@@ -83,7 +87,7 @@ def test_sample(trained: tuple[Path, str, str], tmp_path: Path) -> None:
     out, _, _ = trained
     assert cli.main(["sample", str(out), "--n", "9", "--out", str(tmp_path / "s.png")]) == 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["sample", str(out), "--n", "9", "--out", str(tmp_path / "s.npy")]) == 0
+    assert cli.main(["sample", str(out), "-n", "9", "--out", str(tmp_path / "s.npy")]) == 0
     numbers = np.load(tmp_path / "s.npy")
     assert numbers.shape == (9, 1, 8, 8)
     assert np.abs(numbers).max() <= 1
@@ -207,3 +211,64 @@ def test_info_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert cli.main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+# --- under torchrun -------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+_COMMAND = re.compile(r"^ *(?:torchrun .*-m coopflow_ext|coopflow) (.+?)(?:  +#.*)?$", re.MULTILINE)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (group,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(group.choices)
+
+
+def documented() -> list[list[str]]:
+    """The arguments of every command line in README and docs, without the signs of a synopsis."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line for page in pages for line in _COMMAND.findall(page.read_text())]
+    return [shlex.split(re.sub(r"[][…]|\|\w+", "", line)) for line in lines]
+
+
+def under_torchrun(arguments: list[str]) -> list[str]:
+    """What reaches the module through torchrun's own parser; SystemExit where that refuses."""
+    launch = ["--nproc-per-node", "2", "-m", "coopflow_ext", *arguments]
+    parsed = get_args_parser().parse_args(launch)
+    assert (parsed.training_script, parsed.nproc_per_node) == ("coopflow_ext", "2")
+    return list(parsed.training_script_args)
+
+
+def test_documented_lines_reach_their_command_also_through_torchrun() -> None:
+    lines = documented()
+    assert {line[0] for line in lines} >= {"train", "sample", "evaluate", "diagnose", "ablate"}
+    required = ["--out", "RUN"]
+    for line in lines:
+        assert under_torchrun(line) == line
+        cli._parser().parse_args(line if line[0] != "train" or "--out" in line else line + required)
+
+
+def test_every_option_has_a_spelling_that_torchrun_lets_through() -> None:
+    """And every number of samples the same ones."""
+    refused = set()
+    for name, parser in commands().items():
+        for action in parser._actions:
+            through = []
+            for option in action.option_strings:
+                try:
+                    through.append(under_torchrun([name, "RUN", option, "1"])[2])
+                except SystemExit:
+                    refused.add(option)
+            assert action.option_strings[:1] == through[:1]
+    assert refused <= {"--n", "--log", "--start"}
+    for name in ("sample", "evaluate", "reconstruct", "inpaint", "interpolate", "diagnose"):
+        spellings = ("-n", "--n-samples", "--n")
+        out = ["--out", "s.png"] if name == "sample" else []
+        for option in spellings:
+            assert cli._parser().parse_args([name, "RUN", option, "7", *out]).n == 7
+
+
+def test_both_spellings_of_a_setting_are_that_setting() -> None:
+    for option in ("--start", "--chain-start"):
+        given = cli._parser().parse_args(["train", "--out", "x", option, "uniform", "-n", "20"])
+        assert cli._settings(given) == {"start": "uniform", "n_samples": 20}

@@ -8,6 +8,8 @@ import math
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
@@ -129,9 +132,25 @@ def test_warm_up_starts_at_rate_zero_and_rises_linearly() -> None:
     for _ in range(6):
         before = weights(layer)
         learner.update([layer(torch.ones(3, 2)).square().mean()], 0.1)
-        rates.append(learner.optimizer.param_groups[0]["lr"])
+        rates.append(float(learner.optimizer.param_groups[0]["lr"]))
         assert same(before, weights(layer)) == (len(rates) == 1)
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
+
+
+def test_warm_up_by_batches_keeps_the_rate_of_before_a_pause() -> None:
+    """Updates at iterations 0, 1, 2, 3 and, after a pause, 9 and 10 of a warm-up over 4."""
+    layer = torch.nn.Linear(2, 1)
+    learner = Learner("l", layer, betas=(0.9, 0.999), warmup=4, warmup_by="batches")
+    rates = []
+    for iteration in (0, 1, 2, 3, 9, 10):
+        learner.update([layer(torch.ones(3, 2)).square().mean()], 0.1, iteration=iteration)
+        rates.append(float(learner.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1])
+    learner.restart()
+    learner.update([layer(torch.ones(3, 2)).square().mean()], 0.1, iteration=11)
+    assert float(learner.optimizer.param_groups[0]["lr"]) == 0
+    assert learner.updates == 7
+    assert float(learner.optimizer.state[layer.weight]["step"]) == 1
 
 
 def test_weight_decay_acts_on_weight_norms_g_only() -> None:
@@ -153,10 +172,143 @@ def test_weight_decay_acts_on_weight_norms_g_only() -> None:
 def test_gradient_clip_bounds_the_norm() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
     learner = Learner("l", layer, betas=(0.9, 0.999), grad_norm=0.5)
-    norm = learner.update([100 * layer(torch.ones(1, 2)).sum()], 0.1)
+    norm, skipped = learner.update([100 * layer(torch.ones(1, 2)).sum()], 0.1)
+    assert not skipped
     assert float(norm) == pytest.approx(100 * math.sqrt(2), rel=1e-5)
     assert layer.weight.grad is not None
     assert float(layer.weight.grad.norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_clip_of_each_group_by_itself() -> None:
+    """Weight-norm's g has its own bound, so the rest is not scaled with it."""
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    g = layer.parametrizations.weight.original0
+    rest = [layer.parametrizations.weight.original1, layer.bias]
+    learner = Learner("l", layer, betas=(0.9, 0.999), grad_norm=1.0, clip_groups=True)
+    loss = (30 * g).sum() + 0.1 * rest[0].sum() + 0.1 * rest[1].sum()
+    norm, _ = learner.update([loss], 0.1)
+    assert float(norm) == pytest.approx(math.sqrt(2 * 30**2 + 8 * 0.1**2), rel=1e-6)
+    assert float(g.grad.norm()) == pytest.approx(1, rel=1e-6)
+    for p in rest:
+        torch.testing.assert_close(p.grad, torch.full_like(p, 0.1))
+
+
+@contextmanager
+def nothing_waited_for(device: torch.device) -> Iterator[None]:
+    """An error inside where the host waits for the GPU, if that is the device."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bad", [100.0, math.inf, math.nan])
+def test_a_skipped_update_moves_nothing(bad: float, device: torch.device) -> None:
+    """One between two others: the end has the bits of the two alone. No update waits for a GPU."""
+    ends = []
+    for factors in ([1.0, bad, 2.0], [1.0, 2.0]):
+        layer = torch.nn.Linear(2, 1, bias=False, device=device)
+        torch.nn.init.ones_(layer.weight)
+        settings: dict[str, Any] = {"warmup": 2, "ema": 0.9, "grad_norm": 1.0, "skip_norm": 50.0}
+        learner = Learner("l", layer, betas=(0.5, 0.5), **settings)
+        with nothing_waited_for(device):
+            skipped = [learner.update([f * layer.weight.sum()], 0.1).skipped for f in factors]
+        assert list(map(bool, skipped)) == [f is bad for f in factors]
+        assert learner.updates == 2
+        ends.append(learner.tensors())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_an_update_may_not_be_skipped_or_must_be() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    learner = Learner("l", layer, betas=(0.5, 0.5), skip_norm=1.0)
+    before = weights(layer)
+    assert not learner.update([9 * layer.weight.sum()], 0.1, may_skip=False).skipped
+    moved = weights(layer)
+    assert not same(before, moved)
+    yes = torch.tensor(True)
+    assert learner.update([0.1 * layer.weight.sum()], 0.1, may_skip=False, skip=yes).skipped
+    assert same(moved, weights(layer))
+
+
+class _NothingRead(TorchDispatchMode):
+    """Fails where the host asks for the value of a tensor, which on a GPU waits for it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_updates_read_nothing_back(digits: Dataset) -> None:
+    skips = {"flow_skip_norm": 1.0, "energy_skip_norm": 1.0, "warmup_by": "batches"}
+    trainer = Trainer(tiny(pretrain_steps=0, **skips, energy_grad_norm=1.0), digits)
+    x = trainer.batches[0]
+    with _NothingRead():
+        skip = trainer.update_energy(x, x)["energy_skipped"]
+        trainer.update_flow(x, 0.1, skip)
+        with pytest.raises(AssertionError):
+            float(skip)
+
+
+def test_a_run_goes_on_after_an_update_that_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite gradient at a step that is logged: no divergence, no number to show."""
+    config = tiny(energy_skip_norm=1e6, pretrain_steps=0, flow_frozen_steps=0, log_every=1, steps=3)
+    original = Trainer.update_energy
+
+    def explode(self: Trainer, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+        last = next(p for n, p in self.model.energy.named_parameters() if n.endswith("2.bias"))
+        hook = last.register_hook(lambda g: g * (math.inf if self.step == 1 else 1))
+        metrics = original(self, *args)
+        hook.remove()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update_energy", explode)
+    summary = coop.train(config, tmp_path / "run")
+    assert (summary["flow_updates"], summary["energy_updates"]) == (2, 2)
+    lines = [line for line in RunFolder.open(tmp_path / "run").metrics() if "flow_nll" in line]
+    assert [line["energy_skipped"] for line in lines] == [0, 1, 0]
+    assert [line["flow_skipped"] for line in lines] == [0, 1, 0]
+    assert ["energy_grad_norm" in line for line in lines] == [True, False, True]
+
+
+def test_a_run_from_before_these_settings_resumes(finished: Path, tmp_path: Path) -> None:
+    """config.json and checkpoint without what was added since: same bits as before."""
+    new = {"init_batches", "flow_clip_groups", "flow_skip_norm", "flow_restart", "warmup_by"}
+    new |= {"energy_grad_norm", "energy_skip_norm", "energy_skip_from"}
+    source = RunFolder.open(finished)
+    settings = json.loads((finished / "config.json").read_text())
+    assert new <= settings.keys()
+    old = json.dumps({k: v for k, v in settings.items() if k not in new})
+    path = tmp_path / "run"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "samples").mkdir()
+    (path / "config.json").write_text(old)
+    tensors, facts = load_checkpoint(source.checkpoints()[0][1])
+    kept = {k: v for k, v in tensors.items() if not k.endswith("_warmed")}
+    assert len(kept) == len(tensors) - 2
+    name = source.checkpoints()[0][1].name
+    save_checkpoint(path / "checkpoints" / name, kept, {**facts, "config": old})
+    assert RunFolder.open(path).config == source.config
+    coop.train(None, path, resume=True)
+    a, _ = load_checkpoint(RunFolder.open(path).latest_checkpoint())
+    b, _ = load_checkpoint(source.latest_checkpoint())
+    assert [name for name in b if not torch.equal(a[name], b[name])] == []
+
+
+def test_a_checkpoint_with_unknown_weights_is_refused(finished: Path, tmp_path: Path) -> None:
+    tensors, facts = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
+    save_checkpoint(tmp_path / "c.safetensors", {**tensors, "flow.x": torch.ones(1)}, facts)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "x"'):
+        coop.CoopFlow.load(tmp_path / "c.safetensors")
 
 
 def test_averaged_weights() -> None:
@@ -468,6 +620,9 @@ def test_settings_of_another_type(changes: dict[str, Any], message: str) -> None
         ({"flow_ema": 1.0}, r"flow_ema must be in \[0, 1\), got 1.0"),
         ({"step_clip": 0.0}, "step_clip must be > 0"),
         ({"steps": 0, "pretrain_steps": 0}, "must be ≥ 1, got 0"),
+        ({"energy_skip_norm": 0.0}, "energy_skip_norm must be > 0, or none for no bound"),
+        ({"flow_skip_norm": -1.0}, "flow_skip_norm must be finite and ≥ 0, got -1.0"),
+        ({"warmup_by": "epochs"}, "warmup_by must be one of updates, batches, got 'epochs'"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:

@@ -139,6 +139,32 @@ def test_gaussian_mixture_is_normalised():
     torch.testing.assert_close(_mixture()(x), -density.log())
 
 
+@pytest.mark.parametrize("name", ["res", "mlp", "mixture", "wells", "rastrigin", "rosenbrock"])
+def test_messages_about_types_name_argument_and_types(name):
+    energy, x = {
+        "res": (energies.ResEnergy(1, width=2, image_size=8), torch.zeros(2, 1, 8, 8)),
+        "mlp": (energies.MLPEnergy(3), torch.zeros(2, 3)),
+        "mixture": (_mixture().float(), torch.zeros(2, 3)),
+        "wells": (energies.DoubleWellEnergy(), torch.zeros(2, 3)),
+        "rastrigin": (energies.RastriginEnergy(), torch.zeros(2, 3)),
+        "rosenbrock": (energies.RosenbrockEnergy(), torch.zeros(2, 3)),
+    }[name]
+    for function in (energy, getattr(energy, "score", energy)):
+        with pytest.raises(TypeError, match=r"^x must be a torch\.Tensor, got numpy\.ndarray"):
+            function(x.numpy())
+        with pytest.raises(
+            TypeError, match=r"^x must be a floating-point tensor, got torch\.int64"
+        ):
+            function(x.long())
+    if name in ("res", "mlp"):
+        with pytest.raises(TypeError, match=r"x must be torch\.float32, .* got torch\.float64"):
+            energy(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert energy(x.bfloat16()).shape == (2,)
+    else:
+        assert energy(x.double()).dtype == torch.float64
+
+
 def test_known_minima():
     zeros, ones = torch.zeros(1, 4), torch.ones(1, 4)
     assert energies.DoubleWellEnergy()(-ones).item() == 0

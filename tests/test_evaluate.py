@@ -185,6 +185,7 @@ def test_reconstruct_command(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     errors = json.loads((run / "reconstruct" / "errors.json").read_text())
     assert len(errors["errors"]) == 4
     assert errors["steps"] == 200
+    assert errors["step_size"] == coop.RunFolder.open(run).config.step_size
     assert errors["error_per_pixel"] < errors["error_per_pixel_of_flow_proposals"]
     assert is_png(run / "reconstruct" / "reconstruct.png")
     assert json.loads(capsys.readouterr().out)["n"] == 4
@@ -216,8 +217,10 @@ def test_inpaint_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_interpolate_command(run: Path) -> None:
-    assert cli.main(["interpolate", str(run), "--n", "2", "--points", "5"]) == 0
+    arguments = ["interpolate", str(run), "--n", "2", "--points", "5", "--step-size", "0.4"]
+    assert cli.main(arguments) == 0
     errors = json.loads((run / "interpolate" / "errors.json").read_text())
+    assert errors["step_size"] == 0.4
     assert errors["largest_difference_of_ends_to_reconstructions"] < 0.02
     assert is_png(run / "interpolate" / "images.png")
     assert is_png(run / "interpolate" / "random.png")

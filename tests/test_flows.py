@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -157,10 +158,54 @@ def test_actnorm_initialises_from_the_first_batch_only(shape):
 
 def test_actnorm_does_not_start_from_nothing():
     norm = ActNorm(2)
-    with pytest.raises(ValueError, match=r"ActNorm: x must hold events.*got \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"ActNorm: x must hold at least two.*got shape \(0, 2\)"):
         norm.call_and_ladj(torch.zeros(0, 2))
     assert not norm.initialized
     assert norm.eval().call_and_ladj(torch.zeros(0, 2))[1].shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (16, 3, 4, 4)])
+def test_a_channel_that_does_not_vary_keeps_its_scale(shape):
+    """Nor one that varies by its rounding; its mean is taken off all the same."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    flat = x.transpose(0, 1)
+    flat[0], flat[1] = 0.1, 1000 + 1e-4 * flat[1]
+    norm = ActNorm(3)
+    z, _ = norm.call_and_ladj(x)
+    assert norm.inv_std[:2].tolist() == [1, 1]
+    assert norm.inv_std[2] != 1
+    assert z[:, :2].abs().max() < 1e-3
+    flow = flows.realnvp(4, couplings=8, widths=(8,))
+    good = torch.randn(64, 4)
+    first = good.clone()
+    first[:, 2] = 5.0
+    flow.initialize(first)
+    assert flow.log_prob(good).mean() > -40
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 3), r"ActNorm: x must hold at least two values.*got shape \(1, 3\)"),
+        (torch.tensor([[0.0, math.nan, 1.0]]).expand(4, 3), r"must be finite.*: \[1\]"),
+        (torch.tensor([[math.inf, 0.0, -math.inf]]).expand(4, 3), r"must be finite.*: \[0, 2\]"),
+    ],
+)
+@pytest.mark.parametrize("start", [flows.Flow.initialize, flows.Flow.log_prob])
+def test_a_first_batch_that_tells_nothing_is_refused(x, message, start):
+    flow = flows.realnvp(3, couplings=2, widths=(8,))
+    before = copy.deepcopy(flow.state_dict())
+    with pytest.raises(ValueError, match=message):
+        start(flow, x)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+    x = torch.randn(8, 3)
+    flow.initialize(x)
+    flow.log_prob(x[:1])  # one row is enough from then on
+    image = flows.glow((1, 8, 8), steps=1, channels=4)
+    image.initialize(torch.rand(1, 1, 8, 8))  # whose one row has many values of each channel
+    with pytest.raises(ValueError, match=r"beyond torch\.float16: \[1\]"):
+        ActNorm(2).half().call_and_ladj(torch.tensor([[1.0, 1e6], [2.0, 2e6]]))
 
 
 def test_actnorm_waits_for_training_mode():
@@ -422,8 +467,6 @@ def test_bad_input_is_refused():
     flow = flows.realnvp(image_shape=(1, 4, 4), net="mlp", couplings=2, widths=(8,))
     with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 4, 4\)"):
         flow.log_prob(torch.zeros(2, 16))
-    with pytest.raises(TypeError, match="floating-point"):
-        flow.log_prob(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got values from 0 to 255"):
         flow.log_prob(torch.linspace(0, 255, 16).reshape(1, 1, 4, 4))
     with pytest.raises(ValueError, match="must lie in"):
@@ -437,6 +480,33 @@ def test_bad_input_is_refused():
     vectors = flows.realnvp(4, couplings=2, widths=(8,))
     with pytest.raises(ValueError, match="this flow has none"):
         vectors.log_prob(torch.zeros(2, 4), eps=torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_messages_about_types_name_argument_and_types(dtype):
+    other = {torch.float32: DOUBLE, DOUBLE: torch.float32}[dtype]
+    flow = flows.realnvp(
+        image_shape=(1, 4, 4), net="mlp", couplings=2, widths=(8,), context_dim=2
+    ).to(dtype)
+    x, context = torch.zeros(2, 1, 4, 4, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
+    calls = {
+        "x": lambda v: flow.log_prob(v, context=context),
+        "eps": lambda v: flow.bits_per_dim(x, eps=v, context=context),
+        "z": lambda v: flow.inverse_and_ladj(v, context=context),
+        "context": lambda v: flow.sample(2, context=v),
+    }
+    for name, call in calls.items():
+        good = context if name == "context" else x
+        for value, message in (
+            (good.numpy(), r"must be a torch\.Tensor, got numpy\.ndarray"),
+            (good.tolist(), r"must be a torch\.Tensor, got list"),
+            (good.byte(), r"must be a floating-point tensor, got torch\.uint8"),
+            (good.to(other), rf"must be {dtype}, the dtype of the parameters, got {other}"),
+        ):
+            with pytest.raises(TypeError, match=f"^{name} {message}"):
+                call(value)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow.float().log_prob(x.bfloat16(), context=context.bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -276,6 +278,78 @@ def test_folded_passes_are_the_same_and_leave_no_trace():
             parameter.mul_(1.1)
     assert not torch.equal(flow.inverse_and_ladj(z)[0], expected)
     assert flow.transform.transforms[1].transforms[2].net.first.weight.requires_grad
+
+
+def _gradients(flow: flows.Flow, x: Tensor) -> list[Tensor]:
+    return torch.autograd.grad(flow.log_prob(x, key=Key(1)).sum(), list(flow.parameters()))
+
+
+def test_folding_is_seen_by_one_thread_alone():
+    """Another one trains the same flow meanwhile; each thread's turn comes when the other waits."""
+    flow = _small()
+    x = torch.rand(4, 1, 4, 4)
+    flow.initialize(x, key=Key(0))
+    expected, samples = _gradients(flow, x), flow.sample(3, Key(0))
+    is_folded, is_trained, inside = threading.Event(), threading.Event(), []
+
+    def sample() -> None:
+        with flow.folded():
+            inside.append(flow.sample(3, Key(0)))
+            is_folded.set()
+            assert is_trained.wait(60)
+            inside.append(flow.transform.transforms[1].transforms[2].net.first.weight)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    assert is_folded.wait(60)
+    before = flow.transform.transforms[1].transforms[2].net.first.weight.detach().clone()
+    gradients = _gradients(flow, x)
+    with torch.no_grad():
+        for parameter, gradient in zip(flow.parameters(), gradients, strict=True):
+            parameter += 0.1 * gradient
+    after = _gradients(flow, x)
+    is_trained.set()
+    thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after, gradients, strict=True))
+    assert torch.equal(inside[0], samples)
+    assert torch.equal(inside[1], before)
+
+
+def test_folding_is_of_one_flow_alone():
+    """Other parametrized networks in the block, other flows, and the flow after an error."""
+    flow, other = _small().eval(), _small().eval()
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    x, z = torch.randn(3, 4), torch.randn(2, 1, 4, 4)
+    with flow.folded(), torch.no_grad():
+        before = net(x), other.inverse_and_ladj(z)[0]
+        for parameter in (*net.parameters(), *other.parameters()):
+            parameter.mul_(1.5)
+        assert not torch.equal(net(x), before[0])
+        assert not torch.equal(other.inverse_and_ladj(z)[0], before[1])
+        with other.folded():
+            expected = flow.inverse_and_ladj(z)[0], other.inverse_and_ladj(z)[0]
+        assert torch.equal(flow.inverse_and_ladj(z)[0], expected[0])
+    state = copy.deepcopy(flow.__dict__)
+    with pytest.raises(KeyError), flow.folded():
+        raise KeyError
+    assert flow.__dict__.keys() == state.keys()
+    assert torch.equal(other.inverse_and_ladj(z)[0], expected[1])
+    weight = flow.transform.transforms[1].transforms[2].net.first.parametrizations.weight
+    flow.log_prob(torch.rand(4, 1, 4, 4)).sum().backward()
+    assert weight.original0.grad.abs().sum() > 0
+
+
+def test_compiled_passes_do_without_folding():
+    """A graph that is made inside must not keep the folded weights."""
+    flow, z = _small(scales=((0, 1),), dequant_blocks=0).eval(), torch.randn(2, 1, 4, 4)
+    compiled = torch.compile(flow.inverse_and_ladj, fullgraph=True, backend="eager")
+    with flow.folded():
+        torch.testing.assert_close(compiled(z)[0], flow.inverse_and_ladj(z)[0])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(1.1)
+    torch.testing.assert_close(compiled(z)[0], flow.inverse_and_ladj(z)[0])
 
 
 def test_every_convolution_of_the_conditioner_is_weight_normed():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from coopflow_ext import Key, cli, coop, energies, flows, ops, reference
+from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.official import export_official, load_official
 
 DATA = Path(__file__).parent / "data"
@@ -166,6 +171,8 @@ def test_export_gives_back_the_same_tensors(golden, golden_energy, tmp_path):
         {"scales": ((1, 1),)},
         {"scales": ((0, 1), (0, 1), (2, 0))},
         {"recompute": True},
+        {"dequant_blocks": 0},
+        {"dequant_blocks": 0, "attention": False, "scales": ((0, 1), (1, 1))},
     ],
 )
 def test_any_flowpp_goes_there_and_back(options):
@@ -174,6 +181,100 @@ def test_any_flowpp_goes_there_and_back(options):
     x, eps = torch.rand(2, 2, 8, 8) * 2 - 1, torch.randn(2, 2, 8, 8)
     back, _ = load_official(export_official(flow, None), (2, 8, 8))
     assert torch.equal(back.eval().log_prob(x, eps=eps), flow.log_prob(x, eps=eps))
+
+
+# --- their other files ----------------------------------------------------------------------------
+
+
+def test_a_network_without_attention_has_one_layer_norm_a_block():
+    """Theirs has ``norm_2`` only behind attention: names, and the formula."""
+    torch.manual_seed(0)
+    small = {"channels": 4, "blocks": 1, "components": 3, "dequant_blocks": 0}
+    flow = flows.flowpp((2, 8, 8), **small, scales=((0, 1),), attention=False)
+    names = export_official(flow, None)["flow_net"]
+    assert any(".norm_1." in name for name in names)
+    assert not any("norm_2" in name or "attn" in name for name in names)
+    block = flow.transform.transforms[1].transforms[2].net.blocks[0].eval()
+    x = torch.randn(2, 4, 8, 4)
+    normed = block.norm1((x + block.conv(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(block(x, torch.zeros(32, 4)), normed)
+
+
+def test_a_flow_without_dequantiser_is_dequantised_uniformly(golden):
+    state = {k: v for k, v in _state(golden).items() if not k.startswith("dequant_flows.")}
+    flow, _ = load_official({"flow_net": state}, (3, 16, 16))
+    assert type(flow.dequantize) is flows.Dequantize
+    assert export_official(flow, None)["flow_net"].keys() == state.keys()
+    u = torch.rand(golden["in.x"].shape)
+    v, _ = flow.dequantize.call_and_ladj((golden["in.x"] + 1) / 2, u)
+    torch.testing.assert_close(v, ((golden["in.x"] + 1) / 2 * 255 + u) / 256)
+
+
+def test_the_flow_that_was_trained_alone_and_what_stands_beside_the_networks(golden, tmp_path):
+    """The files of the pre-trained flow: under ``net``, beside a loss; and those of (Pre), with
+    the optimizers and an FID that numpy computed."""
+    alone = tmp_path / "best.pth.tar"
+    torch.save({"net": _module(_state(golden)), "test_loss": 3.1, "epoch": 9}, alone)
+    flow, none = load_official(alone, (3, 16, 16), dropout=0.05)
+    assert none is None
+    assert {m.p for m in flow.transform.modules() if isinstance(m, Dropout)} == {0.05}
+    expected = _golden_flow(golden).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in flow.state_dict().items())
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight], betas=[0.5, 0.5])
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    numbers = {"fid": np.float64(21.16), "f": np.float32(1), "i": np.int64(3), "b": np.bool_(True)}
+    rest = {"flow_net": _state(golden), "ebm_optimizer": optimizer.state_dict(), **numbers}
+    safe = set(map(str, torch.serialization.get_safe_globals()))
+    for zipped in (True, False):  # since torch 1.6, and before
+        pre = tmp_path / f"pre-{zipped}.pth.tar"
+        torch.save(rest, pre, _use_new_zipfile_serialization=zipped)
+        assert load_official(pre, (3, 16, 16))[0] is not None
+    assert set(map(str, torch.serialization.get_safe_globals())) == safe
+    # numpy 1 and 2 write the same number under two names.
+    text = pre.read_bytes()
+    names = (b"cnumpy._core.multiarray\nscalar", b"cnumpy.core.multiarray\nscalar")
+    assert names[0] in text or names[1] in text
+    for name in names:
+        other = text.replace(names[0], name).replace(names[1], name)
+        pre.write_bytes(other)
+        assert load_official(pre, (3, 16, 16))[0] is not None
+
+
+def test_the_energy_for_64_pixels(tmp_path):
+    """Their fourth block keeps 8·n channels; ours in the same way, there and back."""
+    n = 4
+    shapes = {"f.0": (n, 3, 3, 3), "f.6": (100, 8 * n, 4, 4)}
+    for i, (n_in, n_out) in enumerate([(n, 2 * n), (2 * n, 4 * n), (4 * n, 8 * n), (8 * n, 8 * n)]):
+        shapes[f"f.{2 + i}.conv1"] = (n_in, n_in, 3, 3)
+        shapes[f"f.{2 + i}.conv2"] = shapes[f"f.{2 + i}.res"] = (n_out, n_in, 3, 3)
+    torch.manual_seed(0)
+    net = {f"module.{k}.weight": torch.randn(shape) / 20 for k, shape in shapes.items()}
+    net |= {f"module.{k}.bias": torch.randn(shape[0]) / 20 for k, shape in shapes.items()}
+    torch.save({"ebm_net": net}, tmp_path / "64.pth")
+    _, energy = load_official(tmp_path / "64.pth", (3, 64, 64))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+
+    def conv(h: Tensor, name: str, padding: int = 1) -> Tensor:
+        weights = (net[f"module.{name}.{part}"] for part in ("weight", "bias"))
+        return F.conv2d(h, *weights, padding=padding)
+
+    h = F.silu(conv(x, "f.0"))
+    for i in range(2, 6):
+        deep = F.silu(conv(F.silu(conv(h, f"f.{i}.conv1")), f"f.{i}.conv2"))
+        h = F.avg_pool2d(deep + F.silu(conv(h, f"f.{i}.res")), 2)
+    torch.testing.assert_close(-energy(x), conv(h, "f.6", 0).flatten(1).sum(1))
+    back = export_official(None, energy)["ebm_net"]
+    assert all(torch.equal(v, net["module." + k]) for k, v in back.items())
+    with pytest.raises(ValueError, match=r"image_shape \(3, 32, 32\) does not fit: .*, 64, 64\)"):
+        load_official(tmp_path / "64.pth")
+
+
+def _module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as DataParallel has them."""
+    return {f"module.{k}": v for k, v in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +331,11 @@ def test_checkpoints_that_do_not_fit_are_refused(golden, golden_energy, tmp_path
     state, ebm = _state(golden), _state(golden_energy)
     norm = "flows.checkers.0.mean"
     cases = [
-        ({}, "must hold flow_net or ebm_net"),
+        ({}, "must hold flow_net or ebm_net, or a flow alone under net, got nothing"),
+        ({"model": {}, "epoch": 3}, r"under net, got model \(dict\), epoch \(int\)"),
+        ({"flow_net": state, "net": state}, "got both flow_net and net"),
+        ({"net": state | {"lr": 0.1}}, "net must hold tensors only, got float for 'lr'"),
+        ({"flow_net": {"flows.next.checkers.1.nn.x": torch.ones(1)}}, "no 1×1 convolution"),
         ({"flow_net": _without(state, norm)}, r"1 missing \['flows.checkers.0.mean'\]"),
         ({"flow_net": state | {"extra": torch.zeros(1)}}, r"1 unknown \['extra'\]"),
         ({"flow_net": state | {norm: torch.zeros(1, 5, 1, 1)}}, "flows.checkers.0.mean must have"),
@@ -242,13 +347,15 @@ def test_checkpoints_that_do_not_fit_are_refused(golden, golden_energy, tmp_path
         ({"ebm_net": {"f.1.weight": torch.zeros(1)}}, "f.0.weight is missing"),
     ]
     for checkpoint, message in cases:
-        shape = (3, 16, 16) if "flow_net" in checkpoint else (3, 32, 32)
+        shape = (3, 32, 32) if "ebm_net" in checkpoint else (3, 16, 16)
         with pytest.raises(ValueError, match=message):
             load_official(checkpoint, shape)
     with pytest.raises(ValueError, match=r"image_shape \(1, 16, 16\) does not fit"):
         load_official({"flow_net": state}, (1, 16, 16))
     with pytest.raises(ValueError, match="only a flow made by flowpp"):
         export_official(flows.realnvp(2), None)
+    with pytest.raises(ValueError, match="only a flow made by flowpp"):
+        export_official(flows.glow((1, 4, 4), scales=1, steps=1, channels=4), None)
     with pytest.raises(ValueError, match=r"256 grey levels .* got levels=17"):
         export_official(flows.flowpp((1, 4, 4), channels=4, blocks=0, levels=17), None)
     with pytest.raises(FileNotFoundError):
@@ -258,11 +365,34 @@ def test_checkpoints_that_do_not_fit_are_refused(golden, golden_energy, tmp_path
 class _Payload:
     """Something that a checkpoint must not be able to smuggle in."""
 
+    def __setstate__(self, state: object) -> None:
+        raise AssertionError("a checkpoint's code was executed")
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"x": 1}
+
 
 def test_files_with_more_than_tensors_are_refused(tmp_path):
-    torch.save({"flow_net": {"bounds": _Payload()}}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        load_official(tmp_path / "evil.pth")
+    arguments = argparse.Namespace(lr=1e-4, net=_Payload())
+    evil = {"flow_net": {"bounds": _Payload()}, "args": arguments, "fid": np.zeros(2)}
+    evil |= {"epoch": 3, "act": torch.nn.ReLU, "list": [1.0, Path("x")]}
+    for zipped in (True, False):
+        torch.save(evil, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="more than tensors and numbers") as refused:
+            load_official(tmp_path / "evil.pth")
+        here = f"{__name__}._Payload"
+        for what in (
+            f"flow_net.bounds ({here})",
+            "args (argparse.Namespace)",
+            "act (torch.nn.modules.activation.ReLU)",
+            "list.1 (pathlib",
+        ):
+            assert what in str(refused.value)
+        assert re.search(r"fid \(numpy\.\w+\.multiarray\._reconstruct\)", str(refused.value))
+        assert "epoch" not in str(refused.value)
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    with pytest.raises(ValueError, match=r"the file itself \(torch\.nn\.modules\.linear\.Linear\)"):
+        load_official(tmp_path / "module.pth")
     torch.save(torch.zeros(1), tmp_path / "tensor.pth")
     with pytest.raises(ValueError, match="must hold a dict"):
         load_official(tmp_path / "tensor.pth")

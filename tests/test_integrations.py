@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
+import pickle
+import re
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import coopflow_ext as cf
+from coopflow_ext import integrations
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.flows import AffineCoupling, MixtureLogisticCoupling
+from coopflow_ext.flows import AffineCoupling, Flow, MixtureLogisticCoupling, realnvp
 from coopflow_ext.flows.couplings import VectorSplit
 from coopflow_ext.integrations.torchebm import LangevinDynamics
 
@@ -223,6 +230,349 @@ def test_what_is_not_honoured_is_refused(torchebm):
         sampler.sample(dim=2, y=torch.zeros(1, 2), model_kwargs={"y": 1})
 
 
+# What a torchebm sampler has beside its constructor and sample().
+
+
+def counted(torchebm):
+    """A scheduler whose value tells its step: 0.10, 0.09, 0.08, …"""
+    from torchebm.core import LinearScheduler
+
+    return LinearScheduler(0.1, 0.0, n_steps=10)
+
+
+def scheduled_models(torchebm) -> dict:
+    """Models whose force follows a scheduler, each with the arguments of a sampler of it."""
+    from torchebm.core import BaseModel, Schedulable
+
+    class Read(BaseModel):
+        def __init__(self, scheduler) -> None:
+            super().__init__()
+            self.read = [scheduler]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read[0].get_value() * x.square().sum(1)
+
+    class Own(Schedulable, BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_scheduler("force", counted(torchebm))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_scheduled_value("force") * x.square().sum(1)
+
+    shared, registered = counted(torchebm), counted(torchebm)
+
+    class Closure(BaseModel):
+        def forward(self, x: Tensor) -> Tensor:
+            return registered.get_value() * x.square().sum(1)
+
+    return {
+        "a scheduler of its own": (Own(), {}, {}),
+        "one of a part": (nn.Sequential(Own()), {}, {}),
+        "that of the step size": (Read(shared), {"step_size": shared}, {}),
+        "one that is registered": (Closure(), {}, {"force": registered}),
+        "its own and a scheduled step": (Own(), {"step_size": counted(torchebm)}, {}),
+    }
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_model_that_is_scheduled_moves_on_as_in_torchebm(torchebm, index):
+    x0 = torch.randn(4, 2)
+    results, counts = [], []
+    for cls in (theirs(torchebm), LangevinDynamics):
+        model, options, registered = list(scheduled_models(torchebm).values())[index]
+        if not hasattr(model, "gradient"):
+            model.gradient = model[0].gradient
+        sampler = cls(model, **{"step_size": 0.5, "noise_scale": 1e-20, **options})
+        for name, scheduler in registered.items():
+            sampler.register_scheduler(name, scheduler)
+        paths = [
+            sampler.sample(x0, n_steps=7, thin=2, return_trajectory=True, return_diagnostics=True,
+                           reset_schedulers=reset)
+            for reset in (True, False)
+        ]  # fmt: skip
+        results.append(paths)
+        found = []
+        sampler.apply(lambda m, found=found: found.extend(vars(m).get("schedulers", {}).values()))
+        counts.append([scheduler.step_count for scheduler in found])
+    for (x, a), (y, b) in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name])
+    assert not torch.allclose(results[0][0][0], results[0][1][0])  # the second call went on
+    assert counts[0] == counts[1]
+
+
+def test_a_function_beside_a_scheduled_step_is_not_taken_for_constant(torchebm):
+    scheduler = counted(torchebm)
+    sampler = LangevinDynamics(
+        lambda x: scheduler.get_value() * x.square().sum(1), step_size=scheduler, noise_scale=1e-20
+    )
+    expected = torch.ones(1)
+    for k in range(4):
+        expected = expected - (0.1 - 0.01 * k) * 2 * (0.1 - 0.01 * k) * expected
+    x = sampler.sample(torch.ones(3, 2), n_steps=4)
+    torch.testing.assert_close(x, expected.expand(3, 2))
+
+
+def test_steps_run_one_at_a_time_only_where_the_model_may_change(torchebm, monkeypatch):
+    """Both ways make the same samples from the same seed."""
+    from torchebm.core import LinearScheduler
+
+    from coopflow_ext.integrations import torchebm as module
+
+    made = []
+
+    class Recorded(module.LangevinSampler):
+        def __init__(self, *args, **options) -> None:
+            made.append(options["n_steps"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(module, "LangevinSampler", Recorded)
+    samples = []
+    for extra in (False, True):
+        sampler = LangevinDynamics(Quadratic(), LinearScheduler(0.05, 0.001, n_steps=10), 0.7)
+        if extra:
+            sampler.register_scheduler("other", counted(torchebm))
+        made.clear()
+        x = torch.ones(5, 3)
+        call = {"n_steps": 6, "generator": torch.Generator().manual_seed(3)}
+        samples.append(sampler.sample(x, return_trajectory=True, **call))
+        assert made == ([1] * 6 if extra else [6])
+        assert x.eq(1).all()
+    assert torch.equal(*samples)
+    nothing = sampler.sample(x, n_steps=0)
+    assert torch.equal(nothing, x)
+    assert nothing is not x
+    for name in ("cuda_graph", "compile"):
+        sampler = LangevinDynamics(Quadratic(), **{name: True})
+        sampler.register_scheduler("other", counted(torchebm))
+        with pytest.raises(ValueError, match=f"{name}=True: the model's schedulers change it"):
+            sampler.sample(x)
+
+
+def test_a_chain_that_blows_up_names_its_step(torchebm):
+    def energy(x: Tensor) -> Tensor:  # one unit a step, until the slope at 4 is not finite
+        return (x * torch.where(x.detach() < 3.5, -1.0, torch.nan)).sum(1)
+
+    for registered in ({}, {"other": counted(torchebm)}):
+        sampler = LangevinDynamics(energy, step_size=1.0, noise_scale=1e-20)
+        for name, scheduler in registered.items():
+            sampler.register_scheduler(name, scheduler)
+        with pytest.raises(cf.NonFiniteError) as caught:
+            sampler.sample(torch.ones(2, 1), n_steps=9)
+        assert caught.value.step == 3
+        assert ("step 3 of the call" in str(caught.value)) == bool(registered)
+        torch.testing.assert_close(caught.value.x, torch.full((2, 1), 4.0))
+
+
+def test_attributes_set_between_calls_count():
+    x = torch.full((4, 2), 2.0)
+    model = Quadratic()
+    sampler = LangevinDynamics(model, step_size=0.1, noise_scale=1e-20)
+
+    def end() -> Tensor:
+        return sampler.sample(x, n_steps=3)
+
+    torch.testing.assert_close(end(), 2 * 0.9**3 * torch.ones(4, 2))
+    sampler.clamp = (-1.7, 1.5)
+    torch.testing.assert_close(end(), 1.5 * 0.9**2 * torch.ones(4, 2))
+    sampler.clamp = None
+    sampler.step_size = 0.2
+    assert sampler.step_size == sampler.get_scheduled_value("step_size") == 0.2
+    torch.testing.assert_close(end(), 2 * 0.8**3 * torch.ones(4, 2))
+    sampler.model = MLPEnergy(2)
+    assert not torch.allclose(end(), 2 * 0.8**3 * torch.ones(4, 2))
+    sampler.model = model
+    torch.testing.assert_close(end(), 2 * 0.8**3 * torch.ones(4, 2))
+    sampler.noise_scale = 5.0
+    assert end().std() > 1
+    sampler.dtype = torch.float64
+    assert sampler.dtype == end().dtype == torch.float64
+    sampler.device = "meta"
+    assert sampler.device == torch.device("meta")
+    sampler = LangevinDynamics(model)
+    for name, value, error, match in (
+        ("clamp", (1, 0), ValueError, "clamp min must be < max"),
+        ("clamp", 1.0, TypeError, "clamp must be a pair"),
+        ("step_size", 0.0, ValueError, "step_size must be positive"),
+        ("noise_scale", "much", TypeError, "noise_scale must be a number"),
+        ("step_size", torch.ones((), requires_grad=True), ValueError, "step_size must not require"),
+    ):
+        with pytest.raises(error, match=match):
+            setattr(sampler, name, value)
+    sampler.decay = 0.1
+    with pytest.raises(ValueError, match="decay is not supported"):
+        sampler.sample(x)
+
+
+def test_it_is_one_of_torchebms_samplers(torchebm):
+    from torchebm.core import BaseSampler, DoubleWellModel, LinearScheduler
+    from torchebm.losses import ContrastiveDivergence
+
+    net = nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 1))
+    a, b = (cls(net, step_size=0.1) for cls in (theirs(torchebm), LangevinDynamics))
+    assert isinstance(b, BaseSampler)
+    public = {name for name in dir(a) if not name.startswith("_")}
+    assert public <= set(dir(b))
+    assert b.state_dict().keys() == a.state_dict().keys()
+    assert repr(b) == repr(a)
+    assert type(b.integrator) is type(a.integrator)
+    assert b.get_schedulers().keys() == a.get_schedulers().keys()
+    with pytest.raises(KeyError, match="No scheduler registered for parameter 'other'"):
+        b.get_scheduled_value("other")
+    assert b.to(torch.float64) is b
+    assert b.sample(dim=2, n_steps=1).dtype == torch.float64
+    assert next(net.parameters()).dtype == torch.float64
+
+    model = DoubleWellModel()
+    sampler = LangevinDynamics(model, step_size=LinearScheduler(0.1, 0.0, n_steps=10))
+    ContrastiveDivergence(model=model, sampler=sampler, k_steps=2).step_schedulers()
+    assert sampler.step_size == pytest.approx(0.09)
+
+
+def test_checks_of_the_arguments_are_torchebms(torchebm):
+    from torchebm.integrators import EulerMaruyamaIntegrator, LeapfrogIntegrator
+
+    def run(cls, call, options) -> None:
+        sampler = cls(_torchebm_quadratic(), **options)
+        sampler.sample(**{"dim": 2, "n_steps": 2, **call})
+
+    def check(call, options) -> None:
+        with pytest.raises((ValueError, TypeError)) as expected:
+            run(theirs(torchebm), call, options)
+        with pytest.raises(expected.type, match="^" + re.escape(str(expected.value))):
+            run(LangevinDynamics, call, options)
+
+    for options in (
+        {"step_size": 0.0},
+        {"step_size": -0.1},
+        {"noise_scale": -1.0},
+        {"clamp": (1.0, -1.0)},
+        {"integrator": "nope"},
+        {"integrator": 3},
+        {"integrator": "leapfrog"},
+        {"integrator": LeapfrogIntegrator()},
+        {"integrator": EulerMaruyamaIntegrator(dtype=torch.float64)},
+    ):
+        check({}, options)
+    for call in (
+        {"thin": 0},
+        {"dim": None},
+        {"y": torch.ones(1), "model_kwargs": {"y": torch.ones(1)}},
+    ):
+        check(call, {})
+
+
+def test_mixed_precision_as_in_torchebm(torchebm):
+    seen = []
+
+    class Model(_torchebm_quadratic().__class__):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    sampler = LangevinDynamics(Model())
+    with pytest.warns(UserWarning, match="Mixed precision requested but device is cpu"):
+        sampler.setup_mixed_precision(True)  # they have it on CUDA alone
+    sampler.sample(dim=2, n_steps=2)
+    sampler.use_mixed_precision = sampler.autocast_available = True
+    sampler._amp_dtype = torch.bfloat16
+    sampler.sample(dim=2, n_steps=2)
+    assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize("flag", ["force_fp32_gradient", "use_mixed_precision"])
+def test_the_precision_of_a_models_own_gradient(torchebm, flag):
+    """Both flags act in the gradient of their models alone."""
+    dtypes = []
+
+    class Model(_torchebm_quadratic().__class__):
+        def forward(self, x: Tensor) -> Tensor:
+            dtypes.append(x.dtype)
+            return super().forward(x)
+
+        def autocast_context(self):
+            dtypes.append("asked for autocast")
+            return super().autocast_context()
+
+    model = Model()
+    sampler = LangevinDynamics(model, dtype=torch.float64)
+    sampler.sample(dim=2, n_steps=1)
+    assert dtypes == [torch.float64]
+    setattr(model, flag, True)
+    sampler.sample(dim=2, n_steps=1)
+    low = torch.float32 if flag == "force_fp32_gradient" else torch.float64
+    assert dtypes[1:] == ["asked for autocast", low]
+
+
+def test_copies_and_pickles_of_the_sampler(torchebm):
+    sampler = LangevinDynamics(MLPEnergy(3), step_size=0.1)
+
+    def end(sampler) -> Tensor:
+        return sampler.sample(torch.ones(2, 3), generator=torch.Generator().manual_seed(0))
+
+    expected = end(sampler)
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(end(other), expected)
+        with torch.no_grad():
+            next(other.model.parameters()).add_(1.0)
+        assert not torch.equal(end(other), expected)
+    assert torch.equal(end(sampler), expected)
+
+
+def test_without_torchebm(monkeypatch):
+    """The same numbers, from a module that found no torchebm."""
+
+    class Falling:
+        """A scheduler by its methods."""
+
+        def __init__(self) -> None:
+            self.reset()
+
+        def get_value(self) -> float:
+            return 0.1 / (1 + self.steps)
+
+        def step(self) -> float:
+            self.steps += 1
+            return self.get_value()
+
+        def reset(self) -> None:
+            self.steps = 0
+
+    def samples(cls) -> tuple:
+        net = MLPEnergy(3)
+        net.load_state_dict(state)
+        sampler = cls(net, step_size=Falling(), clamp=(-1, 1))
+        call = {"generator": torch.Generator().manual_seed(0), "return_diagnostics": True}
+        out, diagnostics = sampler.sample(dim=3, n_samples=4, n_steps=6, **call)
+        other = cls(Quadratic(), step_size=0.2).sample(
+            torch.ones(2, 3), n_steps=4, generator=torch.Generator().manual_seed(1)
+        )
+        return out, diagnostics, other, sampler.step_size
+
+    state = MLPEnergy(3).state_dict()
+    expected = samples(LangevinDynamics)
+    parts = [f"{integrations.__name__}.{name}" for name in ("_torchebm_base", "torchebm")]
+    for name in parts:
+        monkeypatch.setattr(integrations, name.rpartition(".")[2], sys.modules[name])
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("torchebm", "torchebm.core", "torchebm.integrators"):
+        monkeypatch.setitem(sys.modules, name, None)
+    alone = importlib.import_module(parts[1]).LangevinDynamics
+    assert alone.__mro__[1].__module__ == parts[0]
+
+    torch.testing.assert_close(samples(alone), expected, rtol=0, atol=0)
+    sampler = alone(Quadratic(), integrator="euler")
+    assert sampler.to(torch.float64).sample(dim=2, n_steps=1).dtype == torch.float64
+    sampler.register_scheduler("other", Falling())
+    assert sampler.sample(dim=2, n_steps=3).shape == (1, 2)
+    assert sampler.get_schedulers()["other"].steps == 3
+    with pytest.raises(ValueError, match="integrator must be Euler-Maruyama, got heun"):
+        alone(Quadratic(), integrator="heun")
+
+
 # --- flow libraries -----------------------------------------------------------------------------
 
 
@@ -369,6 +719,94 @@ def image_flow(library: str, layers: list[MixtureLogisticCoupling], shape: tuple
     base = normflows.distributions.DiagGaussian(shape, trainable=False)
     flow = normflows.NormalizingFlow(base, [NormflowsFlow(c) for c in reversed(layers)])
     return flow.log_prob, flow.sample
+
+
+def conditional_flow() -> Flow:
+    torch.manual_seed(0)
+    flow = realnvp(3, couplings=3, widths=(8,), context_dim=2)
+    flow.initialize(torch.randn(20, 3), context=torch.randn(20, 2))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return flow
+
+
+def test_zuko_with_context():
+    """zuko's context has any batch dimensions, which x is broadcast against."""
+    zuko = pytest.importorskip("zuko")
+    from coopflow_ext.integrations.zuko import ZukoTransform
+
+    flow = conditional_flow()
+    base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(3), torch.ones(3), buffer=True
+    )
+    theirs = zuko.flows.Flow([ZukoTransform(t) for t in flow.transform.transforms], base)
+    x, context = torch.randn(7, 3), torch.randn(7, 2)
+    expected = flow.log_prob(x, context=context)
+    torch.testing.assert_close(theirs(context).log_prob(x), expected)
+    torch.testing.assert_close(
+        theirs(context[0]).log_prob(x), flow.log_prob(x, context=context[:1].expand(7, 2))
+    )
+    torch.testing.assert_close(
+        theirs(context).log_prob(x[0]), flow.log_prob(x[:1].expand(7, 3), context=context)
+    )
+    torch.testing.assert_close(
+        theirs(context[:, None]).log_prob(x),
+        torch.stack([flow.log_prob(x, context=c.expand(7, 2)) for c in context]),
+    )
+    samples, log_probs = theirs(context).rsample_and_log_prob((5,))
+    assert samples.shape == (5, 7, 3)
+    torch.testing.assert_close(theirs(context).log_prob(samples), log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flow.log_prob(samples[1], context=context), log_probs[1])
+    with pytest.raises(ValueError, match="context must be a tensor"):
+        theirs().log_prob(x)
+
+
+def test_nflows_with_context():
+    """nflows embeds the context, and samples a number for each row of it."""
+    pytest.importorskip("nflows")
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow as NflowsFlow
+    from nflows.transforms import CompositeTransform
+
+    from coopflow_ext.integrations.nflows import NflowsTransform
+
+    flow, embedding = conditional_flow(), nn.Linear(4, 2)
+    theirs = NflowsFlow(
+        CompositeTransform([NflowsTransform(t) for t in flow.transform.transforms]),
+        StandardNormal([3]),
+        embedding_net=embedding,
+    )
+    x, raw = torch.randn(7, 3), torch.randn(7, 4)
+    torch.testing.assert_close(theirs.log_prob(x, raw), flow.log_prob(x, context=embedding(raw)))
+    samples, log_probs = theirs.sample_and_log_prob(5, context=raw)
+    assert samples.shape == (7, 5, 3)
+    assert theirs.sample(5, context=raw).shape == (7, 5, 3)
+    torch.testing.assert_close(
+        flow.log_prob(samples[:, 1], context=embedding(raw)), log_probs[:, 1], rtol=1e-4, atol=1e-4
+    )
+    check_training(theirs.log_prob(x, raw), list(theirs.parameters()))
+
+
+def test_normflows_with_context():
+    """normflows calls each layer with context=, one row for a sample."""
+    normflows = pytest.importorskip("normflows")
+    from coopflow_ext.integrations.normflows import NormflowsFlow
+
+    flow = conditional_flow()
+    base = normflows.distributions.DiagGaussian(3, trainable=False)
+    layers = [NormflowsFlow(t) for t in reversed(flow.transform.transforms)]
+    theirs = normflows.ConditionalNormalizingFlow(base, layers)
+    x, context = torch.randn(7, 3), torch.randn(7, 2)
+    torch.testing.assert_close(theirs.log_prob(x, context), flow.log_prob(x, context=context))
+    samples, log_probs = theirs.sample(7, context=context)
+    torch.testing.assert_close(
+        flow.log_prob(samples, context=context), log_probs, rtol=1e-4, atol=1e-4
+    )
+    check_training(-theirs.forward_kld(x, context=context), list(flow.parameters()))
+    unconditional = NormflowsFlow(realnvp(3, couplings=1).transform.eval())
+    with pytest.raises(ValueError, match=r"context of shape .* is given to a network"):
+        normflows.ConditionalNormalizingFlow(base, [unconditional]).log_prob(x, context)
 
 
 @pytest.mark.parametrize("library", ["zuko", "nflows", "normflows"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -61,6 +63,52 @@ def test_one_descent_step_is_the_recipe(
     expected = (x0 - 0.05 * grad).clamp(-1, 1)
     got = reconstruct(model, held_out, Key(1), steps=1)
     torch.testing.assert_close(got.start, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_chain_has_the_trainings_step_size_whatever_that_of_sampling(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    """The paper trains, reconstructs, inpaints, interpolates with δ = 0.03, samples with 0.04."""
+    for name in ("cifar10", "svhn-pre", "celeba-long"):
+        paper = TrainConfig.from_dict({"preset": name})
+        assert paper.sample_step_size != paper.step_size == 0.03
+    model = models[0]
+    assert model.config is not None
+    other = CoopFlow(model.flow, model.energy, model.sampler)
+    other.config = dataclasses.replace(model.config, sample_step_size=0.7)
+    other.event = model.event
+    known = centre_hole(8, 8)
+    for call in (
+        lambda m, **k: reconstruct(m, held_out, Key(1), steps=2, **k).result,
+        lambda m, **k: inpaint(m, held_out, known, Key(1), chains=1, steps=2, **k),
+        lambda m, **k: interpolate(m, held_out[:2], held_out[2:4], points=3, **k)[1],
+    ):
+        assert torch.equal(call(other), call(model))
+        assert torch.equal(call(other, step_size=0.5), call(model))  # the preset's own
+        assert not torch.equal(call(other, step_size=0.4), call(model))
+        with pytest.raises(ValueError, match="step_size must be finite and > 0, got 0"):
+            call(model, step_size=0)
+
+
+def test_the_chains_start_where_they_are_told(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    model, known = models[0], centre_hole(8, 8)
+    start = model.propose(6, Key(1))
+    proposed, told = (
+        reconstruct(model, held_out, Key(1), steps=2),
+        reconstruct(model, held_out, start=start, steps=2),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(proposed, told, strict=True))
+    starts = model.propose(12, Key(1)).view(6, 2, 1, 8, 8)
+    assert torch.equal(
+        inpaint(model, held_out, known, Key(1), chains=2, steps=2),
+        inpaint(model, held_out, known, start=starts, chains=2, steps=2),
+    )
+    with pytest.raises(ValueError, match=r"shape \(6, 1, 8, 8\), got \(5, 1, 8, 8\)"):
+        reconstruct(model, held_out, start=start[:5])
+    with pytest.raises(ValueError, match=r"start must have shape \(6, 4, 1, 8, 8\), got \(6, 2, "):
+        inpaint(model, held_out, known, start=starts)
 
 
 def test_the_papers_numbers() -> None:

@@ -653,6 +653,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "row 3 was asked",
     ),
     "table dtype": ({"noise": torch.ones(1, 1).half()}, TypeError, "noise: .*float32 or float64"),
+    "table of numpy": ({"drift": torch.ones(1, 4).numpy()}, TypeError, "'drift' .*'ndarray'"),
+    "grad of numpy": ({"grad": torch.ones(4, 6).numpy()}, TypeError, "'grad' .*'ndarray'"),
     "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
     "rng Key": ({"rng": KEY}, TypeError, "'rng' .*'Key'"),
     "rng shape": ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng: .*\(3,\)"),

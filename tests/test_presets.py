@@ -122,6 +122,23 @@ def test_igebm(x0, xi):
     check(presets.igebm(energy, n_steps=T, on_nonfinite="ignore"), x0, xi, step)
 
 
+def test_uvadlc(x0, xi):
+    """From starts beyond the bounds, so that the clamp after the noise changes the gradient."""
+    start = 2.4 * x0 - 1.2
+
+    def energy(x):
+        return 0.02 * smooth_energy(x - 0.5)
+
+    def step(x, k, z):
+        x = (x + 0.005 * z).clamp(-1, 1)
+        return (x - 10 * gradient(x, energy).clamp(-0.03, 0.03)).clamp(-1, 1)
+
+    check(presets.uvadlc(energy, n_steps=T), start, xi, step)
+    check(presets.uvadlc(energy, n_steps=T, on_nonfinite="ignore"), start, xi, step)
+    network = presets.uvadlc(lambda x: -energy(x), n_steps=T, negative_energy=True)
+    check(network, start, xi, step)
+
+
 @pytest.mark.parametrize("decay_noise", [False, True])
 def test_improved_cd(decay_noise, x0, xi):
     def energy(x):
@@ -286,8 +303,8 @@ def test_every_letter_has_an_effect(name, letter, x0, xi):
 
 def test_defaults_are_those_of_the_table():
     steps = {"coopflow": 30, "coopnets": 15, "coopvaebm": 15, "short_run": 100, "life_cycle": 100,
-             "hat_ebm": 50, "igebm": 60, "improved_cd": 40, "clel": 60, "jem": 20,
-             "vaebm": 10}  # fmt: skip
+             "hat_ebm": 50, "igebm": 60, "uvadlc": 60, "improved_cd": 40, "clel": 60,
+             "jem": 20, "vaebm": 10}  # fmt: skip
     for name, n_steps in steps.items():
         assert getattr(presets, name)(smooth_energy).plan.n_steps == n_steps
     assert presets.coopflow(smooth_energy).plan.coefficients["drift"] == pytest.approx(0.03**2 / 2)

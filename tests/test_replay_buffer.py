@@ -77,6 +77,35 @@ def test_the_key_and_the_state_dict_determine_everything():
     assert not torch.equal(other.states, b.states)
 
 
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.enable_grad])
+def test_modes_in_which_it_is_used_leave_no_trace(inside):
+    """Made, drawn from, written to and saved in one mode, it can be used in every other."""
+    scale = torch.ones(2, requires_grad=True)
+
+    def init(shape, key):
+        return scale * torch.ones(shape)
+
+    def use(buffer):
+        x, indices = buffer.draw(4)
+        buffer.write(indices, 2 * x)
+        buffer.load_state_dict(buffer.state_dict())
+        return x, buffer.states, buffer.state_dict()["states"]
+
+    def make(key):
+        return ReplayBuffer((2,), size=10, init=init, reinit_probability=0.5, key=cf.Key(key))
+
+    with inside():
+        buffer, other = make(0), make(1)
+        tensors = use(buffer)
+        x, indices = buffer.draw(4)
+        loaded, doubled = buffer.state_dict(), 2 * x
+    tensors += use(buffer)
+    buffer.write(indices, doubled)  # with tensors of the mode
+    other.load_state_dict(loaded)
+    tensors += use(other)
+    assert not any(t.is_inference() or t.requires_grad for t in tensors)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="size"):
         ReplayBuffer((1,), size=0)
@@ -86,6 +115,18 @@ def test_bad_arguments():
         ReplayBuffer((1,), init="zeros")
     with pytest.raises(TypeError, match=r"shape must be a sequence of ints, such as \(3,\)"):
         ReplayBuffer(3)
+    for shape, error, match in (
+        ("32", TypeError, "shape must be a sequence of ints, got str"),
+        (None, TypeError, "shape must be a sequence of ints, got NoneType"),
+        (torch.zeros(2), TypeError, "shape must be a sequence of ints, got Tensor"),
+        ((3, 2.0), TypeError, r"shape\[1\] must be an int, got float"),
+        ((True,), TypeError, r"shape\[0\] must be an int, got bool"),
+        ((3, -1), ValueError, r"shape\[1\] must be ≥ 0, got -1"),
+    ):
+        with pytest.raises(error, match=match):
+            ReplayBuffer(shape)
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got 'float32'"):
+        ReplayBuffer((1,), dtype="float32")
     with pytest.raises(TypeError, match=r"dtype must be floating point, got torch\.int64"):
         ReplayBuffer((1,), dtype=torch.int64)
     with pytest.raises(TypeError, match="key must be a Key"):
@@ -99,6 +140,10 @@ def test_bad_arguments():
         buffer.write([1], torch.zeros(1, 1))
     with pytest.raises(TypeError, match=r"indices must be an int64 tensor.*got torch\.float32"):
         buffer.write(torch.zeros(1), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"indices must have shape \(n,\), got \(\)"):
+        buffer.write(torch.tensor(1), torch.zeros(1, 1))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        buffer.write(torch.tensor([1]), [[0.0]])
     with pytest.raises(IndexError, match="out of bounds"):
         buffer.write(torch.tensor([10]), torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"state must have seed, time, got \['states'\]"):

@@ -246,6 +246,12 @@ def test_empty_shapes(device: torch.device) -> None:
             TypeError,
             "out: must have dtype float32, float64, float16 or bfloat16, got dtype int64",
         ),
+        (
+            lambda rng: cf.ops.uniform((2,), rng, dtype="float32"),
+            TypeError,
+            "dtype must be a torch.dtype, got str 'float32'",
+        ),
+        (lambda rng: cf.ops.normal(2, rng), TypeError, "shape must be a sequence of ints, got int"),
     ],
 )
 def test_bad_draws_are_named(device, call, error, message) -> None:  # type: ignore[no-untyped-def]

@@ -96,6 +96,8 @@ def plain_chain(run: Run, start: tuple[Tensor, ...]) -> dict[str, Any]:
             x + column(run.noise[k], x) * z[k] if noise_first else x
             for x, z in zip(xs, run.xi, strict=True)
         ]
+        if run.clamp and run.options["clamp_when"] in ("noise", "both"):
+            ys = [y.clamp(*run.clamp) for y in ys]
         leaves = [y if y.requires_grad else y.requires_grad_() for y in ys]
         if run.low:  # the model reads the state in low precision
             leaves = [y.detach().bfloat16().requires_grad_() for y in ys]
@@ -125,7 +127,9 @@ def plain_chain(run: Run, start: tuple[Tensor, ...]) -> dict[str, Any]:
                 d = d.clamp(-limit, limit)
             free = y - d if noise_first else y - d + column(run.noise[k], y) * z[k]
             end = free
-            if run.clamp and (run.is_on("clamp_when", "step") or k == run.n_steps - 1):
+            when = run.options["clamp_when"]
+            last = k == run.n_steps - 1
+            if run.clamp and (when in ("step", "both") or (when == "end" and last)):
                 end = free.clamp(*run.clamp)
             clamped.append(end != free)
             ends.append(end)
@@ -228,12 +232,14 @@ def runs(draw) -> Run:
         _draw_pull(draw, run, seed + 20, batch)
     on_nonfinite = st.sampled_from(["freeze"] if run.breaks else ["raise", "freeze", "ignore"])
     run.differentiable = False if run.breaks else draw(st.sampled_from([False, True, "last"]))
+    noise_first = draw(st.booleans())
+    clamp_when = ["step", "end", *(["noise", "both"] if noise_first else [])]
     options.update(
         **run.clips,
         n_steps=n_steps,
         clamp=run.clamp,
-        clamp_when=draw(st.sampled_from(["step", "end"])),
-        noise_before_gradient=draw(st.booleans()),
+        clamp_when=draw(st.sampled_from(clamp_when)),
+        noise_before_gradient=noise_first,
         return_trajectory=draw(st.booleans()),
         thin=draw(st.integers(1, 3)),
         stats=draw(st.booleans()),

@@ -250,6 +250,59 @@ def test_without_gradients_and_in_inference_mode(name, make, x0):
     assert out.requires_grad == (name in DIFFERENTIABLE)
 
 
+def test_nested_arguments_of_the_energy_in_inference_mode(name, make, x0):
+    net = Scaled()
+
+    def energy(x: Tensor, given: dict) -> Tensor:
+        return net(x, given["scales"][0] * given["more"]["scale"])
+
+    def given(scale: Tensor) -> dict:
+        return {"given": {"scales": (scale, [scale]), "more": {"scale": scale, "name": "scale"}}}
+
+    sampler = make(energy)
+    condition = torch.full((3,), 0.5)
+    expected = sampler(x0, key=KEY, model_kwargs=given(condition)).x.detach()
+    with torch.inference_mode():
+        kwargs = given(condition + 0)
+        out = sampler(x0, key=KEY, model_kwargs=kwargs).x
+        assert kwargs["given"]["scales"][0].is_inference()  # the caller's are left alone
+    assert torch.equal(out, expected)
+    if name in DIFFERENTIABLE:  # a condition that wants gradients, deep inside
+        leaf = condition.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(sampler(x0, key=KEY, model_kwargs=given(leaf)).x.sum(), leaf)
+        assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_samplers_made_in_inference_mode(x0, differentiable):
+    """With tables and a centre of that mode, of the dtype and device that the chain wants."""
+    net = Scaled().double()
+    start = x0.double().requires_grad_(differentiable)
+
+    def make() -> list:
+        row = torch.linspace(0.1, 0.3, 4, dtype=torch.float64)[None] * torch.ones(T, 1)
+        pull = torch.ones(4, 3, dtype=torch.float64), row[0]
+        options = {"differentiable": differentiable, "cuda_graph": False}
+        return [
+            cf.LangevinSampler(net, n_steps=T, step_size=row, pull=pull, **options),
+            cf.LangevinSampler(net, n_steps=T, drift=row, noise=row, reference_std=0.5,
+                               noise_before_gradient=True, **options),
+            cf.presets.vaebm(net, n_steps=T, step_size=row, pull=pull, **options),
+            cf.MALASampler(net, n_steps=T, step_size=row, stats=True),
+            cf.UnderdampedLangevinSampler(net, n_steps=T, step_size=row, friction=row,
+                                          temperature=row),
+        ]  # fmt: skip
+
+    with torch.inference_mode():
+        samplers = make()
+    for sampler, plain in zip(samplers, make(), strict=True):
+        out = sampler(start, key=KEY)
+        assert torch.equal(out.x, plain(start, key=KEY).x)
+        assert not out.x.is_inference()
+        if out.x.requires_grad:
+            out.x.sum().backward()
+
+
 def test_a_start_that_requires_grad(name, make, x0):
     sampler = make(Scaled())
     expected = sampler(x0, key=KEY).x

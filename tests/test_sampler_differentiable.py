@@ -16,6 +16,7 @@ KEY = cf.Key(1)
 OPTIONS = [
     {},
     {"noise_before_gradient": True},
+    {"noise_before_gradient": True, "clamp": (-0.7, 0.9), "clamp_when": "both"},
     {"grad_norm": 0.2, "step_clip": 0.5, "clamp": (-3.0, 3.0)},
     {"reference_std": 1.5, "on_nonfinite": "ignore"},
 ]
@@ -49,6 +50,37 @@ def test_gradcheck_in_x0_and_the_parameters(energy, x0, options, checkpoint_ever
 
     inputs = [x0, *(p.detach() for p in energy.parameters())]
     assert torch.autograd.gradcheck(chain, [t.clone().requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"stats": True, "return_trajectory": True}])
+def test_torch_funcs_transforms_agree_with_autograd(energy, x0, options):
+    """With respect to x0, twice, and to parameters while x0 is a constant."""
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.4, differentiable=True, **options)
+
+    def loss(x: Tensor) -> Tensor:
+        return sampler(x, key=KEY).x.square().sum()
+
+    class Chain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = energy
+
+        def forward(self, x: Tensor) -> Tensor:
+            return loss(x)
+
+    leaf = x0.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x0), torch.autograd.grad(loss(leaf), leaf)[0])
+    torch.testing.assert_close(
+        torch.func.jacrev(torch.func.grad(loss))(x0), torch.autograd.functional.hessian(loss, x0)
+    )
+    chain = Chain()
+    parameters = {name: p.detach() for name, p in chain.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(chain, p, (x0,)))(parameters)
+    expected = torch.autograd.grad(
+        loss(x0), list(energy.parameters()), allow_unused=True, materialize_grads=True
+    )
+    torch.testing.assert_close(tuple(grads.values()), expected)
+    assert sum(bool(grad.any()) for grad in grads.values()) >= 4
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -33,6 +33,7 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"drift": True}, TypeError, "drift must be a number"),
         ({"drift": torch.ones(5)}, ValueError, "drift must have one value for each of 3 steps"),
         ({"drift": [0.1, 0.2]}, ValueError, "drift must have one value for each of 3 steps"),
+        ({"step_size": torch.ones(4)}, ValueError, r"for each of 4 chains give shape \(1, 4\)"),
         ({"drift": torch.ones(2, 4)}, ValueError, r"drift must be .*got shape \(2, 4\)"),
         ({"drift": torch.tensor([0.1, float("nan"), 0.1])}, ValueError, "drift must be finite"),
         ({"drift": lambda k: -1.0}, ValueError, "drift"),
@@ -67,6 +68,8 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "channels_last": None}, TypeError, "channels_last must be True or"),
         ({"step_size": 0.1, "compile": "inductor"}, TypeError, "compile must be True or False"),
         ({"step_size": 0.1, "clamp_when": "start"}, ValueError, "clamp_when"),
+        ({"step_size": 0.1, "clamp_when": "noise"}, ValueError, "'noise' needs noise_before_grad"),
+        ({"step_size": 0.1, "clamp_when": "both"}, ValueError, "'both' needs noise_before_grad"),
         ({"step_size": 0.1, "on_nonfinite": "stop"}, ValueError, "on_nonfinite"),
         ({"step_size": 0.1, "reference_std": 0.0}, ValueError, "reference_std"),
         ({"step_size": 0.1, "pull": 1.0}, TypeError, "pull must be a pair"),
@@ -91,6 +94,53 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
 def test_options_are_refused_by_name(options, error, match):
     with pytest.raises(error, match=match):
         LangevinSampler(energy, **{"n_steps": 3, **options})
+
+
+LEARNED = nn.Parameter(torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("differentiable", [False, True, "last"])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"drift": LEARNED}, "drift"),
+        ({"drift": 2 * LEARNED}, "drift"),
+        ({"drift": [LEARNED, LEARNED, LEARNED]}, "drift"),
+        ({"drift": LEARNED.expand(3, 4)}, "drift"),
+        ({"drift": lambda k: LEARNED}, r"drift\(0\)"),
+        ({"drift": lambda k: LEARNED.expand(4) if k == 2 else 0.1}, r"drift\(2\)"),
+        ({"step_size": LEARNED.expand(3)}, "step_size"),
+        ({"drift": 0.1, "noise": LEARNED}, "noise"),
+        ({"drift": 0.1, "temperature": LEARNED}, "temperature"),
+        ({"drift": 0.1, "pull": (X0, LEARNED)}, "pull's strength"),
+        ({"drift": 0.1, "pull": (X0, [LEARNED] * 4)}, "pull's strength"),
+        ({"drift": 0.1, "clamp": (-1, LEARNED)}, "clamp"),
+    ],
+)
+def test_coefficients_that_require_grad_are_refused(options, name, differentiable):
+    with pytest.raises(ValueError, match=f"^{name} must not require grad"):
+        LangevinSampler(energy, n_steps=3, differentiable=differentiable, **options)
+
+
+@pytest.mark.parametrize("given", [LEARNED, lambda k: LEARNED, LEARNED.expand(1, 4)])
+def test_coefficients_of_the_other_samplers_that_require_grad_are_refused(given):
+    match = "must not require grad"
+    with pytest.raises(ValueError, match=rf"^step_size.*{match}"):
+        cf.MALASampler(energy, n_steps=3, step_size=given)
+    for name in ("step_size", "friction", "temperature"):
+        options = {"step_size": 0.1, name: given}
+        with pytest.raises(ValueError, match=rf"^{name}.*{match}"):
+            cf.UnderdampedLangevinSampler(energy, n_steps=3, **options)
+    with pytest.raises(ValueError, match=rf"^step_size.*{match}"):
+        cf.presets.vaebm(energy, n_steps=3, step_size=given)
+
+
+def test_a_table_is_copied_when_the_sampler_is_made():
+    table = torch.full((3,), 0.1, dtype=torch.float64)
+    sampler = LangevinSampler(energy, n_steps=3, drift=table, noise=0.0)
+    expected = sampler(X0).x
+    table.fill_(-1.0)  # would not have passed the checks
+    assert torch.equal(sampler(X0).x, expected)
 
 
 def test_what_to_sample_is_refused_by_name():

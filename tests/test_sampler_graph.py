@@ -9,6 +9,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,6 +62,9 @@ OPTIONS = [
     {"stats": True, "return_trajectory": True, "thin": 2},
     {"noise_before_gradient": True, "clamp": (-1, 1)},
     {"noise_before_gradient": True, "on_nonfinite": "ignore"},
+    {"noise_before_gradient": True, "clamp": (-0.3, 0.3), "clamp_when": "both"},
+    {"noise_before_gradient": True, "clamp": (-0.3, 0.3), "clamp_when": "noise", "stats": True,
+     "on_nonfinite": "ignore", "autocast": torch.bfloat16},
     {"autocast": torch.bfloat16, "grad_norm": 0.5},
     {"pull": (None, 0.5)},
     {"drift": lambda k: 0.3 / (k + 1), "noise": [[0.1, 0.2, 0.3, 0.2, 0.1]], "stats": True},
@@ -96,6 +100,38 @@ def test_replays_equal_plain_runs(recorded, options):
     assert recorded.made == 1  # parameters changed in place
     assert not torch.equal(outputs[0].x, outputs[1].x)  # results are copies
     assert all(p.requires_grad for p in energy.parameters())
+
+
+def test_nested_model_kwargs(recorded):
+    """Their tensors are inputs of the graph, everything else in them belongs to its kind."""
+
+    class Pair(NamedTuple):
+        centre: Tensor
+        scale: float
+
+    def energy(x, where, scales):
+        assert type(where["pair"]) is Pair
+        centre = where["pair"].centre + sum(where["shifts"])
+        return ((x - centre) * scales[0] * where["pair"].scale).square().sum(1)
+
+    def kwargs(value, scale=0.5, n=2, **more):
+        shifts = [torch.full((2,), value) for _ in range(n)]
+        return {"where": {"pair": Pair(torch.ones(4, 2) * value, scale), "shifts": shifts, **more},
+                "scales": (torch.tensor(0.5), None)}  # fmt: skip
+
+    def run(sampler, **given):
+        return sampler(torch.zeros(4, 2), key=KEY, model_kwargs=kwargs(**given)).x
+
+    sampler, plain = (
+        LangevinSampler(energy, n_steps=3, step_size=0.3, cuda_graph=graphs)
+        for graphs in ("auto", False)
+    )
+    for value in (1.0, 2.0):
+        assert torch.equal(run(sampler, value=value), run(plain, value=value))
+    assert recorded.made == 1
+    for made, other in enumerate(({"scale": 0.25}, {"n": 3}, {"unused": True}, {"unused": 1}), 2):
+        assert torch.equal(run(sampler, value=1.0, **other), run(plain, value=1.0, **other))
+        assert recorded.made == made
 
 
 def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
@@ -135,7 +171,7 @@ def test_model_kwargs(recorded):
     sampler(torch.zeros(4, 2), model_kwargs={"centre": centre, "scale": 0.25})
     assert recorded.made == 2
     with pytest.warns(UserWarning, match="model_kwargs must be tensors or hashable"):
-        sampler(torch.zeros(4, 2), model_kwargs={"centre": 0, "scale": 1, "unhashable": []})
+        sampler(torch.zeros(4, 2), model_kwargs={"centre": 0, "scale": 1, "unhashable": {0}})
 
 
 @pytest.mark.parametrize("noise_first", [False, True])

@@ -37,6 +37,8 @@ def plain_chain(x, xi, *, a, s, c=0.0, pull=None, grad_clip=None, grad_norm=None
     states = []
     for k, z in enumerate(xi):
         x = x + s(k) * z if noise_first else x
+        if clamp is not None and clamp_when in ("noise", "both"):
+            x = x.clamp(*clamp)
         leaf = x.detach().requires_grad_()
         (g,) = torch.autograd.grad(energy(leaf).sum(), leaf)
         if grad_clip is not None:
@@ -50,7 +52,8 @@ def plain_chain(x, xi, *, a, s, c=0.0, pull=None, grad_clip=None, grad_norm=None
         if step_clip is not None:
             d = d.clamp(-step_clip, step_clip)
         x = x - d if noise_first else x - d + s(k) * z
-        if clamp is not None and (clamp_when == "step" or k == T - 1):
+        at_end = clamp_when == "end" and k == T - 1
+        if clamp is not None and (clamp_when in ("step", "both") or at_end):
             x = x.clamp(*clamp)
         states.append(x)
     return torch.stack(states)
@@ -63,6 +66,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 CLIPS = [{}, {"grad_clip": 0.5}, {"grad_norm": 1.0}, {"step_clip": 0.05},
          {"grad_clip": 0.7, "grad_norm": 1.2, "step_clip": 0.04}]  # fmt: skip
 CLAMPS = [{}, {"clamp": (-0.5, 0.6)}, {"clamp": (-0.5, 0.6), "clamp_when": "end"}]
+NOISE_CLAMPS = [{"clamp": (-0.5, 0.6), "clamp_when": when} for when in ("noise", "both")]
 
 
 @pytest.mark.parametrize("noise_first", [False, True])
@@ -70,7 +74,8 @@ CLAMPS = [{}, {"clamp": (-0.5, 0.6)}, {"clamp": (-0.5, 0.6), "clamp_when": "end"
 def test_options_together(x0, xi, noise_first, on_nonfinite):
     """Every pairing of clips and clamps, with reference, pull, thinning, stats and trajectory."""
     x_ref = x0.flip(0)
-    for clips, clamp, extra in itertools.product(CLIPS, CLAMPS, [False, True]):
+    clamps = [*CLAMPS, *(NOISE_CLAMPS if noise_first else [])]
+    for clips, clamp, extra in itertools.product(CLIPS, clamps, [False, True]):
         options = {**clips, **clamp}
         sampler = LangevinSampler(
             energy, n_steps=T, drift=0.1, noise=0.2, noise_before_gradient=noise_first,
@@ -211,6 +216,23 @@ def test_statistics_do_not_see_pending_noise(x0, xi):
     )(x0, xi=xi)  # fmt: skip
     points = torch.cat([x0[None], out.trajectory[:-1]]) + 5.0 * xi
     assert_same(out.stats.displacement, (out.trajectory - points).norm(dim=2))
+
+
+@pytest.mark.parametrize("clamp_when", ["noise", "both"])
+def test_statistics_do_not_see_the_clamp_after_the_noise(x0, xi, clamp_when):
+    out = LangevinSampler(
+        energy, n_steps=T, drift=0.1, noise=5.0, noise_before_gradient=True, stats=True,
+        return_trajectory=True, clamp=(-1, 0.9), clamp_when=clamp_when, negative_energy=True,
+    )(x0, xi=xi)  # fmt: skip
+    before = torch.cat([x0[None], out.trajectory[:-1]])
+    points = (before + 5.0 * xi).clamp(-1, 0.9)
+    assert ((before + 5.0 * xi) != points).double().mean() > 0.5
+    assert_same(out.stats.displacement, (out.trajectory - points).norm(dim=2))
+    grads = torch.stack([torch.func.grad(lambda x: energy(x).sum())(p) for p in points])
+    moved = points + 0.1 * grads  # up the energy, across the bounds
+    share = (moved != moved.clamp(-1, 0.9)).double().mean(2)
+    assert share.mean() > 0.5
+    assert_same(out.stats.clamp_fraction, share if clamp_when == "both" else 0 * share)
 
 
 def test_a_state_of_several_tensors_is_one_chain(x0, xi):

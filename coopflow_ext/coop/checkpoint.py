@@ -69,6 +69,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata)
 
 
+def module_state(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """All tensors named ``prefix.NAME``, by NAME: what a module's ``load_state_dict`` checks."""
+    start = prefix + "."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """The state of an optimizer as named tensors: ``prefix.INDEX.NAME``."""
     state = optimizer.state_dict()["state"]

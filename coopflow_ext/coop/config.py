@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coopflow_ext import data
+from coopflow_ext.coop.learner import WARMUPS
 from coopflow_ext.data import Dataset
 
 FORMAT_VERSION = 1
@@ -24,7 +25,8 @@ def _setting(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a run. The defaults are the authors' settings at T = 30.
+    """Everything that determines a run. The defaults are the authors' settings at T = 30, except
+    where theirs differ by data set and variant: those are in the presets.
 
     CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
     ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0. The flow alone, by maximum likelihood:
@@ -68,14 +70,38 @@ class TrainConfig:
     flow_every: int = _setting(1, "after those, update the flow in every so many iterations")
     flip: bool = _setting(True, "mirror images at random where the data set allows it")
 
+    init_batches: int = _setting(8, "batches behind the flow's data-dependent initialisation")
     pretrain_lr: float = _setting(1e-4, "Adam's rate of the pre-training, falls linearly to 0")
     flow_lr: float = _setting(1e-4, "Adam's rate of the flow")
     flow_betas: tuple[float, float] = _setting((0.9, 0.999), "Adam's betas of the flow")
     flow_weight_decay: float = _setting(5e-5, "weight decay of weight-norm's g")
     flow_grad_norm: float = _setting(1.0, "the flow's gradient is scaled to at most this norm")
+    flow_clip_groups: bool = _setting(
+        False, "scale weight-norm's g and all else each to flow_grad_norm, not the whole gradient"
+    )
+    flow_skip_norm: float | None = _setting(
+        None, "leave out an update of the flow whose gradient, before the clip, has this norm"
+    )
+    flow_restart: bool = _setting(
+        False, "the flow's Adam and warm-up begin anew after the pre-training"
+    )
     energy_lr: float = _setting(1e-4, "Adam's rate of the energy")
     energy_betas: tuple[float, float] = _setting((0.5, 0.5), "Adam's betas of the energy")
+    energy_grad_norm: float | None = _setting(
+        None, "the energy's gradient is scaled to at most this norm"
+    )
+    energy_skip_norm: float | None = _setting(
+        None,
+        "leave out an update of the energy, and with it the flow's of this iteration, whose "
+        "gradient, before the clip, has this norm",
+    )
+    energy_skip_from: int = _setting(0, "the first iteration that energy_skip_norm holds for")
     warmup_steps: int = _setting(200, "steps of linear warm-up, the first at rate 0")
+    warmup_by: str = _setting(
+        "updates",
+        "what the warm-up counts: a network's updates, or batches, those before the one of its "
+        "last update (the authors': the first two at rate 0)",
+    )
     flow_ema: float = _setting(0.0, "decay of the average of the flow's weights; 0: none")
     energy_ema: float = _setting(0.0, "decay of the average of the energy's weights; 0: none")
 
@@ -113,8 +139,13 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}"
                 )
-        if self.step_clip == 0:
-            raise ValueError("step_clip must be > 0, or none for no clip, got 0")
+        if self.warmup_by not in WARMUPS:
+            raise ValueError(
+                f"warmup_by must be one of {', '.join(WARMUPS)}, got {self.warmup_by!r}"
+            )
+        for name in ("step_clip", "flow_skip_norm", "energy_grad_norm", "energy_skip_norm"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be > 0, or none for no bound, got 0")
         if self.total_steps < 1:
             raise ValueError("pretrain_steps + steps must be ≥ 1, got 0")
 
@@ -206,7 +237,12 @@ _MINIMA = {
     "flow_lr": 0,
     "flow_weight_decay": 0,
     "flow_grad_norm": 0,
+    "flow_skip_norm": 0,
     "energy_lr": 0,
+    "energy_grad_norm": 0,
+    "energy_skip_norm": 0,
+    "energy_skip_from": 0,
+    "init_batches": 1,
     "warmup_steps": 0,
     "accumulate": 1,
     "n_samples": 2,
@@ -316,26 +352,37 @@ _TOY: dict[str, Any] = {
 # The paper's experiments: 200 epochs of batches of 28. How long the flow of CoopFlow(Pre) was
 # pre-trained is not published; 100 epochs are this project's choice.
 _BATCHES_PER_EPOCH = {"cifar10": 50_000 // 28, "svhn": 73_257 // 28, "celeba": 182_637 // 28}
-_FROZEN_EPOCHS = {"cifar10": 25, "svhn": 10, "celeba": 10}
+_FROZEN_EPOCHS = {"cifar10": 26, "svhn": 11, "celeba": 10}
 _SAMPLE_STEP_SIZE = {"cifar10": 0.04, "svhn": 0.035, "celeba": 0.035}
+# Their scripts differ in which gradients are clipped, and which updates left out, by these norms.
+_CIFAR10_CLIPS: dict[str, Any] = {"flow_clip_groups": True}
+_CIFAR10_PRE_CLIPS = {"flow_skip_norm": 5e5, "energy_grad_norm": 5e5, "energy_skip_norm": 5e5}
+_OTHER_CLIPS = {"flow_skip_norm": 1e6, "energy_grad_norm": 1.0, "energy_skip_norm": 5e6}
 
 
 def _paper_presets(data: str) -> dict[str, dict[str, Any]]:
     """CoopFlow(T=30), (Pre) and (Long) on one of the paper's data sets."""
     epoch = _BATCHES_PER_EPOCH[data]
-    plain: dict[str, Any] = {
+    cifar10 = data == "cifar10"
+    shared: dict[str, Any] = {
         "data": data,
         "flow": "flowpp",
         "steps": 200 * epoch,
         "sample_step_size": _SAMPLE_STEP_SIZE[data],
-        "flip": data == "cifar10",
+        "flip": cifar10,
+        "init_batches": 20,
+        "warmup_by": "batches",
         "n_samples": 5000,
         "log_every": 100,
         "sample_every": epoch,
         "checkpoint_every": epoch,
     }
+    plain = {**shared, **(_CIFAR10_CLIPS if cifar10 else _OTHER_CLIPS)}
     pre = {
-        **plain,
+        **shared,
+        **(_CIFAR10_PRE_CLIPS if cifar10 else _OTHER_CLIPS),
+        "energy_skip_from": epoch,
+        "flow_restart": True,
         "pretrain_steps": 100 * epoch,
         "flow_frozen_steps": _FROZEN_EPOCHS[data] * epoch,
         "flow_every": 5 if data == "celeba" else 1,

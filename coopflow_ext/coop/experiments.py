@@ -38,12 +38,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def reconstruct_run(
-    path: Path, *, n: int = 32, seed: int = 0, device: torch.device | str = "cpu"
+    path: Path,
+    *,
+    n: int = 32,
+    seed: int = 0,
+    step_size: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Reconstruct held-out images: picture and errors in RUN/reconstruct."""
+    """Reconstruct held-out images: picture and errors in RUN/reconstruct.
+
+    ``step_size`` is the δ of the chain, here and below; without it that of the training.
+    """
     run, model, data = open_run(path, device)
     observed = held_out_images(data, n, device)
-    found = inversion.reconstruct(model, observed, Key(seed))
+    found = inversion.reconstruct(model, observed, Key(seed), step_size=step_size)
     out = _folder(run, "reconstruct")
     panels = {"observed": observed, "start of the chain": found.start, "result": found.result}
     save_panels(out / "reconstruct.png", panels)
@@ -52,6 +60,7 @@ def reconstruct_run(
         {
             "n": n,
             "steps": inversion.RECONSTRUCTION_STEPS,
+            "step_size": inversion.chain_step_size(model, step_size),
             "error_per_pixel": float(found.error.mean()),
             "error_per_pixel_of_flow_proposals": float(found.untouched_error.mean()),
             "errors": found.error.tolist(),
@@ -68,6 +77,7 @@ def inpaint_run(
     chains: int = 4,
     mask: Path | None = None,
     seed: int = 0,
+    step_size: float | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Fill a hole in held-out images: mask grid and errors in RUN/inpaint.
@@ -81,7 +91,9 @@ def inpaint_run(
     known = inversion.centre_hole(height, width) if mask is None else read_mask(mask)
     if known.shape != (height, width):
         raise ValueError(f"mask must have shape ({height}, {width}), got {tuple(known.shape)}")
-    filled = inversion.inpaint(model, observed, known, Key(seed), chains=chains)
+    filled = inversion.inpaint(
+        model, observed, known, Key(seed), chains=chains, step_size=step_size
+    )
     holed = torch.where(known.to(observed.device), observed, 0.0)
     out = _folder(run, "inpaint")
     rows = torch.cat((observed[:, None], holed[:, None], filled), 1)
@@ -94,6 +106,7 @@ def inpaint_run(
         {
             "n": n,
             "chains": chains,
+            "step_size": inversion.chain_step_size(model, step_size),
             "unknown_pixels": int(hole.sum()),
             "error_per_unknown_pixel": float(error.mean()),
             "best_of_chains": float(error.min(1).values.mean()),
@@ -121,6 +134,7 @@ def interpolate_run(
     n: int = 8,
     points: int = 21,
     seed: int = 0,
+    step_size: float | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Lines between reconstructed held-out images, and between proposals: RUN/interpolate."""
@@ -128,10 +142,20 @@ def interpolate_run(
     if data.is_image and not 1 <= n <= len(data.held_out) // 2:
         raise ValueError(f"n must be in [1, {len(data.held_out) // 2}], got {n}")
     observed = held_out_images(data, 2 * n, device)
-    found = inversion.reconstruct(model, observed, Key(seed))
-    _, between = inversion.interpolate(model, found.start[:n], found.start[n:], points=points)
+    found = inversion.reconstruct(
+        model,
+        observed,
+        Key(seed),
+        steps=inversion.INPAINTING_STEPS,
+        rate=inversion.INPAINTING_RATE,
+        decay=inversion.INPAINTING_DECAY,
+        step_size=step_size,
+    )
     starts = model.propose(2 * n, Key(seed).fold_in(1))
-    _, random_lines = inversion.interpolate(model, starts[:n], starts[n:], points=points)
+    between, random_lines = (
+        inversion.interpolate(model, x[:n], x[n:], points=points, step_size=step_size)[1]
+        for x in (found.start, starts)
+    )
     out = _folder(run, "interpolate")
     for name, lines in (("images", between), ("random", random_lines)):
         caption = f"from left to right, {points} points"
@@ -142,6 +166,7 @@ def interpolate_run(
         {
             "n": n,
             "points": points,
+            "step_size": inversion.chain_step_size(model, step_size),
             "largest_difference_of_ends_to_reconstructions": float(
                 (ends - found.result).abs().max()
             ),

@@ -1,12 +1,14 @@
 """Reconstruction, inpainting and interpolation by gradient descent on the start of the chain.
 
 The recipes are those of the paper's published code: the chain is free of noise, clips and clamps
-and is differentiated through all of its steps.
+and is differentiated through all of its steps. Its δ is that of the training, 0.03 in the paper,
+also where samples are made with another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from coopflow_ext.samplers import LangevinSampler
 
 RECONSTRUCTION_STEPS = 200
 RECONSTRUCTION_RATE = 0.05
+# Of inpainting, and of the reconstructions that are interpolated.
 INPAINTING_STEPS = 201
 INPAINTING_RATE = 0.03
 INPAINTING_DECAY = 0.99
@@ -31,7 +34,7 @@ class Reconstruction(NamedTuple):
         start: the start of the chain that was found, (B, *event_shape), in [−1, 1] for images.
         result: the end of the chain from there, same shape.
         error: squared error per pixel, Σ(observed − result)² / (H·W), (B,).
-        untouched_error: the same for the starts that the flow proposed, before the search.
+        untouched_error: the same for the starts before the search.
         error_by_step: mean error of the batch after 0, 1, …, all steps of the search, (steps + 1,).
     """
 
@@ -42,20 +45,34 @@ class Reconstruction(NamedTuple):
     error_by_step: Tensor
 
 
-def smooth_chain(model: CoopFlow, checkpoint_every: int | None = None) -> LangevinSampler:
-    """The model's chain without noise, clips and clamps, through which gradients flow."""
-    if model.config is None:
-        raise ValueError("this needs a model made from settings (CoopFlow.from_config or load)")
-    config = model.config
-    delta = config.step_size if config.sample_step_size is None else config.sample_step_size
+def smooth_chain(
+    model: CoopFlow, step_size: float | None = None, checkpoint_every: int | None = None
+) -> LangevinSampler:
+    """The model's chain without noise, clips and clamps, through which gradients flow.
+
+    ``step_size`` is its δ; without it, that of the training.
+    """
+    delta = chain_step_size(model, step_size)
+    assert model.config is not None
     return LangevinSampler(
         model.energy,
-        n_steps=config.langevin_steps,
+        n_steps=model.config.langevin_steps,
         drift=delta**2 / 2,
         noise=0.0,
         differentiable=True,
         checkpoint_every=checkpoint_every,
     )
+
+
+def chain_step_size(model: CoopFlow, step_size: float | None = None) -> float:
+    """δ of the smooth chain: the one asked for, or that of the training."""
+    if model.config is None:
+        raise ValueError("this needs a model made from settings (CoopFlow.from_config or load)")
+    if step_size is None:
+        return model.config.step_size
+    if not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size must be finite and > 0, got {step_size}")
+    return step_size
 
 
 def _pixels(x: Tensor) -> int:
@@ -98,80 +115,92 @@ def _end(chain: Callable[..., object], x0: Tensor) -> Tensor:
 def reconstruct(
     model: CoopFlow,
     observed: Tensor,
-    key: Key,
+    key: Key | None = None,
     *,
+    start: Tensor | None = None,
     steps: int = RECONSTRUCTION_STEPS,
     rate: float = RECONSTRUCTION_RATE,
+    decay: float = 1.0,
+    step_size: float | None = None,
     checkpoint_every: int | None = None,
 ) -> Reconstruction:
     """Find starts whose chains end at the observed events.
 
     The start is what the model proposes, a sample of the flow where there is one, and follows
-    x0 ← clamp(x0 − rate·∇Σ(observed − x̃)²), the sum over the whole batch.
+    x0 ← clamp(x0 − rate·decay^j·∇Σ(observed − x̃)²) at step j, the sum over the whole batch.
 
     Args:
         model: a model made from settings.
         observed: (B, *event_shape).
-        key: draws the starts.
-        steps, rate: of the descent; the paper has 200 and 0.05.
+        key: draws the starts; without it, a seed from torch's default generator does.
+        start: (B, *event_shape), where the chains start before the search, instead of proposals.
+        steps, rate, decay: of the descent; the paper has 200, 0.05 and 1, and where it
+            interpolates the reconstructions 201, 0.03 and 0.99.
+        step_size: δ of the chain; without it that of the training, which is the paper's 0.03.
         checkpoint_every: keep only every so many states of the chain, to bound memory.
 
     Raises:
-        ValueError: ``observed`` has another shape.
+        ValueError: ``observed`` or ``start`` has another shape, or ``step_size`` is not > 0.
     """
     observed = check_events(model, observed)
-    chain = smooth_chain(model, checkpoint_every)
+    chain = smooth_chain(model, step_size, checkpoint_every)
+    rates = [rate * decay**j for j in range(steps)]
     clamp = None if model.event is None else model.event.clamp
     with model.evaluating():
-        first = model.propose(len(observed), key)
+        first = _starts(model, observed.shape, key, start)
         before = _end(chain, first).detach()
-        start, losses = _descend(
-            chain, first, lambda x: (observed - x).square().sum(), [rate] * steps, clamp
+        found, losses = _descend(
+            chain, first, lambda x: (observed - x).square().sum(), rates, clamp
         )
-        result = _end(chain, start).detach()
+        result = _end(chain, found).detach()
     error, untouched = pixel_error(observed, result), pixel_error(observed, before)
     on_the_way = torch.stack([*losses, (observed - result).square().sum()])
     by_step = on_the_way / (len(observed) * _pixels(observed))
-    return Reconstruction(start, result, error, untouched, by_step)
+    return Reconstruction(found, result, error, untouched, by_step)
 
 
 def inpaint(
     model: CoopFlow,
     observed: Tensor,
     known: Tensor,
-    key: Key,
+    key: Key | None = None,
     *,
+    start: Tensor | None = None,
     chains: int = 4,
     steps: int = INPAINTING_STEPS,
     rate: float = INPAINTING_RATE,
     decay: float = INPAINTING_DECAY,
+    step_size: float | None = None,
     checkpoint_every: int | None = None,
 ) -> Tensor:
     """Fill in the pixels that are not known, several times for each image.
 
-    As :func:`reconstruct`, with the error of the known pixels only, the rate rate·decay^j at step
-    j; at the end the known pixels are pasted over the result.
+    As :func:`reconstruct`, with the error of the known pixels only; at the end the known pixels are
+    pasted over the result.
 
     Args:
         model: a model made from settings.
         observed: (B, C, H, W).
         known: bool, (H, W) or broadcastable to (B, 1, H, W); True where the pixel is known.
-        key: draws the starts.
+        key: draws the starts; without it, a seed from torch's default generator does.
+        start: (B, chains, C, H, W), where the chains start before the search, instead of proposals.
         chains: fillings of each image.
         steps, rate, decay: of the descent; the paper has 201, 0.03 and 0.99.
+        step_size: δ of the chain; without it that of the training, which is the paper's 0.03.
         checkpoint_every: keep only every so many states of the chain, to bound memory.
 
     Returns:
         (B, chains, C, H, W); known pixels are those observed, to the bit.
 
     Raises:
-        ValueError, TypeError: the shapes do not fit, or ``known`` is not bool.
+        ValueError, TypeError: the shapes do not fit, ``known`` is not bool, or ``step_size`` is
+            not > 0.
     """
     observed = check_events(model, observed)
     mask = check_mask(known, observed)
     if chains < 1:
         raise ValueError(f"chains must be ≥ 1, got {chains}")
-    chain = smooth_chain(model, checkpoint_every)
+    chain = smooth_chain(model, step_size, checkpoint_every)
     repeated = observed.repeat_interleave(chains, 0)
     weight = mask.repeat_interleave(chains, 0)
 
@@ -181,17 +210,33 @@ def inpaint(
     rates = [rate * decay**j for j in range(steps)]
     clamp = None if model.event is None else model.event.clamp
     with model.evaluating():
-        first = model.propose(len(repeated), key)
-        start, _ = _descend(chain, first, loss, rates, clamp)
-        result = _end(chain, start).detach()
+        shape = (len(observed), chains, *observed.shape[1:])
+        first = _starts(model, shape, key, start).view_as(repeated)
+        found, _ = _descend(chain, first, loss, rates, clamp)
+        result = _end(chain, found).detach()
     if clamp is not None:
         result = result.clamp(*clamp)
     filled: Tensor = torch.where(weight, repeated, result)
-    return filled.view(len(observed), chains, *observed.shape[1:])
+    return filled.view(shape)
+
+
+def _starts(model: CoopFlow, shape: Sequence[int], key: Key | None, start: Tensor | None) -> Tensor:
+    """``start`` if it is given and of this shape (…, *event_shape), else that many proposals."""
+    if start is None:
+        events = len(model.flow.event_shape)
+        return model.propose(math.prod(shape[:-events]), key).view(*shape)
+    if start.shape != tuple(shape):
+        raise ValueError(f"start must have shape {tuple(shape)}, got {tuple(start.shape)}")
+    return start.detach()
 
 
 def interpolate(
-    model: CoopFlow, start_a: Tensor, start_b: Tensor, *, points: int = 21
+    model: CoopFlow,
+    start_a: Tensor,
+    start_b: Tensor,
+    *,
+    points: int = 21,
+    step_size: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Straight lines in the flow's latent space between pairs of chain starts.
 
@@ -199,6 +244,7 @@ def interpolate(
         model: a model made from settings.
         start_a, start_b: (B, *event_shape), starts found by :func:`reconstruct`, or flow samples.
         points: how many, both ends included.
+        step_size: δ of the chain; without it that of the training, which is the paper's 0.03.
 
     Returns:
         proposals and chain ends, each (B, points, *event_shape). The ends of the lines are the two
@@ -209,7 +255,7 @@ def interpolate(
     check_events(model, start_a)
     check_events(model, start_b)
     weights = torch.linspace(0, 1, points, device=start_a.device).to(start_a.dtype)
-    chain = smooth_chain(model)
+    chain = smooth_chain(model, step_size)
     with model.evaluating(), torch.no_grad():
         z_a, z_b = (encode(model.flow, x).flatten(1) for x in (start_a, start_b))
         z = torch.lerp(z_a[:, None], z_b[:, None], weights[None, :, None])

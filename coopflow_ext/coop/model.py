@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext.autocast import in_precision
-from coopflow_ext.coop.checkpoint import RunError, load_checkpoint, save_checkpoint
+from coopflow_ext.coop.checkpoint import (
+    RunError,
+    load_checkpoint,
+    module_state,
+    save_checkpoint,
+)
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
@@ -158,11 +163,12 @@ class CoopFlow(nn.Module):
         preset: str = "cifar10",
         legacy_contrast: bool = True,
         legacy_cdf_clamp: bool = True,
+        dropout: float = 0.2,
     ) -> CoopFlow:
         """The models of a checkpoint of the authors' published code, ready to :meth:`save`.
 
         Args:
-            path_or_dict, image_shape, legacy_contrast, legacy_cdf_clamp: as for
+            path_or_dict, image_shape, legacy_contrast, legacy_cdf_clamp, dropout: as for
                 :func:`coopflow_ext.coop.load_official`.
             preset: where the settings of the chain, and the name of the data, come from.
 
@@ -170,8 +176,12 @@ class CoopFlow(nn.Module):
             ValueError: the checkpoint does not fit, or lacks one of the two models.
         """
         nets = read_official(path_or_dict)
-        legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
-        flow, energy = load_official(nets, image_shape, **legacy)
+        options: dict[str, Any] = {
+            "legacy_contrast": legacy_contrast,
+            "legacy_cdf_clamp": legacy_cdf_clamp,
+            "dropout": dropout,
+        }
+        flow, energy = load_official(nets, image_shape, **options)
         if flow is None or energy is None:
             raise ValueError(
                 "a CoopFlow needs both flow_net and ebm_net in the checkpoint, which holds only "
@@ -181,7 +191,7 @@ class CoopFlow(nn.Module):
             {
                 "preset": preset,
                 "flow": "flowpp",
-                "flow_options": {**infer_flow_options(nets["flow_net"], image_shape), **legacy},
+                "flow_options": {**infer_flow_options(nets["flow_net"], image_shape), **options},
                 "energy": "res",
                 "energy_options": {"width": energy.width},
             }
@@ -313,12 +323,8 @@ class CoopFlow(nn.Module):
             raise RunError(f"{path} cannot be used: {error}") from error
         event = metadata["event"]
         model = cls.from_config(config, EventSpec(tuple(event["shape"]), event["levels"]))
-        averages = {
-            name.replace("_ema.", ".", 1): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(("flow_ema.", "energy_ema."))
-        }
-        weights = {name: {**tensors, **averages}[name] for name in model.state_dict()}
-        model.load_state_dict(weights)
+        for name, module in (("flow", model.flow), ("energy", model.energy)):
+            averages = module_state(tensors, f"{name}_ema")
+            module.load_state_dict({**module_state(tensors, name), **averages})
         model.load_buffer(tensors)
         return model.to(device)

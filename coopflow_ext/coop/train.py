@@ -171,6 +171,9 @@ def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm
     values = torch.stack([value.float() for value in metrics.values()])
     trainer.ranks.average([values])
     line.update(zip(metrics, values.tolist(), strict=True))
+    for net in ("flow", "energy"):
+        if line.get(f"{net}_skipped") and not math.isfinite(line[f"{net}_grad_norm"]):
+            del line[f"{net}_grad_norm"]  # the update was left out for it; nothing diverged
     gap = trainer.take_moment_gap()
     if gap is not None:
         line["moment_gap"] = gap

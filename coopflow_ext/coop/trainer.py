@@ -18,9 +18,8 @@ from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
 
-# Of the data-dependent initialisation: enough for its statistics, and few enough that attention
-# over large images fits where a training step does.
-_INITIALISATION_BATCHES = 8
+# At most so many for the data-dependent initialisation: enough for its statistics, and few enough
+# that attention over large images fits where a training step does.
 _INITIALISATION_IMAGES = 1024
 
 
@@ -71,7 +70,10 @@ class Trainer:
             betas=config.flow_betas,
             weight_decay=config.flow_weight_decay,
             grad_norm=config.flow_grad_norm,
+            clip_groups=config.flow_clip_groups,
+            skip_norm=config.flow_skip_norm,
             warmup=config.warmup_steps,
+            warmup_by=config.warmup_by,
             ema=config.flow_ema,
             ranks=ranks,
         )
@@ -79,7 +81,10 @@ class Trainer:
             "energy",
             self.model.energy,
             betas=config.energy_betas,
+            grad_norm=config.energy_grad_norm,
+            skip_norm=config.energy_skip_norm,
             warmup=config.warmup_steps,
+            warmup_by=config.warmup_by,
             ema=config.energy_ema,
             ranks=ranks,
         )
@@ -90,7 +95,7 @@ class Trainer:
         self.sample_moments = RunningMoments(data.dim, self.device)
 
     def _initialize_flow(self) -> None:
-        wanted = min(_INITIALISATION_BATCHES * self.config.batch_size, _INITIALISATION_IMAGES)
+        wanted = min(self.config.init_batches * self.config.batch_size, _INITIALISATION_IMAGES)
         size = min(len(self.data.train), wanted)
         x = Batches(self.data, size, self.key, device=self.device)[0]
         self.model.flow.initialize(x, key=self.key)
@@ -117,16 +122,23 @@ class Trainer:
         return metrics
 
     def cooperate(self, x: Tensor) -> dict[str, Tensor]:
-        """One iteration of the paper's algorithm on the data batch x."""
+        """One iteration of the paper's algorithm on the data batch x.
+
+        The energy's update comes before the flow's, which is left out with it. Neither sees what
+        the other does to the weights, so the order is not otherwise felt.
+        """
+        if self.step == self.config.pretrain_steps and self.config.flow_restart:
+            self.flow.restart()
         persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
         proposal = self.propose(len(x)) if persistent is None else persistent.x
         samples = self.run_chain(proposal)
         if self.model.buffer and persistent:
             self.model.buffer.write(persistent.indices, samples)
         metrics = {"langevin_distance": (samples - proposal).square().mean().sqrt()}
-        if self._flow_learns():
-            metrics.update(self.update_flow(samples, self.config.flow_lr))
         metrics.update(self.update_energy(x, samples))
+        if self._flow_learns():
+            skip = metrics["energy_skipped"]
+            metrics.update(self.update_flow(samples, self.config.flow_lr, skip))
         self.sample_moments.update(samples)
         self.key = self.key.advance(max(1, self.config.langevin_steps))
         return metrics
@@ -154,11 +166,19 @@ class Trainer:
     def _flow_learns(self) -> bool:
         if self.config.start != "flow":
             return False
-        iteration = self.step - self.config.pretrain_steps - self.config.flow_frozen_steps
-        return iteration >= 0 and iteration % self.config.flow_every == 0
+        frozen = self.config.flow_frozen_steps
+        return self.iteration >= frozen and (self.iteration - frozen) % self.config.flow_every == 0
 
-    def update_flow(self, x: Tensor, lr: float) -> dict[str, Tensor]:
-        """Flow step: the negative log-likelihood of x goes down; of the samples, not the data."""
+    @property
+    def iteration(self) -> int:
+        """Number of the next step from 0, of the pre-training or of the iterations after it."""
+        return self.step if self.pretraining else self.step - self.config.pretrain_steps
+
+    def update_flow(self, x: Tensor, lr: float, skip: Tensor | None = None) -> dict[str, Tensor]:
+        """Flow step: the negative log-likelihood of x goes down; of the samples, not the data.
+
+        Without the step where ``skip`` is true, or because of its gradient (not in pre-training).
+        """
         losses = []
 
         def parts() -> Iterator[Tensor]:
@@ -169,8 +189,14 @@ class Trainer:
                 losses.append(loss.detach())
                 yield loss
 
-        norm = self.flow.update(parts(), lr)
-        return {"flow_nll": torch.stack(losses).sum() / self.data.dim, "flow_grad_norm": norm}
+        norm, skipped = self.flow.update(
+            parts(), lr, iteration=self.iteration, may_skip=not self.pretraining, skip=skip
+        )
+        return {
+            "flow_nll": torch.stack(losses).sum() / self.data.dim,
+            "flow_grad_norm": norm,
+            "flow_skipped": skipped,
+        }
 
     def update_energy(self, x: Tensor, samples: Tensor) -> dict[str, Tensor]:
         """EBM step: f = −U goes up on the data and down on the samples."""
@@ -186,12 +212,18 @@ class Trainer:
                 means.append(mean.detach())
                 yield mean[0] - mean[1]
 
-        norm = self.energy.update(parts(), self.config.energy_lr)
+        norm, skipped = self.energy.update(
+            parts(),
+            self.config.energy_lr,
+            iteration=self.iteration,
+            may_skip=self.iteration >= self.config.energy_skip_from,
+        )
         on_data, on_samples = torch.stack(means).sum(0)
         return {
             "energy_data": on_data,
             "energy_samples": on_samples,
             "energy_grad_norm": norm,
+            "energy_skipped": skipped,
         }
 
     def take_moment_gap(self) -> float | None:

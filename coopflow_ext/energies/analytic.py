@@ -1,4 +1,7 @@
-"""Energies in closed form, each with its score ∇log p = −∇U. x is (B, D), float32 or float64."""
+"""Energies in closed form, each with its score ∇log p = −∇U. x is (B, D), floating point.
+
+TypeError for an x that is something else, ValueError for one of another shape.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from coopflow_ext._tensors import check_tensor
+
 
 def _check_vectors(x: Tensor, min_dim: int = 1) -> None:
+    check_tensor("x", x)
     if x.ndim != 2 or x.shape[1] < min_dim:
         raise ValueError(f"x must be (B, D) with D ≥ {min_dim}, got {tuple(x.shape)}")
 
@@ -56,6 +62,7 @@ class GaussianMixtureEnergy(nn.Module):
 
         The batch is the innermost dimension: with K or D there, torch's loops are short and slow.
         """
+        check_tensor("x", x)
         dim = self.means.shape[1]
         if x.ndim != 2 or x.shape[1] != dim:
             raise ValueError(f"x must be (B, {dim}), got {tuple(x.shape)}")
@@ -87,6 +94,7 @@ class DoubleWellEnergy(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """∇log p(x), (B, D)."""
+        _check_vectors(x)
         return -4 * self.barrier_height * x * (x.square() - 1)
 
 
@@ -103,6 +111,7 @@ class RastriginEnergy(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """∇log p(x), (B, D)."""
+        _check_vectors(x)
         return -2 * x - 2 * math.pi * self.a * torch.sin(2 * math.pi * x)
 
 
@@ -121,6 +130,7 @@ class RosenbrockEnergy(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """∇log p(x), (B, D)."""
+        _check_vectors(x, min_dim=2)
         head, tail = x[:, :-1], x[:, 1:]
         ridge = tail - head.square()
         score = torch.zeros_like(x)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext._tensors import check_tensor
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "softplus": F.softplus,
@@ -17,16 +19,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 _RES_IMAGE_SIZES = (8, 16, 32, 64)
+_RES_MOST_DOUBLINGS = 3
 
 
 class _DownBlock(nn.Module):
-    """n → 2n channels at half the size: avgpool2(swish(conv(swish(conv x))) + swish(conv x))."""
+    """Half the size, other channels: avgpool2(swish(conv(swish(conv x))) + swish(conv x))."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
-        self.skip = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(n_in, n_in, 3, padding=1)
+        self.conv2 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.skip = nn.Conv2d(n_in, n_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         deep = F.silu(self.conv2(F.silu(self.conv1(x))))
@@ -37,7 +40,8 @@ class ResEnergy(nn.Module):
     """The convolutional energy of the CoopFlow paper (appendix of arXiv 2205.06924).
 
     conv3×3 to ``width`` channels and swish, log2(image_size / 4) down-sampling blocks that double
-    the channels, and a 4×4 convolution to 100 outputs whose sum is the negative energy f.
+    the channels up to 8·``width`` (the fourth, of images of 64, keeps them), and a 4×4 convolution
+    to 100 outputs whose sum is the negative energy f.
 
     Args:
         channels: channels of the images.
@@ -48,6 +52,8 @@ class ResEnergy(nn.Module):
 
     Raises:
         ValueError: for an image size that is not in the list, or an x of another shape.
+        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
+            taken under autocast), or that is no tensor.
     """
 
     def __init__(self, channels: int = 3, width: int = 128, image_size: int = 32) -> None:
@@ -60,10 +66,12 @@ class ResEnergy(nn.Module):
         self.width = width
         n_blocks = (image_size // 4).bit_length() - 1
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_DownBlock(width << i) for i in range(n_blocks))
-        self.head = nn.Conv2d(width << n_blocks, 100, 4)
+        widths = [width << min(i, _RES_MOST_DOUBLINGS) for i in range(n_blocks + 1)]
+        self.blocks = nn.ModuleList(itertools.starmap(_DownBlock, itertools.pairwise(widths)))
+        self.head = nn.Conv2d(widths[-1], 100, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, next(self.parameters()).dtype)
         if x.shape[1:] != self.event_shape:
             raise ValueError(f"x must have shape (B, *{self.event_shape}), got {tuple(x.shape)}")
         h = F.silu(self.stem(x))
@@ -85,6 +93,8 @@ class MLPEnergy(nn.Module):
 
     Raises:
         ValueError: for a size below 1, an unknown activation, or an x of another size.
+        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
+            taken under autocast), or that is no tensor.
     """
 
     def __init__(
@@ -106,6 +116,7 @@ class MLPEnergy(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, next(self.parameters()).dtype)
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dim:
             raise ValueError(f"x must be (B, …) of {self.dim} elements each, got {tuple(x.shape)}")
         act = _ACTIVATIONS[self.activation]

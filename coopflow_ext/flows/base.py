@@ -14,7 +14,8 @@ class Context:
     """What a pass hands to every layer beside its input.
 
     Attributes:
-        aux: a tensor (B, …) that conditions the couplings, or None.
+        aux: what the couplings' networks are conditioned on, or None: (B, context_dim), or for
+            images also maps (B, context_dim, H, W).
         dropout_rng: int64[2] on the input's device, from which dropout masks are drawn; None
             switches dropout off.
         chain_offset: global index of the first row of the batch, for the dropout masks.

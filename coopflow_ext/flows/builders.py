@@ -51,27 +51,33 @@ def _check_image_shape(image_shape: Sequence[int], multiple: int) -> ImageShape:
 def random_masks(dim: int, n: int, seed: int = 0) -> list[torch.Tensor]:
     """n masks (dim,) with dim // 2 True each, random, every second the complement of the last.
 
-    So two couplings in a row change every coordinate once.
+    So two couplings in a row change every coordinate once. They are made on the CPU, also for a
+    flow that is made on another device, meta included.
     """
-    scores = ops.uniform((n, dim), Key(seed).fold_in(USE_INIT).tensor())
+    scores = ops.uniform((n, dim), Key(seed).fold_in(USE_INIT).tensor("cpu"))
     masks: list[torch.Tensor] = []
     for i in range(n):
         if i % 2:
             masks.append(~masks[-1])
         else:
-            mask = torch.zeros(dim, dtype=torch.bool)
+            mask = torch.zeros(dim, dtype=torch.bool, device="cpu")
             mask[scores[i].argsort()[: dim // 2]] = True
             masks.append(mask)
     return masks
 
 
 def _vector_couplings(
-    dim: int, couplings: int, widths: Sequence[int], dropout: float, mask_seed: int
+    dim: int,
+    couplings: int,
+    widths: Sequence[int],
+    dropout: float,
+    mask_seed: int,
+    context_dim: int,
 ) -> list[Transform]:
     layers: list[Transform] = []
     for mask in random_masks(dim, couplings, mask_seed):
         split = VectorSplit(mask)
-        net = MLPConditioner(split.n_kept, 2 * split.n_changed, widths, dropout)
+        net = MLPConditioner(split.n_kept, 2 * split.n_changed, widths, dropout, context_dim)
         layers += [ActNorm(dim), AffineCoupling(net, split.n_changed, split)]
     return layers
 
@@ -82,6 +88,7 @@ def _image_flow(
     levels: int,
     legacy_contrast: bool,
     recompute: bool,
+    context_dim: int,
 ) -> Flow:
     return Flow(
         transform,
@@ -90,6 +97,7 @@ def _image_flow(
         logit=Logit(),
         legacy_contrast=legacy_contrast,
         recompute=recompute,
+        context_dim=context_dim,
     )
 
 
@@ -105,6 +113,7 @@ def realnvp(
     scales: int = 2,
     channels: int = 64,
     blocks: int = 2,
+    context_dim: int = 0,
     levels: int = 256,
     legacy_contrast: bool = False,
     recompute: bool = False,
@@ -128,6 +137,7 @@ def realnvp(
         scales: scales of a "conv" flow.
         channels: hidden channels of each "conv" network.
         blocks: residual blocks of each "conv" network.
+        context_dim: size of the context that every network reads too; 0 for none.
         levels: grey levels of the dequantisation of images.
         legacy_contrast, recompute: see :class:`Flow`.
 
@@ -139,25 +149,27 @@ def realnvp(
     if net not in (None, "mlp", "conv"):
         raise ValueError(f"net must be 'mlp' or 'conv', got {net!r}")
     _check_at_least(1, couplings=couplings, scales=scales, channels=channels)
-    _check_at_least(0, blocks=blocks)
+    _check_at_least(0, blocks=blocks, context_dim=context_dim)
     if image_shape is None:
         assert dim is not None
         _check_at_least(2, dim=dim)
         if net == "conv":
             raise ValueError("net='conv' needs image_shape")
-        return Flow(Compose(_vector_couplings(dim, couplings, widths, dropout, mask_seed)), (dim,))
+        layers = _vector_couplings(dim, couplings, widths, dropout, mask_seed, context_dim)
+        return Flow(Compose(layers), (dim,), context_dim=context_dim)
     if net == "mlp":
         shape = _check_image_shape(image_shape, 1)
-        layers = _vector_couplings(math.prod(shape), couplings, widths, dropout, mask_seed)
+        size = math.prod(shape)
+        layers = _vector_couplings(size, couplings, widths, dropout, mask_seed, context_dim)
         transform: Transform = Compose([Flatten(shape), *layers, Inverse(Flatten(shape))])
-        return _image_flow(transform, shape, levels, legacy_contrast, recompute)
+        return _image_flow(transform, shape, levels, legacy_contrast, recompute, context_dim)
 
     def couplings_of(n: int, split: str) -> list[Transform]:
         # A checkerboard's halves have n channels each, a channel split's n / 2.
         features = n if split == "checkerboard" else n // 2
         layers: list[Transform] = []
         for i in range(4):
-            conditioner = ConvConditioner(features, 2 * features, channels, blocks)
+            conditioner = ConvConditioner(features, 2 * features, channels, blocks, context_dim)
             layers += [ActNorm(n), AffineCoupling(conditioner, features, split, flip=i % 2 == 1)]
         return layers
 
@@ -169,7 +181,8 @@ def realnvp(
         return Compose(layers)
 
     shape = _check_image_shape(image_shape, 2**scales)
-    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast, recompute)
+    transform = scale(shape[0], scales)
+    return _image_flow(transform, shape, levels, legacy_contrast, recompute, context_dim)
 
 
 def glow(
@@ -179,6 +192,7 @@ def glow(
     steps: int = 8,
     channels: int = 64,
     blocks: int = 2,
+    context_dim: int = 0,
     levels: int = 256,
     legacy_contrast: bool = False,
     recompute: bool = False,
@@ -193,6 +207,7 @@ def glow(
         scales, steps: see above.
         channels: hidden channels of each conditioner.
         blocks: residual blocks of each conditioner.
+        context_dim: size of the context that every conditioner reads too; 0 for none.
         levels: grey levels of the dequantisation.
         legacy_contrast, recompute: see :class:`Flow`.
 
@@ -200,11 +215,11 @@ def glow(
         ValueError: for sizes that do not fit.
     """
     _check_at_least(1, scales=scales, steps=steps, channels=channels)
-    _check_at_least(0, blocks=blocks)
+    _check_at_least(0, blocks=blocks, context_dim=context_dim)
     shape = _check_image_shape(image_shape, 2**scales)
 
     def step(n: int) -> list[Transform]:
-        conditioner = ConvConditioner(n // 2, n, channels, blocks)
+        conditioner = ConvConditioner(n // 2, n, channels, blocks, context_dim)
         return [ActNorm(n), InvertibleConv1x1(n), AffineCoupling(conditioner, n // 2)]
 
     def scale(n: int, scales_left: int) -> Transform:
@@ -215,7 +230,8 @@ def glow(
             layers.append(SplitPrior(scale(2 * n, scales_left - 1)))
         return Compose([*layers, Inverse(Squeeze())])
 
-    return _image_flow(scale(shape[0], scales), shape, levels, legacy_contrast, recompute)
+    transform = scale(shape[0], scales)
+    return _image_flow(transform, shape, levels, legacy_contrast, recompute, context_dim)
 
 
 def _steps(n: int, pair_channels: int, make_coupling: _MakeCoupling) -> Compose:
@@ -254,6 +270,7 @@ def flowpp(
     dequant_components: int = 32,
     dropout: float = 0.2,
     attention: bool = True,
+    context_dim: int = 0,
     levels: int = 256,
     legacy_contrast: bool = False,
     legacy_cdf_clamp: bool = False,
@@ -273,6 +290,8 @@ def flowpp(
         dequant_components: logistics in each of the dequantiser's mixtures.
         dropout: dropout of the conditioners, in training mode.
         attention: conditioners with or without attention.
+        context_dim: size of the context that every conditioner reads too (the dequantiser's do
+            not); 0 for none. It takes ``blocks`` ≥ 1.
         levels: grey levels of the dequantisation.
         legacy_contrast, sampling_dropout, recompute: see :class:`Flow`.
         legacy_cdf_clamp: see :class:`MixtureLogisticCoupling`.
@@ -284,10 +303,10 @@ def flowpp(
     n_channels, height, width = shape
     _check_scales(scales, n_channels, width)
     _check_at_least(1, channels=channels, components=components)
-    _check_at_least(0, blocks=blocks, dequant_blocks=dequant_blocks)
+    _check_at_least(0, blocks=blocks, dequant_blocks=dequant_blocks, context_dim=context_dim)
 
     def coupling(
-        size: tuple[int, int], n_blocks: int, components: int, aux_channels: int = 0
+        size: tuple[int, int], n_blocks: int, components: int, aux_channels: int = context_dim
     ) -> _MakeCoupling:
         def make(features: int) -> MixtureLogisticCoupling:
             net = FlowPPConditioner(
@@ -332,5 +351,6 @@ def flowpp(
         logit=Logit(),
         legacy_contrast=legacy_contrast,
         sampling_dropout=sampling_dropout,
+        context_dim=context_dim,
         recompute=recompute,
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+from coopflow_ext.flows.kept import Kept
 from coopflow_ext.flows.layers import Checkerboard, halves
 from coopflow_ext.flows.nets import Conditioner
+from coopflow_ext.flows.weight_norm import Rescale
 
 
 class Split(nn.Module):
@@ -60,15 +63,17 @@ class VectorSplit(Split):
 
     Args:
         mask: (D,) bool; True marks the coordinates that are changed. At least one of each kind.
+
+    The mask is a floating-point buffer of 0 and 1, above ½ meaning True, so that it stands being
+    cast or averaged; the indices are made from it on x's device.
     """
 
-    changed: Tensor
-    kept: Tensor
-    order: Tensor
+    mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        mask = torch.as_tensor(mask)
+        if not isinstance(mask, Tensor):
+            mask = torch.tensor(mask, device="cpu")
         if mask.ndim != 1 or mask.dtype != torch.bool or bool(mask.all()) or not bool(mask.any()):
             raise ValueError(
                 "mask must be a bool tensor (D,) with both values, "
@@ -76,18 +81,50 @@ class VectorSplit(Split):
             )
         self.n_changed = int(mask.sum())
         self.n_kept = mask.numel() - self.n_changed
-        changed, kept = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
-        self.register_buffer("changed", changed)
-        self.register_buffer("kept", kept)
-        self.register_buffer("order", torch.cat((changed, kept)).argsort())
+        # Where the parameters are made: on the meta device too, for its values are loaded later.
+        self.register_buffer("mask", torch.empty(mask.shape).copy_(mask))
+        self._indices: Kept[tuple[Tensor, Tensor, Tensor]] = Kept()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        key = prefix + "mask"
+        if prefix + "order" in state_dict and key not in state_dict:  # from before the mask
+            order = state_dict.pop(prefix + "order")
+            changed = state_dict.pop(prefix + "changed")
+            state_dict.pop(prefix + "kept", None)
+            mask = torch.zeros(order.shape, dtype=self.mask.dtype, device=order.device)
+            state_dict[key] = mask.index_fill_(0, changed, 1)
+        mask = state_dict.get(key, self.mask)
+        if not mask.is_meta and int((mask > 0.5).sum()) != self.n_changed:
+            errors.append(f"{key} must be above 0.5 for exactly {self.n_changed} coordinates")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+
+    def _indices_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of the changed and of the kept coordinates, and of both put back in order."""
+
+        def work_out() -> tuple[Tensor, Tensor, Tensor]:
+            # By sorting, so that nothing is read from the device.
+            both = (self.mask.to(device) <= 0.5).to(torch.uint8).argsort(stable=True)
+            return both[: self.n_changed], both[self.n_changed :], both.argsort()
+
+        indices = self._indices.get(work_out, self.mask, device)
+        assert indices is not None
+        return indices
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim != 2 or x.shape[1] != self.order.numel():
-            raise ValueError(f"x must be (B, {self.order.numel()}), got {tuple(x.shape)}")
-        return x.index_select(1, self.changed), x.index_select(1, self.kept)
+        if x.ndim != 2 or x.shape[1] != self.mask.numel():
+            raise ValueError(f"x must be (B, {self.mask.numel()}), got {tuple(x.shape)}")
+        changed, kept, _ = self._indices_on(x.device)
+        return x.index_select(1, changed), x.index_select(1, kept)
 
     def merge(self, changed: Tensor, kept: Tensor) -> Tensor:
-        return torch.cat((changed, kept), dim=1).index_select(1, self.order)
+        _, _, order = self._indices_on(changed.device)
+        return torch.cat((changed, kept), dim=1).index_select(1, order)
 
 
 def _as_split(split: Split | str, flip: bool) -> Split:
@@ -176,15 +213,6 @@ class AffineCoupling(Transform):
         return self.split.merge(x, kept), ladj
 
 
-class _Rescale(nn.Module):
-    """One factor per channel, weight-normed, for (B, features, H, W)."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features, 1, 1))
-        weight_norm(self, dim=0)
-
-
 class MixtureLogisticCoupling(Transform):
     """Changed half: y = (logit F(x) + b)·e^a, F the CDF of a mixture of logistics.
 
@@ -223,7 +251,7 @@ class MixtureLogisticCoupling(Transform):
         self.components = components
         self.split = _as_split(split, flip)
         self.legacy_cdf_clamp = legacy_cdf_clamp
-        self.rescale = _Rescale(features)
+        self.rescale = Rescale(features)
 
     def _params(self, kept: Tensor, context: Context) -> Tensor:
         per_feature = 2 + 3 * self.components

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from coopflow_ext import ops
+from coopflow_ext._tensors import check_tensor
 from coopflow_ext.flows.base import Context, Transform
-from coopflow_ext.flows.layers import InvertibleConv1x1
+from coopflow_ext.flows.folding import folding
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
@@ -37,6 +37,8 @@ class Flow(nn.Module):
         round_samples: ``sample`` returns grey levels of the data, the exact inverse of
             dequantisation, not values between them. By default when there are fewer than 256
             levels, where the noise of dequantisation would show.
+        context_dim: size of the context that the networks of ``transform`` are conditioned on, 0
+            for a flow without one.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
             inverses: memory does not grow with depth, a step takes about 1.5 times as long.
         sampling_dropout: in training mode, dropout stays on in ``sample`` too, as in the published
@@ -45,6 +47,12 @@ class Flow(nn.Module):
     Random draws come from ``key``; ``key=None`` draws a seed from torch's default generator.
     ``chain_offset`` is the global index of row 0, so that a batch split over several processes
     draws what the whole batch draws.
+
+    ``context`` (B, context_dim) is what a flow with ``context_dim`` is conditioned on; the
+    variational dequantiser does without it.
+
+    x, z, eps and context have the parameters' dtype, or any floating-point dtype under autocast;
+    TypeError for another, and for what is no tensor.
 
     ``torch.compile(flow.sample, fullgraph=True)``, and the same of ``log_prob``, is one graph that
     takes the key as an input: another key needs no other graph.
@@ -60,6 +68,7 @@ class Flow(nn.Module):
         legacy_contrast: bool = False,
         round_samples: bool | None = None,
         sampling_dropout: bool = False,
+        context_dim: int = 0,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -79,6 +88,7 @@ class Flow(nn.Module):
             round_samples = dequantize is not None and dequantize.levels < 256
         self.round_samples = round_samples and not legacy_contrast
         self.sampling_dropout = sampling_dropout
+        self.context_dim = context_dim
         self.recompute = recompute
         if recompute:
             check_invertible(self)
@@ -94,21 +104,41 @@ class Flow(nn.Module):
         """Whether x are images in [−1, 1] that are dequantised."""
         return self.dequantize is not None
 
-    def _check_shape(self, name: str, x: Tensor) -> None:
+    def _check_tensor(self, name: str, value: object) -> None:
+        like = next(self.parameters(), None)
+        check_tensor(name, value, None if like is None else like.dtype)
+
+    def _check_events(self, name: str, x: Tensor) -> None:
+        self._check_tensor(name, x)
         if x.shape[1:] != self.event_shape or x.ndim != len(self.event_shape) + 1:
             raise ValueError(
                 f"{name} must have shape (B, {', '.join(map(str, self.event_shape))}), "
                 f"got {tuple(x.shape)}"
             )
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
-    def _context(self, key: Key | None, x: Tensor, chain_offset: int, *uses: int) -> Context:
+    def _aux(self, context: Tensor | None, batch: int) -> Tensor | None:
+        """The context, checked."""
+        if context is None:
+            if self.context_dim:
+                raise ValueError(f"context must be a tensor (B, {self.context_dim}), got None")
+            return None
+        if not self.context_dim:
+            raise ValueError("context is given to a flow that takes none; make it with context_dim")
+        self._check_tensor("context", context)
+        if context.shape != (batch, self.context_dim):
+            raise ValueError(
+                f"context must have shape ({batch}, {self.context_dim}), got {tuple(context.shape)}"
+            )
+        return context
+
+    def _context(
+        self, aux: Tensor | None, key: Key | None, x: Tensor, chain_offset: int, *uses: int
+    ) -> Context:
         if not (self._has_dropout and self.training):
-            return Context(chain_offset=chain_offset)
+            return Context(aux, chain_offset=chain_offset)
         # Layers count by time steps, so the key's own time is folded into the seed.
         rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True)
-        return Context(dropout_rng=rng, chain_offset=chain_offset)
+        return Context(aux, rng, chain_offset)
 
     def call_and_ladj(
         self,
@@ -117,6 +147,7 @@ class Flow(nn.Module):
         key: Key | None = None,
         eps: Tensor | None = None,
         chain_offset: int = 0,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Data → latent.
 
@@ -125,32 +156,37 @@ class Flow(nn.Module):
                 row of NaN elsewhere (looking would wait for the device).
             key: draws the dequantisation noise and dropout.
             eps: the dequantisation noise itself, shape of x.
+            context: (B, context_dim), for a flow with ``context_dim``.
 
         Returns:
             z, shape of x, and ladj (B,), which includes dequantiser and logit map.
         """
-        self._check_shape("x", x)
-        context = self._context(key, x, chain_offset)
+        self._check_events("x", x)
+        inner = self._context(self._aux(context, x.shape[0]), key, x, chain_offset)
         if self.dequantize is None or self.logit is None:
             if eps is not None:
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
-            return call_and_ladj(self.transform, x, context, recompute=self.recompute)
+            return call_and_ladj(self.transform, x, inner, recompute=self.recompute)
         if eps is None:
             rng = stream(key, USE_DEQUANTIZE, device=x.device)
             eps = self.dequantize.draw(x, rng, chain_offset)
-        elif eps.shape != x.shape:
-            raise ValueError(
-                f"eps must have the shape of x, {tuple(x.shape)}, got {tuple(eps.shape)}"
-            )
-        v, ladj_dequantize = self.dequantize.call_and_ladj((_in_range(x) + 1) / 2, eps, context)
+        else:
+            self._check_tensor("eps", eps)
+            if eps.shape != x.shape:
+                raise ValueError(
+                    f"eps must have the shape of x, {tuple(x.shape)}, got {tuple(eps.shape)}"
+                )
+        v, ladj_dequantize = self.dequantize.call_and_ladj((_in_range(x) + 1) / 2, eps, inner)
         y, ladj_logit = self.logit.call_and_ladj(v)
-        z, ladj = call_and_ladj(self.transform, y, context, recompute=self.recompute)
+        z, ladj = call_and_ladj(self.transform, y, inner, recompute=self.recompute)
         return z, ladj + ladj_logit + ladj_dequantize
 
-    def inverse_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse_and_ladj(
+        self, z: Tensor, *, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latent → data; for an image flow y **before** the final sigmoid, see :meth:`to_data`."""
-        self._check_shape("z", z)
-        return self.transform.inverse_and_ladj(z)
+        self._check_events("z", z)
+        return self.transform.inverse_and_ladj(z, Context(self._aux(context, z.shape[0])))
 
     def to_data(self, y: Tensor) -> Tensor:
         """What ``inverse_and_ladj`` returned → x, as in ``sample``; images lie in [−1, 1]."""
@@ -170,9 +206,12 @@ class Flow(nn.Module):
         key: Key | None = None,
         eps: Tensor | None = None,
         chain_offset: int = 0,
+        context: Tensor | None = None,
     ) -> Tensor:
         """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
-        z, ladj = self.call_and_ladj(x, key=key, eps=eps, chain_offset=chain_offset)
+        z, ladj = self.call_and_ladj(
+            x, key=key, eps=eps, chain_offset=chain_offset, context=context
+        )
         wide = z if z.dtype == torch.float64 else z.float()
         log_prior = -0.5 * (wide.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
         log_cells = 0.0 if self.dequantize is None else self.dim * math.log(self.dequantize.levels)
@@ -185,62 +224,82 @@ class Flow(nn.Module):
         key: Key | None = None,
         eps: Tensor | None = None,
         chain_offset: int = 0,
+        context: Tensor | None = None,
     ) -> Tensor:
         """The same as :meth:`log_prob`, so that a wrapper such as DDP can call it."""
-        return self.log_prob(x, key=key, eps=eps, chain_offset=chain_offset)
+        return self.log_prob(x, key=key, eps=eps, chain_offset=chain_offset, context=context)
 
     def bits_per_dim(
-        self, x: Tensor, *, key: Key | None = None, eps: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        key: Key | None = None,
+        eps: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """−log₂ p(x) / D, averaged over the batch; a scalar tensor."""
-        return -self.log_prob(x, key=key, eps=eps).mean() / (self.dim * math.log(2))
+        log_prob = self.log_prob(x, key=key, eps=eps, context=context)
+        return -log_prob.mean() / (self.dim * math.log(2))
 
     @torch.no_grad()
-    def sample(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
-        """n samples, (n, *event_shape), on the parameters' device and in their dtype."""
+    def sample(
+        self,
+        n: int,
+        key: Key | None = None,
+        *,
+        chain_offset: int = 0,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """n samples, (n, *event_shape), on the parameters' device and in their dtype; ``context``
+        has a row for each."""
         if not isinstance(n, int):
             raise TypeError(f"n must be an int, got {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must be ≥ 0, got {n}")
+        aux = self._aux(context, n)
         like = next(self.parameters())
         rng = stream(key, USE_PRIOR, device=like.device)
         z = ops.normal((n, *self.event_shape), rng, chain_offset=chain_offset, dtype=like.dtype)
-        context = Context()
+        inner = Context(aux)
         if self.sampling_dropout:
-            context = self._context(key, z, chain_offset, USE_PRIOR)
-        y, _ = self.transform.inverse_and_ladj(z, context)
+            inner = self._context(aux, key, z, chain_offset, USE_PRIOR)
+        y, _ = self.transform.inverse_and_ladj(z, inner)
         return self.to_data(y)
 
-    @contextmanager
-    def folded(self) -> Iterator[None]:
+    def folded(self) -> AbstractContextManager[None]:
         """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.
 
         That is the weights of weight-normed layers and the inverses of 1×1 convolutions. Inside,
-        the parameters must not change, and they get no gradients through what was folded.
+        they get no gradients, and a change of them is not seen.
+
+        The flow itself is not changed: what was computed is used by this flow's layers in this
+        thread (or asyncio task) alone. Another thread may train the same flow meanwhile; this one
+        then sees its new biases and other parameters, but the folded ones of the moment of entry.
+        A compiled graph does without.
         """
-        mixers = [m for m in self.modules() if isinstance(m, InvertibleConv1x1)]
-        with parametrize.cached():
-            try:
-                with torch.no_grad():
-                    for mixer in mixers:
-                        mixer.fold()
-                    for module in self.modules():
-                        if parametrize.is_parametrized(module, "weight"):
-                            _ = module.weight
-                yield
-            finally:
-                for mixer in mixers:
-                    mixer.unfold()
+        return folding(self)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, *, key: Key | None = None, eps: Tensor | None = None) -> None:
-        """Data-dependent initialisation of every ActNorm that has not seen data, from batch x."""
-        was_training = self.training
+    def initialize(
+        self,
+        x: Tensor,
+        *,
+        key: Key | None = None,
+        eps: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> None:
+        """Data-dependent initialisation of every ActNorm that has not seen data, from batch x.
+
+        Raises:
+            ValueError: for a batch that is not finite, or with fewer than two values per channel.
+        """
+        modes = [(module, module.training) for module in self.modules()]
         self.train()
         try:
-            self.call_and_ladj(x, key=key, eps=eps)
+            self.call_and_ladj(x, key=key, eps=eps, context=context)
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
 
 
 def _in_range(x: Tensor) -> Tensor:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from coopflow_ext.flows.base import NO_CONTEXT, Context
-from coopflow_ext.flows.nets import Conditioner, Dropout
+from coopflow_ext.flows.nets import Conditioner, Dropout, conditioning
+from coopflow_ext.flows.weight_norm import WeightNormedConv2d, WeightNormedLinear
 
 N_HEADS = 4
 AUX_CHANNELS = 32
-
-
-def _conv(n_in: int, n_out: int, size: int) -> nn.Conv2d:
-    conv = nn.Conv2d(n_in, n_out, size, padding=size // 2)
-    weight_norm(conv, dim=0)
-    return conv
-
-
-def _linear(n_in: int, n_out: int, *, bias: bool) -> nn.Linear:
-    linear = nn.Linear(n_in, n_out, bias=bias)
-    weight_norm(linear, dim=0)
-    return linear
 
 
 def _concat_elu(x: Tensor) -> Tensor:
@@ -47,9 +35,10 @@ def sinusoidal_positions(n_positions: int, channels: int) -> Tensor:
     has a last channel of zeros.
     """
     n_scales = channels // 2
-    exponents = torch.arange(n_scales, dtype=torch.float32)
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    exponents = torch.arange(n_scales, **on_cpu)
     frequencies = (exponents * -(math.log(10_000.0) / max(n_scales - 1, 1))).exp()
-    angles = torch.arange(n_positions, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(n_positions, **on_cpu)[:, None] * frequencies
     return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, channels % 2))
 
 
@@ -58,10 +47,10 @@ class GatedConv(nn.Module):
 
     def __init__(self, channels: int, dropout: float = 0.0, aux_channels: int = 0) -> None:
         super().__init__()
-        self.conv = _conv(2 * channels, channels, 3)
-        self.aux = _conv(2 * aux_channels, channels, 1) if aux_channels else None
+        self.conv = WeightNormedConv2d(2 * channels, channels, 3)
+        self.aux = WeightNormedConv2d(2 * aux_channels, channels, 1) if aux_channels else None
         self.dropout = Dropout(dropout, per_channel=True)
-        self.gate = _conv(2 * channels, 2 * channels, 1)
+        self.gate = WeightNormedConv2d(2 * channels, 2 * channels, 1)
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         h = self.conv(_concat_elu(x))
@@ -81,9 +70,9 @@ class GatedAttention(nn.Module):
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.project = _linear(channels, 3 * channels, bias=False)
+        self.project = WeightNormedLinear(channels, 3 * channels, bias=False)
         self.dropout = Dropout(dropout)
-        self.gate = _linear(channels, 2 * channels, bias=True)
+        self.gate = WeightNormedLinear(channels, 2 * channels, bias=True)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         B, L, C = x.shape
@@ -99,7 +88,7 @@ class GatedAttention(nn.Module):
 
 
 class ConditionerBlock(nn.Module):
-    """Gated convolution and gated attention, each with a residual connection and a LayerNorm."""
+    """Gated convolution and, if asked for, attention, each with a residual and a LayerNorm."""
 
     def __init__(
         self, channels: int, dropout: float, aux_channels: int = 0, attention: bool = True
@@ -108,15 +97,15 @@ class ConditionerBlock(nn.Module):
         self.conv = GatedConv(channels, dropout, aux_channels)
         self.norm1 = nn.LayerNorm(channels)
         self.attention = GatedAttention(channels, dropout) if attention else None
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels) if attention else None
 
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         B, C, H, W = x.shape
         # In channels_last the change to (B, H·W, C) and back moves no data.
         h = self.norm1((x + self.conv(x, context)).permute(0, 2, 3, 1).reshape(B, H * W, C))
-        if self.attention is not None:
-            h = h + self.attention(h, positions, context)
-        return cast(Tensor, self.norm2(h)).view(B, H, W, C).permute(0, 3, 1, 2)
+        if self.attention is not None and self.norm2 is not None:
+            h = self.norm2(h + self.attention(h, positions, context))
+        return cast(Tensor, h).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class FlowPPConditioner(Conditioner):
@@ -128,11 +117,10 @@ class FlowPPConditioner(Conditioner):
         channels: hidden channels, a multiple of the 4 heads when there is attention.
         blocks: number of blocks.
         dropout: on channels behind the convolutions and on attention weights.
-        aux_channels: channels of ``context.aux``; 0 for a network that is not conditioned.
+        aux_channels: channels of ``context.aux``; 0 for a network that is not conditioned. Every
+            block reads it.
         attention: with or without the attention layers.
     """
-
-    positions: Tensor
 
     def __init__(
         self,
@@ -149,18 +137,46 @@ class FlowPPConditioner(Conditioner):
         super().__init__()
         if attention and channels % N_HEADS:
             raise ValueError(f"channels must be a multiple of {N_HEADS} heads, got {channels}")
-        self.first = _conv(n_in, channels, 3)
+        if aux_channels and not blocks:
+            raise ValueError("blocks must be ≥ 1 for a network with context: they read it, got 0")
+        self.size = size
+        self.aux_channels = aux_channels
+        self.first = WeightNormedConv2d(n_in, channels, 3)
         self.blocks = nn.ModuleList(
             ConditionerBlock(channels, dropout, aux_channels, attention) for _ in range(blocks)
         )
-        self.last = _conv(channels, n_out, 3)
-        positions = sinusoidal_positions(math.prod(size), channels)
-        self.register_buffer("positions", positions.to(torch.get_default_dtype()), persistent=False)
+        self.last = WeightNormedConv2d(channels, n_out, 3)
+        self._positions = sinusoidal_positions(math.prod(size), channels)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._place_positions()  # now, so that a compiled graph finds them
+        return module
+
+    def _place_positions(self) -> Tensor:
+        """The code of the positions like the parameters, (H·W, channels).
+
+        Constants, so no buffer that would be averaged, rounded twice or left on the meta device:
+        where the parameters have another device or dtype, they are made anew.
+        """
+        like = self.first.bias
+        assert like is not None
+        positions = self._positions
+        if positions.device != like.device or positions.dtype != like.dtype:
+            with torch.inference_mode(False):
+                positions = sinusoidal_positions(math.prod(self.size), self.first.out_channels)
+                positions = positions.to(like.device, like.dtype)
+            if not torch.compiler.is_compiling():
+                self._positions = positions
+        return positions
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        aux = conditioning(context, self.aux_channels, x)
+        context = Context(aux, context.dropout_rng, context.chain_offset)
+        positions = self._place_positions()
         h = self.first(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
-            h = block(h, self.positions, context)
+            h = block(h, positions, context)
         # The couplings read (B, 2 + 3K, C, H, W) row-major, so leave channels_last here, where
         # the tensor is still small.
         return cast(Tensor, self.last(h.contiguous()))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from coopflow_ext.autocast import full_precision
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+from coopflow_ext.flows.folding import Foldable
+from coopflow_ext.flows.kept import Kept
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -46,13 +48,21 @@ class ActNorm(Transform):
     """z = (x − mean)·inv_std per channel (dimension 1), initialised from the first batch.
 
     The first call of :meth:`call_and_ladj` in training mode sets mean and inv_std so that every
-    channel of the result has mean 0 and variance 1 (Kingma & Dhariwal 2018, section 3.1). Until
-    then the layer is the identity. ``initialized`` is a persistent buffer, so a layer that was
-    loaded is never initialised again.
+    channel of the result has mean 0 and variance 1 (Kingma & Dhariwal 2018, section 3.1); a channel
+    that does not vary keeps its scale. Until then the layer is the identity.
+
+    ``initialized`` is a persistent floating-point buffer, 0 at first, and every positive value
+    means yes: so it may be averaged with the weights, and a layer that was loaded, copied or
+    averaged is not initialised again. In training mode the host reads it once after each such
+    change, never in evaluation mode. Compiled code cannot: it goes by what was last read outside of
+    it, in a pass, a load or :meth:`Flow.initialize`, and breaks the graph where that was no.
 
     Args:
         channels: size of dimension 1.
-        eps: added to the standard deviation, so that a constant channel stays finite.
+        eps: added to the standard deviation.
+
+    Raises:
+        ValueError: for a first batch that is not finite, or with fewer than two values per channel.
     """
 
     initialized: Tensor
@@ -63,29 +73,59 @@ class ActNorm(Transform):
         self.eps = eps
         self.mean = nn.Parameter(torch.zeros(channels))
         self.inv_std = nn.Parameter(torch.ones(channels))
-        self.register_buffer("initialized", torch.tensor(False))
-        # The buffer's value for Python, so that a pass never waits for the device to read it.
-        self._is_initialized = False
+        self.register_buffer("initialized", torch.zeros(()))
+        self._started: Kept[bool] = Kept()
+        self._last_seen = False  # for traced code, where the buffer has no value
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         flag = state_dict.get(prefix + "initialized")
-        if flag is not None:
-            self._is_initialized = bool(flag)
+        if isinstance(flag, Tensor) and not flag.is_floating_point():  # from before it was a float
+            state_dict[prefix + "initialized"] = flag.to(self.mean.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        _ = self._is_initialized  # read now, not in the next pass
+
+    @property
+    def _is_initialized(self) -> bool:
+        """What the buffer says, read from the device where that is not known yet."""
+        if not torch.compiler.is_compiling():
+            flag = self.initialized
+            # On the meta device there is nothing to start from.
+            started = self._started.get(lambda: flag.is_meta or bool(flag > 0) or None, flag)
+            self._last_seen = bool(started)
+        return self._last_seen
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="call flow.initialize(x) before compiling: ActNorm looks at its first batch"
+    )
+    def _start(self, x: Tensor) -> None:
+        if not self._is_initialized:  # in traced code that is news
+            self.initialize(x)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set mean and inv_std from the batch x (B, channels, …)."""
+        """Set mean and inv_std from the batch x (B, channels, …); it waits for the device."""
         _check_channels(self, x, self.mean.shape[0])
-        if x.numel() == 0:
-            raise ValueError(f"ActNorm: x must hold events to start from, got {tuple(x.shape)}")
         rows = x.transpose(0, 1).flatten(1).to(self.mean.dtype)
-        self.mean.copy_(rows.mean(1))
-        self.inv_std.copy_(1 / (rows.std(1, unbiased=False) + self.eps))
-        self.initialized.fill_(True)
-        self._is_initialized = True
+        if rows.shape[1] < 2:
+            raise ValueError(
+                "ActNorm: x must hold at least two values of each channel to start from (its first "
+                f"batch in training mode), got shape {tuple(x.shape)}"
+            )
+        mean, std = rows.mean(1), rows.std(1, unbiased=False)
+        finite = mean.isfinite() & std.isfinite()
+        if not bool(finite.all()):
+            channels = (~finite).nonzero()[:, 0].tolist()
+            raise ValueError(
+                "ActNorm: x must be finite to start from (its first batch in training mode); "
+                f"channels with NaN or infinite values, or beyond {rows.dtype}: {channels[:10]}"
+            )
+        rounding = 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(1)
+        self.mean.copy_(mean)
+        self.inv_std.copy_(torch.where(std > rounding, 1 / (std + self.eps), 1.0))
+        self.initialized.fill_(1)
+        _ = self._is_initialized
 
     def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1) + (1,) * (x.ndim - 2)
@@ -98,7 +138,7 @@ class ActNorm(Transform):
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         _check_channels(self, x, self.mean.shape[0])
         if self.training and not self._is_initialized:
-            self.initialize(x)
+            self._start(x)
         mean, inv_std = self._per_channel(x)
         return (x - mean) * inv_std, self._ladj(x)
 
@@ -108,7 +148,7 @@ class ActNorm(Transform):
         return z / inv_std + mean, -self._ladj(z)
 
 
-class InvertibleConv1x1(Transform):
+class InvertibleConv1x1(Foldable, Transform):
     """z = W x at every position, W a learned (channels, channels) matrix, at first a rotation.
 
     For vectors (B, D) it mixes all coordinates. Kingma & Dhariwal 2018, section 3.2. The inverse
@@ -123,26 +163,17 @@ class InvertibleConv1x1(Transform):
         _check_positive("channels", channels)
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
         self.weight = nn.Parameter(rotation.contiguous())
-        self._folded: tuple[Tensor, Tensor] | None = None
 
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Keep the inverse matrix and the log-determinant until :meth:`unfold`."""
-        self._folded = (self._inverse_matrix(), self._logabsdet())
-
-    def unfold(self) -> None:
-        self._folded = None
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """The inverse matrix and the log-determinant."""
+        return self._inverse_matrix(), self._logabsdet()
 
     def _inverse_matrix(self) -> Tensor:
-        if self._folded is not None:
-            return self._folded[0]
         # inv_ex without its check: reading the error code would wait for the device.
         inverse: Tensor = torch.linalg.inv_ex(self.weight.double()).inverse
         return inverse.to(self.weight.dtype)
 
     def _logabsdet(self) -> Tensor:
-        if self._folded is not None:
-            return self._folded[1]
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
         logabsdet: Tensor = torch.linalg.slogdet(weight).logabsdet
         return logabsdet
@@ -157,14 +188,18 @@ class InvertibleConv1x1(Transform):
                 return F.conv2d(x, matrix[:, :, None, None])
         raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
 
-    def _ladj(self, x: Tensor) -> Tensor:
-        return (math.prod(x.shape[2:]) * self._logabsdet()).expand(x.shape[0])
+    @staticmethod
+    def _ladj(x: Tensor, logabsdet: Tensor) -> Tensor:
+        return (math.prod(x.shape[2:]) * logabsdet).expand(x.shape[0])
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        return self._apply_matrix(x, self.weight), self._ladj(x)
+        folded = self.folded()
+        logabsdet = self._logabsdet() if folded is None else folded[1]
+        return self._apply_matrix(x, self.weight), self._ladj(x, logabsdet)
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        return self._apply_matrix(z, self._inverse_matrix()), -self._ladj(z)
+        inverse, logabsdet = self.folded() or self.fold()
+        return self._apply_matrix(z, inverse), -self._ladj(z, logabsdet)
 
 
 class _Rearrangement(Transform):

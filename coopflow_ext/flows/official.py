@@ -17,12 +17,16 @@ from coopflow_ext.flows.base import Compose
 from coopflow_ext.flows.builders import flowpp
 from coopflow_ext.flows.flow import Flow
 from coopflow_ext.flows.layers import ActNorm, SplitPrior
+from coopflow_ext.flows.official_file import read_file
 from coopflow_ext.flows.preprocessing import VariationalDequantize
 
 Checkpoint = Mapping[str, Any]
 StateDict = dict[str, Tensor]
 
 _MODULE_PREFIX = "module."
+# Their keys → ours. A flow that was trained alone is under "net".
+_NETS = {"flow_net": "flow_net", "net": "flow_net", "ebm_net": "ebm_net"}
+_ONLY_FLOWPP = "only a flow made by flowpp has an official counterpart"
 
 # Starts of names, ours → theirs, tried in order.
 _CONDITIONER_NAMES = (
@@ -84,24 +88,25 @@ def _scale_names(scale: Compose, ours: str, theirs: str) -> Iterator[tuple[str, 
 
 
 def _flow_names(flow: Flow) -> dict[str, str]:
-    """Our names → theirs, for a flow made by :func:`flowpp` with a variational dequantiser."""
+    """Our names → theirs, for a flow made by :func:`flowpp`."""
     dequantize, transform = flow.dequantize, flow.transform
-    if not isinstance(dequantize, VariationalDequantize) or not isinstance(transform, Compose):
-        raise ValueError(
-            "only a flow made by flowpp with dequant_blocks ≥ 1 has an official counterpart"
-        )
+    if dequantize is None or not isinstance(transform, Compose):
+        raise ValueError(_ONLY_FLOWPP)
     if dequantize.levels != 256:
         raise ValueError(
             "only a flow of images with 256 grey levels has an official counterpart, "
             f"got levels={dequantize.levels}"
         )
     names = dict(_scale_names(transform, "transform.", "flows"))
-    noise_flow = dequantize.transform
-    assert isinstance(noise_flow, Compose)
-    names |= _step_names(noise_flow, "dequantize.transform.", "dequant_flows.flows")
-    for name in dequantize.aux_net.state_dict():
-        there = _translate(name, _AUX_NET_NAMES)
-        names[f"dequantize.aux_net.{name}"] = f"dequant_flows.aux_conv.{there}"
+    if isinstance(dequantize, VariationalDequantize):
+        noise_flow = dequantize.transform
+        assert isinstance(noise_flow, Compose)
+        names |= _step_names(noise_flow, "dequantize.transform.", "dequant_flows.flows")
+        for name in dequantize.aux_net.state_dict():
+            there = _translate(name, _AUX_NET_NAMES)
+            names[f"dequantize.aux_net.{name}"] = f"dequant_flows.aux_conv.{there}"
+    if names.keys() != flow.state_dict().keys():
+        raise ValueError(_ONLY_FLOWPP)
     return names
 
 
@@ -182,10 +187,17 @@ def _components(state: StateDict, net: str, title: str) -> int:
 def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str, Any]:
     """The options of :func:`flowpp` with which a ``flow_net`` was made (dropout is not stored).
 
+    A network without ``dequant_flows`` has ``dequant_blocks`` 0.
+
     Raises:
         ValueError: it is not a Flow++, or one for other images.
     """
     title = "flow_net"
+    if any(re.match(r"flows\.(next\.)*(channels|checkers)\.1\.nn\.", name) for name in state):
+        raise ValueError(
+            f"{title} does not fit: its steps have no 1×1 convolution (FlowPlusPlus_celeba), which "
+            "those of flowpp have"
+        )
     scales: list[list[int]] = []
     prefix = "flows"
     while True:
@@ -203,19 +215,22 @@ def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str
     hidden, n_in = _shape(state, f"{net}.in_conv.conv.weight_v", title)[:2]
     if n_in * (1 if stage == "checkers" else 2) != image_shape[0]:
         raise ValueError(f"image_shape {tuple(image_shape)} does not fit: {n_in} channels found")
-    return {
+    options: dict[str, Any] = {
         "scales": scales,
         "channels": hidden,
         "blocks": _count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\."),
         "components": _components(state, net, title),
-        "dequant_blocks": _count(state, rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\."),
-        "dequant_components": _components(state, dequant_net, title),
+        "dequant_blocks": 0,
         "attention": any(".attn.in_proj." in name for name in state),
     }
+    if any(name.startswith("dequant_flows.") for name in state):
+        options["dequant_blocks"] = _count(state, rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\.")
+        options["dequant_components"] = _components(state, dequant_net, title)
+    return options
 
 
-def _load_flow(state: StateDict, image_shape: Sequence[int], legacy: dict[str, Any]) -> Flow:
-    flow = flowpp(image_shape, **infer_flow_options(state, image_shape), **legacy)
+def _load_flow(state: StateDict, image_shape: Sequence[int], options: dict[str, Any]) -> Flow:
+    flow = flowpp(image_shape, **infer_flow_options(state, image_shape), **options)
     state = dict(state)
     bound = state.pop("bounds", None)
     if bound is None or bound.numel() != 1:
@@ -243,36 +258,30 @@ def _load_energy(state: StateDict, image_shape: Sequence[int]) -> ResEnergy:
 def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, StateDict]:
     """``flow_net`` and ``ebm_net``, where the checkpoint holds them, without ``module.``.
 
+    A flow that the checkpoint has under ``net`` is ``flow_net`` here; what else it holds is left.
+
     Raises:
-        ValueError: for a checkpoint with neither, or that holds more than tensors.
+        ValueError: for a checkpoint with neither, or that holds more than tensors and numbers; the
+            message names what, and its type.
         FileNotFoundError: when there is no such file.
     """
     if isinstance(path_or_dict, Mapping):
-        checkpoint = path_or_dict
+        checkpoint: object = path_or_dict
     else:
-        path = Path(path_or_dict)
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:
-            # Its text, of any type for a file that is no checkpoint, advises to load unsafely.
-            raise ValueError(
-                f"{path} holds more than tensors, or is damaged: "
-                "torch.load refuses it with weights_only=True"
-            ) from error
+        checkpoint = read_file(Path(path_or_dict))
         if not isinstance(checkpoint, Mapping):
-            raise ValueError(f"{path} must hold a dict, got {type(checkpoint).__name__}")
-    nets = {
-        name: _check_tensors(name, checkpoint[name])
-        for name in ("flow_net", "ebm_net")
-        if name in checkpoint
-    }
-    if not nets:
+            raise ValueError(f"{path_or_dict} must hold a dict, got {type(checkpoint).__name__}")
+    assert isinstance(checkpoint, Mapping)
+    held = [name for name in _NETS if name in checkpoint]
+    if not held:
+        found = ", ".join(f"{k} ({type(v).__name__})" for k, v in [*checkpoint.items()][:5])
         raise ValueError(
-            f"a checkpoint must hold flow_net or ebm_net, got {sorted(map(str, checkpoint))[:5]}"
+            "a checkpoint must hold flow_net or ebm_net, or a flow alone under net, "
+            f"got {found or 'nothing'}"
         )
-    return nets
+    if "flow_net" in held and "net" in held:
+        raise ValueError("a checkpoint must hold one flow, got both flow_net and net")
+    return {_NETS[name]: _check_tensors(name, checkpoint[name]) for name in held}
 
 
 def load_official(
@@ -281,30 +290,39 @@ def load_official(
     *,
     legacy_contrast: bool = True,
     legacy_cdf_clamp: bool = True,
+    dropout: float = 0.2,
 ) -> tuple[Flow | None, ResEnergy | None]:
     """The models in a checkpoint of the authors' published code.
 
-    Sizes are inferred from the tensors. Names may start with ``module.``.
+    Sizes are inferred from the tensors: networks with or without attention, with or without a
+    variational dequantiser. Names may start with ``module.``.
 
     Args:
-        path_or_dict: a checkpoint file (read with ``weights_only=True``) or what it holds: a dict
-            with ``flow_net``, ``ebm_net`` or both.
+        path_or_dict: a checkpoint file (read with ``weights_only=True``, so nothing in it is
+            executed) or what it holds: a dict with ``flow_net``, ``ebm_net`` or both, or with a
+            flow that was trained alone under ``net``. Optimizers, ``epoch`` and ``fid`` beside
+            them are not read.
         image_shape: (C, H, W) of the images that the models were trained on.
+        dropout: of the flow, in training mode; a checkpoint does not say.
         legacy_contrast, legacy_cdf_clamp: their models were trained with both, see :func:`flowpp`.
 
     Returns:
         (flow, energy); the one that the checkpoint does not hold is None.
 
     Raises:
-        ValueError: for a file that holds more than tensors, missing or unknown names, or shapes
-            that do not fit.
+        ValueError: for a file that holds more than tensors and numbers, missing or unknown names,
+            or shapes that do not fit.
         FileNotFoundError: when there is no such file.
     """
     nets = read_official(path_or_dict)
     flow = energy = None
     if "flow_net" in nets:
-        legacy = {"legacy_contrast": legacy_contrast, "legacy_cdf_clamp": legacy_cdf_clamp}
-        flow = _load_flow(nets["flow_net"], image_shape, legacy)
+        options = {
+            "legacy_contrast": legacy_contrast,
+            "legacy_cdf_clamp": legacy_cdf_clamp,
+            "dropout": dropout,
+        }
+        flow = _load_flow(nets["flow_net"], image_shape, options)
     if "ebm_net" in nets:
         energy = _load_energy(nets["ebm_net"], image_shape)
     return flow, energy

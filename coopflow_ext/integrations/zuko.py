@@ -60,7 +60,9 @@ class _Bound(DistributionTransform):
         split = x.ndim - self.domain.event_dim
         batch, event = x.shape[:split], x.shape[split:]
         aux = self.context
-        if aux is not None:
+        if aux is not None:  # zuko broadcasts x and context against each other
+            batch = torch.broadcast_shapes(batch, aux.shape[:-1])
+            x = x.expand(*batch, *event)
             aux = aux.expand(*batch, *aux.shape[-1:]).reshape(-1, *aux.shape[-1:])
         y, ladj = function(x.reshape(-1, *event), Context(aux=aux))
         return torch.reshape(y, x.shape), torch.reshape(ladj, batch)

@@ -29,7 +29,7 @@ def _given(**arguments: Any) -> dict[str, Any]:
             given[name] = value
         elif isinstance(value, Tensor):
             given[f"{name}_t"] = value
-        elif value != 0:
+        elif not isinstance(value, (int, float)) or value != 0:  # what is no number is refused
             given[name] = value
     return given
 

@@ -87,6 +87,10 @@ def _(
 def _new(op: str, shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(rng, Tensor):
         raise TypeError(f"{op}: rng must be a tensor (see Key.tensor), got {type(rng).__name__}")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"{op}: shape must be a sequence of ints, got {type(shape).__name__}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: dtype must be a torch.dtype, got {type(dtype).__name__} {dtype!r}")
     if any(n < 0 for n in shape):
         raise ValueError(f"{op}: shape must not hold negative sizes, got {tuple(shape)}")
     return torch.empty(tuple(shape), dtype=dtype, device=rng.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.rng import Key
+from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
 from coopflow_ext.samplers.schedule import check_count
 
@@ -33,7 +34,8 @@ def check_offset(chain_offset: object) -> int:
 def check_kwargs(model_kwargs: object) -> dict[str, Any]:
     """The keyword arguments of the energy; TypeError unless they are a mapping by name.
 
-    Tensors made in inference mode are copied: autograd refuses to go through them.
+    Tensors made in inference mode, also those in dicts, lists and tuples, are copied: autograd
+    refuses to go through them.
     """
     if model_kwargs is None:
         return {}
@@ -42,10 +44,10 @@ def check_kwargs(model_kwargs: object) -> dict[str, Any]:
             f"model_kwargs must be a mapping from names to values, got {model_kwargs!r}"
         )
     with torch.inference_mode(False):
-        return {
-            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-            for name, value in model_kwargs.items()
-        }
+        kwargs: dict[str, Any] = map_tensors(
+            lambda t: t.clone() if t.is_inference() else t, dict(model_kwargs)
+        )
+    return kwargs
 
 
 def check_state(x0: State) -> Tensors:

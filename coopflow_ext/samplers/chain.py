@@ -15,6 +15,7 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext._extension import native
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
+from coopflow_ext.samplers.nested import map_tensors, tensors_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Coefficient, place
@@ -29,6 +30,9 @@ def _langevin_steps() -> tuple[Any, Any]:
     return ops.langevin_step_.default, ops.langevin_plain_step_.default
 
 
+Bounds = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sampler's options, checked, in the form that the loop needs."""
@@ -38,8 +42,9 @@ class Plan:
     fast_steps: int  # steps of the in-place loop; the rest is differentiable
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
-    clamp: tuple[float, float] | None
-    clamp_at_end: bool
+    step_clamp: Bounds | None  # of the state after every step
+    end_clamp: Bounds | None  # after the last
+    noise_clamp: Bounds | None  # after the noise that comes before the gradient
     noise_first: bool
     thin: int
     keep_trajectory: bool
@@ -57,7 +62,7 @@ class Plan:
     def plain_numbers(self) -> Tensor | None:
         """The numbers of ``langevin_plain_step_``; None where steps need more than numbers."""
         numbers = self.coefficients
-        apart = self.noise_first or self.keep_stats or self.clamp_at_end or self.autocast
+        apart = self.noise_first or self.keep_stats or self.end_clamp or self.autocast
         if apart or "pull" in numbers or any(isinstance(v, Tensor) for v in numbers.values()):
             return None
         return torch.tensor(
@@ -65,7 +70,7 @@ class Plan:
                 *(numbers.get(name, 0.0) for name in ("drift", "noise", "decay")),
                 float(self.gradient.is_score),
                 *(self.clips.get(name, inf) for name in ("grad_clip", "grad_norm", "step_clip")),
-                *(self.clamp or (-inf, inf)),
+                *(self.step_clamp or (-inf, inf)),
             ],
             dtype=torch.float64,
             device="cpu",
@@ -92,24 +97,23 @@ class Inputs:
     x_refs: Tensors | None
     xis: tuple[Tensors, ...] | None
     chain_offset: int
-    model_kwargs: Mapping[str, Any]
+    model_kwargs: dict[str, Any]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the inputs, always in the same order."""
-        kwargs = [v for v in self.model_kwargs.values() if isinstance(v, Tensor)]
         rows = [row for rows in self.xis or () for row in rows]
+        kwargs = tensors_of(self.model_kwargs)
         return [*self.xs, *self.rngs, *(self.x_refs or ()), *rows, *kwargs]
 
     def clone(self) -> Inputs:
         """The same values in tensors of its own."""
-        kwargs = self.model_kwargs.items()
         return replace(
             self,
             xs=clones(self.xs),
             rngs=clones(self.rngs),
             x_refs=None if self.x_refs is None else clones(self.x_refs),
             xis=None if self.xis is None else tuple(map(clones, self.xis)),
-            model_kwargs={k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs},
+            model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
         )
 
 
@@ -156,7 +160,7 @@ class Chain:
         dtype = plan.autocast
         self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
         # Leaves share storage; a step's autograd graph is gone before they are overwritten.
-        differentiate = plan.gradient.has_energy
+        differentiate = plan.gradient.has_energy and plan.fast_steps > 0
         self.leaves = tuple(
             x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
         )
@@ -191,7 +195,7 @@ class Chain:
         # The op's arguments that every step has, for each tensor. Most chains have no others.
         self.constant = [self._constant_arguments(j) for j in range(len(xs))]
         self.varies = (
-            plan.noise_first or plan.keep_stats or plan.clamp_at_end or inputs.xis is not None
+            plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis is not None
         )
         self.plain_numbers = self._plain_numbers()
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
@@ -207,7 +211,8 @@ class Chain:
         if not plan.noise_first:
             return 0
         last = step + 1 >= plan.fast_steps  # beyond, differentiable steps add it themselves
-        return 2 if last or self.settled is not None or plan.records(step) else 1
+        apart = self.settled is not None or plan.noise_clamp is not None or plan.records(step)
+        return 2 if last or apart else 1
 
     def _constant_arguments(self, j: int) -> dict[str, Any]:
         plan, x = self.plan, self.xs[j]
@@ -216,8 +221,8 @@ class Chain:
             placed = place(value, x)
             constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
         constant["chain_offset"] = self.inputs.chain_offset
-        if plan.clamp is not None and not plan.clamp_at_end:
-            constant["clamp_low"], constant["clamp_high"] = plan.clamp
+        if plan.step_clamp is not None:
+            constant["clamp_low"], constant["clamp_high"] = plan.step_clamp
         if self.inputs.x_refs is not None:
             constant["x_ref"] = self.inputs.x_refs[j]
         if self.lows:
@@ -237,8 +242,8 @@ class Chain:
             varying["xi"] = xis[j][step + (self.noise_when(step) == 1)]
         if plan.keep_stats:
             varying["stats"] = self.sums[j][step]
-        if plan.clamp is not None and plan.clamp_at_end and step + 1 == plan.n_steps:
-            varying["clamp_low"], varying["clamp_high"] = plan.clamp
+        if plan.end_clamp is not None and step + 1 == plan.n_steps:
+            varying["clamp_low"], varying["clamp_high"] = plan.end_clamp
         return varying
 
     def _plain_numbers(self) -> Tensor | None:
@@ -380,6 +385,8 @@ class Chain:
     def _add_noise(self, step: int) -> None:
         for j, x in enumerate(self.xs):
             ops.langevin_noise_(x, self.rngs[j], **self.noise_calls[j][step])
+            if self.plan.noise_clamp is not None:
+                x.clamp_(*self.plan.noise_clamp)
             if self.lows:
                 self.lows[j].copy_(x)
 

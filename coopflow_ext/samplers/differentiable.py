@@ -124,7 +124,7 @@ class DifferentiableChain:
     ) -> tuple[Tensors, _Masks]:
         chain, plan = self.chain, self.plan
         points = self._with_noise_before(step, xs)
-        points = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in points)
+        points = tuple(p if p.requires_grad else _leaf(p) for p in points)
         state = pack(points, chain.inputs.like)
         kwargs = chain.inputs.model_kwargs
         with chain.autocast():
@@ -149,7 +149,8 @@ class DifferentiableChain:
         for j, x in enumerate(xs):
             arguments = {k: v for k, v in self.chain.noise_calls[j][step].items() if k != "active"}
             noise = torch.zeros_like(x, requires_grad=False)
-            noisy.append(x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments))
+            x = x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments)
+            noisy.append(x if self.plan.noise_clamp is None else x.clamp(*self.plan.noise_clamp))
         return tuple(noisy)
 
     @torch.no_grad()
@@ -183,6 +184,14 @@ class DifferentiableChain:
         return tuple(
             clip_gradient(grad, grad_clip=clip) * per_chain_view(shrink, grad) for grad in grads
         )
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """A leaf of x's values. torch.func's transforms forbid ``requires_grad_()``, but not this."""
+    leaf = torch.empty_like(x, requires_grad=True)
+    with torch.no_grad():
+        leaf.copy_(x)
+    return leaf
 
 
 class _Checkpoint(torch.autograd.Function):

@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
 from coopflow_ext.samplers.gradient import reason
 from coopflow_ext.samplers.model_state import ModelState
+from coopflow_ext.samplers.nested import structure_of
 
 _MAX_GRAPHS = 4  # each holds its own buffers and activations
 _WARM_UP_STEPS = 2  # libraries choose algorithms and allocate workspaces before the capture
@@ -214,12 +215,11 @@ def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
     changes in place need no new capture."""
     model = [] if module is None else list(module.modules())
     weights = [] if module is None else [*module.parameters(), *module.buffers()]
-    constants = {k: v for k, v in inputs.model_kwargs.items() if not isinstance(v, Tensor)}
     kind = (
         type(inputs.like),
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs.tensors()),
         (inputs.x_refs is None, inputs.xis is None, inputs.chain_offset),
-        (tuple(inputs.model_kwargs), tuple(constants.items())),
+        structure_of(inputs.model_kwargs),
         tuple(m.training for m in model),
         tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
@@ -227,7 +227,9 @@ def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
     try:
         hash(kind)
     except TypeError as error:
-        raise _CaptureError(f"model_kwargs must be tensors or hashable ({error})") from error
+        raise _CaptureError(
+            f"model_kwargs must be tensors or hashable, alone or in dicts, lists, tuples ({error})"
+        ) from error
     return kind
 
 

@@ -38,6 +38,7 @@ from coopflow_ext.samplers.schedule import (
     Schedule,
     chain_counts,
     check_chain_counts,
+    check_constant,
     check_count,
     check_flag,
     check_number,
@@ -74,6 +75,7 @@ def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | Non
         raise TypeError(f"clamp must be a pair (lo, hi), got {clamp!r}")
     if not all(isinstance(bound, (Real, Tensor)) for bound in clamp):
         raise TypeError(f"clamp must be a pair of numbers (lo, hi), got {clamp!r}")
+    check_constant("clamp", *clamp)
     lo, hi = float(clamp[0]), float(clamp[1])
     if not lo <= hi:
         raise ValueError(f"clamp must be (lo, hi) with lo ≤ hi, got ({lo}, {hi})")
@@ -118,7 +120,8 @@ class LangevinSampler:
         grad_norm: then scale each chain's gradient to L2 norm ≤ grad_norm.
         step_clip: clip each element of the scaled step (drift, without noise) to ±step_clip.
         clamp: (lo, hi), bounds of the state.
-        clamp_when: clamp at every "step" or only at the "end".
+        clamp_when: clamp after every "step" or only at the "end"; with noise_before_gradient also
+            only after the "noise", before the gradient is taken, or at "both".
         noise_before_gradient: x′ = x + noise·ξ, and the gradient is taken at x′.
         reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U.
         pull: (x_ref, strength), adds ½·strength·‖x − x_ref‖² to U; strength a float or (B,).
@@ -144,13 +147,14 @@ class LangevinSampler:
             in the capture, and Python sees nothing of it: an energy that draws its next minibatch
             in Python, reads a schedule from an attribute or counts its calls needs False.
         differentiable: gradients flow through the chain to x0 and to the energy's parameters;
-            "last": only through the last step.
+            ``torch.func.grad`` goes through it too. "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass. The energy's parameters must be leaves.
+            steps between them in the backward pass. The energy's parameters must be leaves; not
+            inside a transform of torch.func.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
-    tensor (T or 1, B or 1). With ``channels_last`` states, elements of a chain take their noise in
-    storage order.
+    tensor (T or 1, B or 1). No gradient flows to them, so they may not require it. With
+    ``channels_last`` states, elements of a chain take their noise in storage order.
 
     Relative error of the gradient of ``ResEnergy`` at 32×32 against float64, measured on a CPU:
     6e-7 in float32, 1e-6 with ``channels_last`` or ``compile``, 8e-3 with autocast to bfloat16
@@ -176,7 +180,7 @@ class LangevinSampler:
         grad_norm: float | None = None,
         step_clip: float | None = None,
         clamp: tuple[float, float] | None = None,
-        clamp_when: Literal["step", "end"] = "step",
+        clamp_when: Literal["step", "end", "noise", "both"] = "step",
         noise_before_gradient: bool = False,
         reference_std: float | None = None,
         pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
@@ -203,7 +207,10 @@ class LangevinSampler:
         }
         for name, flag in flags.items():
             check_flag(name, flag)
-        check_choice("clamp_when", clamp_when, ("step", "end"))
+        check_choice("clamp_when", clamp_when, ("step", "end", "noise", "both"))
+        if clamp_when in ("noise", "both") and not noise_before_gradient:
+            raise ValueError(f"clamp_when={clamp_when!r} needs noise_before_gradient=True")
+        bounds = _check_clamp(clamp)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
         schedules = {
             "step_size": step_size, "drift": drift, "noise": noise, "temperature": temperature
@@ -255,8 +262,9 @@ class LangevinSampler:
                 for name, limit in limits.items()
                 if limit is not None
             },
-            clamp=_check_clamp(clamp),
-            clamp_at_end=clamp_when == "end",
+            step_clamp=bounds if clamp_when in ("step", "both") else None,
+            end_clamp=bounds if clamp_when == "end" else None,
+            noise_clamp=bounds if clamp_when in ("noise", "both") else None,
             noise_first=noise_before_gradient,
             thin=check_count("thin", thin, 1),
             keep_trajectory=return_trajectory,
@@ -285,7 +293,8 @@ class LangevinSampler:
             xi: the standard normals to use instead, (T, *x0.shape).
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
             chain_offset: replaces the option of that name.
-            model_kwargs: further keyword arguments of the energy or score.
+            model_kwargs: further keyword arguments of the energy or score; tensors may be nested
+                in dicts, lists and tuples.
 
         Raises:
             NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.

@@ -39,9 +39,10 @@ class ChainStatistics:
     Attributes:
         energy: U where the gradient was taken; None with ``score=``.
         grad_norm: L2 norm of the gradient before any clip.
-        displacement: L2 norm of the step, noise included (but no noise still to be used).
+        displacement: L2 norm of the step; noise counts where it is part of the step, not where it
+            comes before the gradient.
         clip_fraction: share of the elements changed by ``grad_clip`` or ``step_clip``.
-        clamp_fraction: share of the elements changed by ``clamp``.
+        clamp_fraction: share of the elements changed by ``clamp`` after the step.
         nonfinite: number of elements of the gradient that are not finite.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,19 @@ from coopflow_ext import ops
 from coopflow_ext.rng import USE_BUFFER, Key
 from coopflow_ext.samplers.schedule import check_count, check_number
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 Init = Literal["uniform", "normal"] | Callable[[tuple[int, ...], Key], Tensor]
 
 # What the buffer's key is folded with for each separate use.
 _FILL, _CHOOSE, _REINIT, _FRESH = range(4)
+
+
+def _as_plain_tensors(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A buffer outlives the modes in which it is used: what it holds and gives are neither
+    inference tensors nor part of an autograd graph."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class BufferDraw(NamedTuple):
@@ -47,6 +56,7 @@ class ReplayBuffer:
         ValueError, TypeError: for an argument out of range, by name.
     """
 
+    @_as_plain_tensors
     def __init__(
         self,
         shape: Sequence[int],
@@ -62,17 +72,17 @@ class ReplayBuffer:
         self.reinit_probability = check_number("reinit_probability", reinit_probability)
         if not 0 <= self.reinit_probability <= 1:
             raise ValueError(f"reinit_probability must be in [0, 1], got {reinit_probability}")
-        if isinstance(shape, int):
-            raise TypeError(f"shape must be a sequence of ints, such as ({shape},), got an int")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating point, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype!r}")
         if not callable(init) and init not in ("uniform", "normal"):
             raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
         self._init = init
         self._key = Key.or_default(key).fold_in(USE_BUFFER)
+        shape = _check_shape(shape)
         self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
         self.states.copy_(self._fresh(self.size, _FILL))
 
+    @_as_plain_tensors
     def draw(self, n: int) -> BufferDraw:
         """n different chains, some of them started anew; the buffer's states stay as they are.
 
@@ -91,17 +101,22 @@ class ReplayBuffer:
         self._key = self._key.advance(1)
         return BufferDraw(x, indices)
 
+    @_as_plain_tensors
     def write(self, indices: Tensor, x: Tensor) -> None:
         """Put the states of drawn chains back.
 
         Raises:
-            TypeError: ``indices`` is not an int64 tensor.
-            ValueError: x does not have one state for each of ``indices``.
+            TypeError: ``indices`` is not an int64 tensor, or x not a tensor.
+            ValueError: ``indices`` is not (n,), or x does not have one state for each.
             IndexError: an index is beyond the buffer.
         """
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
             raise TypeError(f"indices must be an int64 tensor, as draw() gives, got {got}")
+        if indices.ndim != 1:
+            raise ValueError(f"indices must have shape (n,), got {tuple(indices.shape)}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.shape != (len(indices), *self.states.shape[1:]):
             expected = (len(indices), *self.states.shape[1:])
             raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
@@ -123,10 +138,12 @@ class ReplayBuffer:
             return ops.normal(shape, self._rng(use), dtype=self.states.dtype)
         return 2 * ops.uniform(shape, self._rng(use), dtype=self.states.dtype) - 1
 
+    @_as_plain_tensors
     def state_dict(self) -> dict[str, Any]:
         """The states and the key: a tensor and two integers."""
         return {"states": self.states.clone(), **self._key.state_dict()}
 
+    @_as_plain_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken.
 
@@ -142,3 +159,12 @@ class ReplayBuffer:
             )
         self.states.copy_(state["states"])
         self._key = Key(seed=int(state["seed"]), time=int(state["time"]))
+
+
+def _check_shape(shape: object) -> tuple[int, ...]:
+    """``shape`` as a tuple of ints ≥ 0; TypeError or ValueError, by name."""
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be a sequence of ints, such as ({shape},), got an int")
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
+    return tuple(check_count(f"shape[{i}]", length, 0) for i, length in enumerate(shape))

@@ -61,27 +61,23 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
 
     Raises:
         TypeError: not a schedule.
-        ValueError: wrong length or shape, a negative value, NaN or infinity.
+        ValueError: wrong length or shape, a negative value, NaN or infinity, or a value that
+            requires grad.
     """
     if isinstance(value, (int, float)):
         return check_number(name, value, minimum=0.0)
     if callable(value) and not isinstance(value, Tensor):
         table = _called(name, value, n_steps)
     else:
-        try:
-            dtype = None if isinstance(value, Tensor) else torch.float64
-            table = torch.as_tensor(value, dtype=dtype)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"{name} must be a number, a callable of the step or a tensor, "
-                f"got {type(value).__name__}"
-            ) from error
+        table = _table(name, value)
         if table.ndim == 1 and len(table) != n_steps:
-            raise ValueError(f"{name} must have one value for each of {n_steps} steps, "
-                             f"got {len(table)}")  # fmt: skip
+            raise ValueError(
+                f"{name} must have one value for each of {n_steps} steps, got {len(table)}; "
+                f"for one value for each of {len(table)} chains give shape (1, {len(table)})"
+            )
     if table.is_complex() or table.dtype == torch.bool:
         raise TypeError(f"{name} must be real numbers, got {table.dtype}")
-    table = table.detach().to("cpu", torch.float64)
+    table = table.to("cpu", torch.float64, copy=True)
     if table.ndim == 0:
         return check_number(name, table.item(), minimum=0.0)
     if table.ndim == 1:
@@ -96,6 +92,27 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
     return float(table) if table.numel() == 1 else table
 
 
+def check_constant(name: str, *values: object) -> None:
+    """ValueError if gradients are expected to flow to one of ``values``: they would not."""
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise ValueError(
+            f"{name} must not require grad: no gradient flows to it, not even through "
+            "differentiable=True; give it detached"
+        )
+
+
+def _table(name: str, value: float | Tensor | Sequence[float]) -> Tensor:
+    """A tensor of the values, which may not require grad; TypeError where there is none."""
+    check_constant(name, *(value if isinstance(value, (list, tuple)) else (value,)))
+    try:
+        return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a number, a callable of the step or a tensor, "
+            f"got {type(value).__name__}"
+        ) from error
+
+
 def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) -> Tensor:
     """The values of a callable of the step, (T, B or 1)."""
     rows = []
@@ -105,8 +122,9 @@ def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) 
             raise TypeError(
                 f"{name}({step}) must be a number or a tensor (B,), got {type(value).__name__}"
             )
+        check_constant(f"{name}({step})", value)
         dtype = None if isinstance(value, Tensor) else torch.float64
-        row = torch.as_tensor(value, dtype=dtype, device="cpu").detach()
+        row = torch.as_tensor(value, dtype=dtype, device="cpu")
         if row.ndim > 1:
             raise ValueError(f"{name}({step}) must be a number or (B,), got {tuple(row.shape)}")
         rows.append(row.reshape(-1))
@@ -123,7 +141,7 @@ def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) 
 def per_chain(name: str, value: float | Tensor | Sequence[float]) -> Coefficient:
     """A non-negative float, or (B,) values as a (1, B) coefficient; TypeError or ValueError."""
     if isinstance(value, (Tensor, list, tuple)):
-        value = torch.as_tensor(value)
+        value = _table(name, value)
         if value.ndim > 1:
             raise ValueError(f"{name} must be a number or (B,), got shape {tuple(value.shape)}")
         return coefficient(name, value.reshape(1, -1), 1)
@@ -156,8 +174,12 @@ def sqrt(value: Coefficient) -> Coefficient:
 
 
 def place(value: Coefficient, x: Tensor) -> Coefficient:
-    """The coefficient on x's device, in the ops' arithmetic dtype."""
+    """The coefficient on x's device, in the ops' arithmetic dtype.
+
+    One that was made in inference mode is copied: autograd refuses to go past it.
+    """
     if not isinstance(value, Tensor):
         return value
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return value.to(x.device, dtype)
+    placed = value.to(x.device, dtype)
+    return placed.clone() if placed.is_inference() else placed
