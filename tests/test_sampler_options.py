@@ -11,7 +11,8 @@ from torch import Tensor
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.samplers import LangevinSampler, chain
+from coopflow_ext.ops import _call
+from coopflow_ext.samplers import LangevinSampler
 
 B, D, T = 5, 6, 8
 
@@ -106,9 +107,24 @@ PLAIN_OPTIONS = {
 }
 
 
+@pytest.fixture
+def called(monkeypatch) -> list[str]:
+    """Names of the raw ops as they are called."""
+    names: list[str] = []
+    native = _call.coopflow
+
+    class Listed:
+        def __getattr__(self, name):
+            names.append(name)
+            return getattr(native, name)
+
+    monkeypatch.setattr(_call, "coopflow", Listed())
+    return names
+
+
 @pytest.mark.parametrize("name", PLAIN_OPTIONS)
 @pytest.mark.parametrize("kind", ["energy", "score"])
-def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, name, kind):
+def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, called, name, kind):
     options = {"n_steps": T, "step_size": 0.4, **PLAIN_OPTIONS[name]}
     breaks_at = 1.5 if "on_nonfinite" in options else math.inf
 
@@ -119,31 +135,36 @@ def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, name, kind):
         return (torch.where(x > breaks_at, math.nan, 1.0) * (0.5 * x * x - x.cos())).sum(1)
 
     sampler = LangevinSampler(**{kind: {"energy": energy, "score": score}[kind]}, **options)
-    assert sampler.plan.plain_numbers is not None
     x0 = cf.ops.normal((16, 5), cf.Key(5).tensor())
+    called.clear()
     ours = sampler(x0, key=cf.Key(6)).x
+    assert called == ["langevin_plain_step_"] * T
     assert ours.isnan().any() == (options.get("on_nonfinite") == "ignore")
-    monkeypatch.setattr(chain.Chain, "_plain_numbers", lambda _: None)
+    called.clear()
+    monkeypatch.setattr(cf.ops.BoundStep, "_plain_numbers", lambda _: None)
     whole = sampler(x0, key=cf.Key(6)).x
+    assert called == ["langevin_step_"] * T
     assert torch.equal(ours.nan_to_num(9.0), whole.nan_to_num(9.0))
     assert not torch.equal(ours, x0)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "steps"),
     [
-        {"noise": torch.linspace(0, 1, T)},
-        {"temperature": [0.5, 1.0] * (T // 2)},
-        {"pull": (torch.zeros(2, 3), 0.1)},
-        {"stats": True},
-        {"noise_before_gradient": True},
-        {"clamp": (-1, 1), "clamp_when": "end"},
-        {"autocast": torch.bfloat16},
+        ({"noise": torch.linspace(0, 1, T)}, T),
+        ({"temperature": [0.5, 1.0] * (T // 2)}, T),
+        ({"pull": (torch.zeros(2, 3), 0.1)}, T),
+        ({"stats": True}, T),
+        ({"noise_before_gradient": True}, T),
+        ({"clamp": (-1, 1), "clamp_when": "end"}, 1),
+        ({"autocast": torch.bfloat16}, T),
     ],
 )
-def test_chains_that_need_the_whole_op(options):
+def test_steps_that_need_the_whole_op(called, options, steps):
     options = {"step_size": 0.1} | options if "noise" not in options else {"drift": 0.1} | options
-    assert LangevinSampler(lambda x: x.sum(1), n_steps=T, **options).plan.plain_numbers is None
+    LangevinSampler(lambda x: x.sum(1), n_steps=T, **options)(torch.zeros(2, 3))
+    assert called.count("langevin_step_") == steps
+    assert called.count("langevin_plain_step_") == T - steps
 
 
 def test_schedules_in_every_form(x0, xi):

@@ -26,11 +26,16 @@ from coopflow_ext.integrations._torchebm_base import (
     resolve_integrator,
 )
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.call import check_kwargs
+from coopflow_ext.samplers.checks import (
+    check_constant,
+    check_count,
+    check_flag,
+    check_kwargs,
+    check_number,
+)
 from coopflow_ext.samplers.gradient import StateFunction, module_of
 from coopflow_ext.samplers.langevin import LangevinSampler
 from coopflow_ext.samplers.nested import map_tensors
-from coopflow_ext.samplers.schedule import check_constant, check_count, check_flag, check_number
 
 __all__ = ["LangevinDynamics"]
 

@@ -6,7 +6,7 @@ TypeError when it is a dtype or a type; nothing is changed when an op refuses.
 """
 
 from coopflow_ext.ops.affine_coupling import affine_coupling, affine_coupling_inverse
-from coopflow_ext.ops.langevin import langevin_noise_, langevin_step, langevin_step_
+from coopflow_ext.ops.langevin import BoundStep, langevin_noise_, langevin_step, langevin_step_
 from coopflow_ext.ops.mixture_logistic import (
     mixture_logistic_coupling,
     mixture_logistic_coupling_inverse,
@@ -14,6 +14,7 @@ from coopflow_ext.ops.mixture_logistic import (
 from coopflow_ext.ops.random import normal, uniform
 
 __all__ = [
+    "BoundStep",
     "affine_coupling",
     "affine_coupling_inverse",
     "langevin_noise_",

@@ -13,38 +13,72 @@ from coopflow_ext._tensors import arithmetic_dtype
 from coopflow_ext.ops import _call
 
 Coefficient = float | Tensor
-_ZERO_BY_DEFAULT = frozenset(
-    {"drift", "noise", "decay", "pull", "noise_when", "step", "chain_offset"}
-)
+_COEFFICIENTS = ("drift", "noise", "decay", "pull")
+_OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
+
+# Where the numbers of ``langevin_plain_step_`` stand in their tensor, and what is off.
+_PLAIN_NUMBERS = {
+    "drift": 0.0,
+    "noise": 0.0,
+    "decay": 0.0,
+    "is_score": 0.0,
+    "grad_clip": math.inf,
+    "grad_norm": math.inf,
+    "step_clip": math.inf,
+    "clamp_low": -math.inf,
+    "clamp_high": math.inf,
+}
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
-    """The arguments that differ from the schemas' defaults None, False and 0, and so have to pass
-    the dispatcher, where every one costs time; a table of a coefficient under ``name_t``."""
-    given = {}
-    for name, value in arguments.items():
-        if value is None or value is False:
+class _Options(NamedTuple):
+    """What ``langevin_step`` takes after (x, grad, rng), in the schema's order."""
+
+    drift: float = 0.0
+    drift_t: Tensor | None = None
+    noise: float = 0.0
+    noise_t: Tensor | None = None
+    decay: float = 0.0
+    decay_t: Tensor | None = None
+    pull: float = 0.0
+    pull_t: Tensor | None = None
+    x_ref: Tensor | None = None
+    is_score: bool = False
+    grad_clip: float | None = None
+    grad_norm: float | None = None
+    step_clip: float | None = None
+    clamp_low: float | None = None
+    clamp_high: float | None = None
+    noise_when: int = 0
+    step: int = 0
+    chain_offset: int = 0
+    xi: Tensor | None = None
+
+
+_OFF = {**_Options()._asdict(), **dict.fromkeys(_OUTPUTS), "freeze_nonfinite": False}
+
+
+def _raw(op: str, **options: Any) -> dict[str, Any]:
+    """The options of a face as arguments of the raw op, without those that are off: every one
+    costs time in the dispatcher. A coefficient is a float or a table, under ``name_t``."""
+    raw = {}
+    clamp = options.pop("clamp", None)
+    if clamp is not None:
+        if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+            raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
+        raw["clamp_low"], raw["clamp_high"] = clamp
+    for name, value in options.items():
+        if name in _COEFFICIENTS:
+            if value is None:
+                raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
+            if isinstance(value, Tensor):
+                raw[f"{name}_t"] = value
+                continue
+        off = _OFF[name]
+        # What is no number where one belongs has to reach the op, which refuses it.
+        if value is off or (isinstance(value, (int, float)) and value == off):
             continue
-        if name not in _ZERO_BY_DEFAULT:
-            given[name] = value
-        elif isinstance(value, Tensor):
-            given[f"{name}_t"] = value
-        elif not isinstance(value, (int, float)) or value != 0:  # what is no number is refused
-            given[name] = value
-    return given
-
-
-def _refuse_none(op: str, **coefficients: Coefficient | None) -> None:
-    for name, value in coefficients.items():
-        if value is None:
-            raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
-
-
-def _bounds(op: str, clamp: tuple[float, float]) -> tuple[float, float]:
-    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
-        raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
-    low, high = clamp
-    return low, high
+        raw[name] = value
+    return raw
 
 
 def _refuse_autograd(op: str, **tensors: Tensor) -> None:
@@ -134,15 +168,13 @@ def langevin_step_(
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_step_", x=x, grad=grad)
     _refuse_negated("langevin_step_", x)
-    if drift is None or noise is None or decay is None or pull is None:
-        _refuse_none("langevin_step_", drift=drift, noise=noise, decay=decay, pull=pull)
-    low, high = (None, None) if clamp is None else _bounds("langevin_step_", clamp)
     try:
         _call.coopflow.langevin_step_(
             x,
             grad,
             rng,
-            **_given(
+            **_raw(
+                "langevin_step_",
                 drift=drift,
                 noise=noise,
                 decay=decay,
@@ -152,8 +184,7 @@ def langevin_step_(
                 grad_clip=grad_clip,
                 grad_norm=grad_norm,
                 step_clip=step_clip,
-                clamp_low=low,
-                clamp_high=high,
+                clamp=clamp,
                 noise_when=noise_when,
                 step=step,
                 chain_offset=chain_offset,
@@ -189,14 +220,11 @@ def langevin_noise_(
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
     _refuse_negated("langevin_noise_", x)
-    if noise is None:
-        _refuse_none("langevin_noise_", noise=noise)
+    options = _raw(
+        "langevin_noise_", noise=noise, step=step, chain_offset=chain_offset, xi=xi, active=active
+    )
     try:
-        _call.coopflow.langevin_noise_(
-            x,
-            rng,
-            **_given(noise=noise, step=step, chain_offset=chain_offset, xi=xi, active=active),
-        )
+        _call.coopflow.langevin_noise_(x, rng, **options)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     torch.autograd.graph.increment_version(x)
@@ -239,56 +267,76 @@ def langevin_step(
                 raise ValueError(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
                 )
-    low, high = (None, None) if clamp is None else _bounds("langevin_step", clamp)
-    coefficients: dict[str, Any] = {}
-    for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
-        table = isinstance(value, Tensor)
-        coefficients |= (
-            {name: 0.0, f"{name}_t": value} if table else {name: value, f"{name}_t": None}
-        )
-    options = _Options(
-        **coefficients,
+    options = _raw(
+        "langevin_step",
+        drift=drift,
+        noise=noise,
+        decay=decay,
+        pull=pull,
         x_ref=x_ref,
         is_score=is_score,
         grad_clip=grad_clip,
         grad_norm=grad_norm,
         step_clip=step_clip,
-        clamp_low=low,
-        clamp_high=high,
+        clamp=clamp,
         noise_when=noise_when,
         step=step,
         chain_offset=chain_offset,
         xi=xi,
     )
     try:
-        out: Tensor = _call.apply(_LangevinStep, x, grad, rng, *options)
+        out: Tensor = _call.apply(_LangevinStep, x, grad, rng, *_Options(**options))
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return out
 
 
-class _Options(NamedTuple):
-    """The arguments of the raw functional op after (x, grad, rng), in the schema's order."""
+class BoundStep:
+    """The options of :func:`langevin_step_`, bound once for the loop of a chain.
 
-    drift: float
-    drift_t: Tensor | None
-    noise: float
-    noise_t: Tensor | None
-    decay: float
-    decay_t: Tensor | None
-    pull: float
-    pull_t: Tensor | None
-    x_ref: Tensor | None
-    is_score: bool
-    grad_clip: float | None
-    grad_norm: float | None
-    step_clip: float | None
-    clamp_low: float | None
-    clamp_high: float | None
-    noise_when: int
-    step: int
-    chain_offset: int
-    xi: Tensor | None
+    The loop knows what the face asks at each call: that x and the gradient have one layout, need no
+    gradients and are seen by no other graph.
+    """
+
+    def __init__(self, *, drift: Coefficient, **options: Any) -> None:
+        self.drift = drift
+        self._options = {"drift": drift, **options}
+        self._constant = _raw("langevin_step_", **self._options)
+        self._numbers = self._plain_numbers()
+
+    def _plain_numbers(self) -> Tensor | None:
+        """The numbers of ``langevin_plain_step_``; None where a step needs more than numbers."""
+        beside = self._constant.keys() - _PLAIN_NUMBERS.keys()
+        masked = {"active", "freeze_nonfinite", "frozen_at"}
+        if not (beside <= {"chain_offset"} or beside - {"chain_offset"} == masked):
+            return None
+        numbers = [self._constant.get(name, off) for name, off in _PLAIN_NUMBERS.items()]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+    def in_place(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> None:
+        """One step; ``varying`` options replace the bound ones."""
+        constant = self._constant
+        if self._numbers is not None and not varying:
+            _call.coopflow.langevin_plain_step_.default(
+                x,
+                grad,
+                rng,
+                self._numbers,
+                step,
+                constant.get("chain_offset", 0),
+                constant.get("active"),
+                constant.get("frozen_at"),
+            )
+            return
+        arguments = constant
+        if varying:
+            arguments = _raw("langevin_step_", **{**self._options, **varying})
+        _call.coopflow.langevin_step_.default(x, grad, rng, **arguments, step=step)
+
+    def functional(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> Tensor:
+        """One step as :func:`langevin_step`, whose options ``varying`` replace the bound ones."""
+        options = {k: v for k, v in {**self._options, **varying}.items() if k not in _OUTPUTS}
+        return langevin_step(x, grad, rng, step=step, **options)
 
 
 def _bounds_of(o: _Options) -> tuple[float, float] | None:

@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._extension import native
+from coopflow_ext._tensors import (
+    arithmetic_dtype,
+    flat,
+    norm_scale,
+    per_chain_view,
+    safe_sqrt,
+    table_row,
+)
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Coefficient, place
-
-
-@cache
-def _langevin_steps() -> tuple[Any, Any]:
-    """The ops themselves. Their face in ops.py repeats at each call what is known here: that x and
-    the gradient have one layout, need no gradients and are seen by no other graph.
-    """
-    ops = native()
-    return ops.langevin_step_.default, ops.langevin_plain_step_.default
-
 
 Bounds = tuple[float, float]
 
@@ -57,24 +52,6 @@ class Plan:
     def records(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
-
-    @cached_property
-    def plain_numbers(self) -> Tensor | None:
-        """The numbers of ``langevin_plain_step_``; None where steps need more than numbers."""
-        numbers = self.coefficients
-        apart = self.noise_first or self.keep_stats or self.end_clamp or self.autocast
-        if apart or "pull" in numbers or any(isinstance(v, Tensor) for v in numbers.values()):
-            return None
-        return torch.tensor(
-            [
-                *(numbers.get(name, 0.0) for name in ("drift", "noise", "decay")),
-                float(self.gradient.is_score),
-                *(self.clips.get(name, inf) for name in ("grad_clip", "grad_norm", "step_clip")),
-                *(self.step_clamp or (-inf, inf)),
-            ],
-            dtype=torch.float64,
-            device="cpu",
-        )
 
 
 @dataclass(frozen=True)
@@ -117,11 +94,6 @@ class Inputs:
         )
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums over x: float32 at least."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def clones(tensors: Tensors) -> Tensors:
     """Each tensor in memory of its own, same layout."""
     return tuple(t.clone() for t in tensors)
@@ -130,16 +102,6 @@ def clones(tensors: Tensors) -> Tensors:
 def laid_out(value: Tensor, x: Tensor) -> Tensor:
     """A copy of ``value`` with x's dtype, device and memory layout; gradients flow through."""
     return torch.empty_like(x, requires_grad=False).copy_(value)
-
-
-def flat(x: Tensor) -> Tensor:
-    """(B, elements of a chain), also of a state (B,)."""
-    return x.flatten(1) if x.ndim > 1 else x[:, None]
-
-
-def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) shaped to broadcast against x."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Chain:
@@ -153,7 +115,6 @@ class Chain:
         self.plan, self.inputs = plan, inputs
         self.xs = xs = inputs.xs
         self.rngs = inputs.rngs
-        self.langevin_step, self.plain_step = _langevin_steps()
         self.strides = [x.stride() for x in xs]
         first, batch = xs[0], xs[0].shape[0]
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
@@ -187,17 +148,13 @@ class Chain:
         self.energies: Tensor | None = None
         if plan.keep_stats:
             shape = plan.n_steps, batch
-            self.sums = tuple(x.new_empty(*shape, 5, dtype=wide_dtype(x)) for x in xs)
+            self.sums = tuple(x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs)
             if plan.gradient.has_energy:
-                wide = torch.float64 if torch.float64 in map(wide_dtype, xs) else torch.float32
+                wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
                 self.energies = first.new_empty(*shape, dtype=wide)
 
-        # The op's arguments that every step has, for each tensor. Most chains have no others.
-        self.constant = [self._constant_arguments(j) for j in range(len(xs))]
-        self.varies = (
-            plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis is not None
-        )
-        self.plain_numbers = self._plain_numbers()
+        self.steps = [self._bound_step(j) for j in range(len(xs))]
+        self.varies = bool(plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis)
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
 
     def load(self, inputs: Inputs) -> None:
@@ -214,26 +171,27 @@ class Chain:
         apart = self.settled is not None or plan.noise_clamp is not None or plan.records(step)
         return 2 if last or apart else 1
 
-    def _constant_arguments(self, j: int) -> dict[str, Any]:
+    def _bound_step(self, j: int) -> ops.BoundStep:
+        """What every step of tensor j has. Most chains have nothing else."""
         plan, x = self.plan, self.xs[j]
-        constant: dict[str, Any] = {**plan.clips, "is_score": plan.gradient.is_score}
-        for name, value in plan.coefficients.items():
-            placed = place(value, x)
-            constant[f"{name}_t" if isinstance(placed, Tensor) else name] = placed
-        constant["chain_offset"] = self.inputs.chain_offset
-        if plan.step_clamp is not None:
-            constant["clamp_low"], constant["clamp_high"] = plan.step_clamp
-        if self.inputs.x_refs is not None:
-            constant["x_ref"] = self.inputs.x_refs[j]
-        if self.lows:
-            constant["x_low"] = self.lows[j]
-        if self.active is not None:
-            constant["active"] = self.active
-            if len(self.xs) == 1:
-                constant.update(freeze_nonfinite=True, frozen_at=self.frozen_at)
-        return constant
+        several = len(self.xs) > 1  # which stop as one, before any of them moves
+        return ops.BoundStep(
+            **{name: place(value, x) for name, value in plan.coefficients.items()},
+            **plan.clips,
+            x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
+            is_score=plan.gradient.is_score,
+            clamp=plan.step_clamp,
+            chain_offset=self.inputs.chain_offset,
+            x_low=self.lows[j] if self.lows else None,
+            active=self.active,
+            freeze_nonfinite=plan.masked and not several,
+            frozen_at=None if several else self.frozen_at,
+        )
 
-    def _varying_arguments(self, j: int, step: int) -> dict[str, Any]:
+    def _varying(self, j: int, step: int) -> dict[str, Any]:
+        """What a step of tensor j has beside."""
+        if not self.varies:
+            return {}
         plan, xis = self.plan, self.inputs.xis
         varying: dict[str, Any] = {}
         if plan.noise_first:
@@ -243,29 +201,14 @@ class Chain:
         if plan.keep_stats:
             varying["stats"] = self.sums[j][step]
         if plan.end_clamp is not None and step + 1 == plan.n_steps:
-            varying["clamp_low"], varying["clamp_high"] = plan.end_clamp
+            varying["clamp"] = plan.end_clamp
         return varying
 
-    def _plain_numbers(self) -> Tensor | None:
-        """Those of the plan, where the plain op can take this chain's steps."""
-        plain = len(self.xs) == 1 and self.inputs.xis is None
-        return self.plan.plain_numbers if plain else None
-
-    def _arguments(self, j: int, step: int) -> dict[str, Any]:
-        """The op's keyword arguments for tensor j."""
-        varying = self._varying_arguments(j, step) if self.varies else {}
-        return {**self.constant[j], **varying, "step": step}
-
-    def functional_arguments(self, j: int, step: int) -> dict[str, Any]:
-        """Arguments of ``ops.langevin_step`` for tensor j, its noise in its own step."""
-        raw = self._arguments(j, step)
-        clamp = raw.pop("clamp_low", None), raw.pop("clamp_high", None)
-        for name in ("active", "freeze_nonfinite", "frozen_at", "stats", "x_low"):
-            raw.pop(name, None)
-        call = {name.removesuffix("_t"): value for name, value in raw.items()}
-        call["noise_when"] = 2 if self.plan.noise_first else 0
-        call["clamp"] = None if clamp[0] is None else clamp
-        return call
+    def functional_step(self, j: int, step: int, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
+        """Tensor j after a step, as a function of x and grad; its noise is the step's own."""
+        varying = {**self._varying(j, step), **given}
+        varying["noise_when"] = 2 if self.plan.noise_first else 0
+        return self.steps[j].functional(x, grad, self.rngs[j], step, **varying)
 
     def _noise_arguments(self, j: int) -> list[dict[str, Any]]:
         """Keyword arguments of ``ops.langevin_noise_`` for tensor j, one dict for each step."""
@@ -332,12 +275,6 @@ class Chain:
 
     def update(self, step: int, grads: Tensors) -> None:
         """Move ``xs`` by one step, given the gradients."""
-        if self.plain_numbers is not None:
-            self.plain_step(
-                self.xs[0], self._laid_out(0, grads[0]), self.rngs[0], self.plain_numbers, step,
-                self.inputs.chain_offset, self.active, self.frozen_at,
-            )  # fmt: skip
-            return
         if len(grads) == 1:
             self._move(0, step, self._laid_out(0, grads[0]))
             return
@@ -349,14 +286,14 @@ class Chain:
             if shrink is None:
                 self._move(j, step, grad)
                 continue
-            constant = self.constant[j]
-            drift = constant["drift_t"] if "drift_t" in constant else constant["drift"]
-            drift_t = _row(drift, step) * shrink[None]
-            self._move(j, step, grad, drift=0.0, drift_t=drift_t, grad_norm=None)
+            # The drift takes the factor: a table of one row.
+            drift = self.steps[j].drift
+            row = table_row(drift, step) if isinstance(drift, Tensor) else drift
+            self._move(j, step, grad, drift=(row * shrink)[None], grad_norm=None)
 
-    def _move(self, j: int, step: int, grad: Tensor, **replaced: Any) -> None:
-        arguments = {**self._arguments(j, step), **replaced}
-        self.langevin_step(self.xs[j], grad, self.rngs[j], **arguments)
+    def _move(self, j: int, step: int, grad: Tensor, **given: Any) -> None:
+        varying = {**self._varying(j, step), **given}
+        self.steps[j].in_place(self.xs[j], grad, self.rngs[j], step, **varying)
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""
@@ -418,16 +355,8 @@ def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | Non
     limit, clip = clips.get("grad_norm"), clips.get("grad_clip")
     if limit is None:
         return None
-    rows = [flat(grad) for grad in grads]
+    rows = [flat(grad).to(arithmetic_dtype(grad.dtype)) for grad in grads]
     if clip is not None:
         rows = [row.clamp(-clip, clip) for row in rows]
-    norm = torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
-    return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
-
-
-def _row(value: Coefficient, step: int) -> Coefficient:
-    """The (1, B or 1) row of a coefficient at a step."""
-    if not isinstance(value, Tensor):
-        return value
-    index = step if value.shape[0] > 1 else 0
-    return value[index : index + 1]
+    norm = safe_sqrt(torch.stack([row.square().sum(1) for row in rows]).sum(0))
+    return norm_scale(norm, limit)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from coopflow_ext import ops
+from coopflow_ext._tensors import per_chain_view
 from coopflow_ext.autocast import as_it_is
-from coopflow_ext.reference import clip_gradient
-from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out, per_chain_view
+from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
 from coopflow_ext.samplers.model_state import random_state, set_random_state
 from coopflow_ext.samplers.output import Tensors, pack
@@ -132,12 +132,10 @@ class DifferentiableChain:
         if not create_graph:
             points = tuple(p.detach() for p in points)
         masks = self._beside(step, points, tuple(g.detach() for g in grads), u, masks)
-        calls = [chain.functional_arguments(j, step) for j in range(len(xs))]
-        if len(xs) > 1:
-            grads = self._joint_clip(grads, calls)
+        grads, applied = self._joint_clip(grads) if len(xs) > 1 else (grads, {})
         moved = []
         for j, (x, grad) in enumerate(zip(points, grads, strict=True)):
-            new = ops.langevin_step(x, laid_out(grad, x), chain.rngs[j], **calls[j])
+            new = chain.functional_step(j, step, x, laid_out(grad, x), **applied)
             keep = per_chain_view(masks[0], x)
             moved.append(torch.where(keep, new, xs[j]) if plan.masked else new)
         return tuple(moved), masks
@@ -173,17 +171,15 @@ class DifferentiableChain:
         chain.update(step, grads)
         return chain.active.clone(), chain.frozen_at.clone()
 
-    def _joint_clip(self, grads: Tensors, calls: list[dict[str, Any]]) -> Tensors:
-        """Clips whose norm is over all tensors, applied here instead of by the op."""
+    def _joint_clip(self, grads: Tensors) -> tuple[Tensors, dict[str, None]]:
+        """Clips whose norm is over all tensors, and the options of the op that they stand for."""
         shrink = joint_norm_scale(self.plan.clips, grads)
         if shrink is None:
-            return grads
-        for call in calls:
-            call.update(grad_clip=None, grad_norm=None)
+            return grads, {}
         clip = self.plan.clips.get("grad_clip")
-        return tuple(
-            clip_gradient(grad, grad_clip=clip) * per_chain_view(shrink, grad) for grad in grads
-        )
+        clipped = grads if clip is None else tuple(grad.clamp(-clip, clip) for grad in grads)
+        scaled = tuple(grad * per_chain_view(shrink, grad) for grad in clipped)
+        return scaled, {"grad_clip": None, "grad_norm": None}
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.call import (
+from coopflow_ext.samplers.call import nonfinite_error, rng_tensors, state_copy
+from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
+from coopflow_ext.samplers.checks import (
+    check_chain_counts,
     check_choice,
+    check_constant,
+    check_count,
+    check_flag,
     check_kwargs,
     check_like,
+    check_number,
     check_offset,
     check_state,
-    nonfinite_error,
-    rng_tensors,
-    state_copy,
 )
-from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs
@@ -37,11 +40,6 @@ from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
     chain_counts,
-    check_chain_counts,
-    check_constant,
-    check_count,
-    check_flag,
-    check_number,
     coefficient,
     per_chain,
     sqrt,

@@ -10,28 +10,21 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view
 from coopflow_ext.rng import USE_ACCEPT, Key
-from coopflow_ext.samplers.call import (
-    check_kwargs,
-    check_offset,
-    check_single_state,
-    nonfinite_error,
-    normals_like,
-    state_copy,
-)
-from coopflow_ext.samplers.chain import flat, per_chain_view, wide_dtype
-from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.schedule import (
-    Schedule,
-    chain_counts,
+from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
+from coopflow_ext.samplers.checks import (
     check_chain_counts,
     check_count,
     check_flag,
+    check_kwargs,
     check_number,
-    coefficient,
-    place,
+    check_offset,
+    check_single_state,
 )
-from coopflow_ext.samplers.trajectory import Trajectory
+from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
+from coopflow_ext.samplers.output import Trajectory
+from coopflow_ext.samplers.schedule import Schedule, chain_counts, coefficient, place
 
 
 @dataclass(frozen=True)
@@ -189,7 +182,7 @@ class MALASampler:
         (grad,), value = self.gradient((leaf,), leaf, kwargs)
         assert value is not None
         laid_out = torch.empty_like(x).copy_(-grad if self.gradient.is_score else grad)
-        return self.gradient.sign * value.to(wide_dtype(x)), laid_out
+        return self.gradient.sign * value.to(arithmetic_dtype(x.dtype)), laid_out
 
     def _log_ratio(
         self, x: Tensor, u: Tensor, grad: Tensor, y: Tensor, u_y: Tensor, grad_y: Tensor,
@@ -209,7 +202,7 @@ class _StepSizes:
 
     def __init__(self, sampler: MALASampler, x: Tensor) -> None:
         delta = place(sampler.delta, x)
-        table = torch.as_tensor(delta, dtype=wide_dtype(x), device=x.device)
+        table = torch.as_tensor(delta, dtype=arithmetic_dtype(x.dtype), device=x.device)
         rows = table.shape[0] if table.ndim == 2 else 1
         self.delta = table.expand(rows, len(x)).clone()
         self._scale = sampler.temperature**0.5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext.rng import USE_BUFFER, Key
-from coopflow_ext.samplers.schedule import check_count, check_number
+from coopflow_ext.samplers.checks import check_count, check_number
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from coopflow_ext.samplers.checks import check_constant, check_number
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
 """A constant, a callable of the step, (T,) values, or a (T or 1, B or 1) tensor."""
 
 Coefficient = float | Tensor
 """What a schedule becomes: a float, or a float64 tensor (T or 1, B or 1) on the CPU."""
-
-
-def check_number(
-    name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False
-) -> float:
-    """``value`` as a float.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not finite, below ``minimum``, or equal to it when ``exclusive``.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        allowed = "finite" if minimum == -math.inf else f"{'>' if exclusive else '≥'} {minimum:g}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return number
-
-
-def check_count(name: str, value: object, minimum: int) -> int:
-    """``value`` as an int ≥ minimum; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
-    return int(value)
-
-
-def check_flag(name: str, value: object) -> bool:
-    """``value``, which must be True or False; TypeError otherwise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
@@ -90,15 +58,6 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
     if not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError(f"{name} must be finite and ≥ 0 at every step and for every chain")
     return float(table) if table.numel() == 1 else table
-
-
-def check_constant(name: str, *values: object) -> None:
-    """ValueError if gradients are expected to flow to one of ``values``: they would not."""
-    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
-        raise ValueError(
-            f"{name} must not require grad: no gradient flows to it, not even through "
-            "differentiable=True; give it detached"
-        )
 
 
 def _table(name: str, value: float | Tensor | Sequence[float]) -> Tensor:
@@ -159,13 +118,6 @@ def chain_counts(values: Mapping[str, Coefficient]) -> dict[str, int]:
         given = " and ".join(f"{name} for {count}" for name, count in counts.items())
         raise ValueError(f"values per chain must be for the same number of chains, got {given}")
     return counts
-
-
-def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:
-    """ValueError, naming the option, unless its values are for as many chains as x0 has."""
-    for name, count in counts.items():
-        if count != batch:
-            raise ValueError(f"{name} has values for {count} chains, but x0 has {batch} chains")
 
 
 def sqrt(value: Coefficient) -> Coefficient:

@@ -11,37 +11,30 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view
 from coopflow_ext.rng import USE_MOMENTUM, Key
-from coopflow_ext.samplers.call import (
+from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
+from coopflow_ext.samplers.chain import laid_out, mask_jointly
+from coopflow_ext.samplers.checks import (
+    check_chain_counts,
     check_choice,
+    check_count,
+    check_flag,
     check_kwargs,
     check_like,
     check_offset,
     check_single_state,
-    nonfinite_error,
-    normals_like,
-    state_copy,
-)
-from coopflow_ext.samplers.chain import (
-    flat,
-    laid_out,
-    mask_jointly,
-    per_chain_view,
-    wide_dtype,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
+from coopflow_ext.samplers.output import Trajectory
 from coopflow_ext.samplers.schedule import (
     Coefficient,
     Schedule,
     chain_counts,
-    check_chain_counts,
-    check_count,
-    check_flag,
     coefficient,
     place,
     sqrt,
 )
-from coopflow_ext.samplers.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -205,7 +198,9 @@ class UnderdampedLangevinSampler:
         return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std, chain_offset=offset)
 
     def _empty_statistics(self, x: Tensor) -> UnderdampedStatistics:
-        energy, grad_norm, kinetic = x.new_empty(3, self.n_steps, len(x), dtype=wide_dtype(x))
+        energy, grad_norm, kinetic = x.new_empty(
+            3, self.n_steps, len(x), dtype=arithmetic_dtype(x.dtype)
+        )
         return UnderdampedStatistics(
             energy if self.gradient.has_energy else None, grad_norm, kinetic
         )

@@ -1,0 +1,141 @@
+"""What a sampler refuses: each helper raises TypeError or ValueError and names the argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coopflow_ext.samplers.nested import map_tensors
+from coopflow_ext.samplers.output import State, Tensors, unpack
+
+_MAX_CHAIN = 2**63
+
+
+def check_number(
+    name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False
+) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite, below ``minimum``, or equal to it when ``exclusive``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        allowed = "finite" if minimum == -math.inf else f"{'>' if exclusive else '≥'} {minimum:g}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return number
+
+
+def check_count(name: str, value: object, minimum: int) -> int:
+    """``value`` as an int ≥ minimum; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value``, which must be True or False; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """ValueError unless value is one of ``allowed``."""
+    if not any(value is choice or (value == choice != 1) for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_offset(chain_offset: object) -> int:
+    """``chain_offset`` in [0, 2⁶³), else TypeError or ValueError."""
+    offset = check_count("chain_offset", chain_offset, 0)
+    if offset >= _MAX_CHAIN:
+        raise ValueError(f"chain_offset must be below 2**63, got {offset}")
+    return offset
+
+
+def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:
+    """ValueError, naming the option, unless its values are for as many chains as x0 has."""
+    for name, count in counts.items():
+        if count != batch:
+            raise ValueError(f"{name} has values for {count} chains, but x0 has {batch} chains")
+
+
+def check_constant(name: str, *values: object) -> None:
+    """ValueError if gradients are expected to flow to one of ``values``: they would not."""
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise ValueError(
+            f"{name} must not require grad: no gradient flows to it, not even through "
+            "differentiable=True; give it detached"
+        )
+
+
+def check_kwargs(model_kwargs: object) -> dict[str, Any]:
+    """The keyword arguments of the energy; TypeError unless they are a mapping by name.
+
+    Tensors made in inference mode, also those in dicts, lists and tuples, are copied: autograd
+    refuses to go through them.
+    """
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, Mapping) or not all(isinstance(k, str) for k in model_kwargs):
+        raise TypeError(
+            f"model_kwargs must be a mapping from names to values, got {model_kwargs!r}"
+        )
+    with torch.inference_mode(False):
+        kwargs: dict[str, Any] = map_tensors(
+            lambda t: t.clone() if t.is_inference() else t, dict(model_kwargs)
+        )
+    return kwargs
+
+
+def check_state(x0: State) -> Tensors:
+    """The tensors of a state; TypeError or ValueError unless they are chains that can move."""
+    if not isinstance(x0, (Tensor, list, tuple)):
+        raise TypeError(f"x0 must be a tensor or a list or tuple of them, got {type(x0).__name__}")
+    xs = unpack(x0)
+    if not xs or not all(isinstance(x, Tensor) for x in xs):
+        raise TypeError("x0 must be a tensor or a non-empty list or tuple of tensors")
+    for x in xs:
+        if not x.is_floating_point():
+            raise TypeError(f"x0 must be floating point, got {x.dtype}")
+        if x.ndim == 0:
+            raise ValueError("x0 must be (B, …): dimension 0 counts the chains; got a scalar")
+        if x.shape[0] != xs[0].shape[0] or x.device != xs[0].device:
+            raise ValueError(
+                "the tensors of x0 must have the same number of chains and the same device, got "
+                f"{xs[0].shape[0]} on {xs[0].device} and {x.shape[0]} on {x.device}"
+            )
+    return xs
+
+
+def check_single_state(sampler: str, x0: State) -> Tensor:
+    """The tensor of a state that must have only one."""
+    xs = check_state(x0)
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"{sampler} moves one tensor, got a {type(x0).__name__} of {len(xs)}")
+    return x0
+
+
+def check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()) -> Tensors:
+    """The tensors of ``values``; each must have the shape of the state's, after ``lead``."""
+    given = unpack(values)
+    if len(given) != len(xs):
+        raise ValueError(f"{name} must have {len(xs)} tensor(s), like x0, got {len(given)}")
+    for value, x in zip(given, xs, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor like x0, got {type(value).__name__}")
+        if value.shape != (*lead, *x.shape):
+            expected = (*lead, *x.shape)
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+    return given
