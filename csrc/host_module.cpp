@@ -103,6 +103,18 @@ py::tuple sincos_turns(const Array<uint32_t>& turns) {
   return py::make_tuple(sine, cosine);
 }
 
+float approximate_sine(float x) {
+  float sine, cosine;
+  coopflow::approximate_sincos(x, &sine, &cosine);
+  return sine;
+}
+
+float approximate_cosine(float x) {
+  float sine, cosine;
+  coopflow::approximate_sincos(x, &sine, &cosine);
+  return cosine;
+}
+
 template <typename A>
 A plain_langevin_update(A x, A grad, A xi, A drift, A noise, A clip, A limit) {
   const coopflow::LangevinLimits<A> limits{clip, INFINITY, -limit, limit};
@@ -236,6 +248,11 @@ void bind_precision(py::module_& m, const std::string& dtype) {
         "x with logit F(x) = logit, (N,).");
 }
 
+// What stands on a host for an instruction that only a GPU has.
+void bind_instruction(py::module_& m, const char* name, float (*f)(float), const char* doc) {
+  m.def(name, py::vectorize(f), py::arg("x"), doc);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -250,6 +267,13 @@ PYBIND11_MODULE(_host, m) {
   m.def("exponential2_nonpositive_float32",
         py::vectorize([](float x) { return coopflow::exponential2_nonpositive(x); }), py::arg("x"),
         "2^x for x <= 0.");
+  bind_instruction(m, "approximate_log2", coopflow::approximate_log2, "lg2.approx.ftz.f32");
+  bind_instruction(m, "approximate_exp2", coopflow::approximate_exp2, "ex2.approx.ftz.f32");
+  bind_instruction(m, "approximate_reciprocal", coopflow::approximate_reciprocal,
+                   "rcp.approx.ftz.f32");
+  bind_instruction(m, "approximate_sqrt", coopflow::approximate_sqrt, "sqrt.approx.ftz.f32");
+  bind_instruction(m, "approximate_sine", approximate_sine, "sin.approx.ftz.f32");
+  bind_instruction(m, "approximate_cosine", approximate_cosine, "cos.approx.ftz.f32");
   bind_precision<float>(m, "float32");
   bind_precision<double>(m, "float64");
 }

@@ -1,4 +1,5 @@
-"""The emulation itself: its primitives do what the CUDA manual says, and errors are named."""
+"""The emulation itself: its primitives do what the CUDA manual says, as elementary functions do for
+special values, and errors are named."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ def emulation() -> harness.Emulation:
         "exchange_in_the_warp",
         "exchange_in_the_block",
         "exchange_in_dynamic_memory",
+        "elementary_functions",
     ],
 )
 @pytest.mark.parametrize("order", [0, 1, 2])

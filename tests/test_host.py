@@ -95,6 +95,61 @@ def test_uniforms_never_reach_either_end(dtype: str) -> None:
     np.testing.assert_allclose(uniforms, (words + 0.5) * 2.0**-32, rtol=0, atol=2.0**-23)
 
 
+# --- instructions that only a GPU has ------------------------------------------------------------
+
+INF, NAN = np.inf, np.nan
+DENORMAL, LARGEST = 2.0**-127, float(np.finfo(np.float32).max)
+# The PTX manual's tables of special values, for each instruction with .ftz: denormal arguments are
+# zeros of their sign, and so are denormal results.
+ARGUMENTS = (-INF, -1.0, -DENORMAL, -0.0, 0.0, DENORMAL, INF, NAN)
+SPECIAL_VALUES = {
+    "approximate_exp2": (0.0, 0.5, 1.0, 1.0, 1.0, 1.0, INF, NAN),
+    "approximate_log2": (NAN, NAN, -INF, -INF, -INF, -INF, INF, NAN),
+    "approximate_reciprocal": (-0.0, -1.0, -INF, -INF, INF, INF, 0.0, NAN),
+    "approximate_sqrt": (NAN, NAN, -0.0, -0.0, 0.0, 0.0, INF, NAN),
+    "approximate_sine": (NAN, np.sin(-1.0), -0.0, -0.0, 0.0, 0.0, NAN, NAN),
+    "approximate_cosine": (NAN, np.cos(-1.0), 1.0, 1.0, 1.0, 1.0, NAN, NAN),
+}
+RESULTS_OUT_OF_RANGE = (
+    ("approximate_exp2", -126.0, 2.0**-126),
+    ("approximate_exp2", -126.5, 0.0),
+    ("approximate_exp2", -1e30, 0.0),
+    ("approximate_exp2", 128.0, INF),
+    ("approximate_log2", 1.0, 0.0),
+    ("approximate_reciprocal", LARGEST, 0.0),
+    ("approximate_reciprocal", -LARGEST, -0.0),
+    ("approximate_reciprocal", 2.0**126, 2.0**-126),
+)
+
+
+def _same(actual: np.float32, expected: float) -> bool:
+    """Equal, the sign of a zero included; NaN is NaN."""
+    if np.isnan(expected):
+        return bool(np.isnan(actual))
+    return actual == np.float32(expected) and np.signbit(actual) == np.signbit(expected)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "x", "expected"),
+    [
+        *(
+            (name, x, value)
+            for name, values in SPECIAL_VALUES.items()
+            for x, value in zip(ARGUMENTS, values, strict=True)
+        ),
+        *RESULTS_OUT_OF_RANGE,
+    ],
+)
+def test_stand_in_of_an_instruction_has_its_special_values(
+    instruction: str, x: float, expected: float
+) -> None:
+    actual = getattr(_host, instruction)(np.float32(x))
+    assert _same(actual, expected), actual
+
+
+# --- elementary functions -------------------------------------------------------------------------
+
+
 def test_log_float32() -> None:
     rng = np.random.default_rng(1)
     bits = rng.integers(0x00800000, 0x7F7FFFFF, 500_000, dtype=np.uint32)  # every normal number

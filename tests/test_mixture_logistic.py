@@ -550,8 +550,31 @@ def test_extreme_inputs_stay_finite(
         assert all(t.isfinite().all() for t in (out, ladj, *gradients))
 
 
+# The first and the last of the rows that hold a parameter, for K components.
+ROWS: dict[str, Callable[[int], int]] = {
+    "a": lambda _: 0,
+    "b": lambda _: 1,
+    "first logit": lambda _: 2,
+    "last logit": lambda k: 1 + k,
+    "first mean": lambda k: 2 + k,
+    "last mean": lambda k: 1 + 2 * k,
+    "first log_scale": lambda k: 2 + 2 * k,
+    "last log_scale": lambda k: 1 + 3 * k,
+}
+
+
+def with_gradients(name: str, x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+    """The op's results, and the gradients of their sum."""
+    inputs = (x.clone().requires_grad_(), params.clone().requires_grad_())
+    out, ladj = OPS[name](*inputs)
+    gradients = torch.autograd.grad(
+        (out, ladj), inputs, (torch.ones_like(out), torch.ones_like(ladj))
+    )
+    return out.detach(), ladj.detach(), *gradients
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("row", ["state", "a", "b", "logit", "mean", "log_scale"])
+@pytest.mark.parametrize("row", ["state", *ROWS])
 @pytest.mark.parametrize(
     ("dtype", "k"), [(torch.float32, 4), (torch.float64, 5), (torch.bfloat16, 32)]
 )
@@ -560,20 +583,40 @@ def test_what_is_not_finite_is_nan_in_its_element_and_row(
     name: str, dtype: torch.dtype, k: int, row: str, bad: float, device: torch.device
 ) -> None:
     x, params = case(3, k, (40,), device, dtype)
-    expected, expected_ladj = OPS[name](x, params)
+    params[:, -k:] = params[:, -k:].clamp(min=-6)  # none is clamped, which would have no gradient
+    expected = with_gradients(name, x, params)
     x, params = x.clone(), params.clone()
-    rows = {"a": 0, "b": 1, "logit": 3, "mean": 3 + k, "log_scale": 3 + 2 * k}
     if row == "state":
         x[1, 17] = bad
     else:
-        params[1, rows[row], 17] = bad
-    out, ladj = OPS[name](x, params)
+        params[1, ROWS[row](k), 17] = bad
+    results = with_gradients(name, x, params)
+    out, ladj, grad_x, grad_params = results
+    clamped = "log_scale" in row and bad == -math.inf
+    of_element = grad_params[1, :, 17]
     assert out[1, 17].isnan()
     assert ladj[1].isnan()
-    out[1, 17] = expected[1, 17]
-    ladj[1] = expected_ladj[1]
-    assert torch.equal(out, expected)
-    assert torch.equal(ladj, expected_ladj)
+    assert grad_x[1, 17].isnan()
+    if clamped:
+        assert of_element[ROWS[row](k)] == 0
+        of_element = of_element[torch.arange(len(of_element)) != ROWS[row](k)]
+    assert of_element.isnan().all()
+    for result, good in zip(results, expected, strict=True):
+        index = (1, ..., 17) if result.ndim > 1 else 1
+        result[index] = good[index]
+        assert torch.equal(result, good)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_target_of_the_inverse_that_overflows_is_nan_in_its_element_and_row(
+    dtype: torch.dtype, legacy: bool, device: torch.device
+) -> None:
+    y, params = case(3, 4, (40,), device, dtype)
+    y[1, 17], params[1, 0, 17] = torch.finfo(dtype).max / 2, -2
+    x, ladj = cf.ops.mixture_logistic_coupling_inverse(y, params, legacy_cdf_clamp=legacy)
+    assert x.isnan().nonzero().tolist() == [[1, 17]]
+    assert ladj.isnan().tolist() == [False, True, False]
 
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -166,9 +166,8 @@ class Learner:
         if self.average:
             # 1 − decay, and 0 where the update was skipped.
             weight = (9 / (10 + self._updates)).clamp(min=1 - self.ema) * ~skipped
-            change = torch._foreach_sub(list(self.module.parameters()), self.average)
-            torch._foreach_mul_(change, weight)
-            torch._foreach_add_(self.average, change)
+            weights = [weight] * len(self.average)
+            torch._foreach_lerp_(self.average, list(self.module.parameters()), weights)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

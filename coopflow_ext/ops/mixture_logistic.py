@@ -43,7 +43,8 @@ def mixture_logistic_coupling(
 
     Returns:
         y of x's dtype, and ladj (B,), float32 (float64 for double), summed in a fixed order. An
-        element with an input that is not finite is NaN, and so is its row's ladj.
+        element whose x or any parameter is not finite, or whose logit F(x) overflows, is NaN, and
+        so is its row's ladj; so are its gradients, but for 0 of a log-scale below −7.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -71,7 +72,9 @@ def mixture_logistic_coupling_inverse(
             log-determinant, as the authors' published code does.
 
     Returns:
-        x of y's dtype, and ladj (B,).
+        x of y's dtype, and ladj (B,). An element whose y or any parameter is not finite, or whose v
+        overflows, is NaN, and so is its row's ladj; so are its gradients, but for 0 of a log-scale
+        below −7.
 
     Raises:
         ValueError, TypeError: an argument does not fit.

@@ -39,19 +39,6 @@ void load_block(const void* source, int64_t offset, int64_t n, A* values) {
   }
 }
 
-// poison, or NaN where value is not finite.
-template <typename A>
-A poisoned(A poison, A value) {
-  return multiply_add(A(0), value, poison);
-}
-
-template <typename T, typename A>
-void load_block(const void* source, int64_t offset, int64_t n, A* values, A* poison) {
-  load_block<T>(source, offset, n, values);
-  COOPFLOW_INDEPENDENT
-  for (int64_t i = 0; i < kWidth; ++i) poison[i] = poisoned(poison[i], values[i]);
-}
-
 template <typename T, typename A>
 void store_block(const A* values, int64_t offset, int64_t n, void* destination) {
   if (n == kWidth) {
@@ -98,7 +85,7 @@ class Components {
         ComponentBlock<A>& block = blocks_[k];
         const A log_weight = block.log_weight[i], mean = block.mean[i];
         const A log_scale = block.log_scale[i];
-        bad = poisoned(poisoned(poisoned(bad, log_weight), mean), log_scale);
+        bad = component_poison(bad, log_weight, mean, log_scale);
         const Component<A> c = make_component(log_weight - peak[i], mean, log_scale);
         block.log_weight[i] = log_weight - peak[i];
         block.weight[i] = c.weight;
@@ -330,18 +317,20 @@ void for_each_block_of_chunk(int64_t per_chain, int64_t index, const F& f) {
 template <typename A>
 struct BlockParams {
   alignas(64) A a[kWidth] = {}, b[kWidth] = {};
-  alignas(64) A poison[kWidth] = {};  // NaN where an input is not finite, else 0
+  alignas(64) A poison[kWidth];  // of these, of the state and of the components
 
   template <typename P>
   void load_params(const void* params, const MixtureShape& shape, int64_t chain, int64_t e,
-                   int64_t n, Components<A>& m) {
+                   int64_t n, const A* state, Components<A>& m) {
     const int64_t stride = shape.per_chain;
     int64_t offset = chain * shape.rows() * stride + e;
     if (shape.affine) {
-      load_block<P>(params, offset, n, a, poison);
-      load_block<P>(params, offset + stride, n, b, poison);
+      load_block<P>(params, offset, n, a);
+      load_block<P>(params, offset + stride, n, b);
       offset += 2 * stride;
     }
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) poison[i] = coupling_poison(state[i], a[i], b[i]);
     m.template load_rows<P>(params, offset, stride, n, poison);
   }
 };
@@ -358,14 +347,16 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
       BlockParams<A> p;
       alignas(64) A in[kWidth], x[kWidth], out[kWidth], logit[kWidth], ladj[kWidth];
       const int64_t offset = chain * shape.per_chain + e;
-      load_block<T>(args.in, offset, n, in, p.poison);
-      p.template load_params<P>(args.params, shape, chain, e, n, m);
+      load_block<T>(args.in, offset, n, in);
+      p.template load_params<P>(args.params, shape, chain, e, n, in, m);
       Sums<A> sums;
       if (args.inverse) {
         alignas(64) A target[kWidth], correction[kWidth] = {};
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
-          target[i] = multiply_add(in[i], exponential(-p.a[i]), -p.b[i]) + p.poison[i];
+          target[i] = inverse_target(in[i], p.a[i], p.b[i]);
+          p.poison[i] = poisoned(p.poison[i], target[i]);
+          target[i] += p.poison[i];
         }
         if (args.legacy_cdf_clamp) {
           COOPFLOW_INDEPENDENT
@@ -387,6 +378,7 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
         finish(m, in, sums, logit, ladj);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
+          p.poison[i] = poisoned(p.poison[i], logit[i]);
           ladj[i] += p.a[i];
           out[i] = (logit[i] + p.b[i]) * exponential(p.a[i]);
         }
@@ -493,10 +485,9 @@ void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
                                   of.density * per.density[i]};
       const ComponentGradient<A> g = component_gradient(
           at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
-      const A log_scale = block.log_scale[i];
       block.log_weight[i] = g.logit;
       block.mean[i] = g.mean;
-      block.log_scale[i] = clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0);
+      block.log_scale[i] = clamp_log_scale_gradient(block.log_scale[i], g.log_scale);
     });
   }
 }
@@ -510,12 +501,16 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
   Components<A> m(shape.components, scratch);
   const auto block = [&](int64_t chain, int64_t e, int64_t n) {
     BlockParams<A> p;
-    alignas(64) A x[kWidth], y[kWidth], grad_out[kWidth];
+    alignas(64) A x[kWidth], y[kWidth] = {}, grad_out[kWidth];
     const int64_t offset = chain * stride + e;
-    load_block<T>(args.x, offset, n, x, p.poison);
-    load_block<T>(args.grad_out, offset, n, grad_out, p.poison);
-    if (args.inverse()) load_block<T>(args.y, offset, n, y, p.poison);
-    p.template load_params<P>(args.params, shape, chain, e, n, m);
+    load_block<T>(args.x, offset, n, x);
+    load_block<T>(args.grad_out, offset, n, grad_out);
+    if (args.inverse()) load_block<T>(args.y, offset, n, y);
+    p.template load_params<P>(args.params, shape, chain, e, n, x, m);
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      p.poison[i] = poisoned(poisoned(p.poison[i], grad_out[i]), y[i]);  // y is 0 without one
+    }
 
     Scaling<A> scaling;
     GradientBlock<A> sums;

@@ -67,9 +67,7 @@ class MixtureParams {
     COOPFLOW_UNROLL
     for (int k = 0; k < kComponents; ++k) {
       peak = larger_of(peak, list_[k].weight);
-      *poison = multiply_add(A(0), list_[k].weight, *poison);
-      *poison = multiply_add(A(0), list_[k].mean, *poison);
-      *poison = multiply_add(A(0), list_[k].inv_scale, *poison);
+      *poison = component_poison(*poison, list_[k].weight, list_[k].mean, list_[k].inv_scale);
     }
     COOPFLOW_UNROLL
     for (int k = 0; k < kComponents; ++k) {
@@ -97,9 +95,7 @@ class MixtureParams<P, 0> {
   __device__ __forceinline__ MixtureParams(const ParamRows<P>& memory, A* poison)
       : rows(memory), peak_(memory.largest_logit()) {
     for (int k = 0; k < rows.components(); ++k) {
-      *poison = multiply_add(A(0), rows.logit(k), *poison);
-      *poison = multiply_add(A(0), rows.mean(k), *poison);
-      *poison = multiply_add(A(0), rows.log_scale(k), *poison);
+      *poison = component_poison(*poison, rows.logit(k), rows.mean(k), rows.log_scale(k));
     }
   }
 
@@ -254,9 +250,10 @@ template <typename P, int kComponents, typename A = arithmetic_t<P>>
 __device__ __forceinline__ ElementResult<A> forward_element(const MixtureShape& shape, const P* row,
                                                             A x) {
   const Affine<A> affine = load_affine(shape, row);
-  A poison = multiply_add(A(0), x, multiply_add(A(0), affine.a, A(0) * affine.b));
+  A poison = coupling_poison(x, affine.a, affine.b);
   const MixtureParams<P, kComponents> params({shape, row}, &poison);
   const LogitAndLogSlope<A> at = finish(params, x, direct_sums(params, x));
+  poison = poisoned(poison, at.logit);
   return {(at.logit + affine.b) * exponential(affine.a) + poison, at.log_slope + affine.a + poison};
 }
 
@@ -265,12 +262,11 @@ __device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& 
                                                             const void* state, int64_t offset,
                                                             bool arithmetic_state,
                                                             bool legacy_cdf_clamp) {
-  const auto load_target = [&](const Affine<A>& affine) {
-    const A y = load_state<P>(state, offset, arithmetic_state);
-    return multiply_add(y, exponential(-affine.a), -affine.b);
-  };
-  A target = load_target(load_affine(shape, row));
-  A poison = A(0) * target;
+  const auto load_y = [&] { return load_state<P>(state, offset, arithmetic_state); };
+  const Affine<A> affine = load_affine(shape, row);
+  const A y = load_y();
+  A target = inverse_target(y, affine.a, affine.b);
+  A poison = poisoned(coupling_poison(y, affine.a, affine.b), target);
   const MixtureParams<P, kComponents> params({shape, row}, &poison);
   target += poison;
   if (legacy_cdf_clamp) target = legacy_clamp(target);
@@ -279,12 +275,13 @@ __device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& 
   const A log_slope = finish(params, x, sums).log_slope;
   // What the search does not need is not kept beside it: registers are short.
   forget_reads();
-  const Affine<A> affine = load_affine(shape, row);
-  A ladj = -(log_slope + affine.a);
+  const Affine<A> again = load_affine(shape, row);
+  A ladj = -(log_slope + again.a);
   if (legacy_cdf_clamp) {
-    ladj += log_logistic_density(load_target(affine)) - log_logistic_density(target);
+    const A unclamped = inverse_target(load_y(), again.a, again.b);
+    ladj += log_logistic_density(unclamped) - log_logistic_density(target);
   }
-  poison = A(0) * target;
+  poison = poisoned(A(0), target);
   return {x + poison, ladj + poison};
 }
 
@@ -348,7 +345,7 @@ __device__ __forceinline__ void store_component_gradient(const ParamRows<P>& row
   grad_logits[k * stride] = from_arithmetic<P>(g.logit);
   grad_logits[(rows.components() + k) * stride] = from_arithmetic<P>(g.mean);
   grad_logits[(2 * rows.components() + k) * stride] =
-      from_arithmetic<P>(clamp_log_scale(log_scale) == log_scale ? g.log_scale : A(0));
+      from_arithmetic<P>(clamp_log_scale_gradient(log_scale, g.log_scale));
 }
 
 // Gradients of the coupling's own arguments, from what the sums gave.
@@ -382,8 +379,8 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
     const A grad_out = load_state<P>(args.grad_out, offset, arithmetic_state);
     const A y = args.inverse() ? load_state<P>(args.y, offset, arithmetic_state) : A(0);
     const Affine<A> affine = load_affine(args.shape, row);
-    A poison = multiply_add(A(0), x, multiply_add(A(0), affine.a, A(0) * affine.b));
-    poison = multiply_add(A(0), y, multiply_add(A(0), grad_out, poison));
+    A poison = coupling_poison(x, affine.a, affine.b);
+    poison = poisoned(poisoned(poison, grad_out), y);
     const MixtureParams<P, kComponents> params({args.shape, row}, &poison);
     const ParamRows<P>& rows = params.rows;
     P* grad_logits = grad_row + args.shape.first_row() * stride;

@@ -3,7 +3,8 @@
 A case makes its inputs of a dtype and a shape, aligned or not, calls `cf.ops`, and returns the
 results by name. The same call runs on the CPU ops and on the emulated CUDA kernels. Results are
 equal bit by bit, unless their name says that they are sums, or depend on one: those agree to
-rounding.
+rounding; or that small terms are in them: an exponential below 2^-110 is anything up to that on the
+CPU, and on a GPU zero where it underflows.
 """
 
 from __future__ import annotations
@@ -186,10 +187,19 @@ def langevin_noise(inputs: Inputs) -> Results:
     return {"x": x}
 
 
-def _affine(inputs: Inputs, name: str, params_dtype: torch.dtype) -> Results:
-    x = inputs.normal().requires_grad_()
+def _affine(
+    inputs: Inputs,
+    name: str,
+    params_dtype: torch.dtype,
+    spoil: Callable[[Tensor, Tensor], None] | None = None,
+) -> Results:
+    x = inputs.normal()
     params = inputs.normal(inputs.shape[0], 2, *inputs.shape[1:], dtype=params_dtype)
-    params.tanh_().requires_grad_()
+    params.tanh_()
+    if spoil is not None:
+        spoil(x, params)
+    x.requires_grad_()
+    params.requires_grad_()
     out, ladj = getattr(cf.ops, name)(x, params)
     grad_out = inputs.normal()
     grad_ladj = inputs.normal(inputs.shape[0], dtype=inputs.sum_dtype)
@@ -204,12 +214,56 @@ def _affine(inputs: Inputs, name: str, params_dtype: torch.dtype) -> Results:
     }
 
 
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+
+
+def _one_shape(inputs: Inputs, batch: int) -> Inputs | None:
+    """What does not depend on the shape runs at one of them: chains of two elements."""
+    if inputs.shape != (3, 5) or not inputs.aligned:
+        return None
+    return Inputs(inputs.dtype, (batch, 2))
+
+
+def langevin_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state and in the gradient, with every limit and without."""
+    one_shape = _one_shape(inputs, 2 * len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+    limits = {"grad_clip": 1.0, "step_clip": 0.2, "clamp": (-1.0, 1.0)}
+    results = {}
+    for name, options in {"free": {}, "limited": limits, "scaled": {"grad_norm": 2.0}}.items():
+        x, grad = one_shape.normal(), one_shape.normal()
+        for chain, value in enumerate(NOT_FINITE):
+            x[chain, 0] = grad[len(NOT_FINITE) + chain, 0] = value
+        results[name] = cf.ops.langevin_step(
+            x, grad, inputs.rng, drift=0.3, noise=0.1, decay=0.1, **options
+        )
+    return results
+
+
 def affine_coupling(inputs: Inputs) -> Results:
     return _affine(inputs, "affine_coupling", inputs.dtype)
 
 
 def affine_coupling_inverse(inputs: Inputs) -> Results:
     return _affine(inputs, "affine_coupling_inverse", inputs.dtype)
+
+
+def affine_coupling_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state, a and b."""
+    one_shape = _one_shape(inputs, 3 * len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+
+    def spoil(x: Tensor, params: Tensor) -> None:
+        for i, value in enumerate(NOT_FINITE):
+            x[i, 0] = params[3 + i, 0, 0] = params[6 + i, 1, 0] = value
+
+    return {
+        f"{name}: {key}": value
+        for name in ("affine_coupling", "affine_coupling_inverse")
+        for key, value in _affine(one_shape, name, inputs.dtype, spoil).items()
+    }
 
 
 def affine_coupling_mixed(inputs: Inputs) -> Results:
@@ -232,16 +286,23 @@ def _mixture(
     *,
     affine: bool = True,
     legacy: bool = False,
+    spoil: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Results:
-    """Means and scales spread so that both direct sums and their scaled form are needed."""
+    """Means and scales spread so that both direct sums and their scaled form are needed.
+
+    `spoil` puts other values into state and parameters.
+    """
     first = 2 if affine else 0
-    state = inputs.normal().mul_(3).requires_grad_()
+    state = inputs.normal().mul_(3)
     params = inputs.normal(
         inputs.shape[0], first + 3 * components, *inputs.shape[1:], dtype=params_dtype
     )
     params[:, first + components : first + 2 * components] *= 2
     params[:, first + 2 * components :] -= 1
     params[:, :first].tanh_()
+    if spoil is not None:
+        spoil(state, params)
+    state.requires_grad_()
     params.requires_grad_()
     options = {"affine": affine} | ({"legacy_cdf_clamp": True} if legacy else {})
     out, ladj = getattr(cf.ops, name)(state, params, **options)
@@ -249,7 +310,12 @@ def _mixture(
     torch.autograd.backward((out, ladj), (inputs.normal(), grad_ladj))
     assert state.grad is not None
     assert params.grad is not None
-    values = {"out": out, "ladj (sum)": ladj, "state": state.grad, "params": params.grad}
+    values = {
+        "out": out,
+        "ladj (sum)": ladj,
+        "state": state.grad,
+        "params (small terms)": params.grad,
+    }
     return {
         f"{name}, {components} x {params_dtype}, {options}: {key}": value.detach()
         for key, value in values.items()
@@ -297,6 +363,39 @@ def mixture_logistic_options(inputs: Inputs) -> Results:
     return results
 
 
+def mixture_logistic_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state and in each kind of parameter, the first and the last of those
+    of the components; an infinite a beside a zero; logit F and inverse targets that overflow."""
+    results = {}
+    for components in (3, 4):
+        ends = [(2 + part * components, 1 + (part + 1) * components) for part in range(3)]
+        rows = [0, 1, *(row for first_and_last in ends for row in first_and_last)]
+        one_shape = _one_shape(inputs, len(NOT_FINITE) * (1 + len(rows)) + 4)
+        if one_shape is None:
+            return {}
+
+        def spoil(state: Tensor, params: Tensor, rows: list[int] = rows) -> None:
+            chain = iter(range(state.shape[0]))
+            for value in NOT_FINITE:
+                state[next(chain), 0] = value
+                for row in rows:
+                    params[next(chain), row, 0] = value
+            for value in (torch.inf, -torch.inf):
+                i = next(chain)
+                state[i, 0], params[i, 0, 0] = 0, value
+            for sign in (1, -1):
+                i = next(chain)
+                state[i, 0], params[i, 0, 0] = sign * torch.finfo(state.dtype).max / 2, -2
+                params[i, rows[-2] :, 0] = -1  # every log-scale
+
+        for name in _MIXTURES:
+            results |= _mixture(one_shape, name, components, inputs.dtype, spoil=spoil)
+        results |= _mixture(
+            one_shape, _MIXTURES[1], components, inputs.dtype, legacy=True, spoil=spoil
+        )
+    return results
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -310,10 +409,13 @@ CASES: dict[str, Case] = {
         langevin_statistics,
         langevin_full_statistics,
         langevin_noise,
+        langevin_not_finite,
         affine_coupling,
         affine_coupling_inverse,
+        affine_coupling_not_finite,
         affine_coupling_mixed,
         mixture_logistic_coupling,
         mixture_logistic_options,
+        mixture_logistic_not_finite,
     )
 }

@@ -1,10 +1,12 @@
 // The emulation's own primitives, against what the CUDA manual says of them, on small blocks of
 // their own: our kernels use few of them. Compiled as a kernel is.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "coopflow/elementary.h"
 #include "emulation.h"
 
 namespace {
@@ -74,6 +76,50 @@ void exchange_in_dynamic_memory() {
   expect("the other warp's value", values[63 - threadIdx.x], static_cast<int>(63 - threadIdx.x));
 }
 
+// NaN is NaN, and zeros have signs.
+void expect_value(const char* what, float actual, float expected) {
+  const bool both_nan = std::isnan(actual) && std::isnan(expected);
+  if (both_nan) return;
+  expect(what, actual, expected);
+  expect(what, std::signbit(actual), std::signbit(expected));
+}
+
+// Where the CPU loops' functions would give a finite number or another zero.
+void elementary_functions() {
+  constexpr float kDenormal = 0x1p-130f;
+  expect_value("log_positive(0)", coopflow::log_positive(0.0f), -INFINITY);
+  expect_value("log_positive(-1)", coopflow::log_positive(-1.0f), NAN);
+  expect_value("log_positive(inf)", coopflow::log_positive(INFINITY), INFINITY);
+  expect_value("log_positive(NaN)", coopflow::log_positive(NAN), NAN);
+  // logf does not flush its argument, lg2.approx.ftz does.
+  expect_value("log_positive(2^-130)", coopflow::log_positive(kDenormal), std::log(kDenormal));
+  expect_value("quick_log_positive(2^-130)", coopflow::quick_log_positive(kDenormal), -INFINITY);
+  expect_value("quick_log_positive(0)", coopflow::quick_log_positive(0.0f), -INFINITY);
+  expect_value("quick_log_positive(-1)", coopflow::quick_log_positive(-1.0f), NAN);
+  expect_value("quick_log_positive(inf)", coopflow::quick_log_positive(INFINITY), INFINITY);
+  expect_value("quick_log_positive(NaN)", coopflow::quick_log_positive(NAN), NAN);
+  expect_value("exponential(-inf)", coopflow::exponential(-INFINITY), 0.0f);
+  expect_value("exponential(inf)", coopflow::exponential(INFINITY), INFINITY);
+  expect_value("exponential(NaN)", coopflow::exponential(NAN), NAN);
+  expect_value("exponential_normal(-inf)", coopflow::exponential_normal(-INFINITY), 0.0f);
+  expect_value("exponential_normal(-200)", coopflow::exponential_normal(-200.0f), 0.0f);
+  expect_value("exponential_normal(-90)", coopflow::exponential_normal(-90.0f), std::exp(-90.0f));
+  expect_value("exponential_normal(200)", coopflow::exponential_normal(200.0f), INFINITY);
+  expect_value("exponential_normal(NaN)", coopflow::exponential_normal(NAN), NAN);
+  const auto power_of_2 = [](float x) { return coopflow::exponential2_nonpositive<-110>(x); };
+  expect_value("exponential2_nonpositive(-inf)", power_of_2(-INFINITY), 0.0f);
+  expect_value("exponential2_nonpositive(-127)", power_of_2(-127.0f), 0.0f);
+  expect_value("exponential2_nonpositive(-2^-130)", power_of_2(-kDenormal), 1.0f);
+  expect_value("exponential2_nonpositive(inf)", power_of_2(INFINITY), INFINITY);
+  expect_value("exponential2_nonpositive(NaN)", power_of_2(NAN), NAN);
+  expect_value("reciprocal(0)", coopflow::reciprocal(0.0f), INFINITY);
+  expect_value("reciprocal(-0)", coopflow::reciprocal(-0.0f), -INFINITY);
+  expect_value("reciprocal(-2^-127)", coopflow::reciprocal(-0x1p-127f), -INFINITY);
+  expect_value("reciprocal(2^127)", coopflow::reciprocal(0x1p127f), 0.0f);
+  expect_value("reciprocal(-inf)", coopflow::reciprocal(-INFINITY), -0.0f);
+  expect_value("reciprocal(NaN)", coopflow::reciprocal(NAN), NAN);
+}
+
 // --- what must be an error ---------------------------------------------------------------------
 void race_in_the_block() {
   __shared__ int values[64];
@@ -128,6 +174,7 @@ constexpr Primitive kPrimitives[] = {
     {"exchange_in_the_warp", exchange_in_the_warp},
     {"exchange_in_the_block", exchange_in_the_block},
     {"exchange_in_dynamic_memory", exchange_in_dynamic_memory},
+    {"elementary_functions", elementary_functions},
     {"race_in_the_block", race_in_the_block},
     {"race_in_dynamic_memory", race_in_dynamic_memory},
     {"dynamic_memory_unwritten", dynamic_memory_unwritten},

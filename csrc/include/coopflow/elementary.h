@@ -1,6 +1,11 @@
 // Branch-free float32 elementary functions that a compiler can vectorise, bit-identical on every
 // instruction set because each rounding is written out. Polynomial coefficients are those of the
 // Cephes library (S. Moshier). float64 and device code call the standard library.
+//
+// Outside the arguments that a function is for, device code differs: the logarithm of zero is -inf
+// there, and an ordinary number here. A kernel that runs on a CPU in a device's place gets what the
+// device makes of such arguments; of ordinary ones it gets the bits of the CPU loops, with which
+// its results are compared.
 #pragma once
 
 #include <cmath>
@@ -11,11 +16,22 @@
 
 namespace coopflow {
 
+// Whether an argument or a result is neither zero, denormal, infinite nor NaN.
+COOPFLOW_HD bool is_ordinary(float x) {
+  return (float_bits(x) & 0x7FFFFFFFu) - 0x00800000u < 0x7F000000u;
+}
+
+// Whether an emulated device gives the device's result.
+COOPFLOW_HD bool is_special(float x, float on_device) {
+  return !is_ordinary(x) || !is_ordinary(on_device);
+}
+
 // log x for a positive, finite, normal x; within 1 ulp of the result or 1e-7, whichever is larger.
 COOPFLOW_HD float log_positive(float x) {
 #if COOPFLOW_DEVICE_CODE
   return logf(x);
 #else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::log(x))) return std::log(x);
   constexpr uint32_t kSqrtHalf = 0x3F3504F3u;
   // Integer arithmetic on the bits splits x into m * 2^e with m in [sqrt(1/2), sqrt(2)).
   const uint32_t shifted = float_bits(x) - kSqrtHalf;
@@ -45,6 +61,7 @@ COOPFLOW_HD float quick_log_positive(float x) {
 #if COOPFLOW_DEVICE_CODE
   return 0.69314718f * approximate_log2(x);
 #else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, approximate_log2(x))) return approximate_log2(x);
   return log_positive(x);
 #endif
 }
@@ -95,6 +112,7 @@ COOPFLOW_HD float exponential_normal(float x) {
 #if COOPFLOW_DEVICE_CODE
   return expf(x);
 #else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
   const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
   return bits_float(float_bits(e.y) + (float_bits(e.shifted) << 23));
 #endif
@@ -108,6 +126,7 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
 #if COOPFLOW_DEVICE_CODE
   return approximate_exp2(x);
 #else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, approximate_exp2(x))) return approximate_exp2(x);
   constexpr float kLowest = kLeast;
   const float t = x < kLowest ? kLowest : x;
   const float shifted = t + kRounder;
@@ -122,6 +141,18 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
   return bits_float(float_bits(multiply_add(p, f, 1.0f)) + (float_bits(shifted) << 23));
 #endif
 }
+
+COOPFLOW_HD float reciprocal(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return approximate_reciprocal(x);
+#else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, approximate_reciprocal(x)))
+    return approximate_reciprocal(x);
+  return 1.0f / x;
+#endif
+}
+
+COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
 // Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
 // reduction is exact.

@@ -87,57 +87,69 @@ COOPFLOW_HD float absolute(float x) {
 
 COOPFLOW_HD double absolute(double x) { return x < 0.0 ? -x : x; }
 
-#if COOPFLOW_DEVICE_CODE
-// Approximations of the special-function unit, denormals flushed: absolute error of the logarithm
-// 2^-22 for results in [-1, 1], else 2 ulp; of sine and cosine 2^-20.9 for arguments in [-pi, pi].
+// --- approximations of the special-function unit
+// Their special values are those of the tables in the PTX manual, with denormal arguments and
+// results flushed to zeros of the same sign. libm has the same tables but for that, so a host path
+// is libm between two flushes. Only an emulated device and tests take it: the CPU loops use
+// elementary.h, which a compiler can vectorise.
+
+COOPFLOW_HD float flush_denormal(float x) {
+  return absolute(x) < 0x1p-126f ? bits_float(float_bits(x) & 0x80000000u) : x;
+}
+
+// Absolute error 2^-22 for results in [-1, 1], else 2 ulp.
 COOPFLOW_HD float approximate_log2(float x) {
+#if COOPFLOW_DEVICE_CODE
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return flush_denormal(std::log2(flush_denormal(x)));
+#endif
 }
 
 // Relative error 2^-22.
 COOPFLOW_HD float approximate_exp2(float x) {
+#if COOPFLOW_DEVICE_CODE
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return flush_denormal(std::exp2(flush_denormal(x)));
+#endif
 }
 
 // Relative error 2^-23.
-COOPFLOW_HD float reciprocal(float x) {
+COOPFLOW_HD float approximate_reciprocal(float x) {
+#if COOPFLOW_DEVICE_CODE
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return flush_denormal(1.0f / flush_denormal(x));
+#endif
 }
 
 COOPFLOW_HD float approximate_sqrt(float x) {
+#if COOPFLOW_DEVICE_CODE
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return std::sqrt(flush_denormal(x));
+#endif
 }
 
+// Absolute error 2^-20.9 for arguments in [-pi, pi].
 COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
+#if COOPFLOW_DEVICE_CODE
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sine) : "f"(x));
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cosine) : "f"(x));
-}
 #else
-// The host has no approximations: correctly rounded square root, libm elsewhere. These serve host
-// builds of the kernels only; CPU loops use elementary.h, which the compiler can vectorise.
-COOPFLOW_HD float approximate_log2(float x) { return std::log2(x); }
-
-COOPFLOW_HD float approximate_exp2(float x) { return std::exp2(x); }
-
-COOPFLOW_HD float reciprocal(float x) { return 1.0f / x; }
-
-COOPFLOW_HD float approximate_sqrt(float x) { return std::sqrt(x); }
-
-COOPFLOW_HD void approximate_sincos(float x, float* sine, float* cosine) {
-  *sine = std::sin(x);
-  *cosine = std::cos(x);
-}
+  *sine = flush_denormal(std::sin(flush_denormal(x)));
+  *cosine = flush_denormal(std::cos(flush_denormal(x)));
 #endif
-
-COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
+}
 
 // Hides where a value came from, so that what follows is computed again, not kept in registers.
 template <typename T>

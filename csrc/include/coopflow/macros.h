@@ -17,6 +17,11 @@
 #define COOPFLOW_DEVICE_CODE 0
 #endif
 
+// True while kernels are compiled to run on a CPU in a device's place (tests/cuda_emulation).
+#if !defined(COOPFLOW_EMULATED_DEVICE)
+#define COOPFLOW_EMULATED_DEVICE 0
+#endif
+
 // Asks for full unrolling, so that small arrays stay in registers.
 #if defined(__CUDA_ARCH__)
 #define COOPFLOW_UNROLL _Pragma("unroll")

@@ -48,10 +48,40 @@ struct MixtureConstants<double> {
   static constexpr int kMaxEvaluations = 192;
 };
 
+// --- what is not finite
+// -------------------------------------------------------------------------------------------------
+// An element with an input that is not finite, or whose logit F overflows, is NaN in every result,
+// whatever arithmetic would make of it: e^-inf = 0, for one, hides an infinite a, and functions of
+// ordinary numbers give anything for others. So each input by itself, and logit F, goes into the
+// element's poison, 0 or NaN, which is added to the results.
+
+template <typename A>
+COOPFLOW_HD A poisoned(A poison, A input) {
+  return multiply_add(A(0), input, poison);
+}
+
+// By the state and the coupling's own parameters.
+template <typename A>
+COOPFLOW_HD A coupling_poison(A state, A a, A b) {
+  return poisoned(poisoned(poisoned(A(0), b), a), state);
+}
+
+// And by the parameters of one component.
+template <typename A>
+COOPFLOW_HD A component_poison(A poison, A logit, A mean, A log_scale) {
+  return poisoned(poisoned(poisoned(poison, logit), mean), log_scale);
+}
+
 // Log-scales are clamped from below; they have no gradient there.
 template <typename A>
 COOPFLOW_HD A clamp_log_scale(A log_scale) {
   return log_scale < A(-7) ? A(-7) : log_scale;
+}
+
+// The gradient of a log-scale, from that of the clamped one.
+template <typename A>
+COOPFLOW_HD A clamp_log_scale_gradient(A log_scale, A grad) {
+  return log_scale < A(-7) ? A(0) : grad;
 }
 
 // One component as every evaluation needs it.
@@ -294,6 +324,12 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   s.pending = move;
 }
 
+// The logit that the inverse solves for. An element where it overflows has no root and is NaN.
+template <typename A>
+COOPFLOW_HD A inverse_target(A y, A a, A b) {
+  return multiply_add(y, exponential(-a), -b);
+}
+
 // The published inverse clamps the CDF's value to [1e-5, 1 - 1e-5] before root finding.
 template <typename A>
 COOPFLOW_HD A legacy_clamp(A v) {
@@ -380,12 +416,12 @@ struct CouplingGradient {
   A input, a, b;
 };
 
-// y = (u + b) e^a with log|det| = l + a.
+// y = (u + b) e^a with log|det| = l + a. NaN where u overflows, as y is.
 template <typename A>
 COOPFLOW_HD CouplingGradient<A> mixture_forward_gradient(A grad_y, A grad_ladj,
                                                          const MixtureSlopes<A>& at, A u, A a,
                                                          A b) {
-  const A grad_u = grad_y * exponential(a);
+  const A grad_u = poisoned(grad_y * exponential(a), u);
   return {grad_u, grad_ladj, multiply_add(grad_u, at.logit, grad_ladj * at.log_slope),
           multiply_add(grad_u, u + b, grad_ladj), grad_u};
 }
