@@ -54,8 +54,8 @@ def reference(op: str, *args: Any, **options: Any) -> Any:
 
 def exercise_noise(x: Tensor, rng: Tensor) -> None:
     for op in ("normal", "uniform"):
-        out = getattr(cf.ops, op)(x.shape, rng, step=3, chain_offset=7, dtype=x.dtype)
-        check(op, out, reference(op, x.shape, rng, step=3, chain_offset=7))
+        out = getattr(cf.ops, op)(x.shape, rng, step=3, dtype=x.dtype)
+        check(op, out, reference(op, x.shape, rng, step=3))
 
 
 def exercise_langevin(x: Tensor, rng: Tensor) -> None:
@@ -84,7 +84,7 @@ def exercise_langevin(x: Tensor, rng: Tensor) -> None:
     numbers = torch.tensor([0.3, 0.1, 0, 0, inf, inf, 0.2, -1, 1], dtype=torch.float64)
     active, frozen_at = torch.ones_like(active), torch.zeros(batch, device=x.device).long()
     moved = x.clone()
-    torch.ops.coopflow.langevin_plain_step_(moved, grad, rng, numbers, 2, 0, active, frozen_at)
+    torch.ops.coopflow.langevin_plain_step_(moved, grad, rng, numbers, 2, active, frozen_at)
     check("langevin_plain_step_", moved, reference("langevin_step", x, grad, rng, **plain))
     out = cf.ops.langevin_noise_(x.clone(), rng, noise=0.1)
     check("langevin_noise_", out, reference("langevin_noise", x, rng, noise=0.1))

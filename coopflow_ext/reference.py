@@ -46,13 +46,11 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def noise_words(
-    batch: int, per_chain: int, rng: Tensor, *, step: int = 0, chain_offset: int = 0
-) -> Tensor:
+def noise_words(batch: int, per_chain: int, rng: Tensor, *, step: int = 0) -> Tensor:
     """The words behind each chain's noise: (batch, ceil(per_chain / 4), 4), int64 in [0, 2³²)."""
-    seed, time = rng[0], rng[1] + step
+    seed, time, first = rng[0], rng[1] + step, rng[2]
     blocks = torch.arange((per_chain + 3) // 4, device=rng.device)
-    chains = torch.arange(batch, device=rng.device)[:, None] + chain_offset
+    chains = torch.arange(batch, device=rng.device)[:, None] + first
     zero = torch.zeros_like(chains + blocks)
     counter = (zero + blocks, zero + (time & _WORD), zero + (chains & _WORD), zero + (chains >> 32))
     return torch.stack(philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=-1)
@@ -63,7 +61,6 @@ def normal(
     rng: Tensor,
     *,
     step: int = 0,
-    chain_offset: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals by Box-Muller from :func:`noise_words`, evaluated in float64.
@@ -71,7 +68,7 @@ def normal(
     Dimension 0 counts the chains; elements are counted row-major within a chain.
     """
     batch, per_chain = shape[0], math.prod(shape[1:])
-    words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset).double()
+    words = noise_words(batch, per_chain, rng, step=step).double()
     radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
     angle = 2 * math.pi * words[..., 1::2] * 2.0**-32
     lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
@@ -83,7 +80,6 @@ def uniform(
     rng: Tensor,
     *,
     step: int = 0,
-    chain_offset: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms in the open interval (0, 1): (word + ½)·2⁻³² in float64.
@@ -91,7 +87,7 @@ def uniform(
     Other dtypes use the word's top 23 bits, (word div 2⁹ + ½)·2⁻²³, exact in float32.
     """
     batch, per_chain = shape[0], math.prod(shape[1:])
-    words = noise_words(batch, per_chain, rng, step=step, chain_offset=chain_offset)
+    words = noise_words(batch, per_chain, rng, step=step)
     words = flat(words)[:, :per_chain].reshape(tuple(shape))
     if dtype == torch.float64:
         return (words.double() + 0.5) * 2.0**-32
@@ -105,10 +101,10 @@ def _per_chain(value: Coefficient, step: int, x: Tensor) -> Coefficient:
     return per_chain_view(table_row(value, step).to(arithmetic_dtype(x.dtype)), x)
 
 
-def _noise_like(x: Tensor, rng: Tensor, step: int, chain_offset: int, xi: Tensor | None) -> Tensor:
+def _noise_like(x: Tensor, rng: Tensor, step: int, xi: Tensor | None) -> Tensor:
     if xi is not None:
         return xi
-    noise = normal(x.shape, rng, step=step, chain_offset=chain_offset, dtype=torch.float64)
+    noise = normal(x.shape, rng, step=step, dtype=torch.float64)
     return noise.to(arithmetic_dtype(x.dtype))
 
 
@@ -141,7 +137,6 @@ def langevin_step(
     clamp: tuple[float, float] | None = None,
     noise_when: int = 0,
     step: int = 0,
-    chain_offset: int = 0,
     xi: Tensor | None = None,
 ) -> Tensor:
     """One Langevin update of every chain; the arguments are those of ``ops.langevin_step``."""
@@ -155,12 +150,12 @@ def langevin_step(
         d = d.clamp(-step_clip, step_clip)
     out = state - d
     if noise_when == 0:
-        out = out + _per_chain(noise, step, x) * _noise_like(x, rng, step, chain_offset, xi)
+        out = out + _per_chain(noise, step, x) * _noise_like(x, rng, step, xi)
     if clamp is not None:
         out = out.clamp(*clamp)
     if noise_when == 1:
         later = step + 1
-        out = out + _per_chain(noise, later, x) * _noise_like(x, rng, later, chain_offset, xi)
+        out = out + _per_chain(noise, later, x) * _noise_like(x, rng, later, xi)
     return out.to(x.dtype)
 
 
@@ -170,12 +165,11 @@ def langevin_noise(
     *,
     noise: Coefficient,
     step: int = 0,
-    chain_offset: int = 0,
     xi: Tensor | None = None,
 ) -> Tensor:
     """x + s·ξ: the noise of one step alone."""
     work = arithmetic_dtype(x.dtype)
-    z = _noise_like(x, rng, step, chain_offset, xi).to(work)
+    z = _noise_like(x, rng, step, xi).to(work)
     return (x.to(work) + _per_chain(noise, step, x) * z).to(x.dtype)
 
 

@@ -1,8 +1,9 @@
 """Keys: where every random number of this package comes from.
 
-A :class:`Key` is a 64-bit seed and a time. Normals are a pure function of (seed, chain, time,
-element), see ``csrc/include/coopflow/philox.h``, so a result never depends on batch size, number
-of threads or device. Separate uses of one key fold in separate constants (the ``USE_*`` below).
+A :class:`Key` is a 64-bit seed, a time and the number of the first chain. Normals are a pure
+function of (seed, chain, time, element), see ``csrc/include/coopflow/philox.h``, so a result never
+depends on batch size, number of threads or device. Separate uses of one key fold in separate
+constants (the ``USE_*`` below).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from coopflow_ext import _extension
 _SEED_LIMIT: Final = 2**64
 TIME_LIMIT: Final = 2**32
 _SPLIT_BASE: Final = 2**63
+_CHAIN_LIMIT: Final = 2**63
 
 # What is folded in for each separate use of a key. Below 2**32: tensor index of a state of several
 # tensors, and users; from 2**63: Key.split.
@@ -34,11 +36,15 @@ USE_ACCEPT: Final = _USE_BASE + 10
 USE_MOMENTUM: Final = _USE_BASE + 11
 
 
-class KeyState(TypedDict):
-    """What :meth:`Key.state_dict` returns: two Python integers."""
-
+class _SeedAndTime(TypedDict):
     seed: int
     time: int
+
+
+class KeyState(_SeedAndTime, total=False):
+    """What :meth:`Key.state_dict` returns: three Python integers; two in states of old versions."""
+
+    chain: int
 
 
 def _to_signed(word: int) -> int:
@@ -60,6 +66,7 @@ class Key:
     Args:
         seed: 64 bits, 0 ≤ seed < 2⁶⁴.
         time: number of steps already drawn, 0 ≤ time < 2³².
+        chain: number of the first chain, 0 ≤ chain < 2⁶³: row i of a batch is chain ``chain + i``.
 
     Raises:
         TypeError, ValueError: for anything else.
@@ -67,13 +74,28 @@ class Key:
 
     seed: int
     time: int = 0
+    chain: int = 0
 
     def __post_init__(self) -> None:
         _check_int("seed", self.seed, _SEED_LIMIT)
         _check_int("time", self.time, TIME_LIMIT)
+        _check_int("chain", self.chain, _CHAIN_LIMIT)
+
+    def at_chain(self, chain: int) -> Key:
+        """The same key for a batch whose first row is this chain: a shard of a larger batch that
+        starts at its row i takes ``key.at_chain(key.chain + i)``."""
+        return Key(self.seed, self.time, chain)
+
+    def check_batch(self, batch: int) -> None:
+        """ValueError unless every chain of a batch has a number."""
+        if self.chain > _CHAIN_LIMIT - batch:
+            raise ValueError(
+                f"key.chain must be at most 2**63 - {batch} for {batch} chains, got {self.chain}"
+            )
 
     def fold_in(self, data: int) -> Key:
-        """A key with an independent seed, determined by this seed and ``data``; time is kept.
+        """A key with an independent seed, determined by this seed and ``data``; time and
+        chain are kept.
 
         ``data`` is in [0, 2⁶⁴). The new seed is words 0, 1 of Philox4x32-10 with this seed as the
         key and counter (data low, data high, 0, 2³¹), which no noise counter can equal.
@@ -81,7 +103,7 @@ class Key:
         _check_int("data", data, _SEED_LIMIT)
         fold_in = _extension.native().fold_in
         seed = int(fold_in(_to_signed(self.seed), _to_signed(data))) % _SEED_LIMIT
-        return Key(seed, self.time)
+        return Key(seed, self.time, self.chain)
 
     def split(self, n: int) -> tuple[Key, ...]:
         """``n`` independent keys: ``fold_in(2**63 + k)`` for k < n."""
@@ -101,22 +123,23 @@ class Key:
                 f"a key counts at most 2**32 - 1 steps: time {self.time} + {n} does not fit; "
                 "use key.fold_in(i) for a fresh stream"
             )
-        return Key(self.seed, time)
+        return Key(self.seed, time, self.chain)
 
     def state_dict(self) -> KeyState:
-        """Two Python integers, ready for JSON."""
-        return {"seed": self.seed, "time": self.time}
+        """Three Python integers, ready for JSON."""
+        return {"seed": self.seed, "time": self.time, "chain": self.chain}
 
     @classmethod
     def from_state_dict(cls, state: KeyState) -> Key:
-        """The inverse of :meth:`state_dict`."""
-        return cls(seed=state["seed"], time=state["time"])
+        """The inverse of :meth:`state_dict`; states of two integers have chain 0."""
+        return cls(state["seed"], state["time"], state.get("chain", 0))
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """int64[2] = (seed's 64 bits reinterpreted, time), what the ops take as ``rng``."""
+        """int64[3] = (seed's 64 bits reinterpreted, time, chain), what the ops take as ``rng``."""
         # Written on the device: copying a host tensor would wait for the device's stream.
-        rng = torch.full((2,), self.time, dtype=torch.int64, device=device)
+        rng = torch.full((3,), self.chain, dtype=torch.int64, device=device)
         rng[0].fill_(_to_signed(self.seed))
+        rng[1].fill_(self.time)
         return rng
 
     @classmethod
@@ -141,8 +164,10 @@ def stream(
     *uses: int,
     device: torch.device | str | None = None,
     fold_time: bool = False,
+    batch: int = 0,
 ) -> torch.Tensor:
-    """The rng tensor of ``key`` with ``uses`` folded in; None draws from torch's generator.
+    """The rng tensor of ``key`` with ``uses`` folded in, for a batch whose chains all must have
+    numbers; None draws from torch's generator.
 
     ``fold_time`` folds the key's time in as well and starts at time 0, for uses that count
     something else than steps.
@@ -153,10 +178,11 @@ def stream(
     if torch.compiler.is_compiling():
         return _traced_stream(key, uses, device, fold_time)
     key = Key.or_default(key)
+    key.check_batch(batch)
     for use in uses:
         key = key.fold_in(use)
     if fold_time:
-        key = Key(key.fold_in(key.time).seed)
+        key = Key(key.fold_in(key.time).seed, chain=key.chain)
     return key.tensor(device)
 
 
@@ -166,28 +192,43 @@ def _traced_stream(
     device = torch.get_default_device() if device is None else torch.device(device)
     if key is None:  # a fresh seed at each call needs no uses to tell it from others
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device).unbind()
-        return torch.stack((low | high << 32, torch.zeros_like(low)))
+        zero = torch.zeros_like(low)
+        return torch.stack((low | high << 32, zero, zero))
     # Halves, because a seed can be more than the int64 that a graph's integers are.
     low_word, high_word = key.seed % 2**32, key.seed // 2**32
-    rng: torch.Tensor = _stream_op(low_word, high_word, key.time, list(uses), fold_time, device)
+    rng: torch.Tensor = _stream_op(
+        low_word, high_word, key.time, key.chain, list(uses), fold_time, device
+    )
     return rng
 
 
 @torch.library.custom_op(
     "coopflow_ext::stream",
     mutates_args=(),
-    schema="(SymInt seed_low, SymInt seed_high, SymInt time, int[] uses, bool fold_time, "
-    "Device device) -> Tensor",
+    schema="(SymInt seed_low, SymInt seed_high, SymInt time, SymInt chain, int[] uses, "
+    "bool fold_time, Device device) -> Tensor",
 )
 def _stream_op(
-    seed_low: int, seed_high: int, time: int, uses: list[int], fold_time: bool, device: torch.device
+    seed_low: int,
+    seed_high: int,
+    time: int,
+    chain: int,
+    uses: list[int],
+    fold_time: bool,
+    device: torch.device,
 ) -> torch.Tensor:
-    key = Key(seed_low | seed_high << 32, time)
+    key = Key(seed_low | seed_high << 32, time, chain)
     return stream(key, *uses, device=device, fold_time=fold_time)
 
 
 @_stream_op.register_fake
 def _(
-    seed_low: int, seed_high: int, time: int, uses: list[int], fold_time: bool, device: torch.device
+    seed_low: int,
+    seed_high: int,
+    time: int,
+    chain: int,
+    uses: list[int],
+    fold_time: bool,
+    device: torch.device,
 ) -> torch.Tensor:
-    return torch.empty((2,), dtype=torch.int64, device=device)
+    return torch.empty((3,), dtype=torch.int64, device=device)

@@ -25,7 +25,7 @@ struct LangevinOptions {
   OptionalTensor x_ref;
   bool is_score;
   std::optional<double> grad_clip, grad_norm, step_clip, clamp_low, clamp_high;
-  int64_t noise_when, step, chain_offset;
+  int64_t noise_when, step;
   OptionalTensor xi, x_low, stats, active;
   bool freeze_nonfinite;
   OptionalTensor frozen_at = std::nullopt;
@@ -63,7 +63,7 @@ class LangevinOp {
 
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_state_like("grad", grad);
-    check_noise(rng, o.noise, o.noise_t, o.step, o.chain_offset, o.xi);
+    check_noise(rng, o.noise, o.noise_t, o.step, o.xi);
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
     check_coefficient("pull", o.pull, o.pull_t);
@@ -80,9 +80,9 @@ class LangevinOp {
   }
 
   void check_noise(const Tensor& rng, double noise, const OptionalTensor& noise_t, int64_t step,
-                   int64_t chain_offset, const OptionalTensor& xi) const {
+                   const OptionalTensor& xi) const {
     check_.is_rng(rng, x_);
-    check_.noise_fits(per_chain_, batch_, step, chain_offset);
+    check_.noise_fits(per_chain_, step);
     check_coefficient("noise", noise, noise_t);
     if (!noise_t) check_.is_non_negative("noise", noise);
     if (xi) check_state_like("xi", *xi);
@@ -119,8 +119,8 @@ class LangevinOp {
   template <typename A>
   LangevinArgs<A> step_args(const Tensor& x_out, const Tensor& grad, const Tensor& rng,
                             const LangevinOptions& o) const {
-    LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.chain_offset,
-                                         o.xi, static_cast<NoiseWhen>(o.noise_when));
+    LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.xi,
+                                         static_cast<NoiseWhen>(o.noise_when));
     args.grad = grad.const_data_ptr();
     args.x_ref = pointer_or_null(o.x_ref);
     if (o.x_low) {
@@ -146,8 +146,8 @@ class LangevinOp {
 
   template <typename A>
   LangevinArgs<A> noise_args(const Tensor& x_out, const Tensor& rng, double noise,
-                             const OptionalTensor& noise_t, int64_t step, int64_t chain_offset,
-                             const OptionalTensor& xi, NoiseWhen when) const {
+                             const OptionalTensor& noise_t, int64_t step, const OptionalTensor& xi,
+                             NoiseWhen when) const {
     LangevinArgs<A> args{};
     args.x = x_.const_data_ptr();
     args.x_out = x_out.mutable_data_ptr();
@@ -161,7 +161,6 @@ class LangevinOp {
       args.noise_source = xi ? NoiseSource::kGiven : NoiseSource::kPhilox;
     }
     args.limits = limits<A>(std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-    args.chain_offset = chain_offset;
     args.batch = batch_;
     args.per_chain = per_chain_;
     return args;
@@ -304,14 +303,12 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
                     std::optional<double> grad_clip, std::optional<double> grad_norm,
                     std::optional<double> step_clip, std::optional<double> clamp_low,
                     std::optional<double> clamp_high, int64_t noise_when, int64_t step,
-                    int64_t chain_offset, OptionalTensor xi, OptionalTensor x_low,
-                    OptionalTensor stats, OptionalTensor active, bool freeze_nonfinite,
-                    OptionalTensor frozen_at) {
-  LangevinOptions o{drift,      drift_t,   noise,           noise_t,   decay,
-                    decay_t,    pull,      pull_t,          x_ref,     is_score,
-                    grad_clip,  grad_norm, step_clip,       clamp_low, clamp_high,
-                    noise_when, step,      chain_offset,    xi,        x_low,
-                    stats,      active,    freeze_nonfinite};
+                    OptionalTensor xi, OptionalTensor x_low, OptionalTensor stats,
+                    OptionalTensor active, bool freeze_nonfinite, OptionalTensor frozen_at) {
+  LangevinOptions o{drift,     drift_t,   noise,      noise_t,         decay,     decay_t,
+                    pull,      pull_t,    x_ref,      is_score,        grad_clip, grad_norm,
+                    step_clip, clamp_low, clamp_high, noise_when,      step,      xi,
+                    x_low,     stats,     active,     freeze_nonfinite};
   o.frozen_at = frozen_at;
   const LangevinOp op("langevin_step_", x);
   op.check_step(grad, rng, o);
@@ -320,11 +317,10 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
 
 template <typename Backend>
 void langevin_plain_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int64_t step,
-                          int64_t chain_offset, OptionalTensor active, OptionalTensor frozen_at) {
+                          OptionalTensor active, OptionalTensor frozen_at) {
   const LangevinOp op("langevin_plain_step_", x);
   LangevinOptions o = op.plain_options(numbers);
   o.step = step;
-  o.chain_offset = chain_offset;
   o.active = active;
   o.freeze_nonfinite = active.has_value();
   o.frozen_at = frozen_at;
@@ -339,12 +335,11 @@ Tensor langevin_step(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTe
                      std::optional<double> grad_clip, std::optional<double> grad_norm,
                      std::optional<double> step_clip, std::optional<double> clamp_low,
                      std::optional<double> clamp_high, int64_t noise_when, int64_t step,
-                     int64_t chain_offset, OptionalTensor xi) {
-  const LangevinOptions o{drift,        drift_t,      noise,        noise_t,   decay,
-                          decay_t,      pull,         pull_t,       x_ref,     is_score,
-                          grad_clip,    grad_norm,    step_clip,    clamp_low, clamp_high,
-                          noise_when,   step,         chain_offset, xi,        std::nullopt,
-                          std::nullopt, std::nullopt, false};
+                     OptionalTensor xi) {
+  const LangevinOptions o{
+      drift, drift_t,  noise,        noise_t,      decay,        decay_t,   pull,       pull_t,
+      x_ref, is_score, grad_clip,    grad_norm,    step_clip,    clamp_low, clamp_high, noise_when,
+      step,  xi,       std::nullopt, std::nullopt, std::nullopt, false};
   const LangevinOp op("langevin_step", x);
   op.check_step(grad, rng, o);
   Tensor x_out = torch::stable::empty_like(x);
@@ -354,15 +349,15 @@ Tensor langevin_step(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTe
 
 template <typename Backend>
 void langevin_noise_(Tensor x, Tensor rng, double noise, OptionalTensor noise_t, int64_t step,
-                     int64_t chain_offset, OptionalTensor xi, OptionalTensor active) {
+                     OptionalTensor xi, OptionalTensor active) {
   const LangevinOp op("langevin_noise_", x);
-  op.check_noise(rng, noise, noise_t, step, chain_offset, xi);
+  op.check_noise(rng, noise, noise_t, step, xi);
   op.check_active(active);
   if (op.is_empty()) return;
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    LangevinArgs<arithmetic_t<T>> args = op.noise_args<arithmetic_t<T>>(
-        x, rng, noise, noise_t, step, chain_offset, xi, NoiseWhen::kWithStep);
+    LangevinArgs<arithmetic_t<T>> args =
+        op.noise_args<arithmetic_t<T>>(x, rng, noise, noise_t, step, xi, NoiseWhen::kWithStep);
     if (active) args.active = static_cast<bool*>(active->mutable_data_ptr());
     if (args.noise_source == NoiseSource::kNone) return;
     Backend::template langevin_step<T>(args, x);

@@ -37,12 +37,12 @@ std::string build_info() {
   "float decay=0.0, Tensor? decay_t=None, float pull=0.0, Tensor? pull_t=None, "             \
   "Tensor? x_ref=None, bool is_score=False, float? grad_clip=None, float? grad_norm=None, "  \
   "float? step_clip=None, float? clamp_low=None, float? clamp_high=None, int noise_when=0, " \
-  "SymInt step=0, SymInt chain_offset=0, Tensor? xi=None"
+  "SymInt step=0, Tensor? xi=None"
 
 STABLE_TORCH_LIBRARY(coopflow, m) {
   // Standard normals and uniforms, a pure function of (seed, time, chain, element).
-  m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0, SymInt chain_offset=0) -> ()");
-  m.def("uniform_(Tensor(a!) out, Tensor rng, *, SymInt step=0, SymInt chain_offset=0) -> ()");
+  m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0) -> ()");
+  m.def("uniform_(Tensor(a!) out, Tensor rng, *, SymInt step=0) -> ()");
   // One Langevin update of every chain, in place, and as a function.
   m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
@@ -52,12 +52,12 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   // name than a small step takes to run.
   m.def(
       "langevin_plain_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, SymInt step, "
-      "SymInt chain_offset, Tensor(b!)? active, Tensor(c!)? frozen_at) -> ()");
+      "Tensor(b!)? active, Tensor(c!)? frozen_at) -> ()");
   m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
   // The noise of one step alone.
   m.def(
       "langevin_noise_(Tensor(a!) x, Tensor rng, *, float noise=0.0, Tensor? noise_t=None, "
-      "SymInt step=0, SymInt chain_offset=0, Tensor? xi=None, Tensor? active=None) -> ()");
+      "SymInt step=0, Tensor? xi=None, Tensor? active=None) -> ()");
   // y = x * e^a + b with log|det|, its inverse, and what their backward passes need.
   m.def("affine_coupling(Tensor x, Tensor params) -> (Tensor, Tensor)");
   m.def("affine_coupling_inverse(Tensor y, Tensor params) -> (Tensor, Tensor)");

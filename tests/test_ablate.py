@@ -47,7 +47,7 @@ def test_energy_alone_starts_from_noise_and_leaves_the_flow() -> None:
     assert starts.max() < 1
     assert float(starts.mean()) == pytest.approx(0, abs=0.02)
     assert float(starts.std()) == pytest.approx(2 / 12**0.5, rel=0.02)
-    assert torch.equal(trainer.model.propose(5, Key(0), chain_offset=3), starts[3:8])
+    assert torch.equal(trainer.model.propose(5, Key(0, chain=3)), starts[3:8])
     before = [p.detach().clone() for p in trainer.model.flow.parameters()]
     for _ in range(3):
         trainer.train_step()

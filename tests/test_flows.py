@@ -392,9 +392,9 @@ def test_a_split_batch_draws_what_the_whole_batch_draws():
     x = torch.rand(6, 1, 4, 4)
     flow.initialize(x, key=Key(0))
     whole = flow.log_prob(x, key=Key(2))
-    halves = [flow.log_prob(x[i : i + 3], key=Key(2), chain_offset=i) for i in (0, 3)]
+    halves = [flow.log_prob(x[i : i + 3], key=Key(2, chain=i)) for i in (0, 3)]
     torch.testing.assert_close(torch.cat(halves), whole)
-    samples = torch.cat([flow.sample(3, Key(2), chain_offset=i) for i in (0, 3)])
+    samples = torch.cat([flow.sample(3, Key(2, chain=i)) for i in (0, 3)])
     torch.testing.assert_close(samples, flow.sample(6, Key(2)))
 
 

@@ -380,7 +380,8 @@ def test_inverse_is_one_graph():
 
 
 # Every kind of key that a graph must take: small, large, of more than 63 bits, folded.
-_KEYS = (Key(3), Key(4, time=2), Key(2**62, time=1), Key(2**63 + 9), Key(5).fold_in(1), Key(6, 7))
+_KEYS = (Key(3), Key(4, time=2), Key(2**62, time=1), Key(2**63 + 9), Key(5).fold_in(1), Key(6, 7),
+         Key(7, 3, chain=2), Key(8, 4, chain=2**40))  # fmt: skip
 
 
 def test_sampling_is_one_graph():
@@ -391,7 +392,11 @@ def test_sampling_is_one_graph():
     compiled = torch.compile(flow.sample, fullgraph=True, backend=counter)
     for key in _KEYS:
         torch.testing.assert_close(compiled(2, key), flow.sample(2, key))
-    assert counter.frame_count <= 3
+    frames = counter.frame_count
+    assert frames <= 4
+    for key in (Key(9, 11, 13), Key(2**63 + 1, 5, chain=2**62)):  # a new seed, time and chain
+        torch.testing.assert_close(compiled(2, key), flow.sample(2, key))
+    assert counter.frame_count == frames
     assert not torch.equal(compiled(2), compiled(2))
 
 

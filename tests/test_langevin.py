@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "noise after": {"noise": 0.3, "noise_when": 1, "clamp": (-0.5, 0.5)},
     "no noise yet": {"noise": 0.3, "noise_when": 2, "clamp": (-0.5, 0.5)},
     "given noise": {"noise": 0.3, "xi": True},
-    "chain offset": {"noise": 0.3, "chain_offset": 2**40 + 1, "step": 2**31},
+    "far chain": {"noise": 0.3, "chain": 2**40 + 1, "step": 2**31},
     "everything": {
         "noise": 0.2,
         "decay": 0.1,
@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "clamp": (-1.0, 1.0),
         "noise_when": 1,
         "step": 4,
-        "chain_offset": 9,
+        "chain": 9,
     },
 }
 
@@ -59,13 +59,14 @@ def random_like(shape: tuple[int, ...], dtype: torch.dtype, device: Any, seed: i
 def arguments(
     shape: tuple[int, ...], dtype: torch.dtype, device: Any, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """x, grad, rng and the options with their tensors."""
+    """x, grad, rng (at the option "chain") and the options with their tensors."""
     x, grad = (random_like(shape, dtype, device, seed) for seed in (0, 1))
     options = {"drift": 0.1, **options}
+    key = KEY.at_chain(options.pop("chain", 0))
     for seed, name in enumerate(("x_ref", "xi"), start=2):
         if options.get(name):
             options[name] = random_like(shape, dtype, device, seed)
-    return x, grad, KEY.tensor(device), options
+    return x, grad, key.tensor(device), options
 
 
 def assert_matches(ours: Tensor, expected: Tensor) -> None:
@@ -115,7 +116,7 @@ def test_the_plain_step_is_the_same_step(
     device: torch.device, dtype: torch.dtype, name: str
 ) -> None:
     x, grad, rng, options = arguments((5, 13), dtype, device, OPTIONS[name])
-    where = options.get("step", 0), options.get("chain_offset", 0)
+    step = options.get("step", 0)
     plain = torch.ops.coopflow.langevin_plain_step_.default
     for mask in (None, torch.tensor([True, False, True, True, True], device=device)):
         expected, ours = x.clone(), x.clone()
@@ -130,13 +131,13 @@ def test_the_plain_step_is_the_same_step(
             expected, grads, rng, **options, active=active, frozen_at=frozen_at,
             freeze_nonfinite=mask is not None,
         )  # fmt: skip
-        plain(ours, grads, rng, plain_numbers(options), *where, *masks)
+        plain(ours, grads, rng, plain_numbers(options), step, *masks)
         assert torch.equal(ours, expected)
         if mask is not None:
             assert active is not None
             assert frozen_at is not None
             assert active.tolist() == masks[0].tolist() == [True, False, True, False, True]
-            assert frozen_at.tolist() == masks[1].tolist() == [99, 99, 99, where[0], 99]
+            assert frozen_at.tolist() == masks[1].tolist() == [99, 99, 99, step, 99]
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -195,7 +196,7 @@ def test_noise_alone(device: torch.device, dtype: torch.dtype) -> None:
     xi = random_like((5, 13), dtype, device, 7)
     for options in (
         {"noise": 0.4},
-        {"noise": 0.4, "step": 3, "chain_offset": 5},
+        {"noise": 0.4, "step": 3},
         {"noise": torch.rand(4, 5, device=device), "step": 2},
         {"noise": 0.4, "xi": xi},
         {"noise": 0.0},
@@ -288,7 +289,8 @@ def test_statistics_do_not_depend_on_threads_or_batch() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(rows[0], rows[1])
     one = torch.empty(1, 5)
-    cf.ops.langevin_step_(x[4:5].clone(), grad[4:5], rng, stats=one, chain_offset=4, **options)
+    rng[2] += 4
+    cf.ops.langevin_step_(x[4:5].clone(), grad[4:5], rng, stats=one, **options)
     assert torch.equal(one[0], rows[0][4])
 
 
@@ -373,9 +375,8 @@ def test_nan_gradient_reaches_the_state_unless_frozen(device: torch.device) -> N
 def test_a_chain_moves_alike_in_every_batch(device: torch.device, dtype: torch.dtype) -> None:
     for per_chain, name in itertools.product((3, 130, 20000), ("clamp", "norm clip", "everything")):
         x, grad, rng, options = arguments((24, per_chain), dtype, device, OPTIONS[name])
-        options["chain_offset"] = 5
         whole = cf.ops.langevin_step(x, grad, rng, **options)
-        options |= {"chain_offset": 5 + 17}
+        rng[2] += 17
         if options.get("x_ref") is not None:
             options["x_ref"] = options["x_ref"][17:18]
         one = cf.ops.langevin_step(x[17:18].clone(), grad[17:18].clone(), rng, **options)
@@ -436,7 +437,7 @@ def test_law_2_without_noise_the_energy_falls(device: torch.device) -> None:
 # --- derivatives ----------------------------------------------------------------------------------
 
 DIFFERENTIABLE = {
-    name: {k: v for k, v in options.items() if k not in ("step", "chain_offset")}
+    name: {k: v for k, v in options.items() if k not in ("step", "chain")}
     for name, options in OPTIONS.items()
 }
 
@@ -668,8 +669,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "noise_when": ({"noise_when": 3}, ValueError, "noise_when: must be 0, 1 or 2, got 3"),
     "step negative": ({"step": -1}, ValueError, "step: must be in"),
     "step beyond 64 bits": ({"step": 2**70}, ValueError, "step.*beyond 64 bits"),
-    "chain_offset beyond 64 bits": ({"chain_offset": 2**63}, ValueError, "chain_offset.*beyond 64"),
-    "chain_offset negative": ({"chain_offset": -1}, ValueError, "chain_offset: must be in"),
+    "rng of two": ({"rng": torch.zeros(2, dtype=torch.int64)}, ValueError, "rng: .*Key.tensor.*2,"),
     "xi shape": ({"xi": torch.zeros(4, 5), "noise": 0.1}, ValueError, "xi: must have the shape"),
     "xi dtype": ({"xi": torch.zeros(4, 6).double(), "noise": 0.1}, TypeError, "xi: .*float64"),
     "x_ref shape": ({"x_ref": torch.zeros(6)}, ValueError, "x_ref: must have the shape"),
@@ -838,7 +838,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     cf.ops.langevin_step_(x, grad, rng, drift=0.1, noise=0.2)
     tail = slice(2**30 - 4096, 2**30)
     z = torch.empty(1, 2**30, dtype=torch.bfloat16)
-    torch.ops.coopflow.normal_(z, rng, chain_offset=2)
+    torch.ops.coopflow.normal_(z, KEY.at_chain(2).tensor())
     expected = (-0.05 + 0.2 * z[0, tail].float()).bfloat16().float()
     torch.testing.assert_close(x[2, tail].float(), expected, rtol=2e-2, atol=2e-3)
     assert (x[2, tail] != 0).all()
@@ -853,14 +853,14 @@ def test_more_than_two_to_the_31_elements() -> None:
     drift=st.floats(-1, 1),
     noise=st.floats(0, 1),
     step=st.integers(0, 2**32 - 4),
-    offset=st.integers(0, 2**63 - 10),
+    chain=st.integers(0, 2**63 - 10),
 )
 def test_any_shape_and_counter_matches_the_oracle(
-    batch: int, per_chain: int, drift: float, noise: float, step: int, offset: int
+    batch: int, per_chain: int, drift: float, noise: float, step: int, chain: int
 ) -> None:
-    rng = cf.Key(1).tensor()
+    rng = cf.Key(1, chain=chain).tensor()
     x, grad = (random_like((batch, per_chain), torch.float64, "cpu", seed) for seed in (0, 1))
-    options = {"drift": drift, "noise": noise, "step": step, "chain_offset": offset}
+    options = {"drift": drift, "noise": noise, "step": step}
     out = cf.ops.langevin_step(x, grad, rng, **options)
     expected = cf.reference.langevin_step(x, grad, rng, **options)
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)

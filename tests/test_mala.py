@@ -132,7 +132,7 @@ def test_chains_do_not_depend_on_their_neighbours():
     x0 = torch.linspace(-1, 1, 64)[:, None]
     sampler = MALASampler(energy, n_steps=30, step_size=0.5, adapt_steps=20, return_trajectory=True)
     whole = sampler(x0, key=key)
-    one = sampler(x0[17:18], key=key, chain_offset=17)
+    one = sampler(x0[17:18], key=key.at_chain(17))
     assert torch.equal(one.trajectory[:, 0], whole.trajectory[:, 17])
     assert torch.equal(one.step_size[0], whole.step_size[17])
 

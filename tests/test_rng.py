@@ -61,22 +61,30 @@ def test_key_is_immutable_and_hashable() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
 def test_fold_in_is_philox_at_a_reserved_counter(seed: int, data: int) -> None:
     words = philox((data & WORD, data >> 32, 0, 2**31), (seed & WORD, seed >> 32))
-    assert cf.Key(seed, time=9).fold_in(data) == cf.Key(words[0] | words[1] << 32, time=9)
+    folded = cf.Key(seed, time=9, chain=4).fold_in(data)
+    assert folded == cf.Key(words[0] | words[1] << 32, time=9, chain=4)
 
 
 def test_split_is_fold_in_beyond_the_named_uses() -> None:
-    key = cf.Key(17, time=2)
+    key = cf.Key(17, time=2, chain=5)
     assert key.split(3) == tuple(key.fold_in(2**63 + k) for k in range(3))
     assert key.split(0) == ()
 
 
 def test_state_dict_survives_json() -> None:
-    key = cf.Key(2**64 - 1, time=2**32 - 1)
+    key = cf.Key(2**64 - 1, time=2**32 - 1, chain=2**63 - 1)
     assert cf.Key.from_state_dict(json.loads(json.dumps(key.state_dict()))) == key
+    assert cf.Key.from_state_dict({"seed": 3, "time": 4}) == cf.Key(3, time=4)  # of old versions
+
+
+def test_at_chain_is_absolute() -> None:
+    key = cf.Key(17, time=2, chain=5)
+    assert key.at_chain(3) == cf.Key(17, time=2, chain=3)
+    assert key.at_chain(key.chain + 3) == cf.Key(17, time=2, chain=8)
 
 
 def test_advance_counts_and_stops_at_the_last_time() -> None:
-    assert cf.Key(1).advance(5).advance(7) == cf.Key(1, time=12)
+    assert cf.Key(1, chain=3).advance(5).advance(7) == cf.Key(1, time=12, chain=3)
     last = cf.Key(1, time=TIME_LIMIT - 1)
     assert last.advance(0) == last
     with pytest.raises(OverflowError, match=r"2\*\*32 - 1 steps.*fold_in"):
@@ -85,10 +93,12 @@ def test_advance_counts_and_stops_at_the_last_time() -> None:
 
 @pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1])
 def test_tensor_holds_the_seed_bits(seed: int) -> None:
-    rng = cf.Key(seed, time=6).tensor()
+    rng = cf.Key(seed, time=6, chain=2**63 - 1).tensor()
     assert rng.dtype == torch.int64
+    assert rng.shape == (3,)
     assert rng[0].item() % 2**64 == seed
     assert rng[1].item() == 6
+    assert rng[2].item() == 2**63 - 1
 
 
 def test_default_generator_reproduces_a_key() -> None:
@@ -108,6 +118,14 @@ def test_default_generator_reproduces_a_key() -> None:
         (lambda: cf.Key(1.0), TypeError, "seed must be an int, got float"),
         (lambda: cf.Key(True), TypeError, "seed must be an int, got bool"),
         (lambda: cf.Key(0, time=2**32), ValueError, "time must be in"),
+        (lambda: cf.Key(0, chain=2**63), ValueError, "chain must be in"),
+        (lambda: cf.Key(0, chain=-1), ValueError, "chain must be in"),
+        (lambda: cf.Key(0).at_chain(1.0), TypeError, "chain must be an int"),
+        (
+            lambda: cf.Key(0, chain=2**63 - 2).check_batch(3),
+            ValueError,
+            "key.chain must be at most",
+        ),
         (lambda: cf.Key(0).fold_in(2**64), ValueError, "data must be in"),
         (lambda: cf.Key(0).fold_in(-1), ValueError, "data must be in"),
         (lambda: cf.Key(0).advance(-1), ValueError, "n must be in"),
@@ -122,26 +140,20 @@ def test_bad_keys_are_named(make, error, message) -> None:  # type: ignore[no-un
 # --- words and normals ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chain_offset", [0, 2**32 - 2, 2**40 + 3, 2**63 - 8])
+@pytest.mark.parametrize("first", [0, 2**32 - 2, 2**40 + 3, 2**63 - 8])
 @pytest.mark.parametrize("time", [0, 2**32 - 3])
-def test_words_are_those_of_the_definition(
-    device: torch.device, chain_offset: int, time: int
-) -> None:
-    key = cf.Key(0x9876543210ABCDEF, time=time)
-    drawn = cf.ops.uniform(
-        (3, 11), key.tensor(device), step=2, chain_offset=chain_offset, dtype=torch.float64
-    )
+def test_words_are_those_of_the_definition(device: torch.device, first: int, time: int) -> None:
+    key = cf.Key(0x9876543210ABCDEF, time=time, chain=first)
+    drawn = cf.ops.uniform((3, 11), key.tensor(device), step=2, dtype=torch.float64)
     for chain in range(3):
         for element in range(11):
-            word = expected_words(key, chain_offset + chain, time + 2, element)
+            word = expected_words(key, first + chain, time + 2, element)
             assert drawn[chain, element].item() == (word + 0.5) * 2.0**-32
 
 
 def test_normals_are_those_of_the_definition(device: torch.device) -> None:
-    key = cf.Key(11, time=5)
-    drawn = cf.ops.normal(
-        (2, 3, 3), key.tensor(device), step=1, chain_offset=7, dtype=torch.float64
-    )
+    key = cf.Key(11, time=5, chain=7)
+    drawn = cf.ops.normal((2, 3, 3), key.tensor(device), step=1, dtype=torch.float64)
     flat = drawn.reshape(2, 9)
     for chain in range(2):
         for element in range(9):
@@ -150,11 +162,11 @@ def test_normals_are_those_of_the_definition(device: torch.device) -> None:
 
 
 def test_the_oracle_agrees_with_the_kernels(device: torch.device) -> None:
-    rng = cf.Key(2**64 - 5, time=3).tensor(device)
+    rng = cf.Key(2**64 - 5, time=3, chain=2**35).tensor(device)
     shape = (5, 13)
     torch.testing.assert_close(
-        cf.ops.normal(shape, rng, chain_offset=2**35, dtype=torch.float64),
-        cf.reference.normal(shape, rng, chain_offset=2**35, dtype=torch.float64),
+        cf.ops.normal(shape, rng, dtype=torch.float64),
+        cf.reference.normal(shape, rng, dtype=torch.float64),
         rtol=1e-13,
         atol=1e-15,
     )
@@ -191,10 +203,11 @@ def test_half_precision_normals_are_the_rounded_float32_ones(
 def test_a_chain_does_not_know_its_batch(
     device: torch.device, dtype: torch.dtype, per_chain: int
 ) -> None:
-    rng = cf.Key(8).tensor(device)
+    key = cf.Key(8)
+    rng, at_17 = key.tensor(device), key.at_chain(17).tensor(device)
     whole = cf.ops.normal((33, per_chain), rng, dtype=dtype)
-    one = cf.ops.normal((1, per_chain), rng, chain_offset=17, dtype=dtype)
-    tail = cf.ops.normal((16, per_chain), rng, chain_offset=17, dtype=dtype)
+    one = cf.ops.normal((1, per_chain), at_17, dtype=dtype)
+    tail = cf.ops.normal((16, per_chain), at_17, dtype=dtype)
     assert torch.equal(whole[17:18], one)
     assert torch.equal(whole[17:], tail)
 
@@ -233,14 +246,13 @@ def test_empty_shapes(device: torch.device) -> None:
         (lambda rng: cf.ops.normal((-1, 2), rng), ValueError, r"shape must .*got \(-1, 2\)"),
         (lambda rng: cf.ops.uniform((2,), cf.Key(0)), TypeError, "rng must be a tensor.*got Key"),
         (lambda rng: cf.ops.normal((2,), rng.int()), TypeError, "rng: must have dtype int64"),
-        (lambda rng: cf.ops.normal((2,), rng[:1]), ValueError, r"rng: must have shape \(2,\)"),
-        (lambda rng: cf.ops.normal((2,), rng, step=-1), ValueError, "step: must be in"),
-        (lambda rng: cf.ops.normal((2,), rng, chain_offset=-1), ValueError, "chain_offset: must"),
         (
-            lambda rng: cf.ops.normal((2,), rng, chain_offset=2**63 - 1),
+            lambda rng: cf.ops.normal((2,), rng[:1]),
             ValueError,
-            "chain_offset: must be in",
+            r"rng: must have shape \(3,\) .*Key.tensor.* got \(1,\)",
         ),
+        (lambda rng: cf.ops.normal((2,), rng, step=-1), ValueError, "step: must be in"),
+        (lambda rng: cf.ops.normal((2,), rng[:2]), ValueError, r"Key.tensor gives, got \(2,\)"),
         (
             lambda rng: cf.ops.normal((2,), rng, dtype=torch.int64),
             TypeError,

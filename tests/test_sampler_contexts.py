@@ -208,7 +208,7 @@ def test_an_energy_squeezed_to_a_number(make):
         ({"key": torch.Generator()}, TypeError, "key must be a Key.*got Generator"),
         ({"model_kwargs": [1]}, TypeError, r"model_kwargs must be a mapping.*got \[1\]"),
         ({"model_kwargs": {1: 2}}, TypeError, "model_kwargs must be a mapping"),
-        ({"chain_offset": 0.5}, TypeError, "chain_offset must be an int"),
+        ({"key": KEY.at_chain(2**63 - 2)}, ValueError, r"key.chain must be at most 2\*\*63 - 4"),
         ({"xi": torch.zeros(2, 4, 3)}, ValueError, r"xi must have shape \(3, 4, 3\)"),
     ],
 )

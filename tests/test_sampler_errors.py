@@ -78,8 +78,6 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "pull": (None, "a")}, TypeError, "strength must be a number, got str"),
         ({"step_size": 0.1, "pull": (1.0, 1.0)}, TypeError, "pull's x_ref must be a tensor"),
         ({"step_size": 0.1, "thin": 0}, ValueError, "thin must be ≥ 1"),
-        ({"step_size": 0.1, "chain_offset": -1}, ValueError, "chain_offset"),
-        ({"step_size": 0.1, "chain_offset": 2**63}, ValueError, "chain_offset"),
         ({"step_size": 0.1, "n_steps": 2.0}, TypeError, "n_steps must be an int"),
         ({"step_size": 0.1, "n_steps": -1}, ValueError, "n_steps"),
         ({"step_size": 0.1, "autocast": torch.float32}, ValueError, "autocast"),
@@ -240,7 +238,6 @@ def test_scores_are_refused(score, error, match):
         (X0, {"xi": torch.zeros(2, 4, 3)}, ValueError, r"xi must have shape \(3, 4, 3\)"),
         (X0, {"xi": [0.0]}, TypeError, "xi must be a tensor"),
         (X0, {"x_ref": X0}, ValueError, "x_ref needs the option pull"),
-        (X0, {"chain_offset": -2}, ValueError, "chain_offset"),
         (X0, {"key": cf.Key(0, time=2**32 - 2)}, OverflowError, "fold_in"),
     ],
 )

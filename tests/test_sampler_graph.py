@@ -145,7 +145,8 @@ def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
     assert run(5) == 1
     assert run(5, key=KEY) == 1
     assert run(6) == 2
-    assert run(5, chain_offset=3) == 3
+    assert run(5, key=KEY.at_chain(3)) == 2  # every chain's number
+    assert run(7) == 3
     assert run(5, xi=torch.randn(2, 5, 3)) == 4
     assert run(5) == 4
     energy.eval()

@@ -102,7 +102,7 @@ def test_options_together(x0, xi, noise_first, on_nonfinite):
 PLAIN_OPTIONS = {
     "nothing": {},
     "every limit": {"grad_clip": 1.2, "grad_norm": 2.0, "step_clip": 0.3, "clamp": (-1.0, 1.5)},
-    "decay, freeze": {"reference_std": 0.7, "on_nonfinite": "freeze", "chain_offset": 2**40},
+    "decay, freeze": {"reference_std": 0.7, "on_nonfinite": "freeze"},
     "no mask": {"on_nonfinite": "ignore", "temperature": 0.5},
 }
 

@@ -44,16 +44,12 @@ SCORES = {
     ],
 )
 def test_a_chain_is_the_same_alone(score, options):
-    """Chain 17 of 64 = chain 0 of a batch of one with chain_offset=17, bitwise."""
+    """Chain 17 of 64 = the only chain of a batch at number 17, bitwise."""
     x0 = starts()
     sampler = LangevinSampler(score=SCORES[score], n_steps=25, drift=0.05, noise=0.3, **options)
     whole = sampler(x0, key=KEY)
-    alone = sampler(x0[17:18], key=KEY, chain_offset=17)
+    alone = sampler(x0[17:18], key=KEY.at_chain(17))
     assert torch.equal(alone.x[0], whole.x[17])
-    option = LangevinSampler(
-        score=SCORES[score], n_steps=25, drift=0.05, noise=0.3, chain_offset=17, **options
-    )
-    assert torch.equal(option(x0[17:18], key=KEY).x[0], whole.x[17])
     if "stats" in options:
         assert torch.equal(alone.trajectory[:, 0], whole.trajectory[:, 17])
         for name in ("grad_norm", "displacement"):
@@ -67,7 +63,7 @@ def test_a_network_chain_is_the_same_alone_to_rounding():
     x0 = torch.rand(16, 1, 8, 8) * 2 - 1
     sampler = LangevinSampler(energy, n_steps=20, step_size=0.05)
     whole = sampler(x0, key=KEY).x
-    parts = [sampler(x0[i : i + 4], key=KEY, chain_offset=i).x for i in range(0, 16, 4)]
+    parts = [sampler(x0[i : i + 4], key=KEY.at_chain(i)).x for i in range(0, 16, 4)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +77,7 @@ torch.manual_seed(0)
 network = cf.energies.MLPEnergy(3)
 options = {"n_steps": 25, "drift": 0.05, "noise": 0.3}
 samplers = cf.LangevinSampler(score=score, **options), cf.LangevinSampler(network, **options)
-torch.save([s(x0, key=cf.Key(12345), chain_offset=offset).x for s in samplers], path)
+torch.save([s(x0, key=cf.Key(12345, chain=offset)).x for s in samplers], path)
 """
 
 

@@ -97,7 +97,7 @@ def test_continues_from_key_and_velocity_and_is_independent_of_the_batch():
     second = half(first.x, key=first.key, velocity=first.velocity)
     assert torch.equal(second.x, long.x)
     assert second.key == long.key
-    one = half(x0[2:3], key=key, chain_offset=2)
+    one = half(x0[2:3], key=key.at_chain(2))
     assert torch.equal(one.x[0], first.x[2])
 
 

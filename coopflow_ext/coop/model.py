@@ -21,7 +21,7 @@ from coopflow_ext.coop.checkpoint import (
 )
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
-from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
+from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key, stream
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
 
 _FLOWS: dict[str, Callable[..., flows.Flow]] = {
@@ -127,7 +127,7 @@ class CoopFlow(nn.Module):
     Args:
         flow: a :class:`coopflow_ext.flows.Flow`.
         energy: U(x), (B, …) → (B,).
-        sampler: a sampler of ``energy``: called as ``sampler(x0, key=key, chain_offset=c).x``.
+        sampler: a sampler of ``energy``: called as ``sampler(x0, key=key).x``.
 
     Source: Xie, Zhu, Li, Li, *A Tale of Two Flows*, ICLR 2022, arXiv 2205.06924.
     """
@@ -219,26 +219,25 @@ class CoopFlow(nn.Module):
             for module, mode in modes:
                 module.training = mode
 
-    def propose(self, n: int, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
+    def propose(self, n: int, key: Key | None = None) -> Tensor:
         """The starts of n chains, (n, *event_shape): flow samples, noise, or persistent chains."""
         like = next(self.parameters())
         if self.config is None or self.event is None:
-            return self.flow.sample(n, key, chain_offset=chain_offset)
+            return self.flow.sample(n, key)
         if self.config.start == "flow":
             with in_precision(self.config.flow_precision, like.device.type):
-                return self.flow.sample(n, key, chain_offset=chain_offset)
-        key = Key.or_default(key)
-        rng = key.fold_in(USE_CHAIN).tensor(like.device)
+                return self.flow.sample(n, key)
+        rng = stream(key, USE_CHAIN, device=like.device, batch=n)
         if self.buffer is not None:
-            u = ops.uniform((n, 1), rng, chain_offset=chain_offset, dtype=torch.float64)
+            u = ops.uniform((n, 1), rng, dtype=torch.float64)
             return self.buffer.states[(u[:, 0] * self.buffer.size).long()]
-        u = ops.uniform((n, *self.event.shape), rng, chain_offset=chain_offset, dtype=like.dtype)
+        u = ops.uniform((n, *self.event.shape), rng, dtype=like.dtype)
         low, high = self.event.range
         return low + (high - low) * u
 
-    def refine(self, x0: Tensor, key: Key | None = None, *, chain_offset: int = 0) -> Tensor:
+    def refine(self, x0: Tensor, key: Key | None = None) -> Tensor:
         """The states of the Langevin chains that start at x0 (B, *event_shape)."""
-        x = self.sampler(x0, key=key, chain_offset=chain_offset).x
+        x = self.sampler(x0, key=key).x
         assert isinstance(x, Tensor)
         return x
 
@@ -253,12 +252,14 @@ class CoopFlow(nn.Module):
         if n < 1:
             raise ValueError(f"n must be ≥ 1, got {n}")
         key = Key.or_default(key)
+        key.check_batch(n)
         proposals, results = [], []
         with self.evaluating():
             for start in range(0, n, batch_size):
                 size = min(batch_size, n - start)
-                proposals.append(self.propose(size, key, chain_offset=start))
-                results.append(self.refine(proposals[-1], key, chain_offset=start))
+                part = key.at_chain(key.chain + start)
+                proposals.append(self.propose(size, part))
+                results.append(self.refine(proposals[-1], part))
         return torch.cat(proposals), torch.cat(results)
 
     def sample(self, n: int, key: Key | None = None, *, batch_size: int = 500) -> Tensor:

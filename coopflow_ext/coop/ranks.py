@@ -19,8 +19,8 @@ from coopflow_ext.coop.checkpoint import RunError
 class Ranks:
     """This process among ``world`` of them.
 
-    Every process holds rows [rank·B/world, (rank+1)·B/world) of a batch of B, and gives the
-    samplers its first row as ``chain_offset``, so that all of them together draw the noise of one
+    Every process holds rows [rank·B/world, (rank+1)·B/world) of a batch of B, and its keys the
+    number of its first row as their chain, so that all of them together draw the noise of one
     process with the whole batch.
     """
 

@@ -57,7 +57,7 @@ class Trainer:
         flip = config.flip and data.flip
         self.ranks = ranks
         rows = ranks.rows(config.batch_size)
-        self.chain_offset = rows.start
+        self.first_chain = rows.start
         batches = Batches(
             data, config.batch_size, self.key, device=self.device, flip=flip, rows=rows
         )
@@ -145,23 +145,23 @@ class Trainer:
 
     def propose(self, n: int) -> Tensor:
         """The starts of this process's chains."""
-        return self.model.propose(n, self.key, chain_offset=self.chain_offset)
+        return self.model.propose(n, self.key.at_chain(self.first_chain))
 
     def run_chain(self, proposal: Tensor) -> Tensor:
         """The Langevin flow: T steps from the proposals toward the energy's distribution."""
         ends = []
-        for x0, offset in self._parts(proposal):
-            x = self.sampler(x0, key=self.key, chain_offset=offset).x
+        for x0, key in self._parts(proposal):
+            x = self.sampler(x0, key=key).x
             assert isinstance(x, Tensor)
             ends.append(x)
         return torch.cat(ends)
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Pieces of this process's rows for gradient accumulation, and their first chain."""
-        offset = self.chain_offset
+    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, Key]]:
+        """Pieces of this process's rows for gradient accumulation, and the key of their chains."""
+        chain = self.first_chain
         for part in x.chunk(self.config.accumulate):
-            yield part, offset
-            offset += len(part)
+            yield part, self.key.at_chain(chain)
+            chain += len(part)
 
     def _flow_learns(self) -> bool:
         if self.config.start != "flow":
@@ -182,9 +182,9 @@ class Trainer:
         losses = []
 
         def parts() -> Iterator[Tensor]:
-            for rows, offset in self._parts(x):
+            for rows, key in self._parts(x):
                 with in_precision(self.config.flow_precision, self.device.type):
-                    log_prob = self.model.flow.log_prob(rows, key=self.key, chain_offset=offset)
+                    log_prob = self.model.flow.log_prob(rows, key=key)
                 loss = -log_prob.sum() / len(x)
                 losses.append(loss.detach())
                 yield loss

@@ -16,14 +16,12 @@ class Context:
     Attributes:
         aux: what the couplings' networks are conditioned on, or None: (B, context_dim), or for
             images also maps (B, context_dim, H, W).
-        dropout_rng: int64[2] on the input's device, from which dropout masks are drawn; None
+        dropout_rng: int64[3] on the input's device, from which dropout masks are drawn; None
             switches dropout off.
-        chain_offset: global index of the first row of the batch, for the dropout masks.
     """
 
     aux: Tensor | None = None
     dropout_rng: Tensor | None = None
-    chain_offset: int = 0
 
 
 NO_CONTEXT = Context()

@@ -45,8 +45,8 @@ class Flow(nn.Module):
             code.
 
     Random draws come from ``key``; ``key=None`` draws a seed from torch's default generator.
-    ``chain_offset`` is the global index of row 0, so that a batch split over several processes
-    draws what the whole batch draws.
+    Row i of a batch draws as chain ``key.chain + i``, so that a batch split over several processes,
+    each with its ``key.at_chain``, draws what the whole batch draws.
 
     ``context`` (B, context_dim) is what a flow with ``context_dim`` is conditioned on; the
     variational dequantiser does without it.
@@ -131,14 +131,12 @@ class Flow(nn.Module):
             )
         return context
 
-    def _context(
-        self, aux: Tensor | None, key: Key | None, x: Tensor, chain_offset: int, *uses: int
-    ) -> Context:
+    def _context(self, aux: Tensor | None, key: Key | None, x: Tensor, *uses: int) -> Context:
         if not (self._has_dropout and self.training):
-            return Context(aux, chain_offset=chain_offset)
+            return Context(aux)
         # Layers count by time steps, so the key's own time is folded into the seed.
-        rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True)
-        return Context(aux, rng, chain_offset)
+        rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True, batch=len(x))
+        return Context(aux, rng)
 
     def call_and_ladj(
         self,
@@ -146,7 +144,6 @@ class Flow(nn.Module):
         *,
         key: Key | None = None,
         eps: Tensor | None = None,
-        chain_offset: int = 0,
         context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Data → latent.
@@ -162,14 +159,14 @@ class Flow(nn.Module):
             z, shape of x, and ladj (B,), which includes dequantiser and logit map.
         """
         self._check_events("x", x)
-        inner = self._context(self._aux(context, x.shape[0]), key, x, chain_offset)
+        inner = self._context(self._aux(context, x.shape[0]), key, x)
         if self.dequantize is None or self.logit is None:
             if eps is not None:
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
             return call_and_ladj(self.transform, x, inner, recompute=self.recompute)
         if eps is None:
-            rng = stream(key, USE_DEQUANTIZE, device=x.device)
-            eps = self.dequantize.draw(x, rng, chain_offset)
+            rng = stream(key, USE_DEQUANTIZE, device=x.device, batch=len(x))
+            eps = self.dequantize.draw(x, rng)
         else:
             self._check_tensor("eps", eps)
             if eps.shape != x.shape:
@@ -205,13 +202,10 @@ class Flow(nn.Module):
         *,
         key: Key | None = None,
         eps: Tensor | None = None,
-        chain_offset: int = 0,
         context: Tensor | None = None,
     ) -> Tensor:
         """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
-        z, ladj = self.call_and_ladj(
-            x, key=key, eps=eps, chain_offset=chain_offset, context=context
-        )
+        z, ladj = self.call_and_ladj(x, key=key, eps=eps, context=context)
         wide = z if z.dtype == torch.float64 else z.float()
         log_prior = -0.5 * (wide.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
         log_cells = 0.0 if self.dequantize is None else self.dim * math.log(self.dequantize.levels)
@@ -223,11 +217,10 @@ class Flow(nn.Module):
         *,
         key: Key | None = None,
         eps: Tensor | None = None,
-        chain_offset: int = 0,
         context: Tensor | None = None,
     ) -> Tensor:
         """The same as :meth:`log_prob`, so that a wrapper such as DDP can call it."""
-        return self.log_prob(x, key=key, eps=eps, chain_offset=chain_offset, context=context)
+        return self.log_prob(x, key=key, eps=eps, context=context)
 
     def bits_per_dim(
         self,
@@ -247,7 +240,6 @@ class Flow(nn.Module):
         n: int,
         key: Key | None = None,
         *,
-        chain_offset: int = 0,
         context: Tensor | None = None,
     ) -> Tensor:
         """n samples, (n, *event_shape), on the parameters' device and in their dtype; ``context``
@@ -258,11 +250,11 @@ class Flow(nn.Module):
             raise ValueError(f"n must be ≥ 0, got {n}")
         aux = self._aux(context, n)
         like = next(self.parameters())
-        rng = stream(key, USE_PRIOR, device=like.device)
-        z = ops.normal((n, *self.event_shape), rng, chain_offset=chain_offset, dtype=like.dtype)
+        rng = stream(key, USE_PRIOR, device=like.device, batch=n)
+        z = ops.normal((n, *self.event_shape), rng, dtype=like.dtype)
         inner = Context(aux)
         if self.sampling_dropout:
-            inner = self._context(aux, key, z, chain_offset, USE_PRIOR)
+            inner = self._context(aux, key, z, USE_PRIOR)
         y, _ = self.transform.inverse_and_ladj(z, inner)
         return self.to_data(y)
 

@@ -172,7 +172,7 @@ class FlowPPConditioner(Conditioner):
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         aux = conditioning(context, self.aux_channels, x)
-        context = Context(aux, context.dropout_rng, context.chain_offset)
+        context = Context(aux, context.dropout_rng)
         positions = self._place_positions()
         h = self.first(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:

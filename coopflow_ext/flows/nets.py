@@ -78,9 +78,7 @@ class Dropout(nn.Module):
             return x
         n_mask_dims = 2 if self.per_channel else x.ndim
         shape = x.shape[:n_mask_dims]
-        u = ops.uniform(
-            shape, context.dropout_rng, step=self.index, chain_offset=context.chain_offset
-        )
+        u = ops.uniform(shape, context.dropout_rng, step=self.index)
         mask = (u >= self.p).to(x.dtype) / (1 - self.p)
         return x * mask.reshape(shape + (1,) * (x.ndim - n_mask_dims))
 

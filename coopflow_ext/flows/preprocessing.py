@@ -31,9 +31,9 @@ class Dequantize(nn.Module):
             raise ValueError(f"levels must be ≥ 2, got {levels}")
         self.levels = levels
 
-    def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
+    def draw(self, x: Tensor, rng: Tensor) -> Tensor:
         """The noise of one call, shape of x."""
-        return ops.uniform(x.shape, rng, chain_offset=chain_offset, dtype=x.dtype)
+        return ops.uniform(x.shape, rng, dtype=x.dtype)
 
     def call_and_ladj(
         self, x: Tensor, eps: Tensor, context: Context = NO_CONTEXT
@@ -64,15 +64,15 @@ class VariationalDequantize(Dequantize):
         self.board = Checkerboard()
         self.recompute = False
 
-    def draw(self, x: Tensor, rng: Tensor, chain_offset: int = 0) -> Tensor:
+    def draw(self, x: Tensor, rng: Tensor) -> Tensor:
         """ε of one call, shape of x."""
-        return ops.normal(x.shape, rng, chain_offset=chain_offset, dtype=x.dtype)
+        return ops.normal(x.shape, rng, dtype=x.dtype)
 
     def call_and_ladj(
         self, x: Tensor, eps: Tensor, context: Context = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
         aux = self.aux_net(self.board.rearrange(x - 0.5))
-        inner = Context(aux, context.dropout_rng, context.chain_offset)
+        inner = Context(aux, context.dropout_rng)
         pair = self.board.rearrange(eps)
         w, ladj = call_and_ladj(self.transform, pair, inner, recompute=self.recompute)
         w = self.board.restore(w)

@@ -22,7 +22,7 @@ def bits_per_dim(flow: Flow, x: Tensor, key: Key, *, batch_size: int = 500) -> f
     flow.eval()
     try:
         total = sum(
-            float(flow.log_prob(rows, key=key, chain_offset=start).double().sum())
+            float(flow.log_prob(rows, key=key.at_chain(key.chain + start)).double().sum())
             for start, rows in zip(range(0, len(x), batch_size), x.split(batch_size), strict=True)
         )
     finally:

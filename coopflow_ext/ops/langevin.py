@@ -50,7 +50,6 @@ class _Options(NamedTuple):
     clamp_high: float | None = None
     noise_when: int = 0
     step: int = 0
-    chain_offset: int = 0
     xi: Tensor | None = None
 
 
@@ -115,7 +114,6 @@ def langevin_step_(
     clamp: tuple[float, float] | None = None,
     noise_when: int = 0,
     step: int = 0,
-    chain_offset: int = 0,
     xi: Tensor | None = None,
     x_low: Tensor | None = None,
     stats: Tensor | None = None,
@@ -132,14 +130,15 @@ def langevin_step_(
         g = g * min(1, grad_norm / ‖g‖)               # per chain, if given
         d = drift * g + decay * x + pull * (x - x_ref)
         x -= d.clamp(-step_clip, step_clip)
-        x += noise * normal(x.shape, rng, step=step, chain_offset=chain_offset)
+        x += noise * normal(x.shape, rng, step=step)
         x.clamp_(*clamp)
 
     Args:
         x: state (B, …), float32, float64, bfloat16 or float16 (arithmetic in float32, float64 for
             double); any dense layout whose outermost storage dimension is the batch.
         grad: gradient of the energy, or the score with ``is_score``; dtype and strides of x.
-        rng: int64[2] = (seed, time) on x's device, see :meth:`Key.tensor`; never changed.
+        rng: int64[3] = (seed, time, number of the first chain) on x's device, see
+            :meth:`Key.tensor`; never changed.
         drift, noise, decay, pull: floats, or tables (T or 1, B or 1), float32 or float64, of which
             row ``step`` is used (the only row when T is 1).
         x_ref: reference of the pull, like x.
@@ -149,7 +148,6 @@ def langevin_step_(
             is not clamped, for loops that put noise before the gradient; 2: none.
         step: added to the key's time, with which it must stay below 2³² (:meth:`Key.advance` tells;
             the op does not read rng on the host); also the row of tables.
-        chain_offset: global index of chain 0.
         xi: standard normals in place of the key's, like x.
         x_low: bfloat16 or float16 copy of the new state, written too.
         stats: (B, 5) float32 (float64 for double), overwritten: Σg² of the raw gradient;
@@ -187,7 +185,6 @@ def langevin_step_(
                 clamp=clamp,
                 noise_when=noise_when,
                 step=step,
-                chain_offset=chain_offset,
                 xi=xi,
                 x_low=x_low,
                 stats=stats,
@@ -208,21 +205,18 @@ def langevin_noise_(
     *,
     noise: Coefficient,
     step: int = 0,
-    chain_offset: int = 0,
     xi: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
     """Adds the noise of one step alone, in place: the first step of loops with ``noise_when=1``.
 
-    Equivalent to ``x += noise * normal(x.shape, rng, step=step, chain_offset=chain_offset)``;
+    Equivalent to ``x += noise * normal(x.shape, rng, step=step)``;
     the arguments are those of :func:`langevin_step_`.
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
     _refuse_negated("langevin_noise_", x)
-    options = _raw(
-        "langevin_noise_", noise=noise, step=step, chain_offset=chain_offset, xi=xi, active=active
-    )
+    options = _raw("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
     try:
         _call.coopflow.langevin_noise_(x, rng, **options)
     except RuntimeError as error:
@@ -248,7 +242,6 @@ def langevin_step(
     clamp: tuple[float, float] | None = None,
     noise_when: int = 0,
     step: int = 0,
-    chain_offset: int = 0,
     xi: Tensor | None = None,
 ) -> Tensor:
     """One Langevin update of every chain, as a function of x and grad, differentiable twice.
@@ -281,7 +274,6 @@ def langevin_step(
         clamp=clamp,
         noise_when=noise_when,
         step=step,
-        chain_offset=chain_offset,
         xi=xi,
     )
     try:
@@ -308,7 +300,7 @@ class BoundStep:
         """The numbers of ``langevin_plain_step_``; None where a step needs more than numbers."""
         beside = self._constant.keys() - _PLAIN_NUMBERS.keys()
         masked = {"active", "freeze_nonfinite", "frozen_at"}
-        if not (beside <= {"chain_offset"} or beside - {"chain_offset"} == masked):
+        if beside and beside != masked:
             return None
         numbers = [self._constant.get(name, off) for name, off in _PLAIN_NUMBERS.items()]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
@@ -323,7 +315,6 @@ class BoundStep:
                 rng,
                 self._numbers,
                 step,
-                constant.get("chain_offset", 0),
                 constant.get("active"),
                 constant.get("frozen_at"),
             )
@@ -355,7 +346,7 @@ def _noise_before_clamp(x: Tensor, rng: Tensor, o: _Options) -> Tensor | None:
     if o.xi is not None:
         return o.xi
     xi = torch.empty_like(x, dtype=arithmetic_dtype(x.dtype))
-    _call.coopflow.normal_(xi, rng, step=o.step, chain_offset=o.chain_offset)
+    _call.coopflow.normal_(xi, rng, step=o.step)
     return xi
 
 

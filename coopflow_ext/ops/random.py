@@ -15,7 +15,6 @@ def normal(
     rng: Tensor,
     *,
     step: int = 0,
-    chain_offset: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals of the given shape on rng's device; dimension 0 counts the chains.
@@ -26,9 +25,9 @@ def normal(
     Equivalent to :func:`coopflow_ext.reference.normal`.
     """
     if torch.compiler.is_compiling():
-        drawn: Tensor = _traced_draw("normal", list(shape), rng, step, chain_offset, dtype)
+        drawn: Tensor = _traced_draw("normal", list(shape), rng, step, dtype)
         return drawn
-    return _draw("normal", shape, rng, step, chain_offset, dtype)
+    return _draw("normal", shape, rng, step, dtype)
 
 
 def uniform(
@@ -36,7 +35,6 @@ def uniform(
     rng: Tensor,
     *,
     step: int = 0,
-    chain_offset: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniforms in the open interval (0, 1) from the words behind :func:`normal`.
@@ -47,17 +45,15 @@ def uniform(
     Equivalent to :func:`coopflow_ext.reference.uniform`.
     """
     if torch.compiler.is_compiling():
-        drawn: Tensor = _traced_draw("uniform", list(shape), rng, step, chain_offset, dtype)
+        drawn: Tensor = _traced_draw("uniform", list(shape), rng, step, dtype)
         return drawn
-    return _draw("uniform", shape, rng, step, chain_offset, dtype)
+    return _draw("uniform", shape, rng, step, dtype)
 
 
-def _draw(
-    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
-) -> Tensor:
+def _draw(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype) -> Tensor:
     out = _new(op, shape, rng, dtype)
     try:
-        getattr(_call.coopflow, f"{op}_")(out, rng, step=step, chain_offset=chain_offset)
+        getattr(_call.coopflow, f"{op}_")(out, rng, step=step)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return out
@@ -66,21 +62,18 @@ def _draw(
 @torch.library.custom_op(
     "coopflow_ext::draw",
     mutates_args=(),
-    schema="(str op, SymInt[] shape, Tensor rng, SymInt step, SymInt chain_offset, "
-    "ScalarType dtype) -> Tensor",
+    schema="(str op, SymInt[] shape, Tensor rng, SymInt step, ScalarType dtype) -> Tensor",
 )
 def _traced_draw(
-    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
+    op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype
 ) -> Tensor:
     """A draw that mutates nothing, for torch.compile: it moved the filling of a new tensor behind
     the tensor's uses (seen in 2.13, in a graph with gradients)."""
-    return _draw(op, shape, rng, step, chain_offset, dtype)
+    return _draw(op, shape, rng, step, dtype)
 
 
 @_traced_draw.register_fake
-def _(
-    op: str, shape: Sequence[int], rng: Tensor, step: int, chain_offset: int, dtype: torch.dtype
-) -> Tensor:
+def _(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype) -> Tensor:
     return _new(op, shape, rng, dtype)
 
 

@@ -61,10 +61,9 @@ class Inputs:
     Attributes:
         like: a state whose structure (tensor, list, tuple) the energy is given.
         xs: the start.
-        rngs: int64[2] for each tensor of the state.
+        rngs: int64[3] for each tensor of the state.
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor and step, or None.
-        chain_offset: number of the first chain.
         model_kwargs: further arguments of the energy.
     """
 
@@ -73,7 +72,6 @@ class Inputs:
     rngs: Tensors
     x_refs: Tensors | None
     xis: tuple[Tensors, ...] | None
-    chain_offset: int
     model_kwargs: dict[str, Any]
 
     def tensors(self) -> list[Tensor]:
@@ -181,7 +179,6 @@ class Chain:
             x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
             is_score=plan.gradient.is_score,
             clamp=plan.step_clamp,
-            chain_offset=self.inputs.chain_offset,
             x_low=self.lows[j] if self.lows else None,
             active=self.active,
             freeze_nonfinite=plan.masked and not several,
@@ -217,7 +214,6 @@ class Chain:
         xis = self.inputs.xis
         common: dict[str, Any] = {
             "noise": place(self.plan.coefficients["noise"], self.xs[j]),
-            "chain_offset": self.inputs.chain_offset,
         }
         if self.active is not None:
             common["active"] = self.active

@@ -13,8 +13,6 @@ from torch import Tensor
 from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
 
-_MAX_CHAIN = 2**63
-
 
 def check_number(
     name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False
@@ -54,14 +52,6 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """ValueError unless value is one of ``allowed``."""
     if not any(value is choice or (value == choice != 1) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def check_offset(chain_offset: object) -> int:
-    """``chain_offset`` in [0, 2⁶³), else TypeError or ValueError."""
-    offset = check_count("chain_offset", chain_offset, 0)
-    if offset >= _MAX_CHAIN:
-        raise ValueError(f"chain_offset must be below 2**63, got {offset}")
-    return offset
 
 
 def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:

@@ -218,7 +218,7 @@ def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
     kind = (
         type(inputs.like),
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs.tensors()),
-        (inputs.x_refs is None, inputs.xis is None, inputs.chain_offset),
+        (inputs.x_refs is None, inputs.xis is None),
         structure_of(inputs.model_kwargs),
         tuple(m.training for m in model),
         tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),

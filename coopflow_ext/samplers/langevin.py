@@ -22,7 +22,6 @@ from coopflow_ext.samplers.checks import (
     check_kwargs,
     check_like,
     check_number,
-    check_offset,
     check_state,
 )
 from coopflow_ext.samplers.differentiable import DifferentiableChain
@@ -130,7 +129,6 @@ class LangevinSampler:
         on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps its
             last finite state; then "raise" :class:`NonFiniteError` after the chain, or "freeze"
             silently. "ignore": no mask, no check.
-        chain_offset: number of the first chain; shards of one batch pass where they start.
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
             made once per chain; the state keeps its dtype. Weights can be copied where the energy
             or score is an nn.Module or a method of one; the caller's module is left as it is.
@@ -186,7 +184,6 @@ class LangevinSampler:
         thin: int = 1,
         stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
-        chain_offset: int = 0,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
@@ -231,7 +228,6 @@ class LangevinSampler:
             sigma = check_number("reference_std", reference_std, minimum=0.0, exclusive=True)
             coefficients["decay"] = a / sigma**2
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
-        self.chain_offset = check_offset(chain_offset)
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
         check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
@@ -280,17 +276,17 @@ class LangevinSampler:
         key: Key | None = None,
         xi: State | None = None,
         x_ref: State | None = None,
-        chain_offset: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> SamplerOutput:
         """Run the chains from x0, which is not modified.
 
         Args:
             x0: (B, …), floating point, or a list or tuple of such tensors; detached.
-            key: where the noise comes from; None draws a seed from torch's default generator.
+            key: where the noise comes from; None draws a seed from torch's default generator. Row i
+                of x0 is chain ``key.chain + i``: shards of one batch pass
+                ``key.at_chain(key.chain + first row)``.
             xi: the standard normals to use instead, (T, *x0.shape).
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
-            chain_offset: replaces the option of that name.
             model_kwargs: further keyword arguments of the energy or score; tensors may be nested
                 in dicts, lists and tuples.
 
@@ -301,8 +297,8 @@ class LangevinSampler:
         xs = check_state(x0)
         check_chain_counts(self.chain_counts, len(xs[0]))
         key = Key.or_default(key)
+        key.check_batch(len(xs[0]))
         after = key.advance(self.plan.n_steps)
-        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
         needs_grad = self.plan.gradient.has_energy or bool(self.differentiable)
         grad_mode = needs_grad or torch.is_grad_enabled()
@@ -314,7 +310,6 @@ class LangevinSampler:
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
                 xis=self._xis(xi, starts),
-                chain_offset=offset,
                 model_kwargs=check_kwargs(model_kwargs),
             )
             if self.differentiable:

@@ -19,7 +19,6 @@ from coopflow_ext.samplers.checks import (
     check_flag,
     check_kwargs,
     check_number,
-    check_offset,
     check_single_state,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
@@ -74,7 +73,7 @@ class MALASampler:
             acceptance (stochastic approximation; then the mean of log δ over the second half of
             them). Their samples are not from the stationary distribution.
         target_accept: acceptance to adapt to; 0.574 is optimal in high dimension.
-        return_trajectory, thin, stats, chain_offset: as in :class:`LangevinSampler`; ``stats`` are
+        return_trajectory, thin, stats: as in :class:`LangevinSampler`; ``stats`` are
             :class:`MALAStatistics`.
 
     Raises:
@@ -94,7 +93,6 @@ class MALASampler:
         return_trajectory: bool = False,
         thin: int = 1,
         stats: bool = False,
-        chain_offset: int = 0,
     ) -> None:
         check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, None, negative_energy=negative_energy)
@@ -115,7 +113,6 @@ class MALASampler:
         self.return_trajectory = check_flag("return_trajectory", return_trajectory)
         self.thin = check_count("thin", thin, 1)
         self.stats = check_flag("stats", stats)
-        self.chain_offset = check_offset(chain_offset)
 
     def __call__(
         self,
@@ -123,7 +120,6 @@ class MALASampler:
         *,
         key: Key | None = None,
         xi: Tensor | None = None,
-        chain_offset: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> MALAOutput:
         """Run the chains from x0 (B, …), which is not modified; arguments as LangevinSampler's.
@@ -134,8 +130,8 @@ class MALASampler:
         x0 = check_single_state("MALASampler", x0)
         check_chain_counts(self.chain_counts, len(x0))
         key = Key.or_default(key)
+        key.check_batch(len(x0))
         after = key.advance(self.n_steps)
-        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         kwargs = check_kwargs(model_kwargs)
         with (
             torch.inference_mode(False),
@@ -153,12 +149,12 @@ class MALASampler:
             for step in range(self.n_steps):
                 ops.langevin_step_(
                     y.copy_(x), grad, rng, drift=steps.drift, noise=steps.noise, step=step,
-                    chain_offset=offset, xi=None if xis is None else xis[step],
+                    xi=None if xis is None else xis[step],
                 )  # fmt: skip
                 u_y, grad_y = self._evaluate(y, kwargs)
                 delta = steps.at(step)
                 log_ratio = self._log_ratio(x, u, grad, y, u_y, grad_y, delta)
-                uniform = ops.uniform((len(x),), accept_rng, step=step, chain_offset=offset)
+                uniform = ops.uniform((len(x),), accept_rng, step=step)
                 accepted = uniform.log() < log_ratio  # false where the ratio is NaN
                 u = torch.where(accepted, u_y, u)
                 chains = per_chain_view(accepted, x)

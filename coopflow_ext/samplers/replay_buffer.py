@@ -140,7 +140,7 @@ class ReplayBuffer:
 
     @_as_plain_tensors
     def state_dict(self) -> dict[str, Any]:
-        """The states and the key: a tensor and two integers."""
+        """The states and the key: a tensor and three integers."""
         return {"states": self.states.clone(), **self._key.state_dict()}
 
     @_as_plain_tensors
@@ -158,7 +158,7 @@ class ReplayBuffer:
                 f"got {tuple(state['states'].shape)}"
             )
         self.states.copy_(state["states"])
-        self._key = Key(seed=int(state["seed"]), time=int(state["time"]))
+        self._key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
 
 
 def _check_shape(shape: object) -> tuple[int, ...]:

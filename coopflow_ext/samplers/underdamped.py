@@ -22,7 +22,6 @@ from coopflow_ext.samplers.checks import (
     check_flag,
     check_kwargs,
     check_like,
-    check_offset,
     check_single_state,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
@@ -80,7 +79,7 @@ class UnderdampedLangevinSampler:
         step_size: h; a float, a callable of the step, (T,) or (T or 1, B or 1), as are the next.
         friction: γ ≥ 0.
         temperature: τ ≥ 0; p ∝ exp(−U/τ).
-        return_trajectory, thin, stats, chain_offset: as in :class:`LangevinSampler`; ``stats`` are
+        return_trajectory, thin, stats: as in :class:`LangevinSampler`; ``stats`` are
             :class:`UnderdampedStatistics`.
         on_nonfinite: a chain whose gradient is not finite stays where that was found, one that
             would leave the finite numbers where it was; then "raise", "freeze" or "ignore" as in
@@ -104,7 +103,6 @@ class UnderdampedLangevinSampler:
         thin: int = 1,
         stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
-        chain_offset: int = 0,
     ) -> None:
         check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, score, negative_energy=negative_energy)
@@ -123,7 +121,6 @@ class UnderdampedLangevinSampler:
         self.return_trajectory = check_flag("return_trajectory", return_trajectory)
         self.stats = check_flag("stats", stats)
         self.thin = check_count("thin", thin, 1)
-        self.chain_offset = check_offset(chain_offset)
 
     def __call__(
         self,
@@ -132,7 +129,6 @@ class UnderdampedLangevinSampler:
         key: Key | None = None,
         xi: Tensor | None = None,
         velocity: Tensor | None = None,
-        chain_offset: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> UnderdampedOutput:
         """Run the chains from x0 (B, …), which is not modified; arguments as LangevinSampler's.
@@ -146,8 +142,8 @@ class UnderdampedLangevinSampler:
         x0 = check_single_state("UnderdampedLangevinSampler", x0)
         check_chain_counts(self.chain_counts, len(x0))
         key = Key.or_default(key)
+        key.check_batch(len(x0))
         after = key.advance(self.n_steps)
-        offset = self.chain_offset if chain_offset is None else check_offset(chain_offset)
         kwargs = check_kwargs(model_kwargs)
         grad_mode = self.gradient.has_energy or torch.is_grad_enabled()
         with (
@@ -157,7 +153,7 @@ class UnderdampedLangevinSampler:
         ):
             x = state_copy(x0)
             if velocity is None:
-                v = self._start_velocity(x, key, offset)
+                v = self._start_velocity(x, key)
             else:
                 v = laid_out(check_like("velocity", velocity, (x,))[0].detach(), x)
             xis = normals_like(x, xi, self.n_steps)
@@ -174,7 +170,7 @@ class UnderdampedLangevinSampler:
                 v_new = v - h * grad
                 x_new = x + h * v_new
                 v_new = ops.langevin_noise_(
-                    c * v_new, rng, noise=noise, step=step, chain_offset=offset,
+                    c * v_new, rng, noise=noise, step=step,
                     xi=None if xis is None else xis[step],
                 )  # fmt: skip
                 x_new += h * v_new
@@ -192,10 +188,10 @@ class UnderdampedLangevinSampler:
             raise nonfinite_error(active, frozen_at, (x,), what=what, advice=advice)
         return UnderdampedOutput(x, after, trajectory.states, stats, v)
 
-    def _start_velocity(self, x: Tensor, key: Key, offset: int) -> Tensor:
+    def _start_velocity(self, x: Tensor, key: Key) -> Tensor:
         std = place(self.start_std, x)
         rng = key.fold_in(USE_MOMENTUM).tensor(x.device)
-        return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std, chain_offset=offset)
+        return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std)
 
     def _empty_statistics(self, x: Tensor) -> UnderdampedStatistics:
         energy, grad_norm, kinetic = x.new_empty(

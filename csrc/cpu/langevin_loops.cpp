@@ -107,15 +107,15 @@ void for_each_run(int64_t quads_per_chain, int64_t begin, int64_t end, const F& 
 }
 
 // The counters of the quads [begin, end) of the flat range.
-inline void set_counters(int64_t chain_offset, int64_t quads_per_chain, int64_t begin, int64_t end,
+inline void set_counters(int64_t first_chain, int64_t quads_per_chain, int64_t begin, int64_t end,
                          TileCounters* counters) {
   if (quads_per_chain == 1) {  // a plain loop, which the compiler vectorises
-    for (int64_t i = 0; i < kQuadsPerTile; ++i) counters->set(i, chain_offset + begin + i, 0);
+    for (int64_t i = 0; i < kQuadsPerTile; ++i) counters->set(i, first_chain + begin + i, 0);
     return;
   }
   for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
     for (int64_t i = 0; i < run.blocks; ++i) {
-      counters->set(run.quad + i, chain_offset + run.chain, run.first_block + i);
+      counters->set(run.quad + i, first_chain + run.chain, run.first_block + i);
     }
   });
 }
@@ -169,7 +169,7 @@ void update_shared_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin
   const int64_t first = first_element(begin), n = first_element(end) - first;
   if (args.noise_source == NoiseSource::kPhilox) {
     TileCounters counters{};
-    set_counters(args.chain_offset, quads_per_chain, begin, end, &counters);
+    set_counters(args.rng[2], quads_per_chain, begin, end, &counters);
     fill_without_gaps(args, counters, begin, end, xi);
   } else if (args.noise_source == NoiseSource::kGiven) {
     load<T>(args.xi, first, n, xi);
@@ -186,7 +186,7 @@ void update_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64
   const int64_t quads_per_chain = divide_up(per_chain, 4);
   if (args.noise_source == NoiseSource::kPhilox) {
     TileCounters counters{};
-    set_counters(args.chain_offset, quads_per_chain, begin, end, &counters);
+    set_counters(args.rng[2], quads_per_chain, begin, end, &counters);
     fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]), noise_time(args.rng, args.step),
                            xi);
   }
@@ -228,7 +228,7 @@ void update_short_chains(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t
     if (args.noise_source == NoiseSource::kPhilox) {
       TileCounters counters{};
       for (int64_t i = 0; i < (last - first) * quads; ++i) {
-        counters.set(i, args.chain_offset + first + i / quads, i % quads);
+        counters.set(i, args.rng[2] + first + i / quads, i % quads);
       }
       fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]),
                              noise_time(args.rng, args.step), xi);
@@ -266,7 +266,7 @@ void update_chunks(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* p
       alignas(64) A xi[kTile] = {};
       if (args.noise_source == NoiseSource::kPhilox) {
         TileCounters counters;
-        counters.set_run(args.chain_offset + chain, e / 4);
+        counters.set_run(args.rng[2] + chain, e / 4);
         fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]),
                                noise_time(args.rng, args.step), xi);
       } else if (args.noise_source == NoiseSource::kGiven) {

@@ -20,7 +20,7 @@ void fill_tiles(const RandomArgs& args, int64_t begin, int64_t end) {
     const int64_t first = (index % tiles_per_chain) * kTile;
     const int64_t left = args.per_chain - first;
     TileCounters counters;
-    counters.set_run(args.chain_offset + chain, first / 4);
+    counters.set_run(args.rng[2] + chain, first / 4);
     alignas(64) A values[kTile];
     fill_tile<Noise>(counters, key, time, values);
     T* out = static_cast<T*>(args.out) + chain * args.per_chain + first;

@@ -16,7 +16,7 @@ __device__ __forceinline__ uint32_t noise_time(const LangevinArgs<A>& args) {
 // Standard normals of one item; for the full update also those given, or zeros.
 template <typename T, int kVec, bool kFull, int kCount, typename A>
 __device__ __forceinline__ void load_noise(const LangevinArgs<A>& args, PhiloxKey key,
-                                           uint32_t time, int64_t chain, int64_t item,
+                                           uint32_t time, int64_t number, int64_t item,
                                            int64_t offset, int n, A (&xi)[kCount]) {
   if (kFull && args.noise_source != NoiseSource::kPhilox) {
     COOPFLOW_UNROLL
@@ -27,8 +27,7 @@ __device__ __forceinline__ void load_noise(const LangevinArgs<A>& args, PhiloxKe
   COOPFLOW_UNROLL
   for (int q = 0; q < kCount / 4; ++q) {
     const uint32_t block = static_cast<uint32_t>(item * (kCount / 4) + q);
-    const Quad<A> z =
-        normals_from_words<A>(noise_words(key, args.chain_offset + chain, time, block));
+    const Quad<A> z = normals_from_words<A>(noise_words(key, number, time, block));
     xi[4 * q] = z.v0;
     xi[4 * q + 1] = z.v1;
     xi[4 * q + 2] = z.v2;
@@ -57,11 +56,12 @@ __device__ __forceinline__ void store_low_precision(const LangevinArgs<double>& 
   store_low_precision<kVec, kCount, double>(args, narrowed, offset, n);
 }
 
-// Updates one item; adds its statistics to sums where they are wanted.
+// Updates one item; adds its statistics to sums where they are wanted. `number`: of its chain, in
+// the noise.
 template <typename T, int kVec, bool kFull, bool kStats, typename A>
 __device__ __forceinline__ void update_item(const LangevinArgs<A>& args,
                                             const LangevinChain<A>& coefficients, PhiloxKey key,
-                                            uint32_t time, int64_t chain, int64_t item,
+                                            uint32_t time, int64_t number, int64_t item,
                                             int64_t offset, int n, A (&sums)[kStatistics]) {
   constexpr int kCount = kItem<T>;
   A x[kCount], grad[kCount], xi[kCount];
@@ -72,7 +72,7 @@ __device__ __forceinline__ void update_item(const LangevinArgs<A>& args,
     COOPFLOW_UNROLL
     for (int i = 0; i < kCount; ++i) grad[i] = A(0);
   }
-  load_noise<T, kVec, kFull>(args, key, time, chain, item, offset, n, xi);
+  load_noise<T, kVec, kFull>(args, key, time, number, item, offset, n, xi);
   const bool has_ref = kFull && args.x_ref != nullptr;
   const bool noise_after = kFull && args.noise_when == NoiseWhen::kAfterStep;
   A x_ref[kCount] = {};
@@ -103,13 +103,14 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   using A = arithmetic_t<T>;
   const PhiloxKey key = make_philox_key(args.rng[0]);
   const uint32_t time = noise_time(args);
+  const int64_t first_chain = args.rng[2];
   const LangevinChain<A> shared = langevin_chain(args, 0);
   A unused[kStatistics];
   for (ItemCursor<kItem<T>> at(grid); at.valid(); at.next()) {
     if (kFull && args.active != nullptr && !args.active[at.chain()]) continue;
     const LangevinChain<A> coefficients = kFull ? langevin_chain(args, at.chain()) : shared;
-    update_item<T, kVec, kFull, false>(args, coefficients, key, time, at.chain(), at.item(),
-                                       at.offset(), at.size(), unused);
+    update_item<T, kVec, kFull, false>(args, coefficients, key, time, first_chain + at.chain(),
+                                       at.item(), at.offset(), at.size(), unused);
   }
 }
 
@@ -135,6 +136,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   constexpr int kCount = kItem<T>;
   const PhiloxKey key = make_philox_key(args.rng[0]);
   const uint32_t time = noise_time(args);
+  const int64_t first_chain = args.rng[2];
   for (ChunkCursor at(args.batch, args.per_chain); at.valid(); at.next()) {
     const int64_t chain = at.chain();
     const bool active = args.active == nullptr || args.active[chain];
@@ -143,8 +145,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     for_each_item<kCount>(at, [&](int64_t e, int n) {
       const int64_t offset = chain * args.per_chain + e;
       if (active) {
-        update_item<T, kVec, true, true>(args, coefficients, key, time, chain, e / kCount, offset,
-                                         n, sums);
+        update_item<T, kVec, true, true>(args, coefficients, key, time, first_chain + chain,
+                                         e / kCount, offset, n, sums);
       } else {
         count_item<T, kVec>(args, offset, n, sums);
       }

@@ -13,13 +13,14 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   constexpr int kCount = kItem<T>;
   const PhiloxKey key = make_philox_key(args.rng[0]);
   const uint32_t time = static_cast<uint32_t>(args.rng[1] + args.step);
+  const int64_t first_chain = args.rng[2];
   for (ItemCursor<kCount> at(grid); at.valid(); at.next()) {
     A values[kCount];
     COOPFLOW_UNROLL
     for (int q = 0; q < kCount / 4; ++q) {
       const uint32_t block = static_cast<uint32_t>(at.item() * (kCount / 4) + q);
       const Quad<A> quad =
-          draw<A>(args.distribution, noise_words(key, args.chain_offset + at.chain(), time, block));
+          draw<A>(args.distribution, noise_words(key, first_chain + at.chain(), time, block));
       values[4 * q] = quad.v0;
       values[4 * q + 1] = quad.v1;
       values[4 * q + 2] = quad.v2;

@@ -50,7 +50,7 @@ class Inputs:
         self.dtype, self.shape, self.aligned, self.alone = dtype, shape, aligned, alone
         self.placed = 0
         self.generator = torch.Generator().manual_seed(7)
-        self.rng = cf.Key(5, time=11).tensor()
+        self.rng = cf.Key(5, time=11, chain=7).tensor()
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -73,10 +73,10 @@ def _filled(inputs: Inputs, op: str) -> Tensor:
     """normal_ and uniform_ write into a given tensor only as raw ops; the faces allocate it."""
     if inputs.aligned:
         call = getattr(cf.ops, op)
-        out: Tensor = call(inputs.shape, inputs.rng, step=3, chain_offset=7, dtype=inputs.dtype)
+        out: Tensor = call(inputs.shape, inputs.rng, step=3, dtype=inputs.dtype)
         return out
     out = inputs.poisoned(dtype=inputs.dtype)
-    getattr(_call.coopflow, f"{op}_")(out, inputs.rng, step=3, chain_offset=7)
+    getattr(_call.coopflow, f"{op}_")(out, inputs.rng, step=3)
     return out
 
 
@@ -93,7 +93,7 @@ def langevin_plain(inputs: Inputs) -> Results:
     moved, grad = inputs.normal(), _with_one_infinite(grad)
     active, frozen_at = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 99)
     numbers = torch.tensor([0.3, 0.1, 0.2, 1, 1.5, torch.inf, 0.2, -1, 1], dtype=torch.float64)
-    _call.coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, 7, active, frozen_at)
+    _call.coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, active, frozen_at)
     return {
         "functional": out, "in place": x, "chain's": moved, "active": active,
         "frozen_at": frozen_at,
@@ -114,7 +114,7 @@ def langevin_full(inputs: Inputs) -> Results:
     x_low = inputs.poisoned(dtype=torch.bfloat16)
     options = {
         **_tables(inputs), "pull": 0.2, "x_ref": x_ref, "grad_clip": 1.5,
-        "clamp": (-1.0, 1.0), "noise_when": 1, "step": 1, "chain_offset": 3,
+        "clamp": (-1.0, 1.0), "noise_when": 1, "step": 1,
     }  # fmt: skip
     cf.ops.langevin_step_(x, grad, inputs.rng, **options, x_low=x_low)
     return {"x": x, "x_low": x_low}

@@ -110,14 +110,13 @@ struct LangevinArgs {
   bool* active;        // (batch)
   int64_t* frozen_at;  // (batch)
   A* norm_scale;       // (batch) workspace
-  const int64_t* rng;  // seed, time
+  const int64_t* rng;  // seed, time, number of the first chain
   Coefficient<A> drift, noise, decay, pull;
   LangevinLimits<A> limits;
   A grad_norm;
   int64_t batch, per_chain;
   int64_t step;         // of the noise: already one later when the noise comes after
   int64_t freeze_step;  // what frozen_at is given
-  int64_t chain_offset;
   NoiseSource noise_source;
   NoiseWhen noise_when;
   LowPrecision low_precision;

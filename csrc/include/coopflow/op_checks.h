@@ -153,25 +153,23 @@ class OpChecks {
     return per_chain;
   }
 
-  // The base (seed, time) of the noise.
+  // The base of the noise. Its numbers are on the device, so the host cannot check them.
   void is_rng(const Tensor& rng, const Tensor& x) const {
     has_dtype("rng", rng, ScalarType::Long);
-    if (rng.dim() != 1 || rng.size(0) != 2) {
-      fail("rng", "must have shape (2,) = (seed, time), got ", shape_text(rng));
+    if (rng.dim() != 1 || rng.size(0) != 3) {
+      fail("rng", "must have shape (3,) = (seed, time, chain), as Key.tensor gives, got ",
+           shape_text(rng));
     }
     is_contiguous("rng", rng);
     same_device("rng", rng, x);
   }
 
-  void noise_fits(int64_t per_chain, int64_t batch, int64_t step, int64_t chain_offset) const {
+  void noise_fits(int64_t per_chain, int64_t step) const {
     if (per_chain > (int64_t{1} << 34)) {
       fail("x", "must have at most 2**34 elements per chain, got ", per_chain);
     }
     if (step < 0 || step >= (int64_t{1} << 32)) {
       fail("step", "must be in [0, 2**32), got ", step);
-    }
-    if (chain_offset < 0 || chain_offset > INT64_MAX - batch) {
-      fail("chain_offset", "must be in [0, 2**63 - batch), got ", chain_offset);
     }
   }
 

@@ -11,8 +11,8 @@ enum class Distribution : int { kNormal, kUniform };
 
 struct RandomArgs {
   void* out;           // (batch, per_chain), dense
-  const int64_t* rng;  // seed, time
-  int64_t batch, per_chain, step, chain_offset;
+  const int64_t* rng;  // seed, time, number of the first chain
+  int64_t batch, per_chain, step;
   Distribution distribution;
 };
 
