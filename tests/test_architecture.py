@@ -1,0 +1,193 @@
+"""The rules of docs/architecture.md, read off the sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import coopflow_ext as cf
+from coopflow_ext._extension import native
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "coopflow_ext"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+STEMS = ("affine_coupling", "langevin", "mixture_logistic", "random")
+
+# A module imports from its own layer or from one further up in this list.
+LAYERS = [
+    ("errors", "_version", "_optional", "_tensors", "autocast"),
+    ("_extension", "_info"),
+    ("reference",),
+    ("ops",),
+    ("rng",),
+    ("samplers", "energies", "flows", "data", "diagnostics"),
+    ("presets", "metrics"),
+    ("integrations",),
+    ("coop",),
+    ("cli", "__main__"),
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+# Names of torch that it marks as its own and that have no public equal.
+PRIVATE_NAMES_OF_TORCH = {
+    "_assert_async",
+    "_call_impl",
+    "_cuda_endAllocateToPool",
+    "_cuda_releasePool",
+    "_current_level",
+    "_foreach_lerp_",
+    "_schema",
+    "_version",
+    "_weight_norm",
+}
+
+
+def layer_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def names(path: Path) -> set[str]:
+    """Every name and attribute that a file uses."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg:
+            found.add(node.arg)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+    return found
+
+
+def test_layers_import_only_what_is_below_them() -> None:
+    for path in MODULES:
+        layer = layer_of(path)
+        if layer == "__init__":
+            continue
+        assert layer in LEVEL, f"{path.name}: give the layer {layer} a place in LAYERS"
+        for module in imports(path):
+            package, _, rest = module.partition(".")
+            other = rest.partition(".")[0]
+            if package == "coopflow_ext" and other in LEVEL:
+                assert LEVEL[other] <= LEVEL[layer], f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("layer", "module"), [("ops", "rng"), ("samplers", "reference"), ("samplers", "_extension")]
+)
+def test_layers_that_do_not_know_each_other(layer: str, module: str) -> None:
+    for path in MODULES:
+        if layer_of(path) == layer:
+            assert f"coopflow_ext.{module}" not in set(imports(path)), path
+
+
+def test_only_a_few_files_speak_to_the_native_library() -> None:
+    for path in MODULES:
+        if layer_of(path) not in ("_extension", "ops", "rng", "_info"):
+            assert not names(path) & {"native", "load_library"}, path
+
+
+def test_raw_arguments_of_the_step_stay_in_ops() -> None:
+    raw = {"clamp_low", "clamp_high", "drift_t", "noise_t", "decay_t", "pull_t"}
+    for path in MODULES:
+        if layer_of(path) != "ops":
+            assert not names(path) & raw, path
+
+
+def test_private_parts_of_torch_are_few_and_listed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in MODULES}
+    own = {
+        name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        for name in (getattr(node, "name", None), getattr(node, "id", None))
+        if name
+    } | {
+        node.attr
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    documented = {"_asdict", "_buffers", "_fields", "_modules", "_parameters"}
+    used = set()
+    for path, tree in trees.items():
+        private = [m for m in imports(path) if re.match(r"torch\.(\w+\.)*_", m)]
+        assert not private, f"{path.relative_to(ROOT)} imports {private}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                used.add(node.attr)
+    foreign = used - own - documented
+    assert foreign <= PRIVATE_NAMES_OF_TORCH, foreign - PRIVATE_NAMES_OF_TORCH
+
+
+def test_headers_of_mathematics_include_no_torch() -> None:
+    for header in (ROOT / "csrc" / "include" / "coopflow").glob("*.h"):
+        assert "torch/" not in header.read_text(), header.name
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_stem_stands_in_every_layer(stem: str) -> None:
+    test = "rng" if stem == "random" else stem  # of random numbers, keys included
+    files = [
+        f"csrc/include/coopflow/{stem}.h",
+        f"csrc/ops/{stem}_op.h",
+        f"csrc/cpu/{stem}_cpu.cpp",
+        f"csrc/cpu/{stem}_loops.cpp",
+        f"csrc/cuda/{stem}_cuda.cu",
+        f"coopflow_ext/ops/{stem}.py",
+        f"tests/test_{test}.py",
+    ]
+    if stem != "random":  # measured as a part of the others
+        files.append(f"benchmarks/bench_{stem}.py")
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def schemas() -> list[str]:
+    text = (ROOT / "csrc" / "library.cpp").read_text()
+    return re.findall(r'm\.def\(\s*"(\w+)\(', text)
+
+
+def test_every_op_on_tensors_has_a_fake_kernel() -> None:
+    found = schemas()
+    assert len(found) > 10
+    for name in found:
+        schema = getattr(native(), name).default._schema
+        if any("Tensor" in str(argument.type) for argument in schema.arguments):
+            op = f"coopflow::{name}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "Meta"), op
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_paths_named_in_the_papers_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`([\w./-]+/[\w.-]+)`", text) + re.findall(r"`(\w+\.(?:md|toml|py))`", text)
+    made = ("build/", "dist/", ".venv", "docs/check-", "/path/")
+    missing = [
+        name
+        for name in named
+        if not name.startswith(made) and not list(ROOT.glob(name)) and not list(PACKAGE.glob(name))
+    ]
+    assert missing == []
+
+
+def test_public_names_are_those_of_the_package() -> None:
+    for name in cf.__all__:
+        assert hasattr(cf, name), name
