@@ -590,7 +590,7 @@ def test_opcheck_of_the_mutating_ops(device: torch.device, dtype: torch.dtype) -
     )
     numbers = plain_numbers({"drift": 0.1, "noise": 0.2})
     for masks in ((None, None), (active, frozen_at)):
-        opcheck(ops.langevin_plain_step_.default, (x, grad, rng, numbers, 2, 5, *masks))
+        opcheck(ops.langevin_plain_step_.default, (x, grad, rng, numbers, 2, *masks))
     opcheck(ops.langevin_noise_.default, (x, rng), {"noise": 0.2})
     opcheck(ops.normal_.default, (x, rng))
     opcheck(ops.uniform_.default, (x, rng))
@@ -658,7 +658,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grad of numpy": ({"grad": torch.ones(4, 6).numpy()}, TypeError, "'grad' .*'ndarray'"),
     "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
     "rng Key": ({"rng": KEY}, TypeError, "'rng' .*'Key'"),
-    "rng shape": ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng: .*\(3,\)"),
+    "rng shape": ({"rng": torch.zeros(4, dtype=torch.int64)}, ValueError, r"rng: .*\(4,\)"),
     "grad_clip": ({"grad_clip": 0.0}, ValueError, "grad_clip: must be positive, got 0"),
     "grad_norm": ({"grad_norm": -1.0}, ValueError, "grad_norm: must be positive"),
     "step_clip": ({"step_clip": math.nan}, ValueError, "step_clip: must be positive, got nan"),
@@ -740,7 +740,7 @@ def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, me
     x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
     before = x.clone()
     with pytest.raises(RuntimeError, match=f"coopflow::langevin_plain_step_: {message}"):
-        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, 0, None, None)
+        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, None, None)
     assert torch.equal(x, before)
 
 
@@ -790,16 +790,16 @@ def test_the_numbers_of_a_plain_step_stay_on_the_cpu(device: torch.device) -> No
     plain, numbers = torch.ops.coopflow.langevin_plain_step_, plain_numbers({"drift": 0.1})
     x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
     shapes = [t.to("meta") for t in (x, grad, rng)]
-    plain(*shapes, numbers, 0, 0, None, None)
+    plain(*shapes, numbers, 0, None, None)
     before = x.clone()
     with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
-        plain(x, grad, rng, numbers.to("meta"), 0, 0, None, None)
+        plain(x, grad, rng, numbers.to("meta"), 0, None, None)
     assert torch.equal(x, before)
 
 
 def test_shapes_alone_pass_through_the_ops() -> None:
     x, grad = (torch.empty(4, 6, device="meta") for _ in range(2))
-    rng = torch.empty(2, dtype=torch.int64, device="meta")
+    rng = torch.empty(3, dtype=torch.int64, device="meta")
     assert cf.ops.langevin_step_(x, grad, rng, drift=0.1) is x
     assert cf.ops.langevin_step(x, grad, rng, drift=0.1).shape == (4, 6)
 
