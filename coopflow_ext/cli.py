@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
     """``coopflow train``."""
     from coopflow_ext import coop
     from coopflow_ext.coop.config import default_preset
-    from coopflow_ext.coop.evaluate import fd_table
+    from coopflow_ext.coop.judge import fd_table
     from coopflow_ext.coop.ranks import process_group
 
     given = _settings(args)
@@ -261,7 +261,7 @@ def sample(args: argparse.Namespace) -> None:
     """``coopflow sample``."""
     from coopflow_ext import Key, coop
     from coopflow_ext.coop import pictures
-    from coopflow_ext.coop.evaluate import START_NAMES
+    from coopflow_ext.coop.judge import START_NAMES
 
     if args.out.suffix not in (".png", ".npy"):
         raise ValueError(f"out must end in .png or .npy, got {args.out}")
@@ -302,7 +302,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """``coopflow evaluate``."""
-    from coopflow_ext.coop.judgement import evaluate_run
+    from coopflow_ext.coop.study.evaluate import evaluate_run
 
     summary = evaluate_run(
         args.run,
@@ -348,7 +348,7 @@ def _add_experiments(commands: Any) -> None:
 
 def experiment(args: argparse.Namespace) -> None:
     """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
-    from coopflow_ext.coop import experiments
+    from coopflow_ext.coop.study import experiments
 
     names = ("n", "seed", "step_size", "chains", "mask", "points")
     options = {name: getattr(args, name, None) for name in names}
@@ -382,7 +382,7 @@ def _add_diagnose(commands: Any) -> None:
 
 def diagnose(args: argparse.Namespace) -> None:
     """``coopflow diagnose``."""
-    from coopflow_ext.coop.diagnose import diagnose_run
+    from coopflow_ext.coop.study.diagnose import diagnose_run
 
     summary = diagnose_run(
         args.run,
@@ -396,7 +396,7 @@ def diagnose(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """``coopflow report``."""
-    from coopflow_ext.coop.report import report_run
+    from coopflow_ext.coop.study.report import report_run
 
     print(f"report: {report_run(args.run)}")
 
@@ -415,7 +415,7 @@ def _add_ablate(commands: Any) -> None:
 
 def ablate(args: argparse.Namespace) -> None:
     """``coopflow ablate``."""
-    from coopflow_ext.coop import ablate as ablation
+    from coopflow_ext.coop.study import ablate as ablation
 
     rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
     print(ablation.table(rows), end="")

@@ -11,7 +11,7 @@ import torch
 
 from coopflow_ext import Key, cli
 from coopflow_ext.coop import CoopFlow, RunError, TrainConfig, Trainer
-from coopflow_ext.coop.ablate import Plan, ablate, table
+from coopflow_ext.coop.study.ablate import Plan, ablate, table
 from coopflow_ext.data import load
 
 BASE: dict[str, Any] = {
@@ -109,7 +109,7 @@ def test_ablation_writes_table_and_plot_and_is_continued(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr("coopflow_ext.coop.ablate.train", fail)
+    monkeypatch.setattr("coopflow_ext.coop.study.ablate.train", fail)
     assert ablate(plan, out) == rows
 
 

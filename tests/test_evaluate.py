@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key, cli, coop
-from coopflow_ext.coop.judgement import evaluate_run, export
+from coopflow_ext.coop.study.evaluate import evaluate_run, export
 from coopflow_ext.data import load
 from coopflow_ext.metrics import FeatureStatistics, frechet_distance
 from coopflow_ext.metrics.fid import check_installed, read_statistics, to_bytes

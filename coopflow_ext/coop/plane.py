@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
-from coopflow_ext.coop.evaluate import START_NAMES
+from coopflow_ext.coop.judge import START_NAMES
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, scatter
 from coopflow_ext.data import Dataset

@@ -19,7 +19,7 @@ from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.board import LOGS, Board
 from coopflow_ext.coop.config import TrainConfig
-from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunError, RunFolder
