@@ -261,7 +261,7 @@ def sample(args: argparse.Namespace) -> None:
     """``coopflow sample``."""
     from coopflow_ext import Key, coop
     from coopflow_ext.coop import pictures
-    from coopflow_ext.coop.judge import START_NAMES
+    from coopflow_ext.coop.config import START_NAMES
 
     if args.out.suffix not in (".png", ".npy"):
         raise ValueError(f"out must end in .png or .npy, got {args.out}")

@@ -7,15 +7,18 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coopflow_ext import data
-from coopflow_ext.coop.learner import WARMUPS
 from coopflow_ext.data import Dataset
+from coopflow_ext.errors import RunError
 
 FORMAT_VERSION = 1
 PRECISIONS = ("float32", "bfloat16")
-STARTS = ("flow", "uniform", "buffer")
+WARMUPS = ("updates", "batches")
+# What chains may start from, and how pictures call it.
+START_NAMES = {"flow": "flow proposal", "uniform": "noise", "buffer": "persistent chains"}
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -132,8 +135,8 @@ class TrainConfig:
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.start not in START_NAMES:
+            raise ValueError(f"start must be one of {', '.join(START_NAMES)}, got {self.start!r}")
         for name in ("precision", "flow_precision"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(
@@ -179,6 +182,23 @@ class TrainConfig:
                 f"but of {version!r}"
             )
         return cls.from_dict(values)
+
+    @classmethod
+    def of_run(cls, path: Path) -> TrainConfig:
+        """The settings of the run in the folder ``path``.
+
+        Raises:
+            RunError: it is not a run, or of another version of the format.
+        """
+        file = path / "config.json"
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise RunError(f"{path} is not a run: it has no readable config.json") from error
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{file} cannot be used: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

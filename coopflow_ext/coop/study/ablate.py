@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.checkpoint import write_atomically, write_json
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
@@ -103,7 +103,7 @@ def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list
     for name, config in plan.rows.items():
         summaries = [_one_run(name, config, seed, out, device) for seed in plan.seeds]
         rows.append(_row(name, config, summaries))
-    write_atomically(out / "table.json", (json.dumps(rows, indent=2) + "\n").encode())
+    write_json(out / "table.json", rows)
     write_atomically(out / "table.md", table(rows).encode())
     save_plot(out / "ablation.png", rows)
     return rows

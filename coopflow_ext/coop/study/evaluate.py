@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.checkpoint import write_atomically, write_json
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels
-from coopflow_ext.coop.study.experiments import open_run, write_json
+from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
 from coopflow_ext.metrics.fid import check_installed, fid, read_statistics
 from coopflow_ext.metrics.neighbours import nearest_neighbours
