@@ -125,6 +125,24 @@ def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "usage: coopflow" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--steps", "many"], "argument --steps: must be INT, got 'many'"),
+        (["--step-clip", "small"], "argument --step-clip: must be FLOAT|none, got 'small'"),
+        (["--flip", "yes"], "argument --flip: must be true|false, got 'yes'"),
+        (["--flow-betas", "0.9", "x"], "argument --flow-betas: must be FLOAT, got 'x'"),
+        (["--flow-options", "[1]"], "argument --flow-options: must be JSON-OBJECT, got '[1]'"),
+    ],
+)
+def test_usage_says_what_a_setting_may_be(
+    option: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--out", "x", *option])
+    assert message in capsys.readouterr().err
+
+
 def test_resume_with_another_preset_is_refused(
     trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

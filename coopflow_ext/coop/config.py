@@ -220,23 +220,67 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
-    "str": lambda v: isinstance(v, str),
-    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "float": _is_number,
-    "bool": lambda v: isinstance(v, bool),
-    "dict[str, Any]": lambda v: isinstance(v, dict),
-    "tuple[float, float]": lambda v: (
-        isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v))
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+@dataclass(frozen=True)
+class SettingType:
+    """What a setting of one type may be, and how the command line reads it.
+
+    Attributes:
+        accepts: whether a value is of the type.
+        parse: a word of the command line → a value; ValueError or KeyError where it is none.
+        metavar: what the command line's help calls such a word.
+        words: how many of them make a value; None for one that stands by itself.
+    """
+
+    accepts: Callable[[Any], bool]
+    parse: Callable[[str], Any]
+    metavar: str
+    words: int | None = None
+
+    @classmethod
+    def of(cls, annotation: str) -> SettingType:
+        """By the annotation of a field; with ``| None`` it may be None, "none" as a word."""
+        name, _, optional = annotation.partition(" | ")
+        required = _SETTING_TYPES[name]
+        if not optional:
+            return required
+        return dataclasses.replace(
+            required,
+            accepts=lambda value: value is None or required.accepts(value),
+            parse=lambda text: None if text.lower() == "none" else required.parse(text),
+            metavar=f"{required.metavar}|none",
+        )
+
+
+_SETTING_TYPES = {
+    "str": SettingType(lambda v: isinstance(v, str), str, "TEXT"),
+    "int": SettingType(lambda v: isinstance(v, int) and not isinstance(v, bool), int, "INT"),
+    "float": SettingType(_is_number, float, "FLOAT"),
+    "bool": SettingType(lambda v: isinstance(v, bool), _switch, "true|false"),
+    "dict[str, Any]": SettingType(lambda v: isinstance(v, dict), _json_object, "JSON-OBJECT"),
+    "tuple[float, float]": SettingType(
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+        float,
+        "FLOAT",
+        words=2,
     ),
 }
 
 
-def _check_type(name: str, value: Any, kind: str) -> None:
+def _check_type(name: str, value: Any, annotation: str) -> None:
     """TypeError unless the value is of the annotated type."""
-    required, _, optional = kind.partition(" | ")
-    if not (_IS_OF_TYPE[required](value) or (optional and value is None)):
-        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    if not SettingType.of(annotation).accepts(value):
+        raise TypeError(f"{name} must be {annotation}, got {value!r}")
 
 
 _MINIMA = {
