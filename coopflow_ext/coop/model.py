@@ -20,6 +20,7 @@ from coopflow_ext.coop.checkpoint import (
     save_checkpoint,
 )
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.data.toy import EXTENT
 from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key
@@ -43,7 +44,7 @@ class EventSpec:
     @property
     def range(self) -> tuple[float, float]:
         """Where uniform noise for the start of a chain lies."""
-        return (-4.0, 4.0) if self.levels is None else (-1.0, 1.0)
+        return (-EXTENT, EXTENT) if self.levels is None else (-1.0, 1.0)
 
     @property
     def clamp(self) -> tuple[float, float] | None:
