@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 import warnings
@@ -15,7 +16,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Heavy imports are inside the commands, so that --help and usage errors answer at once.
+import torch
+
+from coopflow_ext import Key, build_info, coop
+from coopflow_ext.coop import pictures
+from coopflow_ext.coop.config import (
+    PRESETS,
+    START_NAMES,
+    SettingType,
+    TrainConfig,
+    default_preset,
+)
+from coopflow_ext.coop.judge import fd_table
+from coopflow_ext.coop.ranks import process_group
+from coopflow_ext.coop.study import experiments
+from coopflow_ext.coop.study.ablate import Ablation, run_ablation, table
+from coopflow_ext.coop.study.diagnose import diagnose_run
+from coopflow_ext.coop.study.evaluate import evaluate_run
+from coopflow_ext.coop.study.report import report_run
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -104,59 +122,23 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# --- train ---------------------------------------------------------------------------------------
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return value
-
-
-def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text.lower() == "none" else parse(text)
-
-
-def _switch(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "float | None": _optional(float),
-    "int | None": _optional(int),
-    "str | None": _optional(str),
-    "bool": _switch,
-    "dict[str, Any]": _json_object,
-}
 _MORE_SPELLINGS = {"n_samples": ("-n",), "start": ("--chain-start",)}
-_METAVARS = {
-    "dict[str, Any]": "JSON",
-    "bool": "true|false",
-    "float | None": "FLOAT|none",
-    "int | None": "INT|none",
-    "str | None": "TEXT|none",
-}
 
 
-def _checked(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:
+def _parser_of(setting: SettingType) -> Callable[[str], Any]:
     """argparse turns only some exceptions into a usage error."""
 
     def convert(text: str) -> Any:
         try:
-            return parse(text)
+            return setting.parse(text)
         except (ValueError, KeyError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind}") from error
+            message = f"must be {setting.metavar}, got {text!r}"
+            raise argparse.ArgumentTypeError(message) from error
 
     return convert
 
 
 def _add_train(commands: Any) -> None:
-    from coopflow_ext.coop.config import PRESETS, TrainConfig
-
     parser = _add_command(commands, "train", "train a CoopFlow and leave a run folder", train)
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
@@ -167,34 +149,27 @@ def _add_train(commands: Any) -> None:
     _add_device(parser)
     settings = parser.add_argument_group("settings, in place of those of the preset")
     for field in dataclasses.fields(TrainConfig):
-        kind = str(field.type)
-        pair = kind.startswith("tuple")
-        name = "float" if pair else kind
+        kind = SettingType.of(str(field.type))
         options = [*_MORE_SPELLINGS.get(field.name, ()), "--" + field.name.replace("_", "-")]
-        if kind == "bool" and field.default is False:
-            settings.add_argument(
-                *options,
-                dest=field.name,
-                action="store_true",
-                default=argparse.SUPPRESS,
-                help=field.metadata["help"],
-            )
+        common: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": field.metadata["help"],
+        }
+        if field.default is False:
+            settings.add_argument(*options, action="store_true", **common)
             continue
         settings.add_argument(
             *options,
-            dest=field.name,
-            type=_checked(_PARSERS[name], name),
-            nargs=2 if pair else None,
-            metavar=_METAVARS.get(name, name.upper()),
-            default=argparse.SUPPRESS,
-            help=field.metadata["help"],
+            type=_parser_of(kind),
+            nargs=kind.words,
+            metavar=kind.metavar,
+            **common,
         )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    from coopflow_ext.coop.config import TrainConfig
-
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -202,21 +177,16 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> None:
     """``coopflow train``."""
-    from coopflow_ext import coop
-    from coopflow_ext.coop.config import default_preset
-    from coopflow_ext.coop.evaluate import fd_table
-    from coopflow_ext.coop.ranks import process_group
-
     given = _settings(args)
     if args.resume:
         run = coop.RunFolder.open(args.out)
         if args.preset:
-            config = coop.TrainConfig.from_dict({"preset": args.preset, **given})
+            config = TrainConfig.from_dict({"preset": args.preset, **given})
         else:
             config = dataclasses.replace(run.config, **given)
     else:
         preset = args.preset or default_preset(given.get("data", "digits"))
-        config = coop.TrainConfig.from_dict({"preset": preset, **given})
+        config = TrainConfig.from_dict({"preset": preset, **given})
     with process_group(_device(args.device)) as device:
         summary = coop.train(config, args.out, resume=args.resume, device=device, log=args.log)
     if not summary:
@@ -230,8 +200,6 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _device(name: str) -> str:
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -245,9 +213,6 @@ def _device(name: str) -> str:
     return name
 
 
-# --- sample --------------------------------------------------------------------------------------
-
-
 def _add_sample(commands: Any) -> None:
     parser = _add_command(commands, "sample", "draw samples from a run into a picture", sample)
     parser.add_argument("run", type=Path, help="a run folder or a checkpoint")
@@ -259,10 +224,6 @@ def _add_sample(commands: Any) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """``coopflow sample``."""
-    from coopflow_ext import Key, coop
-    from coopflow_ext.coop import pictures
-    from coopflow_ext.coop.evaluate import START_NAMES
-
     if args.out.suffix not in (".png", ".npy"):
         raise ValueError(f"out must end in .png or .npy, got {args.out}")
     if not args.out.parent.is_dir():
@@ -275,9 +236,6 @@ def sample(args: argparse.Namespace) -> None:
     else:
         pictures.save_panels(args.out, {start: proposals, "after Langevin": results})
     print(f"{args.n} samples: {args.out}")
-
-
-# --- evaluate and the paper's experiments ---------------------------------------------------------
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -302,8 +260,6 @@ def _add_evaluate(commands: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """``coopflow evaluate``."""
-    from coopflow_ext.coop.judgement import evaluate_run
-
     summary = evaluate_run(
         args.run,
         n=args.n,
@@ -348,8 +304,6 @@ def _add_experiments(commands: Any) -> None:
 
 def experiment(args: argparse.Namespace) -> None:
     """``coopflow reconstruct``, ``inpaint`` and ``interpolate``."""
-    from coopflow_ext.coop import experiments
-
     names = ("n", "seed", "step_size", "chains", "mask", "points")
     options = {name: getattr(args, name, None) for name in names}
     given = {name: value for name, value in options.items() if value is not None}
@@ -357,9 +311,6 @@ def experiment(args: argparse.Namespace) -> None:
     results = run(args.run, device=_device(args.device), **given)
     results.pop("errors", None)
     print(json.dumps(results, indent=2))
-
-
-# --- diagnose and report --------------------------------------------------------------------------
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -382,8 +333,6 @@ def _add_diagnose(commands: Any) -> None:
 
 def diagnose(args: argparse.Namespace) -> None:
     """``coopflow diagnose``."""
-    from coopflow_ext.coop.diagnose import diagnose_run
-
     summary = diagnose_run(
         args.run,
         n=args.n,
@@ -396,12 +345,7 @@ def diagnose(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """``coopflow report``."""
-    from coopflow_ext.coop.report import report_run
-
     print(f"report: {report_run(args.run)}")
-
-
-# --- ablate ---------------------------------------------------------------------------------------
 
 
 def _add_ablate(commands: Any) -> None:
@@ -415,19 +359,12 @@ def _add_ablate(commands: Any) -> None:
 
 def ablate(args: argparse.Namespace) -> None:
     """``coopflow ablate``."""
-    from coopflow_ext.coop import ablate as ablation
-
-    rows = ablation.ablate(ablation.Plan.read(args.configs), args.out, device=_device(args.device))
-    print(ablation.table(rows), end="")
+    rows = run_ablation(Ablation.read(args.configs), args.out, device=_device(args.device))
+    print(table(rows), end="")
     print(f"table: {args.out / 'table.md'}  plot: {args.out / 'ablation.png'}")
 
 
-# --- the authors' checkpoints ---------------------------------------------------------------------
-
-
 def _add_import_official(commands: Any) -> None:
-    from coopflow_ext.coop.config import PRESETS
-
     parser = _add_command(
         commands,
         "import-official",
@@ -457,8 +394,6 @@ def _image_shape(text: str) -> tuple[int, int, int]:
 
 def import_official(args: argparse.Namespace) -> None:
     """``coopflow import-official``."""
-    from coopflow_ext import coop
-
     coop.RunFolder.check_free(args.out)
     model = coop.CoopFlow.from_official(
         args.checkpoint, args.image_shape, preset=args.preset, dropout=args.dropout
@@ -467,9 +402,6 @@ def import_official(args: argparse.Namespace) -> None:
     run = coop.RunFolder.create(args.out, model.config)
     run.save(0, model.state_dict(), model.metadata())
     print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
-
-
-# --- bench ---------------------------------------------------------------------------------------
 
 
 def _add_bench(commands: Any) -> None:
@@ -485,8 +417,6 @@ def _add_bench(commands: Any) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """``coopflow bench``."""
-    import importlib
-
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     if not (folder / "suite.py").is_file():
         raise FileNotFoundError(
@@ -504,12 +434,7 @@ def bench(args: argparse.Namespace) -> None:
         raise RuntimeError(failed)
 
 
-# --- info ----------------------------------------------------------------------------------------
-
-
 def info(args: argparse.Namespace) -> None:
     """``coopflow info``."""
-    import coopflow_ext
-
-    for name, value in coopflow_ext.build_info().items():
+    for name, value in build_info().items():
         print(f"{name}: {value}")

@@ -9,6 +9,10 @@ class BuildError(RuntimeError):
     """The native library is missing or cannot be loaded; the message says what to install."""
 
 
+class RunError(RuntimeError):
+    """A run folder or a file in it cannot be used; the message says what to do."""
+
+
 class NonFiniteError(RuntimeError):
     """A chain met a gradient that is not finite.
 

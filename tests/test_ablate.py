@@ -11,7 +11,7 @@ import torch
 
 from coopflow_ext import Key, cli
 from coopflow_ext.coop import CoopFlow, RunError, TrainConfig, Trainer
-from coopflow_ext.coop.ablate import Plan, ablate, table
+from coopflow_ext.coop.study.ablate import Ablation, run_ablation, table
 from coopflow_ext.data import load
 
 BASE: dict[str, Any] = {
@@ -87,8 +87,8 @@ def test_persistent_chains_go_on_where_they_were(tmp_path: Path) -> None:
 def test_ablation_writes_table_and_plot_and_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, out = Plan.read(write_plan(tmp_path / "plan.json")), tmp_path / "out"
-    rows = ablate(plan, out)
+    plan, out = Ablation.read(write_plan(tmp_path / "plan.json")), tmp_path / "out"
+    rows = run_ablation(plan, out)
     assert [row["name"] for row in rows] == list(ROWS)
     assert [row["flow_updates"] for row in rows] == [4, 0, 4, 4]
     assert [row["energy_updates"] for row in rows] == [0, 4, 4, 4]
@@ -109,18 +109,18 @@ def test_ablation_writes_table_and_plot_and_is_continued(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr("coopflow_ext.coop.ablate.train", fail)
-    assert ablate(plan, out) == rows
+    monkeypatch.setattr("coopflow_ext.coop.study.ablate.train", fail)
+    assert run_ablation(plan, out) == rows
 
 
 def test_other_settings_do_not_mix_with_the_runs_that_are_there(tmp_path: Path) -> None:
     one_row = {"CoopFlow(T=2)": {}}
-    plan = Plan.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=one_row))
-    ablate(plan, tmp_path / "out")
+    plan = Ablation.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=one_row))
+    run_ablation(plan, tmp_path / "out")
     other = {"CoopFlow(T=2)": {"noise": 0.1}}
-    plan = Plan.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=other))
+    plan = Ablation.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=other))
     with pytest.raises(RunError, match=r"made with noise=0.02; --resume cannot change it to 0.1"):
-        ablate(plan, tmp_path / "out")
+        run_ablation(plan, tmp_path / "out")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,9 +143,9 @@ def test_unequal_flow_updates_are_said_under_the_table() -> None:
 
 def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path) -> None:
     rows = {"good": {}, "bad": {"flow_options": {"net": "mlp", "depth": 3}}}
-    plan = Plan.read(write_plan(tmp_path / "plan.json", rows=rows))
+    plan = Ablation.read(write_plan(tmp_path / "plan.json", rows=rows))
     with pytest.raises(ValueError, match=r"row 'bad': flow_options do not fit realnvp.*depth"):
-        ablate(plan, tmp_path / "out")
+        run_ablation(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,4 +173,4 @@ def test_bad_plans(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        Plan.read(path)
+        Ablation.read(path)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
-from coopflow_ext import cli
+from coopflow_ext import cli, coop
+from coopflow_ext.coop import Trainer
 
 SMALL = [
     *("--data", "digits", "--pretrain-steps", "2", "--steps", "4", "--batch-size", "16"),
@@ -68,8 +71,6 @@ def test_resume_refuses_another_preset(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from coopflow_ext import coop
-
     out, _, _ = trained
     command = ["train", "--out", str(out), "--resume"]
     assert cli.main([*command, "--preset", "patches-small"]) == 1
@@ -125,6 +126,24 @@ def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "usage: coopflow" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--steps", "many"], "argument --steps: must be INT, got 'many'"),
+        (["--step-clip", "small"], "argument --step-clip: must be FLOAT|none, got 'small'"),
+        (["--flip", "yes"], "argument --flip: must be true|false, got 'yes'"),
+        (["--flow-betas", "0.9", "x"], "argument --flow-betas: must be FLOAT, got 'x'"),
+        (["--flow-options", "[1]"], "argument --flow-options: must be JSON-OBJECT, got '[1]'"),
+    ],
+)
+def test_usage_says_what_a_setting_may_be(
+    option: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--out", "x", *option])
+    assert message in capsys.readouterr().err
+
+
 def test_resume_with_another_preset_is_refused(
     trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,10 +188,6 @@ def test_a_bad_setting_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_an_interrupt_is_130(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import signal
-
-    from coopflow_ext.coop import Trainer
-
     original = Trainer.train_step
 
     def train_step(self: Trainer) -> object:
@@ -207,8 +222,6 @@ def test_a_bad_device_is_named(name: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_info_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     assert cli.main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
 

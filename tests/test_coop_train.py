@@ -488,6 +488,17 @@ def test_resume_of_what_is_not_a_run(tmp_path: Path) -> None:
         coop.train(None, tmp_path, resume=True)
 
 
+def test_load_of_a_folder_that_is_not_a_run_or_has_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is not a run: it has no readable config.json"):
+        coop.CoopFlow.load(tmp_path)
+    RunFolder.create(tmp_path, tiny())
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        coop.CoopFlow.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 99}')
+    with pytest.raises(RunError, match=r"config.json cannot be used: .* but of 99"):
+        coop.CoopFlow.load(tmp_path)
+
+
 def test_a_checkpoint_of_another_format_is_refused(finished: Path, tmp_path: Path) -> None:
     tensors, facts = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
     settings = {**json.loads(facts["config"]), "format": 2}

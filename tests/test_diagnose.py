@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key, LangevinSampler, cli, coop
-from coopflow_ext.coop.report import report_run
+from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.flows import ActNorm, Flow
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from coopflow_ext import Key, cli, coop
-from coopflow_ext.coop.judgement import evaluate_run, export
+from coopflow_ext.coop.study.evaluate import evaluate_run, export
 from coopflow_ext.data import load
+from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.metrics import FeatureStatistics, frechet_distance
-from coopflow_ext.metrics.fid import check_installed, read_statistics, to_bytes
+from coopflow_ext.metrics.fid import check_inception_installed, read_statistics
 from coopflow_ext.metrics.neighbours import nearest_neighbours
 from coopflow_ext.rng import USE_EVALUATION
 
@@ -121,7 +122,7 @@ def test_fid_says_that_torchvision_does_not_fit_torch(
     monkeypatch.syspath_prepend(tmp_path)
     expected = rf"a torchvision made for this torch {re.escape(torch.__version__)}; .*::nms"
     with pytest.raises(ImportError, match=expected):
-        check_installed()
+        check_inception_installed()
     for name in [m for m in sys.modules if m.partition(".")[0] == "torchmetrics"]:
         del sys.modules[name]
 

@@ -11,7 +11,7 @@ import torch
 
 from coopflow_ext import coop
 from coopflow_ext.coop.plane import cell_centres, divergence, normalised
-from coopflow_ext.coop.report import report_run
+from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.data.toy import DENSITIES
 
 image_module = pytest.importorskip("PIL.Image")

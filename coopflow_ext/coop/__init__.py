@@ -2,9 +2,10 @@
 
 from coopflow_ext.coop.config import PRESETS, TrainConfig
 from coopflow_ext.coop.model import CoopFlow
-from coopflow_ext.coop.run import RunError, RunFolder
+from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.train import TrainingInterrupted, train
 from coopflow_ext.coop.trainer import Trainer
+from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import export_official, load_official
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from coopflow_ext.errors import RunError
+
 _METADATA = "coopflow"
-
-
-class RunError(RuntimeError):
-    """A run folder or a file in it cannot be used; the message says what to do."""
+_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -44,6 +44,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(directory)
 
 
+def write_json(path: Path, content: object) -> None:
+    """Indented, for readers; written atomically."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Tensors and a JSON-able dictionary as one safetensors file, written atomically."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -67,6 +72,29 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata is None:
         raise RunError(f"{path} is a safetensors file, but not a checkpoint of coopflow_ext")
     return tensors, json.loads(metadata)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of this step lies in a run folder."""
+    return run / "checkpoints" / f"step-{step:07d}.safetensors"
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint of a run folder, oldest first."""
+    found = []
+    for path in (run / "checkpoints").glob("*.safetensors"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run folder; RunError when there is none."""
+    found = checkpoints(run)
+    if not found:
+        raise RunError(f"{run} has no checkpoint yet")
+    return found[-1][1]
 
 
 def module_state(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

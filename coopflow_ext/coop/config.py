@@ -7,15 +7,18 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coopflow_ext import data
-from coopflow_ext.coop.learner import WARMUPS
 from coopflow_ext.data import Dataset
+from coopflow_ext.errors import RunError
 
 FORMAT_VERSION = 1
 PRECISIONS = ("float32", "bfloat16")
-STARTS = ("flow", "uniform", "buffer")
+WARMUPS = ("updates", "batches")
+# What chains may start from, and how pictures call it.
+START_NAMES = {"flow": "flow proposal", "uniform": "noise", "buffer": "persistent chains"}
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -132,8 +135,8 @@ class TrainConfig:
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.start not in START_NAMES:
+            raise ValueError(f"start must be one of {', '.join(START_NAMES)}, got {self.start!r}")
         for name in ("precision", "flow_precision"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(
@@ -181,6 +184,23 @@ class TrainConfig:
         return cls.from_dict(values)
 
     @classmethod
+    def of_run(cls, path: Path) -> TrainConfig:
+        """The settings of the run in the folder ``path``.
+
+        Raises:
+            RunError: it is not a run, or of another version of the format.
+        """
+        file = path / "config.json"
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise RunError(f"{path} is not a run: it has no readable config.json") from error
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{file} cannot be used: {error}") from error
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """Settings by name; ``preset`` may name one to start from, other names are a ValueError."""
         values = dict(values)
@@ -200,23 +220,67 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
-    "str": lambda v: isinstance(v, str),
-    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "float": _is_number,
-    "bool": lambda v: isinstance(v, bool),
-    "dict[str, Any]": lambda v: isinstance(v, dict),
-    "tuple[float, float]": lambda v: (
-        isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v))
+def _switch(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+@dataclass(frozen=True)
+class SettingType:
+    """What a setting of one type may be, and how the command line reads it.
+
+    Attributes:
+        accepts: whether a value is of the type.
+        parse: a word of the command line → a value; ValueError or KeyError where it is none.
+        metavar: what the command line's help calls such a word.
+        words: how many of them make a value; None for one that stands by itself.
+    """
+
+    accepts: Callable[[Any], bool]
+    parse: Callable[[str], Any]
+    metavar: str
+    words: int | None = None
+
+    @classmethod
+    def of(cls, annotation: str) -> SettingType:
+        """By the annotation of a field; with ``| None`` it may be None, "none" as a word."""
+        name, _, optional = annotation.partition(" | ")
+        required = _SETTING_TYPES[name]
+        if not optional:
+            return required
+        return dataclasses.replace(
+            required,
+            accepts=lambda value: value is None or required.accepts(value),
+            parse=lambda text: None if text.lower() == "none" else required.parse(text),
+            metavar=f"{required.metavar}|none",
+        )
+
+
+_SETTING_TYPES = {
+    "str": SettingType(lambda v: isinstance(v, str), str, "TEXT"),
+    "int": SettingType(lambda v: isinstance(v, int) and not isinstance(v, bool), int, "INT"),
+    "float": SettingType(_is_number, float, "FLOAT"),
+    "bool": SettingType(lambda v: isinstance(v, bool), _switch, "true|false"),
+    "dict[str, Any]": SettingType(lambda v: isinstance(v, dict), _json_object, "JSON-OBJECT"),
+    "tuple[float, float]": SettingType(
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+        float,
+        "FLOAT",
+        words=2,
     ),
 }
 
 
-def _check_type(name: str, value: Any, kind: str) -> None:
+def _check_type(name: str, value: Any, annotation: str) -> None:
     """TypeError unless the value is of the annotated type."""
-    required, _, optional = kind.partition(" | ")
-    if not (_IS_OF_TYPE[required](value) or (optional and value is None)):
-        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    if not SettingType.of(annotation).accepts(value):
+        raise TypeError(f"{name} must be {annotation}, got {value!r}")
 
 
 _MINIMA = {

@@ -18,7 +18,6 @@ from coopflow_ext.coop.ranks import ALONE, Ranks
 
 # Names under which torch keeps weight-norm's g: the parametrization, and the older hook.
 _WEIGHT_NORM_G = (".original0", ".weight_g")
-WARMUPS = ("updates", "batches")
 
 
 class Update(NamedTuple):

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from coopflow_ext import energies, flows, ops
 from coopflow_ext.autocast import in_precision
 from coopflow_ext.coop.checkpoint import (
-    RunError,
+    latest_checkpoint,
     load_checkpoint,
     module_state,
     save_checkpoint,
 )
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.data.toy import EXTENT
+from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key, stream
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
@@ -42,7 +44,7 @@ class EventSpec:
     @property
     def range(self) -> tuple[float, float]:
         """Where uniform noise for the start of a chain lies."""
-        return (-4.0, 4.0) if self.levels is None else (-1.0, 1.0)
+        return (-EXTENT, EXTENT) if self.levels is None else (-1.0, 1.0)
 
     @property
     def clamp(self) -> tuple[float, float] | None:
@@ -312,11 +314,10 @@ class CoopFlow(nn.Module):
         Raises:
             RunError: the file or folder is missing, damaged or of another format.
         """
-        from coopflow_ext.coop.run import RunFolder  # run.py builds on this module
-
         path = Path(path)
         if path.is_dir():
-            path = RunFolder.open(path).latest_checkpoint()
+            TrainConfig.of_run(path)  # RunError unless it is a run
+            path = latest_checkpoint(path)
         tensors, metadata = load_checkpoint(path)
         try:
             config = TrainConfig.from_json(metadata["config"])

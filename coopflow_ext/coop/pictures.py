@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.data.dataset import to_bytes
+from coopflow_ext.data.toy import EXTENT
 
 _MIN_TILE = 32
 _BORDER = 2
@@ -31,9 +32,8 @@ def check_installed() -> None:
 
 def to_pixels(x: Tensor) -> Pixels:
     """Images (B, C, H, W) in [−1, 1], C = 1 or 3 → (B, H, W, 3) uint8, rounded to 256 levels."""
-    levels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    colour = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    pixels: Pixels = colour.contiguous().numpy()
+    rows = to_bytes(x.detach().float().cpu()).permute(0, 2, 3, 1)
+    pixels: Pixels = rows.contiguous().numpy()
     return pixels
 
 
@@ -90,8 +90,8 @@ def scatter(axes: Any, x: Tensor, title: str) -> None:
     """Points as a cloud over [−4, 4]²."""
     a, b = x[:, :2].detach().float().cpu().unbind(1)
     axes.scatter(a.numpy(), b.numpy(), s=2, linewidths=0)
-    axes.set_xlim(-4, 4)
-    axes.set_ylim(-4, 4)
+    axes.set_xlim(-EXTENT, EXTENT)
+    axes.set_ylim(-EXTENT, EXTENT)
     axes.set_aspect("equal")
     axes.set_title(title, fontsize=10)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coopflow_ext._optional import require
 from coopflow_ext.coop.checkpoint import write_atomically
-from coopflow_ext.coop.evaluate import START_NAMES
-from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.config import START_NAMES
+from coopflow_ext.coop.model import CoopFlow, build_sampler
 from coopflow_ext.coop.pictures import figure_bytes, scatter
 from coopflow_ext.data import Dataset
 from coopflow_ext.data.toy import DENSITIES, EXTENT
@@ -116,8 +116,6 @@ def _animation(model: CoopFlow, key: Key) -> bytes:
 
 def _states(model: CoopFlow, key: Key) -> list[tuple[int, Tensor]]:
     """(step, points) along the chain, at most 30 states and the start."""
-    from coopflow_ext.coop.model import build_sampler
-
     assert model.config is not None
     assert model.event is not None
     start = model.propose(_POINTS // 2, key)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from coopflow_ext.coop.checkpoint import RunError
+from coopflow_ext.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coopflow_ext.coop.board import Board
 from coopflow_ext.coop.checkpoint import (
-    RunError,
+    checkpoint_path,
+    checkpoints,
+    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
+    write_json,
 )
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.data import Dataset
+from coopflow_ext.errors import RunError
 
-__all__ = ["RunError", "RunFolder"]
-
-_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+__all__ = ["RunError", "RunFolder", "open_run"]
 
 
 class RunFolder:
@@ -64,14 +68,7 @@ class RunFolder:
             RunError: it is not a run, or of another version of the format.
         """
         path = Path(path)
-        try:
-            text = (path / "config.json").read_text()
-        except OSError as error:
-            raise RunError(f"{path} is not a run: it has no readable config.json") from error
-        try:
-            return cls(path, TrainConfig.from_json(text))
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{path / 'config.json'} cannot be used: {error}") from error
+        return cls(path, TrainConfig.of_run(path))
 
     def write_config(self) -> None:
         write_atomically(self.path / "config.json", self.config.to_json().encode())
@@ -107,8 +104,6 @@ class RunFolder:
             self.board.close()
             self.board = None
 
-    # --- metrics ----------------------------------------------------------------------------------
-
     @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
@@ -137,27 +132,17 @@ class RunFolder:
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         write_atomically(self.metrics_path, "".join(kept).encode())
 
-    # --- checkpoints ------------------------------------------------------------------------------
-
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
-        found = []
-        for path in (self.path / "checkpoints").glob("*.safetensors"):
-            match = _CHECKPOINT.fullmatch(path.name)
-            if match:
-                found.append((int(match[1]), path))
-        return sorted(found)
+        return checkpoints(self.path)
 
     def latest_checkpoint(self) -> Path:
         """The newest checkpoint; RunError when there is none."""
-        found = self.checkpoints()
-        if not found:
-            raise RunError(f"{self.path} has no checkpoint yet")
-        return found[-1][1]
+        return latest_checkpoint(self.path)
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
         """Write a checkpoint, then remove those that are too old to keep."""
-        path = self.path / "checkpoints" / f"step-{step:07d}.safetensors"
+        path = checkpoint_path(self.path, step)
         save_checkpoint(path, tensors, metadata)
         for _, old in self.checkpoints()[: -self.config.keep_checkpoints]:
             old.unlink()
@@ -177,15 +162,11 @@ class RunFolder:
             advice = f"delete it to go on from {older[-1]}" if older else "there is no older one"
             raise RunError(f"{error}; {advice}") from error
 
-    # --- results ----------------------------------------------------------------------------------
-
     def picture_path(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:07d}.png"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_atomically(
-            self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
-        )
+        write_json(self.path / "summary.json", summary)
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``; RunError when the run has not finished."""
@@ -194,3 +175,9 @@ class RunFolder:
             raise RunError(f"{self.path} has no summary.json: the run has not finished")
         summary: dict[str, Any] = json.loads(path.read_text())
         return summary
+
+
+def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[RunFolder, CoopFlow, Dataset]:
+    """The run's folder, its trained models and its data."""
+    run = RunFolder.open(path)
+    return run, CoopFlow.load(path, device=device), run.config.load_data()

@@ -19,12 +19,12 @@ from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.board import LOGS, Board
 from coopflow_ext.coop.config import TrainConfig
-from coopflow_ext.coop.evaluate import Judge
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
-from coopflow_ext.coop.run import RunError, RunFolder
+from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.trainer import Trainer
-from coopflow_ext.errors import NonFiniteError
+from coopflow_ext.errors import NonFiniteError, RunError
 
 
 class TrainingInterrupted(KeyboardInterrupt):

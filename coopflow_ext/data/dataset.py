@@ -66,6 +66,12 @@ class Dataset:
         return raw.float() / (self.levels - 1) * 2 - 1
 
 
+def to_bytes(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [−1, 1], C = 1 or 3 → (B, 3, H, W) uint8, rounded to 256 levels."""
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.expand(-1, 3, -1, -1)
+
+
 def check_images(images: Tensor, levels: int) -> Tensor:
     """(N, C, H, W) uint8 with every value below ``levels``; returned as it came."""
     if images.dtype != torch.uint8 or images.ndim != 4:

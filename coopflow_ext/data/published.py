@@ -57,9 +57,6 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --- CIFAR-10 -----------------------------------------------------------------------------------
-
-
 def cifar10(root: Path) -> Dataset:
     """CIFAR-10, binary version: 50,000 training and 10,000 test images (3, 32, 32) of 10 classes.
 
@@ -120,9 +117,6 @@ def _cifar_records(content: bytes, path: Path) -> tuple[Tensor, Tensor]:
     return check_images(records[:, 1:].reshape(-1, 3, 32, 32).clone(), 256), labels
 
 
-# --- SVHN ---------------------------------------------------------------------------------------
-
-
 def svhn(root: Path) -> Dataset:
     """Street View House Numbers, cropped: 73,257 training and 26,032 test images (3, 32, 32).
 
@@ -159,9 +153,6 @@ def _svhn_split(path: Path) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise ValueError(f"{path} holds {len(x)} images but {len(y)} labels")
     return check_images(x, 256), y % 10  # the file calls the digit 0 class 10
-
-
-# --- both ---------------------------------------------------------------------------------------
 
 
 def _must_exist(path: Path, source: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext.data.batches import Batches
+from coopflow_ext.data.bundled import digits
 from coopflow_ext.data.dataset import Dataset
 from coopflow_ext.metrics.frechet import FeatureStatistics
 from coopflow_ext.rng import Key
@@ -81,9 +82,7 @@ def _train_classifier(data: Dataset, steps: int = 800, batch_size: int = 128) ->
 
 @functools.cache
 def _digits_space() -> FeatureSpace:
-    from coopflow_ext import data as datasets
-
-    data = datasets.load("digits")
+    data = digits()
     assert data.held_out_labels is not None
     model = _train_classifier(data)
     hits = model(data.decode(data.held_out)).argmax(1) == data.held_out_labels

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext._optional import require
+from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.metrics.frechet import FeatureStatistics, frechet_distance
 
 
-def check_installed() -> None:
+def check_inception_installed() -> None:
     """ImportError, with what to install, unless the Inception network can be had."""
     try:
         require("torchmetrics.image.fid", extra="fid", distribution="torchmetrics")
@@ -25,12 +26,6 @@ def check_installed() -> None:
             "FID needs torchmetrics and torch-fidelity, and a torchvision made for this torch "
             f"{torch.__version__}; they cannot be imported: {error}"
         ) from error
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """Images in [−1, 1] → uint8 with three channels, as they would be in a PNG."""
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.expand(-1, 3, -1, -1)
 
 
 def read_statistics(path: Path) -> FeatureStatistics:
@@ -78,7 +73,7 @@ def fid(
         ValueError: the statistics are of another number of features.
     """
     if isinstance(features, int):
-        check_installed()
+        check_inception_installed()
     module = require("torchmetrics.image.fid", extra="fid", distribution="torchmetrics")
     metric = module.FrechetInceptionDistance(feature=features, normalize=False).to(device)
     if isinstance(real, FeatureStatistics):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.config import START_NAMES, TrainConfig
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import save_panels
 from coopflow_ext.data import Dataset
@@ -15,7 +15,6 @@ from coopflow_ext.metrics import bits_per_dim, feature_space, frechet_distance
 from coopflow_ext.rng import USE_EVALUATION, Key
 
 _SHOWN = 64
-START_NAMES = {"flow": "flow proposal", "uniform": "noise", "buffer": "persistent chains"}
 
 
 class Judge:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.checkpoint import write_atomically, write_json
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
@@ -20,7 +20,7 @@ from coopflow_ext.coop.train import train
 
 
 @dataclass(frozen=True)
-class Plan:
+class Ablation:
     """What a file of configurations says.
 
     Attributes:
@@ -32,7 +32,7 @@ class Plan:
     rows: dict[str, TrainConfig]
 
     @classmethod
-    def read(cls, path: Path) -> Plan:
+    def read(cls, path: Path) -> Ablation:
         """``{"seeds": [...], "base": {settings}, "rows": {name: {settings}}}``, JSON.
 
         Raises:
@@ -88,7 +88,9 @@ def _check_comparable(path: Path, rows: dict[str, TrainConfig]) -> None:
             raise ValueError(f"{path}: {name} must be the same in all rows, got {values}")
 
 
-def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+def run_ablation(
+    ablation: Ablation, out: Path, *, device: torch.device | str = "cpu"
+) -> list[dict[str, Any]]:
     """Train every row with every seed below ``out``; write table.md, table.json, ablation.png.
 
     What was finished before is kept and what was begun is continued, so an interrupted ablation
@@ -97,13 +99,13 @@ def ablate(plan: Plan, out: Path, *, device: torch.device | str = "cpu") -> list
     Returns:
         One dictionary for each row, as in table.json.
     """
-    plan.check()
+    ablation.check()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, config in plan.rows.items():
-        summaries = [_one_run(name, config, seed, out, device) for seed in plan.seeds]
+    for name, config in ablation.rows.items():
+        summaries = [_one_run(name, config, seed, out, device) for seed in ablation.seeds]
         rows.append(_row(name, config, summaries))
-    write_atomically(out / "table.json", (json.dumps(rows, indent=2) + "\n").encode())
+    write_json(out / "table.json", rows)
     write_atomically(out / "table.md", table(rows).encode())
     save_plot(out / "ablation.png", rows)
     return rows

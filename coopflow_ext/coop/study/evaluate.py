@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
-from coopflow_ext.coop.evaluate import Judge
-from coopflow_ext.coop.experiments import open_run, write_json
+from coopflow_ext.coop.checkpoint import write_atomically, write_json
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels
+from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
-from coopflow_ext.metrics.fid import check_installed, fid, read_statistics
+from coopflow_ext.metrics.fid import check_inception_installed, fid, read_statistics
 from coopflow_ext.metrics.neighbours import nearest_neighbours
 from coopflow_ext.rng import USE_EVALUATION, Key
 
@@ -62,7 +62,7 @@ def evaluate_run(
     """
     inception = inception or fid_stats is not None
     if inception and isinstance(fid_features, int):
-        check_installed()
+        check_inception_installed()
     folders = [f for f in (export_png, export_training) if f is not None]
     for folder in folders:
         _check_empty(folder)
@@ -95,8 +95,10 @@ def evaluate_run(
             "langevin": judge.distance(samples),
         },
         "bits_per_dim": facts["bits_per_dim"],
-        "energy": energies(model, {"data": held_out, "proposals": proposals, "samples": samples}),
-        "neighbours": neighbours(data, samples, held_out, out / "neighbours.png"),
+        "energy": energy_statistics(
+            model, {"data": held_out, "proposals": proposals, "samples": samples}
+        ),
+        "neighbours": neighbour_distances(data, samples, held_out, out / "neighbours.png"),
     }
     save_histograms(out / "energies.png", summary["energy"])
     if inception:
@@ -113,7 +115,7 @@ def evaluate_run(
 
 
 @torch.no_grad()
-def energies(model: CoopFlow, events: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def energy_statistics(model: CoopFlow, events: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Mean, standard deviation and values of U over each kind of events."""
     device = next(model.parameters()).device
     result = {}
@@ -123,7 +125,9 @@ def energies(model: CoopFlow, events: dict[str, Tensor]) -> dict[str, dict[str, 
     return result
 
 
-def neighbours(data: Dataset, samples: Tensor, held_out: Tensor, picture: Path) -> dict[str, float]:
+def neighbour_distances(
+    data: Dataset, samples: Tensor, held_out: Tensor, picture: Path
+) -> dict[str, float]:
     """Distances to the nearest training event; for images a picture of samples beside them.
 
     Copies would lie much nearer to the training split than held-out data do.

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coopflow_ext.coop import inversion
-from coopflow_ext.coop.checkpoint import write_atomically
-from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.checkpoint import write_json
 from coopflow_ext.coop.pictures import save_panels
-from coopflow_ext.coop.run import RunFolder
+from coopflow_ext.coop.run import RunFolder, open_run
 from coopflow_ext.data import Dataset
 from coopflow_ext.rng import Key
-
-
-def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[RunFolder, CoopFlow, Dataset]:
-    """The run's folder, its trained models and its data."""
-    run = RunFolder.open(path)
-    return run, CoopFlow.load(path, device=device), run.config.load_data()
 
 
 def held_out_images(data: Dataset, n: int, device: torch.device | str) -> Tensor:
@@ -31,10 +24,6 @@ def held_out_images(data: Dataset, n: int, device: torch.device | str) -> Tensor
     if not 1 <= n <= len(data.held_out):
         raise ValueError(f"n must be in [1, {len(data.held_out)}], got {n}")
     return data.decode(data.held_out[:n]).to(device)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def reconstruct_run(
@@ -117,8 +106,6 @@ def inpaint_run(
 
 def read_mask(path: Path) -> Tensor:
     """A bool array from a .npy file; ValueError when it is none."""
-    import numpy as np
-
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
-from coopflow_ext.coop.evaluate import Judge
-from coopflow_ext.coop.experiments import open_run, write_json
+from coopflow_ext.coop.checkpoint import write_atomically, write_json
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow, build_sampler
 from coopflow_ext.coop.pictures import figure_bytes, save_panels
+from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
 from coopflow_ext.diagnostics import split_rhat
 from coopflow_ext.metrics import RunningMoments, moment_gap
