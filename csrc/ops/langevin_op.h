@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "coopflow/langevin.h"
-#include "coopflow/op_checks.h"
+#include "ops/op_checks.h"
 
 namespace coopflow {
 

@@ -1,6 +1,6 @@
 // Argument checks shared by the ops of both back ends. A failed check throws std::runtime_error
-// "coopflow::OP: ARGUMENT: what is wrong"; coopflow_ext/ops.py turns it into ValueError, or into
-// TypeError when it speaks of a dtype.
+// "coopflow::OP: ARGUMENT: what is wrong"; coopflow_ext/ops/_call.py turns it into ValueError, or
+// into TypeError when it speaks of a dtype.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
