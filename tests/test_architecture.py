@@ -70,9 +70,7 @@ def names(path: Path) -> set[str]:
             found.add(node.id)
         elif isinstance(node, ast.Attribute):
             found.add(node.attr)
-        elif isinstance(node, ast.keyword) and node.arg:
-            found.add(node.arg)
-        elif isinstance(node, ast.arg):
+        elif isinstance(node, (ast.arg, ast.keyword)) and node.arg:
             found.add(node.arg)
     return found
 

@@ -1,7 +1,7 @@
 // The affine coupling ops on the CPU.
 #include "affine_coupling_loops.h"
-#include "affine_coupling_op.h"
 #include "chunks.h"
+#include "ops/affine_coupling_op.h"
 
 namespace coopflow {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "coopflow/op_checks.h"
 #include "coopflow/reduction.h"
+#include "ops/op_checks.h"
 
 namespace coopflow {
 

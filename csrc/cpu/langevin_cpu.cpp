@@ -5,7 +5,7 @@
 
 #include "chunks.h"
 #include "langevin_loops.h"
-#include "langevin_op.h"
+#include "ops/langevin_op.h"
 
 namespace coopflow {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "chunks.h"
 #include "mixture_logistic_loops.h"
-#include "mixture_logistic_op.h"
+#include "ops/mixture_logistic_op.h"
 
 namespace coopflow {
 namespace {

@@ -1,7 +1,7 @@
 // normal_ and uniform_ on the CPU.
 #include "coopflow/reduction.h"
+#include "ops/random_op.h"
 #include "random_loops.h"
-#include "random_op.h"
 
 namespace coopflow {
 namespace {

@@ -1,7 +1,7 @@
 // The affine coupling ops on CUDA.
-#include "affine_coupling_op.h"
 #include "items.cuh"
 #include "launch.cuh"
+#include "ops/affine_coupling_op.h"
 #include "reduce.cuh"
 
 namespace coopflow {

@@ -1,8 +1,8 @@
 // The Langevin ops on CUDA.
 #include "coopflow/langevin.h"
 #include "items.cuh"
-#include "langevin_op.h"
 #include "launch.cuh"
+#include "ops/langevin_op.h"
 #include "reduce.cuh"
 
 namespace coopflow {

@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "coopflow/op_checks.h"
 #include "items.cuh"
+#include "ops/op_checks.h"
 
 // Present in torch with CUDA only; weak, so that the library loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,

@@ -1,7 +1,7 @@
 // The mixture-of-logistics coupling ops on CUDA. The kernels stand in a file for each parameter
 // type, which can then be compiled at the same time.
 #include "mixture_logistic_launch.h"
-#include "mixture_logistic_op.h"
+#include "ops/mixture_logistic_op.h"
 
 namespace coopflow {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "coopflow/mixture_logistic.h"
-#include "coopflow/op_checks.h"
+#include "ops/op_checks.h"
 
 namespace coopflow {
 

@@ -1,7 +1,7 @@
 // normal_ and uniform_ on CUDA.
 #include "items.cuh"
 #include "launch.cuh"
-#include "random_op.h"
+#include "ops/random_op.h"
 
 namespace coopflow {
 namespace {

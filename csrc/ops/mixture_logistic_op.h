@@ -5,9 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "affine_coupling_op.h"
 #include "coopflow/mixture_logistic.h"
-#include "coopflow/op_checks.h"
+#include "ops/coupling_op.h"
 
 namespace coopflow {
 

@@ -1,8 +1,8 @@
 // normal_ and uniform_ as the dispatcher calls them: checks and a RandomArgs, written once.
 #pragma once
 
-#include "coopflow/op_checks.h"
 #include "coopflow/random.h"
+#include "ops/op_checks.h"
 
 namespace coopflow {
 
