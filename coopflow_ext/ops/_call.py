@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,20 +29,29 @@ except BuildError:
     coopflow = _Missing()
 
 
+# What csrc/ops/op_checks.h writes before the message of a type error.
+_TYPE_ERROR = "TypeError: "
+# How torch begins when a call does not fit the schema; our own checks write no parentheses.
+_SCHEMA_ERROR = re.compile(r"coopflow::\w+\(\) ")
+# Of the type asked for and yet refused: an int beyond 64 bits.
+_TOO_LARGE = re.compile(r"type '(\w+)' for argument .* found type '\1'\.$")
+
+
 def argument_error(error: RuntimeError) -> Exception:
-    """What a kernel's own check found, as ValueError or TypeError; other errors as they are."""
-    message = str(error).splitlines()[0]
+    """What a check of an op's arguments found, as ValueError or TypeError; others as they are."""
+    message = str(error).partition("\n")[0]
     if message.startswith(("Could not run 'coopflow::", "unsupported memory format")):
         return ValueError(
             "tensors must be dense and on a device that the library has code for (see `coopflow "
             f"info`): {message.partition('. ')[0]}"
         )
-    if not message.startswith("coopflow::"):
-        return error
-    if "type 'int'" in message and message.endswith("found type 'int'."):
-        return ValueError(message.replace("found type 'int'", "found one beyond 64 bits"))
-    is_type = any(sign in message for sign in ("dtype", "must be a tensor", "Expected a value"))
-    return (TypeError if is_type else ValueError)(message)
+    if message.startswith(f"{_TYPE_ERROR}coopflow::"):
+        return TypeError(message.removeprefix(_TYPE_ERROR))
+    if _SCHEMA_ERROR.match(message):
+        if _TOO_LARGE.search(message):
+            return ValueError(message.replace("found type 'int'", "found one beyond 64 bits"))
+        return TypeError(message)
+    return ValueError(message) if message.startswith("coopflow::") else error
 
 
 def check_tensors(**arguments: object) -> None:

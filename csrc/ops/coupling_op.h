@@ -24,9 +24,9 @@ class CouplingOp {
     const bool narrower =
         state.scalar_type() == ScalarType::Float && params.scalar_type() != ScalarType::Double;
     if (params.scalar_type() != state.scalar_type() && !narrower) {
-      check_.fail("params", "must have dtype ", dtype_name(state.scalar_type()), " (that of ",
-                  state_name, ") or be a half-precision type beside float32, got dtype ",
-                  dtype_name(params.scalar_type()));
+      check_.fail_type("params", "must have dtype ", dtype_name(state.scalar_type()), " (that of ",
+                       state_name, ") or be a half-precision type beside float32, got dtype ",
+                       dtype_name(params.scalar_type()));
     }
     batch_ = state.size(0);
     per_chain_ = 1;

@@ -193,7 +193,7 @@ class LangevinOp {
     if (value != 0) check_.fail(name, "give a float or a tensor, not both");
     const ScalarType type = table->scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double) {
-      check_.fail(name, "must have dtype float32 or float64, got dtype ", dtype_name(type));
+      check_.fail_type(name, "must have dtype float32 or float64, got dtype ", dtype_name(type));
     }
     check_.same_device(name, *table, x_);
     if (table->dim() != 2 || (table->size(1) != 1 && table->size(1) != batch_) ||
@@ -228,7 +228,8 @@ class LangevinOp {
     if (o.x_low) {
       const ScalarType type = o.x_low->scalar_type();
       if (type != ScalarType::BFloat16 && type != ScalarType::Half) {
-        check_.fail("x_low", "must have dtype bfloat16 or float16, got dtype ", dtype_name(type));
+        check_.fail_type("x_low", "must have dtype bfloat16 or float16, got dtype ",
+                         dtype_name(type));
       }
       check_.same_device("x_low", *o.x_low, x_);
       check_.same_layout("x_low", *o.x_low, x_);

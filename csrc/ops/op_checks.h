@@ -1,6 +1,8 @@
-// Argument checks shared by the ops of both back ends. A failed check throws std::runtime_error
-// "coopflow::OP: ARGUMENT: what is wrong"; coopflow_ext/ops/_call.py turns it into ValueError, or
-// into TypeError when it speaks of a dtype.
+// Argument checks shared by the ops of both back ends. A failed check throws std::runtime_error,
+// the only exception that the stable ABI knows:
+//   "coopflow::OP: ARGUMENT: what is wrong"              a bad value
+//   "TypeError: coopflow::OP: ARGUMENT: what is wrong"   a bad type
+// coopflow_ext/ops/_call.py makes ValueError and TypeError of them, without the mark.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -61,12 +63,16 @@ class OpChecks {
  public:
   explicit OpChecks(const char* op) : op_(op) {}
 
+  // The value of an argument is bad.
   template <typename... Parts>
   [[noreturn]] void fail(const char* argument, const Parts&... parts) const {
-    std::ostringstream message;
-    message << "coopflow::" << op_ << ": " << argument << ": ";
-    (message << ... << parts);
-    throw std::runtime_error(message.str());
+    throw_error("", argument, parts...);
+  }
+
+  // Its type or dtype is.
+  template <typename... Parts>
+  [[noreturn]] void fail_type(const char* argument, const Parts&... parts) const {
+    throw_error("TypeError: ", argument, parts...);
   }
 
   void is_finite(const char* argument, double value) const {
@@ -82,14 +88,14 @@ class OpChecks {
   }
 
   void is_tensor(const char* argument, const Tensor& t) const {
-    if (!t.defined()) fail(argument, "must be a tensor, got None");
+    if (!t.defined()) fail_type(argument, "must be a tensor, got None");
   }
 
   void has_dtype(const char* argument, const Tensor& t, ScalarType type) const {
     is_tensor(argument, t);
     if (t.scalar_type() != type) {
-      fail(argument, "must have dtype ", dtype_name(type), ", got dtype ",
-           dtype_name(t.scalar_type()));
+      fail_type(argument, "must have dtype ", dtype_name(type), ", got dtype ",
+                dtype_name(t.scalar_type()));
     }
   }
 
@@ -98,8 +104,8 @@ class OpChecks {
     const ScalarType type = t.scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::Half &&
         type != ScalarType::BFloat16) {
-      fail(argument, "must have dtype float32, float64, float16 or bfloat16, got dtype ",
-           dtype_name(type));
+      fail_type(argument, "must have dtype float32, float64, float16 or bfloat16, got dtype ",
+                dtype_name(type));
     }
   }
 
@@ -176,6 +182,15 @@ class OpChecks {
   }
 
  private:
+  template <typename... Parts>
+  [[noreturn]] void throw_error(const char* mark, const char* argument,
+                                const Parts&... parts) const {
+    std::ostringstream message;
+    message << mark << "coopflow::" << op_ << ": " << argument << ": ";
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+
   [[noreturn]] void fail_dense(const char* argument) const {
     fail(argument, "must be dense with the batch as its outermost storage dimension; ",
          "call .contiguous() first");

@@ -1,0 +1,59 @@
+"""Which exception a failed check of an op's arguments becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from coopflow_ext.ops._call import argument_error, coopflow
+
+RNG = torch.zeros(2, dtype=torch.int64)
+
+
+def raised(*args: Any, **kwargs: Any) -> RuntimeError:
+    """The error of the raw op ``normal_``."""
+    with pytest.raises(RuntimeError) as caught:
+        coopflow.normal_(*args, **kwargs)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "kind", "text"),
+    [
+        # our checks
+        ((torch.ones(3).int(), RNG), {}, TypeError, "coopflow::normal_: out: must have dtype "),
+        ((None, RNG), {}, TypeError, "coopflow::normal_: out: must be a tensor, got None"),
+        ((torch.ones(()), RNG), {}, ValueError, "coopflow::normal_: out: must have a batch "),
+        ((torch.ones(3), RNG), {"step": -1}, ValueError, "coopflow::normal_: step: must be in "),
+        # torch's, of the schema
+        ((3, RNG), {}, TypeError, "coopflow::normal_() Expected a value of type 'Tensor'"),
+        ((torch.ones(3), RNG), {"step": 0.5}, TypeError, "coopflow::normal_() Expected a value"),
+        ((torch.ones(3),), {}, TypeError, "coopflow::normal_() is missing value for argument"),
+        ((torch.ones(3), RNG), {"step": 2**70}, ValueError, "coopflow::normal_() Expected a value"),
+        # torch's, of the back end
+        ((torch.ones(3).to_sparse(), RNG), {}, ValueError, "tensors must be dense and on a device"),
+    ],
+)
+def test_the_kind_of_an_argument_error(
+    args: tuple[Any, ...], kwargs: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    error = argument_error(raised(*args, **kwargs))
+    assert type(error) is kind
+    assert str(error).startswith(text)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["must have dtype x", "must be a tensor", "Expected a value"])
+def test_the_words_of_a_message_do_not_tell_its_kind(text: str) -> None:
+    error = argument_error(RuntimeError(f"coopflow::normal_: out: {text}"))
+    assert type(error) is ValueError
+
+
+@pytest.mark.parametrize(
+    "text", ["", "coopflow: CUDA error in a kernel launch: out of memory", "TypeError: of another"]
+)
+def test_other_errors_stay_as_they_are(text: str) -> None:
+    error = RuntimeError(text)
+    assert argument_error(error) is error
