@@ -454,16 +454,15 @@ void gradient_sums(const Components<A>& m, const A* x, const Scaling<A>& scaling
 }
 
 template <typename A>
-struct Reciprocals {
+struct ReciprocalBlock {
   alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
 
-  explicit Reciprocals(const GradientBlock<A>& sums) {
-    for (int64_t i = 0; i < kWidth; ++i) {
-      cdf[i] = A(1) / sums.cdf[i];
-      survival[i] = A(1) / sums.survival[i];
-      density[i] = A(1) / sums.density[i];
-      weight[i] = A(1) / sums.weight[i];
-    }
+  Reciprocals<A> at(int64_t i) const { return {cdf[i], survival[i], density[i], weight[i]}; }
+  void set(int64_t i, const Reciprocals<A>& per) {
+    cdf[i] = per.cdf;
+    survival[i] = per.survival;
+    density[i] = per.density;
+    weight[i] = per.weight;
   }
 };
 
@@ -472,7 +471,9 @@ struct Reciprocals {
 template <bool kAnyScaled, typename A>
 void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
                          const GradientBlock<A>& sums, const A* grad_u, const A* grad_l) {
-  const Reciprocals<A> per(sums);
+  ReciprocalBlock<A> per;
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) per.set(i, reciprocals(sums.at(i)));
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     for_each_component(m.count, [&](int64_t k) {
@@ -481,10 +482,8 @@ void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
       const A below = block.below[i], above = block.above[i];
       const Logistic<A> at{block.t[i], below, above, larger_of(below, above)};
       const MixtureTerms<A> of = terms<kAnyScaled>(m, k, i, at, scaling);
-      const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
-                                  of.density * per.density[i]};
-      const ComponentGradient<A> g = component_gradient(
-          at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
+      const ComponentGradient<A> g =
+          component_gradient(at, c.inv_scale, c.weight, of, per.at(i), grad_u[i], grad_l[i]);
       block.log_weight[i] = g.logit;
       block.mean[i] = g.mean;
       block.log_scale[i] = clamp_log_scale_gradient(block.log_scale[i], g.log_scale);

@@ -318,17 +318,6 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
 // --- backward
 // -------------------------------------------------------------------------------------------
 
-template <typename A>
-struct Reciprocals {
-  A cdf, survival, density, weight;
-
-  __device__ __forceinline__ explicit Reciprocals(const GradientSums<A>& sums)
-      : cdf(reciprocal(sums.cdf)),
-        survival(reciprocal(sums.survival)),
-        density(reciprocal(sums.density)),
-        weight(reciprocal(sums.weight)) {}
-};
-
 // Writes the gradients of component k's three parameters.
 template <typename P, typename A = arithmetic_t<P>>
 __device__ __forceinline__ void store_component_gradient(const ParamRows<P>& rows, int k,
@@ -336,10 +325,8 @@ __device__ __forceinline__ void store_component_gradient(const ParamRows<P>& row
                                                          A weight, const MixtureTerms<A>& terms,
                                                          const Reciprocals<A>& per, A grad_u,
                                                          A grad_l, P* grad_logits) {
-  const MixtureTerms<A> share{terms.cdf * per.cdf, terms.survival * per.survival,
-                              terms.density * per.density};
   const ComponentGradient<A> g =
-      component_gradient(at, inv_scale, share, weight * per.weight, grad_u, grad_l);
+      component_gradient(at, inv_scale, weight, terms, per, grad_u, grad_l);
   const A log_scale = rows.log_scale(k);
   const int64_t stride = rows.shape.per_chain;
   grad_logits[k * stride] = from_arithmetic<P>(g.logit);
@@ -397,7 +384,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       g = coupling_gradient(args, sums, direct_logit(main_sums).value, grad_out, grad_ladj, y,
                             affine);
       const A grad_u = g.u + poison;
-      const Reciprocals<A> per(sums);
+      const Reciprocals<A> per = reciprocals(sums);
       const A same_x = computed_again(x);
       params.for_each([&](int k, const Component<A>& c) {
         const Logistic<A> at = logistic(same_x, c);
@@ -417,7 +404,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       g = coupling_gradient(args, sums, scaled_logit_value(sums.cdf, sums.survival, peaks),
                             grad_out, grad_ladj, y, affine);
       const A grad_u = g.u + poison;
-      const Reciprocals<A> per(sums);
+      const Reciprocals<A> per = reciprocals(sums);
       COOPFLOW_NO_UNROLL
       for (int k = 0; k < rows.components(); ++k) {
         const Component<A> c = rows.component(k, peak);

@@ -389,17 +389,32 @@ COOPFLOW_HD MixtureSlopes<A> mixture_slopes(const GradientSums<A>& sums) {
   return {(cdf + survival) * kPerUnit, (bend - (cdf - survival)) * kPerUnit};
 }
 
+// Of the sums; they turn a component's terms into its shares.
+template <typename A>
+struct Reciprocals {
+  A cdf, survival, density, weight;
+};
+
+template <typename A>
+COOPFLOW_HD Reciprocals<A> reciprocals(const GradientSums<A>& sums) {
+  return {reciprocal(sums.cdf), reciprocal(sums.survival), reciprocal(sums.density),
+          reciprocal(sums.weight)};
+}
+
 template <typename A>
 struct ComponentGradient {
   A logit, mean, log_scale;
 };
 
-// From the gradients of u and of l. share: the terms over their sums, weight_share: w_k / sum w.
+// From the gradients of u and of l.
 template <typename A>
-COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale,
-                                                    const MixtureTerms<A>& share, A weight_share,
-                                                    A grad_u, A grad_l) {
+COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale, A weight,
+                                                    const MixtureTerms<A>& terms,
+                                                    const Reciprocals<A>& per, A grad_u, A grad_l) {
   constexpr A kPerUnit = MixtureConstants<A>::kPerUnit;
+  const MixtureTerms<A> share{terms.cdf * per.cdf, terms.survival * per.survival,
+                              terms.density * per.density};
+  const A weight_share = weight * per.weight;
   const A grad_cdf = (grad_u - grad_l) * share.cdf;
   const A grad_survival = (grad_u + grad_l) * share.survival;
   const A grad_density = grad_l * share.density;
