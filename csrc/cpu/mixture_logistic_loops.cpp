@@ -345,7 +345,12 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
     alignas(64) A lanes[kLanes] = {};
     for_each_block_of_chunk(shape.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
       BlockParams<A> p;
-      alignas(64) A in[kWidth], x[kWidth], out[kWidth], logit[kWidth], ladj[kWidth];
+      alignas(64) A in[kWidth], x[kWidth], logit[kWidth], log_slope[kWidth];
+      alignas(64) A out[kWidth], ladj[kWidth];
+      const auto put = [&](int64_t i, const CouplingResult<A>& result) {
+        out[i] = result.out;
+        ladj[i] = result.ladj;
+      };
       const int64_t offset = chain * shape.per_chain + e;
       load_block<T>(args.in, offset, n, in);
       p.template load_params<P>(args.params, shape, chain, e, n, in, m);
@@ -362,31 +367,23 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
           COOPFLOW_INDEPENDENT
           for (int64_t i = 0; i < kWidth; ++i) {
             const A clamped = legacy_clamp(target[i]);
-            correction[i] = log_logistic_density(clamped) - log_logistic_density(target[i]);
+            correction[i] = legacy_correction(target[i], clamped);
             target[i] = clamped;
           }
         }
         solve(m, target, x, sums);
-        finish(m, x, sums, logit, ladj);
+        finish(m, x, sums, logit, log_slope);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
-          ladj[i] = -(ladj[i] + p.a[i] + correction[i]);
-          out[i] = x[i];
+          put(i, mixture_inverse_result(x[i], log_slope[i], p.a[i], correction[i], p.poison[i]));
         }
       } else {
         direct_sums(m, in, sums);
-        finish(m, in, sums, logit, ladj);
+        finish(m, in, sums, logit, log_slope);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
-          p.poison[i] = poisoned(p.poison[i], logit[i]);
-          ladj[i] += p.a[i];
-          out[i] = (logit[i] + p.b[i]) * exponential(p.a[i]);
+          put(i, mixture_forward_result(logit[i], log_slope[i], p.a[i], p.b[i], p.poison[i]));
         }
-      }
-      COOPFLOW_INDEPENDENT
-      for (int64_t i = 0; i < kWidth; ++i) {
-        out[i] += p.poison[i];
-        ladj[i] += p.poison[i];
       }
       store<T>(out, offset, n, args.out);
       add_by_lane(ladj, n, lanes);

@@ -241,27 +241,21 @@ __device__ __forceinline__ Affine<arithmetic_t<P>> load_affine(const MixtureShap
   return {to_arithmetic(row[0]), to_arithmetic(row[shape.per_chain])};
 }
 
-template <typename A>
-struct ElementResult {
-  A out, ladj;
-};
-
 template <typename P, int kComponents, typename A = arithmetic_t<P>>
-__device__ __forceinline__ ElementResult<A> forward_element(const MixtureShape& shape, const P* row,
-                                                            A x) {
+__device__ __forceinline__ CouplingResult<A> forward_element(const MixtureShape& shape,
+                                                             const P* row, A x) {
   const Affine<A> affine = load_affine(shape, row);
   A poison = coupling_poison(x, affine.a, affine.b);
   const MixtureParams<P, kComponents> params({shape, row}, &poison);
   const LogitAndLogSlope<A> at = finish(params, x, direct_sums(params, x));
-  poison = poisoned(poison, at.logit);
-  return {(at.logit + affine.b) * exponential(affine.a) + poison, at.log_slope + affine.a + poison};
+  return mixture_forward_result(at.logit, at.log_slope, affine.a, affine.b, poison);
 }
 
 template <typename P, int kComponents, typename A = arithmetic_t<P>>
-__device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& shape, const P* row,
-                                                            const void* state, int64_t offset,
-                                                            bool arithmetic_state,
-                                                            bool legacy_cdf_clamp) {
+__device__ __forceinline__ CouplingResult<A> inverse_element(const MixtureShape& shape,
+                                                             const P* row, const void* state,
+                                                             int64_t offset, bool arithmetic_state,
+                                                             bool legacy_cdf_clamp) {
   const auto load_y = [&] { return load_state<P>(state, offset, arithmetic_state); };
   const Affine<A> affine = load_affine(shape, row);
   const A y = load_y();
@@ -276,13 +270,11 @@ __device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& 
   // What the search does not need is not kept beside it: registers are short.
   forget_reads();
   const Affine<A> again = load_affine(shape, row);
-  A ladj = -(log_slope + again.a);
+  A correction = A(0);
   if (legacy_cdf_clamp) {
-    const A unclamped = inverse_target(load_y(), again.a, again.b);
-    ladj += log_logistic_density(unclamped) - log_logistic_density(target);
+    correction = legacy_correction(inverse_target(load_y(), again.a, again.b), target);
   }
-  poison = poisoned(A(0), target);
-  return {x + poison, ladj + poison};
+  return mixture_inverse_result(x, log_slope, again.a, correction, poisoned(A(0), target));
 }
 
 template <typename P, int kComponents, bool kInverse>
@@ -299,7 +291,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       const int64_t offset = chain * shape.per_chain + e;
       const P* row =
           static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e;
-      ElementResult<A> result;
+      CouplingResult<A> result;
       if constexpr (kInverse) {
         result = inverse_element<P, kComponents>(shape, row, args.in, offset, arithmetic_state,
                                                  args.legacy_cdf_clamp);

@@ -344,6 +344,34 @@ COOPFLOW_HD A log_logistic_density(A v) {
   return A(-2) * log_positive(A(1) + exponential(-size)) - size;
 }
 
+// --- the results
+// -----------------------------------------------------------------------------------
+
+template <typename A>
+struct CouplingResult {
+  A out, ladj;
+};
+
+// y = (logit F + b) e^a.
+template <typename A>
+COOPFLOW_HD CouplingResult<A> mixture_forward_result(A logit, A log_slope, A a, A b, A poison) {
+  const A bad = poisoned(poison, logit);
+  return {(logit + b) * exponential(a) + bad, log_slope + a + bad};
+}
+
+// What legacy mode takes from the inverse's log|det|, given the target before and after its clamp.
+template <typename A>
+COOPFLOW_HD A legacy_correction(A target, A clamped) {
+  return log_logistic_density(clamped) - log_logistic_density(target);
+}
+
+// x, where logit F is the target. The correction is zero without the legacy clamp.
+template <typename A>
+COOPFLOW_HD CouplingResult<A> mixture_inverse_result(A x, A log_slope, A a, A correction,
+                                                     A poison) {
+  return {x + poison, -(log_slope + a + correction) + poison};
+}
+
 // --- derivatives
 // ---------------------------------------------------------------------------------- u = logit F, l
 // = log slope. Of x: du/dx = slope and
