@@ -21,15 +21,12 @@ void gradient_pass(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
     loops.reduce_chunks(args, moments.data(), begin, end);
   });
   for (int64_t chain = 0; chain < args.batch; ++chain) {
-    GradientMoments<A> total{A(0), true};
+    GradientMoments<A> total{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const GradientMoments<A>& part = moments[chain * chunks + chunk];
-      total = {total.sum_of_squares + part.sum_of_squares, total.finite && part.finite};
+      total = {total.sum_of_squares + part.sum_of_squares, total.nonfinite + part.nonfinite};
     }
-    if (args.norm_scale) {
-      args.norm_scale[chain] = norm_clip_scale(total.sum_of_squares, args.grad_norm);
-    }
-    if (args.freeze_nonfinite && !total.finite) freeze_chain(args, chain);
+    apply_gradient_moments(args, chain, total);
   }
 }
 

@@ -53,12 +53,9 @@ void update_span(const LangevinArgs<arithmetic_t<T>>& args,
       const LangevinMove<A> move = langevin_update<kFull>(
           limits, chain, noise_after, before, grad[i], xi[i], has_ref ? x_ref[i] : A(0), has_ref);
       moved[i] = move.x;
-      const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
-      terms[kSumGradSquared][i] = grad[i] * grad[i];
-      terms[kSumDisplacementSquared][i] = (settled - before) * (settled - before);
-      terms[kClippedElements][i] = move.clipped ? A(1) : A(0);
-      terms[kClampedElements][i] = move.clamped ? A(1) : A(0);
-      terms[kNonFiniteElements][i] = is_finite(grad[i]) ? A(0) : A(1);
+      const StatisticTerms<A> of = statistic_terms<T>(before, grad[i], move);
+      COOPFLOW_UNROLL
+      for (int s = 0; s < kStatistics; ++s) terms[s][i] = of.of[s];
     }
     for (int s = 0; s < kStatistics; ++s) add_by_lane(terms[s], n, statistics->sums[s]);
   } else {
@@ -78,12 +75,15 @@ template <typename T>
 void keep_span(const LangevinArgs<arithmetic_t<T>>& args, int64_t offset, int64_t n,
                StatisticLanes<arithmetic_t<T>>* statistics) {
   using A = arithmetic_t<T>;
-  alignas(64) A buffer[kTile], terms[kTile] = {};
+  alignas(64) A buffer[kTile], squares[kTile], nonfinite[kTile];
   const A* grad = view<T>(args.grad, offset, n, buffer);
-  for (int64_t i = 0; i < n; ++i) terms[i] = grad[i] * grad[i];
-  add_by_lane(terms, n, statistics->sums[kSumGradSquared]);
-  for (int64_t i = 0; i < n; ++i) terms[i] = is_finite(grad[i]) ? A(0) : A(1);
-  add_by_lane(terms, n, statistics->sums[kNonFiniteElements]);
+  for (int64_t i = 0; i < n; ++i) {
+    const GradientMoments<A> moments = gradient_moments(grad[i]);
+    squares[i] = moments.sum_of_squares;
+    nonfinite[i] = moments.nonfinite;
+  }
+  add_by_lane(squares, n, statistics->sums[kSumGradSquared]);
+  add_by_lane(nonfinite, n, statistics->sums[kNonFiniteElements]);
 }
 
 // Where one run of quads of a single chain lies within a tile.
@@ -284,21 +284,19 @@ void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args,
   using A = arithmetic_t<T>;
   const A limit = args.limits.grad_clip;
   for (int64_t index = begin; index < end; ++index) {
-    StatisticLanes<A> lanes;
+    alignas(64) A square_lanes[kLanes] = {}, nonfinite_lanes[kLanes] = {};
     for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
-      alignas(64) A buffer[kTile], terms[kTile];
+      alignas(64) A buffer[kTile], squares[kTile], nonfinite[kTile];
       const A* grad = view<T>(args.grad, chain * args.per_chain + e, n, buffer);
       for (int64_t i = 0; i < n; ++i) {
-        const A g = clamp_keep_nan(grad[i], -limit, limit);
-        terms[i] = g * g;
+        const GradientMoments<A> of = clipped_gradient_moments(grad[i], limit);
+        squares[i] = of.sum_of_squares;
+        nonfinite[i] = of.nonfinite;
       }
-      add_by_lane(terms, n, lanes.sums[kSumGradSquared]);
-      for (int64_t i = 0; i < n; ++i) terms[i] = is_finite(grad[i]) ? A(0) : A(1);
-      add_by_lane(terms, n, lanes.sums[kNonFiniteElements]);
+      add_by_lane(squares, n, square_lanes);
+      add_by_lane(nonfinite, n, nonfinite_lanes);
     });
-    A sums[kStatistics];
-    lanes.write(sums);
-    moments[index] = {sums[kSumGradSquared], sums[kNonFiniteElements] == A(0)};
+    moments[index] = {sum_lanes(square_lanes), sum_lanes(nonfinite_lanes)};
   }
 }
 

@@ -9,13 +9,6 @@
 
 namespace coopflow {
 
-// What the norm clip and the freezing of chains need to know of a chain's gradient.
-template <typename A>
-struct GradientMoments {
-  A sum_of_squares;  // after the elementwise clip
-  bool finite;
-};
-
 template <typename T>
 struct LangevinLoops {
   using A = arithmetic_t<T>;

@@ -345,7 +345,12 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
     alignas(64) A lanes[kLanes] = {};
     for_each_block_of_chunk(shape.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
       BlockParams<A> p;
-      alignas(64) A in[kWidth], x[kWidth], out[kWidth], logit[kWidth], ladj[kWidth];
+      alignas(64) A in[kWidth], x[kWidth], logit[kWidth], log_slope[kWidth];
+      alignas(64) A out[kWidth], ladj[kWidth];
+      const auto put = [&](int64_t i, const CouplingResult<A>& result) {
+        out[i] = result.out;
+        ladj[i] = result.ladj;
+      };
       const int64_t offset = chain * shape.per_chain + e;
       load_block<T>(args.in, offset, n, in);
       p.template load_params<P>(args.params, shape, chain, e, n, in, m);
@@ -362,31 +367,23 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
           COOPFLOW_INDEPENDENT
           for (int64_t i = 0; i < kWidth; ++i) {
             const A clamped = legacy_clamp(target[i]);
-            correction[i] = log_logistic_density(clamped) - log_logistic_density(target[i]);
+            correction[i] = legacy_correction(target[i], clamped);
             target[i] = clamped;
           }
         }
         solve(m, target, x, sums);
-        finish(m, x, sums, logit, ladj);
+        finish(m, x, sums, logit, log_slope);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
-          ladj[i] = -(ladj[i] + p.a[i] + correction[i]);
-          out[i] = x[i];
+          put(i, mixture_inverse_result(x[i], log_slope[i], p.a[i], correction[i], p.poison[i]));
         }
       } else {
         direct_sums(m, in, sums);
-        finish(m, in, sums, logit, ladj);
+        finish(m, in, sums, logit, log_slope);
         COOPFLOW_INDEPENDENT
         for (int64_t i = 0; i < kWidth; ++i) {
-          p.poison[i] = poisoned(p.poison[i], logit[i]);
-          ladj[i] += p.a[i];
-          out[i] = (logit[i] + p.b[i]) * exponential(p.a[i]);
+          put(i, mixture_forward_result(logit[i], log_slope[i], p.a[i], p.b[i], p.poison[i]));
         }
-      }
-      COOPFLOW_INDEPENDENT
-      for (int64_t i = 0; i < kWidth; ++i) {
-        out[i] += p.poison[i];
-        ladj[i] += p.poison[i];
       }
       store<T>(out, offset, n, args.out);
       add_by_lane(ladj, n, lanes);
@@ -454,16 +451,15 @@ void gradient_sums(const Components<A>& m, const A* x, const Scaling<A>& scaling
 }
 
 template <typename A>
-struct Reciprocals {
+struct ReciprocalBlock {
   alignas(64) A cdf[kWidth], survival[kWidth], density[kWidth], weight[kWidth];
 
-  explicit Reciprocals(const GradientBlock<A>& sums) {
-    for (int64_t i = 0; i < kWidth; ++i) {
-      cdf[i] = A(1) / sums.cdf[i];
-      survival[i] = A(1) / sums.survival[i];
-      density[i] = A(1) / sums.density[i];
-      weight[i] = A(1) / sums.weight[i];
-    }
+  Reciprocals<A> at(int64_t i) const { return {cdf[i], survival[i], density[i], weight[i]}; }
+  void set(int64_t i, const Reciprocals<A>& per) {
+    cdf[i] = per.cdf;
+    survival[i] = per.survival;
+    density[i] = per.density;
+    weight[i] = per.weight;
   }
 };
 
@@ -472,7 +468,9 @@ struct Reciprocals {
 template <bool kAnyScaled, typename A>
 void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
                          const GradientBlock<A>& sums, const A* grad_u, const A* grad_l) {
-  const Reciprocals<A> per(sums);
+  ReciprocalBlock<A> per;
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) per.set(i, reciprocals(sums.at(i)));
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
     for_each_component(m.count, [&](int64_t k) {
@@ -481,10 +479,8 @@ void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
       const A below = block.below[i], above = block.above[i];
       const Logistic<A> at{block.t[i], below, above, larger_of(below, above)};
       const MixtureTerms<A> of = terms<kAnyScaled>(m, k, i, at, scaling);
-      const MixtureTerms<A> share{of.cdf * per.cdf[i], of.survival * per.survival[i],
-                                  of.density * per.density[i]};
-      const ComponentGradient<A> g = component_gradient(
-          at, c.inv_scale, share, c.weight * per.weight[i], grad_u[i], grad_l[i]);
+      const ComponentGradient<A> g =
+          component_gradient(at, c.inv_scale, c.weight, of, per.at(i), grad_u[i], grad_l[i]);
       block.log_weight[i] = g.logit;
       block.mean[i] = g.mean;
       block.log_scale[i] = clamp_log_scale_gradient(block.log_scale[i], g.log_scale);

@@ -84,12 +84,9 @@ __device__ __forceinline__ void update_item(const LangevinArgs<A>& args,
                                                         x[i], grad[i], xi[i], x_ref[i], has_ref);
     moved[i] = move.x;
     if (kStats && i < n) {
-      const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
-      sums[kSumGradSquared] += grad[i] * grad[i];
-      sums[kSumDisplacementSquared] += (settled - x[i]) * (settled - x[i]);
-      sums[kClippedElements] += move.clipped ? A(1) : A(0);
-      sums[kClampedElements] += move.clamped ? A(1) : A(0);
-      sums[kNonFiniteElements] += is_finite(grad[i]) ? A(0) : A(1);
+      const StatisticTerms<A> terms = statistic_terms<T>(x[i], grad[i], move);
+      COOPFLOW_UNROLL
+      for (int s = 0; s < kStatistics; ++s) sums[s] += terms.of[s];
     }
   }
   store_item<T, kVec>(moved, offset, n, args.x_out);
@@ -122,8 +119,9 @@ __device__ __forceinline__ void count_item(const LangevinArgs<A>& args, int64_t 
   load_item<T, kVec>(args.grad, offset, n, grad);
   COOPFLOW_UNROLL
   for (int i = 0; i < kItem<T>; ++i) {
-    sums[kSumGradSquared] += grad[i] * grad[i];
-    sums[kNonFiniteElements] += is_finite(grad[i]) ? A(0) : A(1);
+    const GradientMoments<A> moments = gradient_moments(grad[i]);
+    sums[kSumGradSquared] += moments.sum_of_squares;
+    sums[kNonFiniteElements] += moments.nonfinite;
   }
 }
 
@@ -176,9 +174,9 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
       load_item<T, kVec>(args.grad, at.chain() * args.per_chain + e, n, grad);
       COOPFLOW_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        const A g = clamp_keep_nan(grad[i], -limit, limit);
-        sums[0] += g * g;
-        sums[1] += is_finite(grad[i]) ? A(0) : A(1);
+        const GradientMoments<A> moments = clipped_gradient_moments(grad[i], limit);
+        sums[0] += moments.sum_of_squares;
+        sums[1] += moments.nonfinite;
       }
     });
     block_sum(sums);
@@ -197,16 +195,12 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t chain = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        chain < args.batch; chain += stride) {
-    A sum_of_squares = A(0);
-    A nonfinite = A(0);
+    GradientMoments<A> moments{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      sum_of_squares += partial_sums[(chain * chunks + chunk) * kMoments];
-      nonfinite += partial_sums[(chain * chunks + chunk) * kMoments + 1];
+      moments.sum_of_squares += partial_sums[(chain * chunks + chunk) * kMoments];
+      moments.nonfinite += partial_sums[(chain * chunks + chunk) * kMoments + 1];
     }
-    if (args.norm_scale != nullptr) {
-      args.norm_scale[chain] = norm_clip_scale(sum_of_squares, args.grad_norm);
-    }
-    if (args.freeze_nonfinite && nonfinite != A(0)) freeze_chain(args, chain);
+    apply_gradient_moments(args, chain, moments);
   }
 }
 

@@ -241,27 +241,21 @@ __device__ __forceinline__ Affine<arithmetic_t<P>> load_affine(const MixtureShap
   return {to_arithmetic(row[0]), to_arithmetic(row[shape.per_chain])};
 }
 
-template <typename A>
-struct ElementResult {
-  A out, ladj;
-};
-
 template <typename P, int kComponents, typename A = arithmetic_t<P>>
-__device__ __forceinline__ ElementResult<A> forward_element(const MixtureShape& shape, const P* row,
-                                                            A x) {
+__device__ __forceinline__ CouplingResult<A> forward_element(const MixtureShape& shape,
+                                                             const P* row, A x) {
   const Affine<A> affine = load_affine(shape, row);
   A poison = coupling_poison(x, affine.a, affine.b);
   const MixtureParams<P, kComponents> params({shape, row}, &poison);
   const LogitAndLogSlope<A> at = finish(params, x, direct_sums(params, x));
-  poison = poisoned(poison, at.logit);
-  return {(at.logit + affine.b) * exponential(affine.a) + poison, at.log_slope + affine.a + poison};
+  return mixture_forward_result(at.logit, at.log_slope, affine.a, affine.b, poison);
 }
 
 template <typename P, int kComponents, typename A = arithmetic_t<P>>
-__device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& shape, const P* row,
-                                                            const void* state, int64_t offset,
-                                                            bool arithmetic_state,
-                                                            bool legacy_cdf_clamp) {
+__device__ __forceinline__ CouplingResult<A> inverse_element(const MixtureShape& shape,
+                                                             const P* row, const void* state,
+                                                             int64_t offset, bool arithmetic_state,
+                                                             bool legacy_cdf_clamp) {
   const auto load_y = [&] { return load_state<P>(state, offset, arithmetic_state); };
   const Affine<A> affine = load_affine(shape, row);
   const A y = load_y();
@@ -276,13 +270,11 @@ __device__ __forceinline__ ElementResult<A> inverse_element(const MixtureShape& 
   // What the search does not need is not kept beside it: registers are short.
   forget_reads();
   const Affine<A> again = load_affine(shape, row);
-  A ladj = -(log_slope + again.a);
+  A correction = A(0);
   if (legacy_cdf_clamp) {
-    const A unclamped = inverse_target(load_y(), again.a, again.b);
-    ladj += log_logistic_density(unclamped) - log_logistic_density(target);
+    correction = legacy_correction(inverse_target(load_y(), again.a, again.b), target);
   }
-  poison = poisoned(A(0), target);
-  return {x + poison, ladj + poison};
+  return mixture_inverse_result(x, log_slope, again.a, correction, poisoned(A(0), target));
 }
 
 template <typename P, int kComponents, bool kInverse>
@@ -299,7 +291,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       const int64_t offset = chain * shape.per_chain + e;
       const P* row =
           static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e;
-      ElementResult<A> result;
+      CouplingResult<A> result;
       if constexpr (kInverse) {
         result = inverse_element<P, kComponents>(shape, row, args.in, offset, arithmetic_state,
                                                  args.legacy_cdf_clamp);
@@ -318,17 +310,6 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
 // --- backward
 // -------------------------------------------------------------------------------------------
 
-template <typename A>
-struct Reciprocals {
-  A cdf, survival, density, weight;
-
-  __device__ __forceinline__ explicit Reciprocals(const GradientSums<A>& sums)
-      : cdf(reciprocal(sums.cdf)),
-        survival(reciprocal(sums.survival)),
-        density(reciprocal(sums.density)),
-        weight(reciprocal(sums.weight)) {}
-};
-
 // Writes the gradients of component k's three parameters.
 template <typename P, typename A = arithmetic_t<P>>
 __device__ __forceinline__ void store_component_gradient(const ParamRows<P>& rows, int k,
@@ -336,10 +317,8 @@ __device__ __forceinline__ void store_component_gradient(const ParamRows<P>& row
                                                          A weight, const MixtureTerms<A>& terms,
                                                          const Reciprocals<A>& per, A grad_u,
                                                          A grad_l, P* grad_logits) {
-  const MixtureTerms<A> share{terms.cdf * per.cdf, terms.survival * per.survival,
-                              terms.density * per.density};
   const ComponentGradient<A> g =
-      component_gradient(at, inv_scale, share, weight * per.weight, grad_u, grad_l);
+      component_gradient(at, inv_scale, weight, terms, per, grad_u, grad_l);
   const A log_scale = rows.log_scale(k);
   const int64_t stride = rows.shape.per_chain;
   grad_logits[k * stride] = from_arithmetic<P>(g.logit);
@@ -397,7 +376,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       g = coupling_gradient(args, sums, direct_logit(main_sums).value, grad_out, grad_ladj, y,
                             affine);
       const A grad_u = g.u + poison;
-      const Reciprocals<A> per(sums);
+      const Reciprocals<A> per = reciprocals(sums);
       const A same_x = computed_again(x);
       params.for_each([&](int k, const Component<A>& c) {
         const Logistic<A> at = logistic(same_x, c);
@@ -417,7 +396,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       g = coupling_gradient(args, sums, scaled_logit_value(sums.cdf, sums.survival, peaks),
                             grad_out, grad_ladj, y, affine);
       const A grad_u = g.u + poison;
-      const Reciprocals<A> per(sums);
+      const Reciprocals<A> per = reciprocals(sums);
       COOPFLOW_NO_UNROLL
       for (int k = 0; k < rows.components(); ++k) {
         const Component<A> c = rows.component(k, peak);

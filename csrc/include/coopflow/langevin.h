@@ -12,6 +12,7 @@
 #include "coopflow/normal.h"
 #include "coopflow/philox.h"
 #include "coopflow/reduction.h"
+#include "coopflow/scalar_types.h"
 
 namespace coopflow {
 
@@ -96,6 +97,40 @@ enum LangevinStatistic : int {
   kStatistics
 };
 
+// Of a gradient's elements or of one.
+template <typename A>
+struct GradientMoments {
+  A sum_of_squares;
+  A nonfinite;  // how many elements are not finite
+};
+
+template <typename A>
+COOPFLOW_HD GradientMoments<A> gradient_moments(A grad) {
+  return {grad * grad, is_finite(grad) ? A(0) : A(1)};
+}
+
+// With the squares of what grad_clip leaves, for the norm clip.
+template <typename A>
+COOPFLOW_HD GradientMoments<A> clipped_gradient_moments(A grad, A limit) {
+  const A g = clamp_keep_nan(grad, -limit, limit);
+  return {g * g, is_finite(grad) ? A(0) : A(1)};
+}
+
+// What one element adds to each of the statistics, in their order.
+template <typename A>
+struct StatisticTerms {
+  A of[kStatistics];
+};
+
+// T is the storage type of the state, x the state before the move.
+template <typename T, typename A>
+COOPFLOW_HD StatisticTerms<A> statistic_terms(A x, A grad, const LangevinMove<A>& move) {
+  const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
+  return {{gradient_moments(grad).sum_of_squares, (settled - x) * (settled - x),
+           move.clipped ? A(1) : A(0), move.clamped ? A(1) : A(0),
+           gradient_moments(grad).nonfinite}};
+}
+
 // Everything a back end needs for one step. Pointers are to the back end's memory; x, x_out, grad,
 // x_ref, xi share one dense layout (chains of per_chain elements), x_low has it too.
 template <typename A>
@@ -144,6 +179,17 @@ template <typename A>
 COOPFLOW_HD void freeze_chain(const LangevinArgs<A>& args, int64_t chain) {
   if (args.frozen_at != nullptr && args.active[chain]) args.frozen_at[chain] = args.freeze_step;
   args.active[chain] = false;
+}
+
+// What the pass over a chain's gradient leaves for the step: its norm's scale, and whether it
+// moves.
+template <typename A>
+COOPFLOW_HD void apply_gradient_moments(const LangevinArgs<A>& args, int64_t chain,
+                                        const GradientMoments<A>& moments) {
+  if (args.norm_scale != nullptr) {
+    args.norm_scale[chain] = norm_clip_scale(moments.sum_of_squares, args.grad_norm);
+  }
+  if (args.freeze_nonfinite && moments.nonfinite != A(0)) freeze_chain(args, chain);
 }
 
 template <typename A>

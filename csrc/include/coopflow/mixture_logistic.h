@@ -344,6 +344,34 @@ COOPFLOW_HD A log_logistic_density(A v) {
   return A(-2) * log_positive(A(1) + exponential(-size)) - size;
 }
 
+// --- the results
+// -----------------------------------------------------------------------------------
+
+template <typename A>
+struct CouplingResult {
+  A out, ladj;
+};
+
+// y = (logit F + b) e^a.
+template <typename A>
+COOPFLOW_HD CouplingResult<A> mixture_forward_result(A logit, A log_slope, A a, A b, A poison) {
+  const A bad = poisoned(poison, logit);
+  return {(logit + b) * exponential(a) + bad, log_slope + a + bad};
+}
+
+// What legacy mode takes from the inverse's log|det|, given the target before and after its clamp.
+template <typename A>
+COOPFLOW_HD A legacy_correction(A target, A clamped) {
+  return log_logistic_density(clamped) - log_logistic_density(target);
+}
+
+// x, where logit F is the target. The correction is zero without the legacy clamp.
+template <typename A>
+COOPFLOW_HD CouplingResult<A> mixture_inverse_result(A x, A log_slope, A a, A correction,
+                                                     A poison) {
+  return {x + poison, -(log_slope + a + correction) + poison};
+}
+
 // --- derivatives
 // ---------------------------------------------------------------------------------- u = logit F, l
 // = log slope. Of x: du/dx = slope and
@@ -389,17 +417,32 @@ COOPFLOW_HD MixtureSlopes<A> mixture_slopes(const GradientSums<A>& sums) {
   return {(cdf + survival) * kPerUnit, (bend - (cdf - survival)) * kPerUnit};
 }
 
+// Of the sums; they turn a component's terms into its shares.
+template <typename A>
+struct Reciprocals {
+  A cdf, survival, density, weight;
+};
+
+template <typename A>
+COOPFLOW_HD Reciprocals<A> reciprocals(const GradientSums<A>& sums) {
+  return {reciprocal(sums.cdf), reciprocal(sums.survival), reciprocal(sums.density),
+          reciprocal(sums.weight)};
+}
+
 template <typename A>
 struct ComponentGradient {
   A logit, mean, log_scale;
 };
 
-// From the gradients of u and of l. share: the terms over their sums, weight_share: w_k / sum w.
+// From the gradients of u and of l.
 template <typename A>
-COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale,
-                                                    const MixtureTerms<A>& share, A weight_share,
-                                                    A grad_u, A grad_l) {
+COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale, A weight,
+                                                    const MixtureTerms<A>& terms,
+                                                    const Reciprocals<A>& per, A grad_u, A grad_l) {
   constexpr A kPerUnit = MixtureConstants<A>::kPerUnit;
+  const MixtureTerms<A> share{terms.cdf * per.cdf, terms.survival * per.survival,
+                              terms.density * per.density};
+  const A weight_share = weight * per.weight;
   const A grad_cdf = (grad_u - grad_l) * share.cdf;
   const A grad_survival = (grad_u + grad_l) * share.survival;
   const A grad_density = grad_l * share.density;
