@@ -9,7 +9,7 @@ import torch
 
 from coopflow_ext.ops._call import argument_error, coopflow
 
-RNG = torch.zeros(2, dtype=torch.int64)
+RNG = torch.zeros(3, dtype=torch.int64)
 
 
 def raised(*args: Any, **kwargs: Any) -> RuntimeError:

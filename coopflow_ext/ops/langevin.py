@@ -292,8 +292,8 @@ class BoundStep:
 
     def __init__(self, *, drift: Coefficient, **options: Any) -> None:
         self.drift = drift
-        self._options = {"drift": drift, **options}
-        self._constant = _raw("langevin_step_", **self._options)
+        self.options = {"drift": drift, **options}
+        self._constant = _raw("langevin_step_", **self.options)
         self._numbers = self._plain_numbers()
 
     def _plain_numbers(self) -> Tensor | None:
@@ -321,12 +321,12 @@ class BoundStep:
             return
         arguments = constant
         if varying:
-            arguments = _raw("langevin_step_", **{**self._options, **varying})
+            arguments = _raw("langevin_step_", **{**self.options, **varying})
         _call.coopflow.langevin_step_.default(x, grad, rng, **arguments, step=step)
 
     def functional(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> Tensor:
         """One step as :func:`langevin_step`, whose options ``varying`` replace the bound ones."""
-        options = {k: v for k, v in {**self._options, **varying}.items() if k not in _OUTPUTS}
+        options = {k: v for k, v in {**self.options, **varying}.items() if k not in _OUTPUTS}
         return langevin_step(x, grad, rng, step=step, **options)
 
 
