@@ -115,8 +115,12 @@ def called(monkeypatch) -> list[str]:
 
     class Listed:
         def __getattr__(self, name):
-            names.append(name)
-            return getattr(native, name)
+            def call(*args, **kwargs):
+                names.append(name)
+                return getattr(native, name)(*args, **kwargs)
+
+            call.default = call
+            return call
 
     monkeypatch.setattr(_call, "coopflow", Listed())
     return names

@@ -293,8 +293,11 @@ class BoundStep:
     def __init__(self, *, drift: Coefficient, **options: Any) -> None:
         self.drift = drift
         self.options = {"drift": drift, **options}
-        self._constant = _raw("langevin_step_", **self.options)
+        self._constant = constant = _raw("langevin_step_", **self.options)
         self._numbers = self._plain_numbers()
+        self._mask = constant.get("active"), constant.get("frozen_at")
+        self._plain_step = _call.coopflow.langevin_plain_step_.default
+        self._step = _call.coopflow.langevin_step_.default
 
     def _plain_numbers(self) -> Tensor | None:
         """The numbers of ``langevin_plain_step_``; None where a step needs more than numbers."""
@@ -307,22 +310,14 @@ class BoundStep:
 
     def in_place(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> None:
         """One step; ``varying`` options replace the bound ones."""
-        constant = self._constant
         if self._numbers is not None and not varying:
-            _call.coopflow.langevin_plain_step_.default(
-                x,
-                grad,
-                rng,
-                self._numbers,
-                step,
-                constant.get("active"),
-                constant.get("frozen_at"),
-            )
+            self._plain_step(x, grad, rng, self._numbers, step, *self._mask)
             return
-        arguments = constant
-        if varying:
+        if varying.keys() & self.options.keys():
             arguments = _raw("langevin_step_", **{**self.options, **varying})
-        _call.coopflow.langevin_step_.default(x, grad, rng, **arguments, step=step)
+        else:
+            arguments = {**self._constant, **_raw("langevin_step_", **varying)}
+        self._step(x, grad, rng, **arguments, step=step)
 
     def functional(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> Tensor:
         """One step as :func:`langevin_step`, whose options ``varying`` replace the bound ones."""

@@ -288,8 +288,9 @@ class Chain:
             self._move(j, step, grad, drift=(row * shrink)[None], grad_norm=None)
 
     def _move(self, j: int, step: int, grad: Tensor, **given: Any) -> None:
-        varying = {**self._varying(j, step), **given}
-        self.steps[j].in_place(self.xs[j], grad, self.rngs[j], step, **varying)
+        if self.varies:
+            given = {**self._varying(j, step), **given}
+        self.steps[j].in_place(self.xs[j], grad, self.rngs[j], step, **given)
 
     def _laid_out(self, j: int, grad: Tensor) -> Tensor:
         """The gradient in x's dtype and memory layout, which the op requires."""
