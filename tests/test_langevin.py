@@ -458,6 +458,25 @@ def test_gradients_of_first_and_second_order(device: torch.device, name: str) ->
     assert torch.autograd.gradgradcheck(step, (x, grad))
 
 
+def test_the_norm_clip_is_differentiable_at_zero_norm(device: torch.device) -> None:
+    """Where it changes nothing: the gradients are those without it, twice."""
+    x, grad, rng, _ = arguments((3, 4), torch.float64, device, {})
+    grad[1] = 0.0
+    x.requires_grad_()
+    grad.requires_grad_()
+
+    def derivatives(grad_norm: float | None) -> tuple[Tensor, ...]:
+        out = cf.ops.langevin_step(x, grad, rng, drift=grad.new_tensor([[0.3]]).detach(),
+                                   grad_norm=grad_norm)  # fmt: skip
+        first = torch.autograd.grad(out.square().sum(), (x, grad), create_graph=True)
+        second = torch.autograd.grad(sum(f.square().sum() for f in first), (x, grad))
+        return (*first, *second)
+
+    for clipped, plain in zip(derivatives(0.1), derivatives(None), strict=True):
+        assert clipped.isfinite().all()
+        torch.testing.assert_close(clipped[1], plain[1])
+
+
 @pytest.mark.parametrize("name", ["clamp", "norm clip", "everything"])
 def test_gradient_equals_the_oracles(device: torch.device, name: str) -> None:
     x, grad, rng, options = arguments((4, 50), torch.float32, device, OPTIONS[name])

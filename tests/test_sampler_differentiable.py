@@ -224,3 +224,35 @@ def test_nonfinite_gradients_still_raise(x0):
         )
     assert caught.value.step == 0
     assert caught.value.x.isfinite().all()
+
+
+def test_a_joint_norm_clip_of_zero_gradients_is_differentiable():
+    """Of a state of several tensors, where the clip changes nothing."""
+    a = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    b = torch.tensor([0.0, 1.0], requires_grad=True)
+    ends = []
+    for options in ({"grad_norm": 0.5}, {}):
+        sampler = LangevinSampler(
+            lambda s: (s[0].square().sum(1) + s[1].square()) / 2, n_steps=2, drift=0.1, noise=0.0,
+            differentiable=True, **options,
+        )  # fmt: skip
+        x = sampler([a, b]).x
+        ends.append(torch.autograd.grad(x[0].sum() + x[1].sum(), (a, b)))
+    for clipped, plain in zip(*ends, strict=True):
+        assert clipped.isfinite().all()
+        torch.testing.assert_close(clipped[0], plain[0])
+
+
+def test_a_joint_norm_clip_in_half_precision():
+    """The norm is summed, and the drift's table made, in float32."""
+    x0 = [torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)]
+    x = LangevinSampler(
+        lambda s: s[0].float().square().sum(1) + s[1].float().square(), n_steps=1, drift=0.5,
+        noise=0.0, grad_norm=1.0,
+    )(x0).x  # fmt: skip
+    expected = 1 - 0.5 * 2 / 20**0.5
+    for tensor in x:
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            tensor.float(), torch.full_like(tensor.float(), expected), atol=4e-3, rtol=0
+        )

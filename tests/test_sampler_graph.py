@@ -261,8 +261,9 @@ def test_a_capture_leaves_buffers_and_generators_as_they_were(recorded):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"autocast": torch.bfloat16}])
 @pytest.mark.parametrize("kind", ["data", "table"])
-def test_an_energy_that_replaces_its_buffers_runs_without_a_graph(recorded, kind):
+def test_an_energy_that_replaces_its_buffers_runs_without_a_graph(recorded, kind, options):
     """A replay would read the memory where they were; a capture for each call would be no use."""
 
     class Replaces(nn.Module):
@@ -270,27 +271,29 @@ def test_an_energy_that_replaces_its_buffers_runs_without_a_graph(recorded, kind
             super().__init__()
             self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
             self.register_buffer("u", torch.ones(3))
+            torch.manual_seed(0)
+            self.net = nn.Linear(3, 3)  # has a copy in autocast
 
         def forward(self, x: Tensor) -> Tensor:
             if kind == "data":  # as the spectral norm of much published code
                 self.scale.data = self.scale * 0.9
             else:
                 self.u = self.u * 0.9
-            return (x * self.u * self.scale).square().sum(1)
+            return self.net(x * self.u * self.scale).square().sum(1)
 
     energy, plain = Replaces(), Replaces()
-    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1, **options)
     name = "scale" if kind == "data" else "u"
     x0 = torch.randn(4, 3)
     with pytest.warns(UserWarning, match=f"puts {name} into other memory") as caught:
         outs = [sampler(x0, key=KEY).x for _ in range(3)]
     assert len(caught) == 1
     assert recorded.made == 1
-    reference = LangevinSampler(plain, n_steps=3, step_size=0.1, cuda_graph=False)
+    reference = LangevinSampler(plain, n_steps=3, step_size=0.1, cuda_graph=False, **options)
     assert all(torch.equal(out, reference(x0, key=KEY).x) for out in outs)
     torch.testing.assert_close(energy.state_dict(), plain.state_dict(), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"cuda_graph=True: .* into other memory"):
-        LangevinSampler(Replaces(), n_steps=3, step_size=0.1, cuda_graph=True)(x0)
+        LangevinSampler(Replaces(), n_steps=3, step_size=0.1, cuda_graph=True, **options)(x0)
 
 
 def test_buffers_belong_to_one_thread_at_a_time(recorded):

@@ -127,7 +127,8 @@ class CapturedChain:
 
     def __init__(self, plan: Plan, inputs: Inputs) -> None:
         self.chain = Chain(plan, inputs.clone())
-        before = ModelState(plan.gradient.module, inputs.xs[0].device)
+        # Of the module that computes, which may be a twin of the caller's with the same tensors.
+        before = ModelState(self.chain.gradient.module, inputs.xs[0].device)
         try:
             self.recording = _Recording(self.chain)
             moved = before.moved()

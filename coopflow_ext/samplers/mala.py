@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view
+from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_ACCEPT, Key
 from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
 from coopflow_ext.samplers.checks import (
@@ -212,7 +212,7 @@ class _StepSizes:
         self.noise = self.delta * self._scale
 
     def at(self, step: int) -> Tensor:
-        return self.delta[step if len(self.delta) > 1 else 0]
+        return table_row(self.delta, step)
 
     def adapt(self, step: int, acceptance: Tensor) -> None:
         """One step of stochastic approximation (Andrieu and Thoms, Stat. Comput. 2008)."""

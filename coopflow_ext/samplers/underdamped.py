@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view
+from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
 from coopflow_ext.samplers.chain import laid_out, mask_jointly
@@ -242,4 +242,4 @@ def _at(value: Coefficient, step: int, x: Tensor) -> Coefficient:
     """The coefficient at a step, shaped to broadcast against x."""
     if not isinstance(value, Tensor):
         return value
-    return per_chain_view(value[step if value.shape[0] > 1 else 0], x).to(x.dtype)
+    return per_chain_view(table_row(value, step), x).to(x.dtype)
