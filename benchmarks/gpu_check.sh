@@ -188,7 +188,13 @@ suite() {
 
 stage_bench() {
   "$PYTHON" benchmarks/sass_report.py || echo "sass_report: no report"
-  suite 'langevin/*' 'affine_coupling/*' 'mixture_logistic/*'
+  local bench stem cases=()
+  for bench in benchmarks/bench_*.py; do
+    stem=${bench#benchmarks/bench_}
+    stem=${stem%.py}
+    [ ! -f "csrc/ops/${stem}_op.h" ] || cases+=("$stem/*")
+  done
+  suite "${cases[@]}"
 }
 
 stage_models() {
@@ -200,11 +206,12 @@ stage_profile() {
     "$PYTHON" benchmarks/exercise_ops.py --large --device cpu
     return
   fi
-  local tool log=$out/ncu.txt status
+  local tool log=$out/ncu.txt status ours
   tool=$(find_tool ncu) || return $REFUSED
+  ours=$(grep -ohE '\w+_kernel\b' csrc/cuda/*.cu csrc/cuda/*.cuh | sort -u | paste -sd '|')
   # Our kernels only, by name, at the clocks that the benchmarks ran at.
   "$tool" --set basic --clock-control none --launch-count 60 \
-    --kernel-name 'regex:^(affine_coupling|apply_moments|gradient_moments|langevin|mixture|random_k|sum_chunks)' \
+    --kernel-name "regex:^($ours)" \
     "$PYTHON" benchmarks/exercise_ops.py --large --device cuda >"$log" 2>&1
   status=$?
   cat "$log"

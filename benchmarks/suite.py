@@ -34,14 +34,7 @@ from harness import (
 from merge import check_same, merged
 from report import load
 
-MODULES = (
-    "bench_langevin",
-    "bench_affine_coupling",
-    "bench_mixture_logistic",
-    "bench_sampler",
-    "bench_flowpp",
-    "bench_coop",
-)
+MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 RESULTS = "results.json"
 
 

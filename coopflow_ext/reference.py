@@ -271,7 +271,7 @@ def mixture_logistic_coupling(
     log_cdf, log_survival, log_density = mixture_logistic_log_cdf(x.to(work), *mixture)
     y = (log_cdf - log_survival + b) * a.exp()
     ladj = log_density - log_cdf - log_survival + a
-    return y.to(x.dtype), ladj.flatten(1).sum(1)
+    return y.to(x.dtype), flat(ladj).sum(1)
 
 
 @torch.no_grad()
@@ -322,4 +322,4 @@ def mixture_logistic_coupling_inverse(
     _, _, log_density = mixture_logistic_log_cdf(x, *mixture)
     log_sigmoids = torch.nn.functional.logsigmoid(v) + torch.nn.functional.logsigmoid(-v)
     ladj = log_sigmoids - log_density - a
-    return x.to(y.dtype), ladj.flatten(1).sum(1)
+    return x.to(y.dtype), flat(ladj).sum(1)

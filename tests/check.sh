@@ -20,9 +20,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p docs build
 
-# The tests of operators, which need no training extras.
-op_tests=(tests/test_rng.py tests/test_langevin.py tests/test_affine_coupling.py
-  tests/test_mixture_logistic.py)
+source tests/op_tests.sh
 
 beside_torch() { # wheel, requirement
   local venv=$work/venv started=$SECONDS
@@ -32,7 +30,7 @@ beside_torch() { # wheel, requirement
     pytest pytest-timeout pytest-benchmark hypothesis scipy mpmath
   # Away from the source tree, so that the installed package is what gets tested.
   mkdir -p "$work/tree"
-  cp -r tests conftest.py pyproject.toml "$work/tree/"
+  cp -r tests benchmarks conftest.py pyproject.toml "$work/tree/"
   (
     cd "$work/tree"
     "$venv/bin/python" -c "

@@ -24,8 +24,7 @@ PATH=$(dirname "$python"):$PATH
 export OMP_NUM_THREADS=1 PYTHONPATH=$root
 
 # Compiling with torch.compile under a preloaded sanitizer checks the compiler, not this library.
-tests=(tests/test_rng.py tests/test_langevin.py tests/test_affine_coupling.py
-  tests/test_mixture_logistic.py)
+source tests/op_tests.sh
 select="not slow and not gpu"
 
 # The library built with -fsanitize=$1.
@@ -75,7 +74,7 @@ check_address() {
     UBSAN_OPTIONS=print_stacktrace=1 "$python")
   must_find write_past_the_end heap-buffer-overflow -fsanitize=address "${checked[@]}"
   "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "not compile" --timeout=900 \
-    "${tests[@]}"
+    "${op_tests[@]}"
 }
 
 check_thread() {
@@ -90,7 +89,7 @@ check_thread() {
     setarch --addr-no-randomize "$python")
   must_find share_an_element "data race" -fsanitize=thread "${checked[@]}"
   "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "thread and not instruction" \
-    --timeout=900 "${tests[@]}"
+    --timeout=900 "${op_tests[@]}"
 }
 
 # Runs Python under memcheck. Python and torch have findings of their own, thousands of them, which

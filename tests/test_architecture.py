@@ -158,6 +158,24 @@ def test_a_stem_stands_in_every_layer(stem: str) -> None:
     assert [name for name in files if not (ROOT / name).is_file()] == []
 
 
+def test_the_recipe_names_every_file_of_an_op() -> None:
+    """And scripts name no op."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    recipe = text.partition("## Adding an op")[2].partition("\nA new option")[0]
+    rows = [line.split("|")[1] for line in recipe.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert len(listed) == 16  # the number that the text gives in words
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(PACKAGE / "ops").glob("*.py")]
+    by_name = [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    touched = [p for p in sources if "affine_coupling" in p.name + p.read_text()]
+    touched += [p for p in by_name if "affine_coupling" in p.name]
+    paths = {str(path.relative_to(ROOT)) for path in touched}
+    assert paths - listed == {"csrc/host_module.cpp"}
+    scripts = [*ROOT.glob("Makefile"), *ROOT.glob("CMakeLists.txt"), *ROOT.glob("*/*.sh")]
+    scripts += [ROOT / "benchmarks" / name for name in ("suite.py", "exercise_ops.py")]
+    assert [p.name for p in scripts if "affine_coupling" in p.read_text()] == []
+
+
 def schemas() -> list[str]:
     text = (ROOT / "csrc" / "library.cpp").read_text()
     return re.findall(r'm\.def\(\s*"(\w+)\(', text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import json
 import re
@@ -266,7 +267,7 @@ def test_pytest_runs_the_cases_of_the_suite() -> None:
     files = {path.stem for path in Path(harness.__file__).parent.glob("bench_*.py")}
     assert files == set(suite.MODULES)
     for name in suite.MODULES:
-        module = sys.modules[name]
+        module = importlib.import_module(name)
         tests = [f for n, f in inspect.getmembers(module) if n.startswith("test_")]
         marks = [mark for test in tests for mark in test.pytestmark]
         assert [mark.args for mark in marks] == [("case", module.SUITE_CASES)], name
@@ -275,9 +276,18 @@ def test_pytest_runs_the_cases_of_the_suite() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_gpu_check_measures_every_case(device: str) -> None:
     script = Path(harness.__file__).with_name("gpu_check.sh").read_text()
-    stages = [re.findall("'([^']*)'", line) for line in re.findall(r"^  suite (.*)$", script, re.M)]
-    assert len(stages) == 2
-    found = [c.name for patterns in stages for c in suite.select(patterns, device, False)]
+    stages = script[script.index("stage_bench()") : script.index("stage_profile()")]
+    says = f'PYTHON=true; suite() {{ echo "$@"; }}\n{stages}\nstage_bench; stage_models'
+    root = Path(harness.__file__).parents[1]
+    done = subprocess.run(
+        ["bash", "-c", says], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) == 2
+    found = [
+        case.name
+        for patterns in done.stdout.splitlines()
+        for case in suite.select(patterns.split(), device, False)
+    ]
     assert sorted(found) == sorted(c.name for c in suite.all_cases() if device in c.devices)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_table import plain_numbers
 from torch import Tensor
-from torch.library import opcheck
 
 import coopflow_ext as cf
 
@@ -76,18 +75,6 @@ def assert_matches(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=4 * ulp, atol=4 * ulp + noise)
 
 
-PLAIN = ("drift", "noise", "decay", "is_score", "grad_clip", "grad_norm", "step_clip")
-
-
-def plain_numbers(options: dict[str, Any]) -> Tensor:
-    """The options of a plain step as langevin_plain_step_ takes them, off where none is given."""
-    off = dict.fromkeys(PLAIN, 0.0) | dict.fromkeys(PLAIN[4:], math.inf)
-    numbers = [float(options.get(name, off[name])) for name in PLAIN]
-    return torch.tensor(
-        [*numbers, *options.get("clamp", (-math.inf, math.inf))], dtype=torch.float64
-    )
-
-
 # --- against the oracle ---------------------------------------------------------------------------
 
 
@@ -131,7 +118,7 @@ def test_the_plain_step_is_the_same_step(
             expected, grads, rng, **options, active=active, frozen_at=frozen_at,
             freeze_nonfinite=mask is not None,
         )  # fmt: skip
-        plain(ours, grads, rng, plain_numbers(options), step, *masks)
+        plain(ours, grads, rng, plain_numbers(**options), step, *masks)
         assert torch.equal(ours, expected)
         if mask is not None:
             assert active is not None
@@ -368,35 +355,6 @@ def test_nan_gradient_reaches_the_state_unless_frozen(device: torch.device) -> N
     assert out[0].isfinite().all()
 
 
-# --- reproducibility ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_chain_moves_alike_in_every_batch(device: torch.device, dtype: torch.dtype) -> None:
-    for per_chain, name in itertools.product((3, 130, 20000), ("clamp", "norm clip", "everything")):
-        x, grad, rng, options = arguments((24, per_chain), dtype, device, OPTIONS[name])
-        whole = cf.ops.langevin_step(x, grad, rng, **options)
-        rng[2] += 17
-        if options.get("x_ref") is not None:
-            options["x_ref"] = options["x_ref"][17:18]
-        one = cf.ops.langevin_step(x[17:18].clone(), grad[17:18].clone(), rng, **options)
-        assert torch.equal(whole[17:18], one)
-
-
-def test_threads_do_not_change_a_bit() -> None:
-    x, grad, rng, options = arguments((37, 5000), torch.float32, "cpu", OPTIONS["everything"])
-    threads = torch.get_num_threads()
-    outs = []
-    try:
-        for n in (1, 2, 7):
-            torch.set_num_threads(n)
-            outs.append(cf.ops.langevin_step(x, grad, rng, **options))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
-
-
 # --- exact laws -----------------------------------------------------------------------------------
 
 
@@ -477,42 +435,6 @@ def test_the_norm_clip_is_differentiable_at_zero_norm(device: torch.device) -> N
         torch.testing.assert_close(clipped[1], plain[1])
 
 
-@pytest.mark.parametrize("name", ["clamp", "norm clip", "everything"])
-def test_gradient_equals_the_oracles(device: torch.device, name: str) -> None:
-    x, grad, rng, options = arguments((4, 50), torch.float32, device, OPTIONS[name])
-    cotangent = random_like((4, 50), torch.float32, device, 11)
-    results = []
-    for op in (cf.ops.langevin_step, cf.reference.langevin_step):
-        inputs = [t.clone().requires_grad_() for t in (x, grad)]
-        out = op(*inputs, rng, **options)
-        results.append(torch.autograd.grad(out, inputs, cotangent))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_func_grad_and_compile_together(device: torch.device) -> None:
-    x, _, rng, options = arguments((4, 8), torch.float32, device, OPTIONS["both clips"])
-
-    def loss(x: Tensor) -> Tensor:
-        return cf.ops.langevin_step(x, x.sin(), rng, **options).square().sum()
-
-    expected = torch.func.grad(loss)(x)
-    leaf = x.clone().requires_grad_()
-    torch.testing.assert_close(expected, torch.autograd.grad(loss(leaf), leaf)[0])
-    # The compiler of torch 2.10 meets the operator's registered derivative inside func.grad.
-    if torch.__version__ >= (2, 11):
-        compiled = torch.compile(torch.func.grad(loss), fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected)
-
-
-def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device) -> None:
-    x, grad, rng, options = arguments((2, 3), torch.float32, device, {})
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
-        torch.func.jvp(
-            lambda x: cf.ops.langevin_step(x, grad, rng, **options), (x,), (torch.ones_like(x),)
-        )
-
-
 @pytest.mark.parametrize("which", ["x", "grad"])
 def test_in_place_refuses_what_needs_a_derivative(device: torch.device, which: str) -> None:
     x, grad, rng, options = arguments((2, 3), torch.float32, device, {})
@@ -556,7 +478,7 @@ def test_constants_that_require_grad_are_refused(device: torch.device, name: str
         cf.ops.langevin_step(x, grad, rng, **options)
 
 
-# --- torch.compile and opcheck --------------------------------------------------------------------
+# --- torch.compile --------------------------------------------------------------------------------
 
 
 def test_compiled_in_place_step_equals_eager(device: torch.device) -> None:
@@ -588,245 +510,7 @@ def test_equal_draws_are_not_merged_and_the_key_is_read_each_time(device: torch.
     assert torch.equal(compiled(rng)[0], first[1])
 
 
-def raw_options(**options: Any) -> dict[str, Any]:
-    return {"drift": 0.1, "noise": 0.2, "clamp_low": -1.0, "clamp_high": 1.0, **options}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_the_mutating_ops(device: torch.device, dtype: torch.dtype) -> None:
-    x, grad, rng, _ = arguments((3, 8), dtype, device, {})
-    stats = torch.empty(3, 5, device=device)
-    active = torch.ones(3, dtype=torch.bool, device=device)
-    frozen_at = torch.zeros(3, dtype=torch.int64, device=device)
-    ops = torch.ops.coopflow
-    opcheck(ops.langevin_step_.default, (x, grad, rng), raw_options())
-    opcheck(
-        ops.langevin_step_.default,
-        (x, grad, rng),
-        raw_options(
-            stats=stats, active=active, freeze_nonfinite=True, frozen_at=frozen_at, grad_norm=0.5
-        ),
-    )
-    numbers = plain_numbers({"drift": 0.1, "noise": 0.2})
-    for masks in ((None, None), (active, frozen_at)):
-        opcheck(ops.langevin_plain_step_.default, (x, grad, rng, numbers, 2, *masks))
-    opcheck(ops.langevin_noise_.default, (x, rng), {"noise": 0.2})
-    opcheck(ops.normal_.default, (x, rng))
-    opcheck(ops.uniform_.default, (x, rng))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_of_the_functional_op(device: torch.device, requires_grad: bool) -> None:
-    x, grad, rng, _ = arguments((3, 8), torch.float32, device, {})
-    x.requires_grad_(requires_grad)
-    grad.requires_grad_(requires_grad)
-    step = torch.ops.coopflow.langevin_step.default
-    opcheck(step, (x, grad, rng, 0.1))
-    opcheck(step, (x, grad, rng, 0.0, torch.rand(2, 3, device=device), 0.2))
-
-
-# --- bad input ------------------------------------------------------------------------------------
-
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "grad dtype": ({"grad": torch.zeros(4, 6, dtype=torch.float64)}, TypeError, "grad: .*float64"),
-    "grad shape": ({"grad": torch.zeros(4, 5)}, ValueError, r"grad: .*\(4, 6\), got \(4, 5\)"),
-    "grad strides": ({"grad": torch.zeros(6, 4).t()}, ValueError, "grad: must have the strides"),
-    "grad None": ({"grad": None}, TypeError, "grad"),
-    "grad list": ({"grad": [1.0]}, TypeError, "grad"),
-    "x integer": ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: .*int64"),
-    "x scalar": (
-        {"x": torch.zeros(()), "grad": torch.zeros(())},
-        ValueError,
-        "x: must have a batch",
-    ),
-    "x transposed": (
-        {"x": torch.zeros(6, 4).t(), "grad": torch.zeros(6, 4).t()},
-        ValueError,
-        "x: must be dense",
-    ),
-    "x strided": (
-        {"x": torch.zeros(4, 12)[:, ::2], "grad": torch.zeros(4, 6)},
-        ValueError,
-        "x: must be dense",
-    ),
-    "x expanded": ({"x": torch.zeros(1, 6).expand(4, 6)}, ValueError, "x: must be dense"),
-    "grad sparse": ({"grad": torch.zeros(4, 6).to_sparse()}, ValueError, "must be dense.*Sparse"),
-    "drift NaN": ({"drift": math.nan}, ValueError, "drift: must be finite, got nan"),
-    "drift text": ({"drift": "a"}, TypeError, "drift"),
-    "drift None": ({"drift": None}, TypeError, "drift .*float or a tensor, got None"),
-    "noise None": ({"noise": None}, TypeError, "noise .*float or a tensor, got None"),
-    "noise negative": ({"noise": -0.1}, ValueError, "noise: must not be negative, got -0.1"),
-    "noise infinite": ({"noise": math.inf}, ValueError, "noise: must be finite"),
-    "decay NaN": ({"decay": math.nan}, ValueError, "decay: must be finite"),
-    "pull alone": ({"pull": 0.1}, ValueError, "pull: needs x_ref"),
-    "pull NaN": ({"pull": math.nan, "x_ref": torch.zeros(4, 6)}, ValueError, "pull: must be"),
-    "table 1-D": ({"drift": torch.ones(4)}, ValueError, r"drift: must have shape \(T or 1, B"),
-    "table wide": ({"drift": torch.ones(1, 3)}, ValueError, r"with B = 4, got \(1, 3\)"),
-    "table short": (
-        {"drift": torch.ones(3, 1), "step": 3},
-        ValueError,
-        "row 3 was asked .* 3 rows",
-    ),
-    "table short for noise after": (
-        {"noise": torch.ones(3, 1), "step": 2, "noise_when": 1},
-        ValueError,
-        "row 3 was asked",
-    ),
-    "table dtype": ({"noise": torch.ones(1, 1).half()}, TypeError, "noise: .*float32 or float64"),
-    "table of numpy": ({"drift": torch.ones(1, 4).numpy()}, TypeError, "'drift' .*'ndarray'"),
-    "grad of numpy": ({"grad": torch.ones(4, 6).numpy()}, TypeError, "'grad' .*'ndarray'"),
-    "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
-    "rng Key": ({"rng": KEY}, TypeError, "'rng' .*'Key'"),
-    "rng shape": ({"rng": torch.zeros(4, dtype=torch.int64)}, ValueError, r"rng: .*\(4,\)"),
-    "grad_clip": ({"grad_clip": 0.0}, ValueError, "grad_clip: must be positive, got 0"),
-    "grad_norm": ({"grad_norm": -1.0}, ValueError, "grad_norm: must be positive"),
-    "step_clip": ({"step_clip": math.nan}, ValueError, "step_clip: must be positive, got nan"),
-    "clamp reversed": ({"clamp": (1.0, -1.0)}, ValueError, r"clamp: .*got \(1, -1\)"),
-    "clamp number": ({"clamp": 1.0}, ValueError, r"clamp must be \(low, high\), got 1.0"),
-    "clamp of three": ({"clamp": (0, 1, 2)}, ValueError, r"clamp must be .*got \(0, 1, 2\)"),
-    "clamp NaN": ({"clamp": (math.nan, 1.0)}, ValueError, "clamp: must be"),
-    "noise_when": ({"noise_when": 3}, ValueError, "noise_when: must be 0, 1 or 2, got 3"),
-    "step negative": ({"step": -1}, ValueError, "step: must be in"),
-    "step beyond 64 bits": ({"step": 2**70}, ValueError, "step.*beyond 64 bits"),
-    "rng of two": ({"rng": torch.zeros(2, dtype=torch.int64)}, ValueError, "rng: .*Key.tensor.*2,"),
-    "xi shape": ({"xi": torch.zeros(4, 5), "noise": 0.1}, ValueError, "xi: must have the shape"),
-    "xi dtype": ({"xi": torch.zeros(4, 6).double(), "noise": 0.1}, TypeError, "xi: .*float64"),
-    "x_ref shape": ({"x_ref": torch.zeros(6)}, ValueError, "x_ref: must have the shape"),
-    "x_low dtype": ({"x_low": torch.zeros(4, 6)}, TypeError, "x_low: .*bfloat16 or float16"),
-    "x_low strides": ({"x_low": torch.zeros(6, 4).half().t()}, ValueError, "x_low: .*strides"),
-    "stats shape": ({"stats": torch.zeros(4, 4)}, ValueError, r"stats: must have shape \(4, 5\)"),
-    "stats dtype": ({"stats": torch.zeros(4, 5).double()}, TypeError, "stats: .*float32"),
-    "active dtype": ({"active": torch.ones(4)}, TypeError, "active: must have dtype bool"),
-    "active shape": ({"active": torch.ones(3).bool()}, ValueError, r"active: .*\(4,\), got \(3,\)"),
-    "freeze alone": ({"freeze_nonfinite": True}, ValueError, "freeze_nonfinite: needs active"),
-    "frozen_at alone": ({"frozen_at": torch.zeros(4).long()}, ValueError, "needs freeze_nonfinite"),
-    "frozen_at dtype": (
-        {
-            "frozen_at": torch.zeros(4),
-            "active": torch.ones(4).bool(),
-            "freeze_nonfinite": True,
-        },
-        TypeError,
-        "frozen_at: must have dtype int64",
-    ),
-    "unknown option": ({"momentum": 0.9}, TypeError, "momentum"),
-}
-
-
-def as_it_lies(value: Any, device: torch.device) -> Any:
-    """A tensor on the device with its strides: ``to`` makes what has gaps or overlaps dense."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.layout != torch.strided:
-        return value.to(device)
-    n = value.untyped_storage().nbytes() // value.element_size()
-    return value.as_strided((n,), (1,), 0).to(device).as_strided(value.shape, value.stride())
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_lies_on_another_device_as_it_does_here(name: str) -> None:
-    for value in BAD[name][0].values():
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            assert as_it_lies(value, torch.device("meta")).stride() == value.stride()
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str) -> None:
-    overrides, error, message = BAD[name]
-    given = {key: as_it_lies(value, device) for key, value in overrides.items()}
-    x = given.pop("x", torch.ones(4, 6, device=device))
-    grad = given.pop("grad", torch.ones(4, 6, device=device))
-    rng = given.pop("rng", KEY.tensor(device))
-    before = x.clone()
-    with pytest.raises(error, match=message):
-        cf.ops.langevin_step_(x, grad, rng, **{"drift": 0.1, **given})
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        (torch.zeros(9), "numbers: must have dtype float64"),
-        (torch.zeros(8, dtype=torch.float64), r"numbers: must have shape \(9,\), got \(8,\)"),
-        (torch.zeros(18, dtype=torch.float64)[::2], "numbers: must be contiguous"),
-        (plain_numbers({"drift": math.nan}), "drift: must be finite"),
-        (plain_numbers({"noise": -1.0}), "noise: must not be negative"),
-        (plain_numbers({"grad_clip": 0.0}), "grad_clip: must be"),
-        (plain_numbers({"clamp": (1.0, -1.0)}), "clamp: must be"),
-    ],
-)
-def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, message: str) -> None:
-    x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
-    before = x.clone()
-    with pytest.raises(RuntimeError, match=f"coopflow::langevin_plain_step_: {message}"):
-        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, None, None)
-    assert torch.equal(x, before)
-
-
-def test_a_lazily_negated_state_is_named(device: torch.device) -> None:
-    storage = torch.ones(4, 6, device=device)
-    x, grad, rng = torch._neg_view(storage), torch.ones(4, 6, device=device), KEY.tensor(device)
-    for call in (
-        lambda: cf.ops.langevin_step_(x, grad, rng, drift=0.1),
-        lambda: cf.ops.langevin_noise_(x, rng, noise=0.1),
-    ):
-        with pytest.raises(ValueError, match="x is a lazily negated view"):
-            call()
-    assert (storage == 1).all()
-    # As a gradient it is read like any other.
-    out = cf.ops.langevin_step_(torch.zeros(4, 6, device=device), x, rng, drift=0.5)
-    assert (out == 0.5).all()
-
-
-def assert_a_foreign_tensor_is_named(name: str, device: Any, other: str) -> None:
-    given: dict[str, Any] = {
-        "x": torch.ones(4, 6, device=device),
-        "grad": torch.ones(4, 6, device=device),
-        "rng": KEY.tensor(device),
-        "drift": torch.ones(1, 4, device=device),
-        "xi": torch.ones(4, 6, device=device),
-        "stats": torch.ones(4, 5, device=device),
-        "active": torch.ones(4, dtype=torch.bool, device=device),
-    }
-    given[name] = given[name].to(other)
-    x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
-    with pytest.raises(ValueError, match=f"{name}: must be on the device of x"):
-        cf.ops.langevin_step_(x, grad, rng, noise=0.1, **given)
-    assert (x == 1).all()
-
-
-FOREIGN = ["grad", "rng", "drift", "xi", "stats", "active"]
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None:
-    """One "meta" tensor sends the call to the fake kernel, which must not pass for a step."""
-    assert_a_foreign_tensor_is_named(name, device, "meta")
-
-
-def test_the_numbers_of_a_plain_step_stay_on_the_cpu(device: torch.device) -> None:
-    """Beside tensors of another device, here without data, and as the only ones without data."""
-    plain, numbers = torch.ops.coopflow.langevin_plain_step_, plain_numbers({"drift": 0.1})
-    x, grad, rng, _ = arguments((4, 6), torch.float32, device, {})
-    shapes = [t.to("meta") for t in (x, grad, rng)]
-    plain(*shapes, numbers, 0, None, None)
-    before = x.clone()
-    with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
-        plain(x, grad, rng, numbers.to("meta"), 0, None, None)
-    assert torch.equal(x, before)
-
-
-def test_shapes_alone_pass_through_the_ops() -> None:
-    x, grad = (torch.empty(4, 6, device="meta") for _ in range(2))
-    rng = torch.empty(3, dtype=torch.int64, device="meta")
-    assert cf.ops.langevin_step_(x, grad, rng, drift=0.1) is x
-    assert cf.ops.langevin_step(x, grad, rng, drift=0.1).shape == (4, 6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", FOREIGN)
-def test_mixed_devices_are_named(name: str) -> None:
-    assert_a_foreign_tensor_is_named(name, "cuda", "cpu")
+# --- streams, sizes and properties ----------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -861,9 +545,6 @@ def test_more_than_two_to_the_31_elements() -> None:
     expected = (-0.05 + 0.2 * z[0, tail].float()).bfloat16().float()
     torch.testing.assert_close(x[2, tail].float(), expected, rtol=2e-2, atol=2e-3)
     assert (x[2, tail] != 0).all()
-
-
-# --- properties -----------------------------------------------------------------------------------
 
 
 @given(

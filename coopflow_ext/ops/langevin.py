@@ -256,7 +256,7 @@ def langevin_step(
         for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
             constants[name] = value if isinstance(value, Tensor) else None
         for name, tensor in constants.items():
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise ValueError(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
                 )
@@ -276,6 +276,9 @@ def langevin_step(
         step=step,
         xi=xi,
     )
+    if torch.compiler.is_compiling():
+        # Dynamo does not see that an argument of func.grad requires grad; of a view it does.
+        x, grad = x.view_as(x), grad.view_as(grad)
     try:
         out: Tensor = _call.apply(_LangevinStep, x, grad, rng, *_Options(**options))
     except RuntimeError as error:

@@ -1,0 +1,217 @@
+"""Bad input of the Langevin ops: named, and nothing is changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from op_table import plain_numbers
+from torch import Tensor
+
+import coopflow_ext as cf
+
+KEY = cf.Key(5)
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "grad dtype": ({"grad": torch.zeros(4, 6, dtype=torch.float64)}, TypeError, "grad: .*float64"),
+    "grad shape": ({"grad": torch.zeros(4, 5)}, ValueError, r"grad: .*\(4, 6\), got \(4, 5\)"),
+    "grad strides": ({"grad": torch.zeros(6, 4).t()}, ValueError, "grad: must have the strides"),
+    "grad None": ({"grad": None}, TypeError, "grad"),
+    "grad list": ({"grad": [1.0]}, TypeError, "grad"),
+    "x integer": ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: .*int64"),
+    "x scalar": (
+        {"x": torch.zeros(()), "grad": torch.zeros(())},
+        ValueError,
+        "x: must have a batch",
+    ),
+    "x transposed": (
+        {"x": torch.zeros(6, 4).t(), "grad": torch.zeros(6, 4).t()},
+        ValueError,
+        "x: must be dense",
+    ),
+    "x strided": (
+        {"x": torch.zeros(4, 12)[:, ::2], "grad": torch.zeros(4, 6)},
+        ValueError,
+        "x: must be dense",
+    ),
+    "x expanded": ({"x": torch.zeros(1, 6).expand(4, 6)}, ValueError, "x: must be dense"),
+    "grad sparse": ({"grad": torch.zeros(4, 6).to_sparse()}, ValueError, "must be dense.*Sparse"),
+    "drift NaN": ({"drift": math.nan}, ValueError, "drift: must be finite, got nan"),
+    "drift text": ({"drift": "a"}, TypeError, "drift"),
+    "drift None": ({"drift": None}, TypeError, "drift .*float or a tensor, got None"),
+    "noise None": ({"noise": None}, TypeError, "noise .*float or a tensor, got None"),
+    "noise negative": ({"noise": -0.1}, ValueError, "noise: must not be negative, got -0.1"),
+    "noise infinite": ({"noise": math.inf}, ValueError, "noise: must be finite"),
+    "decay NaN": ({"decay": math.nan}, ValueError, "decay: must be finite"),
+    "pull alone": ({"pull": 0.1}, ValueError, "pull: needs x_ref"),
+    "pull NaN": ({"pull": math.nan, "x_ref": torch.zeros(4, 6)}, ValueError, "pull: must be"),
+    "table 1-D": ({"drift": torch.ones(4)}, ValueError, r"drift: must have shape \(T or 1, B"),
+    "table wide": ({"drift": torch.ones(1, 3)}, ValueError, r"with B = 4, got \(1, 3\)"),
+    "table short": (
+        {"drift": torch.ones(3, 1), "step": 3},
+        ValueError,
+        "row 3 was asked .* 3 rows",
+    ),
+    "table short for noise after": (
+        {"noise": torch.ones(3, 1), "step": 2, "noise_when": 1},
+        ValueError,
+        "row 3 was asked",
+    ),
+    "table dtype": ({"noise": torch.ones(1, 1).half()}, TypeError, "noise: .*float32 or float64"),
+    "table of numpy": ({"drift": torch.ones(1, 4).numpy()}, TypeError, "'drift' .*'ndarray'"),
+    "grad of numpy": ({"grad": torch.ones(4, 6).numpy()}, TypeError, "'grad' .*'ndarray'"),
+    "rng dtype": ({"rng": torch.zeros(2)}, TypeError, "rng: must have dtype int64"),
+    "rng Key": ({"rng": KEY}, TypeError, "'rng' .*'Key'"),
+    "rng shape": ({"rng": torch.zeros(4, dtype=torch.int64)}, ValueError, r"rng: .*\(4,\)"),
+    "grad_clip": ({"grad_clip": 0.0}, ValueError, "grad_clip: must be positive, got 0"),
+    "grad_norm": ({"grad_norm": -1.0}, ValueError, "grad_norm: must be positive"),
+    "step_clip": ({"step_clip": math.nan}, ValueError, "step_clip: must be positive, got nan"),
+    "clamp reversed": ({"clamp": (1.0, -1.0)}, ValueError, r"clamp: .*got \(1, -1\)"),
+    "clamp number": ({"clamp": 1.0}, ValueError, r"clamp must be \(low, high\), got 1.0"),
+    "clamp of three": ({"clamp": (0, 1, 2)}, ValueError, r"clamp must be .*got \(0, 1, 2\)"),
+    "clamp NaN": ({"clamp": (math.nan, 1.0)}, ValueError, "clamp: must be"),
+    "noise_when": ({"noise_when": 3}, ValueError, "noise_when: must be 0, 1 or 2, got 3"),
+    "step negative": ({"step": -1}, ValueError, "step: must be in"),
+    "step beyond 64 bits": ({"step": 2**70}, ValueError, "step.*beyond 64 bits"),
+    "rng of two": ({"rng": torch.zeros(2, dtype=torch.int64)}, ValueError, "rng: .*Key.tensor.*2,"),
+    "xi shape": ({"xi": torch.zeros(4, 5), "noise": 0.1}, ValueError, "xi: must have the shape"),
+    "xi dtype": ({"xi": torch.zeros(4, 6).double(), "noise": 0.1}, TypeError, "xi: .*float64"),
+    "x_ref shape": ({"x_ref": torch.zeros(6)}, ValueError, "x_ref: must have the shape"),
+    "x_low dtype": ({"x_low": torch.zeros(4, 6)}, TypeError, "x_low: .*bfloat16 or float16"),
+    "x_low strides": ({"x_low": torch.zeros(6, 4).half().t()}, ValueError, "x_low: .*strides"),
+    "stats shape": ({"stats": torch.zeros(4, 4)}, ValueError, r"stats: must have shape \(4, 5\)"),
+    "stats dtype": ({"stats": torch.zeros(4, 5).double()}, TypeError, "stats: .*float32"),
+    "active dtype": ({"active": torch.ones(4)}, TypeError, "active: must have dtype bool"),
+    "active shape": ({"active": torch.ones(3).bool()}, ValueError, r"active: .*\(4,\), got \(3,\)"),
+    "freeze alone": ({"freeze_nonfinite": True}, ValueError, "freeze_nonfinite: needs active"),
+    "frozen_at alone": ({"frozen_at": torch.zeros(4).long()}, ValueError, "needs freeze_nonfinite"),
+    "frozen_at dtype": (
+        {
+            "frozen_at": torch.zeros(4),
+            "active": torch.ones(4).bool(),
+            "freeze_nonfinite": True,
+        },
+        TypeError,
+        "frozen_at: must have dtype int64",
+    ),
+    "unknown option": ({"momentum": 0.9}, TypeError, "momentum"),
+}
+
+
+def as_it_lies(value: Any, device: torch.device) -> Any:
+    """A tensor on the device with its strides: ``to`` makes what has gaps or overlaps dense."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout != torch.strided:
+        return value.to(device)
+    n = value.untyped_storage().nbytes() // value.element_size()
+    return value.as_strided((n,), (1,), 0).to(device).as_strided(value.shape, value.stride())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_lies_on_another_device_as_it_does_here(name: str) -> None:
+    for value in BAD[name][0].values():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            assert as_it_lies(value, torch.device("meta")).stride() == value.stride()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str) -> None:
+    overrides, error, message = BAD[name]
+    given = {key: as_it_lies(value, device) for key, value in overrides.items()}
+    x = given.pop("x", torch.ones(4, 6, device=device))
+    grad = given.pop("grad", torch.ones(4, 6, device=device))
+    rng = given.pop("rng", KEY.tensor(device))
+    before = x.clone()
+    with pytest.raises(error, match=message):
+        cf.ops.langevin_step_(x, grad, rng, **{"drift": 0.1, **given})
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (torch.zeros(9), "numbers: must have dtype float64"),
+        (torch.zeros(8, dtype=torch.float64), r"numbers: must have shape \(9,\), got \(8,\)"),
+        (torch.zeros(18, dtype=torch.float64)[::2], "numbers: must be contiguous"),
+        (plain_numbers(drift=math.nan), "drift: must be finite"),
+        (plain_numbers(noise=-1.0), "noise: must not be negative"),
+        (plain_numbers(grad_clip=0.0), "grad_clip: must be"),
+        (plain_numbers(clamp=(1.0, -1.0)), "clamp: must be"),
+    ],
+)
+def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, message: str) -> None:
+    x, grad, rng = (
+        torch.ones(4, 6, device=device),
+        torch.ones(4, 6, device=device),
+        KEY.tensor(device),
+    )
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=f"coopflow::langevin_plain_step_: {message}"):
+        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, None, None)
+    assert torch.equal(x, before)
+
+
+def test_a_lazily_negated_state_is_named(device: torch.device) -> None:
+    storage = torch.ones(4, 6, device=device)
+    x, grad, rng = torch._neg_view(storage), torch.ones(4, 6, device=device), KEY.tensor(device)
+    for call in (
+        lambda: cf.ops.langevin_step_(x, grad, rng, drift=0.1),
+        lambda: cf.ops.langevin_noise_(x, rng, noise=0.1),
+    ):
+        with pytest.raises(ValueError, match="x is a lazily negated view"):
+            call()
+    assert (storage == 1).all()
+    # As a gradient it is read like any other.
+    out = cf.ops.langevin_step_(torch.zeros(4, 6, device=device), x, rng, drift=0.5)
+    assert (out == 0.5).all()
+
+
+def assert_a_foreign_tensor_is_named(name: str, device: Any, other: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.ones(4, 6, device=device),
+        "grad": torch.ones(4, 6, device=device),
+        "rng": KEY.tensor(device),
+        "drift": torch.ones(1, 4, device=device),
+        "xi": torch.ones(4, 6, device=device),
+        "stats": torch.ones(4, 5, device=device),
+        "active": torch.ones(4, dtype=torch.bool, device=device),
+    }
+    given[name] = given[name].to(other)
+    x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
+    with pytest.raises(ValueError, match=f"{name}: must be on the device of x"):
+        cf.ops.langevin_step_(x, grad, rng, noise=0.1, **given)
+    assert (x == 1).all()
+
+
+FOREIGN = ["grad", "rng", "drift", "xi", "stats", "active"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None:
+    """One "meta" tensor sends the call to the fake kernel, which must not pass for a step."""
+    assert_a_foreign_tensor_is_named(name, device, "meta")
+
+
+def test_the_numbers_of_a_plain_step_stay_on_the_cpu(device: torch.device) -> None:
+    """Beside tensors of another device, here without data, and as the only ones without data."""
+    plain, numbers = torch.ops.coopflow.langevin_plain_step_, plain_numbers(drift=0.1)
+    x, grad, rng = (
+        torch.ones(4, 6, device=device),
+        torch.ones(4, 6, device=device),
+        KEY.tensor(device),
+    )
+    shapes = [t.to("meta") for t in (x, grad, rng)]
+    plain(*shapes, numbers, 0, None, None)
+    before = x.clone()
+    with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
+        plain(x, grad, rng, numbers.to("meta"), 0, None, None)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOREIGN)
+def test_mixed_devices_are_named(name: str) -> None:
+    assert_a_foreign_tensor_is_named(name, "cuda", "cpu")

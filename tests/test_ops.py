@@ -1,0 +1,440 @@
+"""The laws that every op keeps, once over the list in benchmarks/op_table.py.
+
+What is particular to one op stands in the test of its stem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from op_table import DTYPES, OPS, Arguments, Draw, Op, as_tuple, plain_numbers
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual
+from torch.library import opcheck
+from torch.utils._pytree import tree_map
+
+import coopflow_ext as cf
+from coopflow_ext._extension import native
+
+SHAPES = (
+    (0, 3), (3, 0), (1, 1), (2, 3), (3, 4), (5, 5), (7,), (4, 127), (2, 16411), (3, 2, 5, 7),
+)  # fmt: skip
+FACES = tuple({op.name: op for op in OPS}.values())  # one call of each, for what is slow
+DIFFERENTIABLE = [op for op in OPS if op.differentiable and op.variant != "K32"]
+COUPLINGS = [op for op in OPS if op.is_coupling]
+
+
+def ids(value: Any) -> str | None:
+    return str(value) if isinstance(value, Op) else None
+
+
+def each(ops: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("op", ops, ids=str)
+
+
+def cases() -> Iterator[tuple[Op, tuple[int, ...], torch.dtype, torch.dtype]]:
+    for op in OPS:
+        for shape in SHAPES:
+            if op.variant == "K32" and math.prod(shape) > 10_000:
+                continue  # the reference's bisection takes long
+            for dtype, params_dtype in op.dtypes:
+                yield op, shape, dtype, params_dtype
+
+
+def leaves(op: Op, arguments: Arguments) -> Arguments:
+    """The arguments, with new leaves for those that have derivatives."""
+    new = {name: arguments[name].detach().clone().requires_grad_() for name in op.differentiable}
+    return {**arguments, **new}
+
+
+def function(op: Op, arguments: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """The op as a function of what has derivatives, and these."""
+
+    def call(*inputs: Tensor) -> Any:
+        given = {**arguments, **dict(zip(op.differentiable, inputs, strict=True))}
+        return getattr(cf.ops, op.name)(**given)
+
+    return call, tuple(arguments[name] for name in op.differentiable)
+
+
+def loss_of(call: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A sum in which every result counts, differently for each element."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        terms = [(t.float() if t.dtype.itemsize < 4 else t).sin() for t in as_tuple(call(*inputs))]
+        return sum(
+            (term.square().sum() + term.sum() for term in terms), torch.zeros(()).to(terms[0])
+        )
+
+    return loss
+
+
+def cotangents(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """Numbers in (-1, 1), by the elements' numbers."""
+    grids = [torch.arange(t.numel(), dtype=torch.float64).view(t.shape) for t in results]
+    return [(1.7 * grid).sin().to(t) for grid, t in zip(grids, results, strict=True)]
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "shape", "dtype", "params_dtype"), list(cases()), ids=ids)
+def test_matches_the_reference(
+    device: torch.device,
+    op: Op,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    params_dtype: torch.dtype,
+) -> None:
+    """Also for empty states, chains of no elements and chains that are numbers."""
+    arguments = op.arguments(Draw(shape, dtype, params_dtype, device))
+    results = op(arguments)
+    op.assert_close(results, op.reference(arguments))
+    assert results[0].shape == shape
+    assert results[0].dtype == dtype
+    for ladj in results[1:]:
+        assert ladj.shape == shape[:1]
+        assert ladj.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@each(FACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_misaligned_and_strided_arguments(device: torch.device, op: Op, dtype: torch.dtype) -> None:
+    arguments = op.arguments(Draw((4, 256), dtype, device=device))
+    expected = op(arguments)
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+    def strided(t: Tensor) -> Tensor:
+        return torch.stack((t, t), dim=-1)[..., 0]
+
+    layouts = (shifted, strided) if op.is_coupling else (shifted,)
+    for layout in layouts:
+        given = {n: layout(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        for ours, plain in zip(op(given), expected, strict=True):
+            assert torch.equal(ours, plain)
+
+
+def rows(arguments: Arguments, first: int, last: int) -> Arguments:
+    """The arguments of some of the chains."""
+    part = dict(arguments)
+    for name, value in arguments.items():
+        if name == "rng":
+            part[name] = value + torch.tensor([0, 0, first], device=value.device)
+        elif name == "shape":
+            part[name] = (last - first, *value[1:])
+        elif name in ("drift", "noise") and isinstance(value, Tensor):
+            part[name] = value[:, first:last]
+        elif isinstance(value, Tensor):
+            part[name] = value[first:last].clone()
+    return part
+
+
+@each(OPS)
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
+@pytest.mark.parametrize("per_chain", [1, 3, 130, 20_000])
+def test_a_chain_does_not_know_its_batch(
+    device: torch.device, op: Op, per_chain: int, dtype: torch.dtype
+) -> None:
+    arguments = op.arguments(Draw((7, per_chain), dtype, device=device))
+    whole, again, one, three = (
+        op(arguments), op(arguments), op(rows(arguments, 4, 5)), op(rows(arguments, 3, 6)),
+    )  # fmt: skip
+    for result, repeated, alone, few in zip(whole, again, one, three, strict=True):
+        assert torch.equal(result, repeated)
+        assert torch.equal(result[4:5], alone)
+        assert torch.equal(result[3:6], few)
+
+
+@each(FACES)
+def test_threads_do_not_change_a_bit(op: Op) -> None:
+    arguments = op.arguments(Draw((9, 20_000)))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(op(arguments))
+    finally:
+        torch.set_num_threads(before)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+# --- couplings ------------------------------------------------------------------------------------
+
+
+@each([op for op in COUPLINGS if not op.name.endswith("_inverse")])
+@pytest.mark.parametrize("there_first", [True, False])
+def test_the_inverse_inverts(device: torch.device, op: Op, there_first: bool) -> None:
+    """In float64; what rounding does to narrower types is asked in the tests of the stems."""
+    arguments = op.arguments(Draw((5, 77), torch.float64, device=device))
+    x, params = arguments.pop("x"), arguments.pop("params")
+    there, back = getattr(cf.ops, op.name), getattr(cf.ops, str(op.inverse))
+    if not there_first:
+        there, back = back, there
+    state, ladj = there(x, params, **arguments)
+    returned, inverse_ladj = back(state, params, **arguments)
+    torch.testing.assert_close(returned, x, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(inverse_ladj, -ladj, rtol=1e-13, atol=1e-13)
+
+
+@each(COUPLINGS)
+def test_ladj_is_that_of_the_jacobian(device: torch.device, op: Op) -> None:
+    call, (state, params) = function(op, op.arguments(Draw((1, 6), torch.float64, device=device)))
+    jacobian = torch.autograd.functional.jacobian(lambda state: call(state, params)[0], state)
+    expected = torch.linalg.slogdet(jacobian.reshape(6, 6)).logabsdet
+    torch.testing.assert_close(call(state, params)[1][0], expected, rtol=1e-10, atol=1e-10)
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+@each(DIFFERENTIABLE)
+def test_gradients_of_first_and_second_order(device: torch.device, op: Op) -> None:
+    shape = (3, 2, 2) if op.variant in ("", "plain", "full") else (1, 3)
+    draw = Draw(shape, torch.float64, device=device)
+    call, inputs = function(op, leaves(op, op.arguments(draw)))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "dtype", "params_dtype"),
+    # Of many elements some lie within rounding of a limit, where the derivative jumps.
+    [c for c in cases() if c[0].differentiable and (c[0].is_coupling or math.prod(c[1]) < 10_000)],
+    ids=ids,
+)
+def test_gradients_match_the_reference(
+    device: torch.device,
+    op: Op,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    params_dtype: torch.dtype,
+) -> None:
+    arguments = leaves(op, op.arguments(Draw(shape, dtype, params_dtype, device)))
+    inputs = [arguments[name] for name in op.differentiable]
+    results, exact = op(arguments), op.reference(arguments)
+    given = cotangents(results)
+    ours = torch.autograd.grad(results, inputs, given)
+    expected = torch.autograd.grad(exact, inputs, [t.cpu().double() for t in given])
+    assert op.gradient_bounds is not None
+    for one, other in zip(ours, expected, strict=True):
+        bound = op.gradient_bounds.of(one.dtype) + op.gradient_bounds.of(dtype)
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=0, atol=bound * scale)
+
+
+@each(DIFFERENTIABLE)
+def test_only_one_input_needs_a_gradient(device: torch.device, op: Op) -> None:
+    arguments = op.arguments(Draw((3, 5), torch.float64, device=device))
+    both = leaves(op, arguments)
+    expected = torch.autograd.grad(
+        sum(t.sum() for t in op(both)), [both[name] for name in op.differentiable]
+    )
+    for name, gradient in zip(op.differentiable, expected, strict=True):
+        given = {**arguments, name: arguments[name].clone().requires_grad_()}
+        sum(t.sum() for t in op(given)).backward()
+        assert torch.equal(given[name].grad, gradient)
+    for index in range(len(op(arguments))):  # a result that nobody uses contributes nothing
+        op(both)[index].sum().backward()
+
+
+@each(DIFFERENTIABLE)
+def test_func_grad_and_vjp(device: torch.device, op: Op) -> None:
+    call, inputs = function(op, op.arguments(Draw((2, 8), torch.float64, device=device)))
+    loss, every = loss_of(call), tuple(range(len(inputs)))
+    expected = torch.func.grad(loss, argnums=every)(*inputs)
+    plain = [t.clone().requires_grad_() for t in inputs]
+    torch.testing.assert_close(expected, torch.autograd.grad(loss(*plain), plain))
+
+    def size(*inputs: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in torch.func.grad(loss, argnums=every)(*inputs))
+
+    first = torch.autograd.grad(loss(*plain), plain, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), plain)
+    torch.testing.assert_close(torch.func.grad(size, argnums=every)(*inputs), second)
+
+    # Called when the transform is over, with what it has saved.
+    results, pull_back = torch.func.vjp(call, *inputs)
+    assert not any(t.requires_grad for t in as_tuple(results))
+    given = [t.requires_grad_() for t in cotangents(as_tuple(results))]
+    ours = pull_back(tuple(given) if isinstance(results, tuple) else given[0])
+    theirs = torch.autograd.grad(as_tuple(call(*plain)), plain, given, create_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    seconds = [
+        torch.autograd.grad(sum(g.square().sum() for g in both), given) for both in (ours, theirs)
+    ]
+    torch.testing.assert_close(*seconds)
+
+
+@each(DIFFERENTIABLE)
+def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device, op: Op) -> None:
+    call, inputs = function(op, op.arguments(Draw((2, 3), device=device)))
+    ones = tuple(torch.ones_like(t) for t in inputs)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
+        torch.func.jvp(call, inputs, ones)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"), dual_level():
+        call(*map(make_dual, inputs, ones))
+
+
+# --- torch.compile and opcheck --------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Each op is compiled through the same few functions, more often than a compiler allows."""
+    torch.compiler.reset()
+
+
+@each(FACES)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_under_compile(device: torch.device, op: Op) -> None:
+    arguments = op.arguments(Draw((5, 13), device=device))
+
+    def twice(arguments: Arguments) -> list[Tensor]:
+        return [t * 2 for t in op(arguments)]
+
+    for ours, expected in zip(
+        torch.compile(twice, fullgraph=True)(arguments), twice(arguments), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@each([op for op in FACES if op.differentiable])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_gradients(device: torch.device, op: Op) -> None:
+    call, inputs = function(op, leaves(op, op.arguments(Draw((4, 8), device=device))))
+    loss = loss_of(call)
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(
+        torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs), expected
+    )
+    # The compiler of torch 2.10 meets the operator's registered derivative inside func.grad.
+    if torch.__version__ >= (2, 11):
+        in_func = torch.func.grad(loss, argnums=tuple(range(len(inputs))))
+        plain = [t.detach() for t in inputs]
+        compiled = torch.compile(in_func, fullgraph=True)(*plain)
+        torch.testing.assert_close(compiled, expected)
+
+
+RawCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCall]]:
+    """Calls of every op of the library that takes tensors."""
+    draw = Draw((3, 8), dtype, device=device)
+    x, grad, rng = draw.normal(), draw.normal(), draw.rng()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.rand(2, 3, device=device)
+    numbers = plain_numbers(drift=0.1, noise=0.2, clamp=(-1.0, 1.0))
+    active, frozen_at = torch.ones(3, device=device).bool(), torch.zeros(3, device=device).long()
+    masked = {"active": active, "freeze_nonfinite": True, "frozen_at": frozen_at}
+    limits = {"drift": 0.1, "noise": 0.2, "clamp_low": -1.0, "clamp_high": 1.0}
+    stats = torch.empty(3, 5, dtype=wide, device=device)
+    calls: dict[str, list[RawCall]] = {
+        "normal_": [((x, rng), {})],
+        "uniform_": [((x, rng), {"step": 2})],
+        "langevin_step_": [
+            ((x, grad, rng), limits),
+            ((x, grad, rng), {**limits, **masked, "stats": stats, "grad_norm": 0.5}),
+        ],
+        "langevin_plain_step_": [
+            ((x, grad, rng, numbers, 2, None, None), {}),
+            ((x, grad, rng, numbers, 2, active, frozen_at), {}),
+        ],
+        "langevin_noise_": [((x, rng), {"noise": 0.2})],
+        "langevin_step": [((x, grad, rng, 0.1), {}), ((x, grad, rng, 0.0, table, 0.2), {})],
+    }
+    for op in COUPLINGS:
+        if op.variant == "K32":
+            continue
+        state, params, *_ = (arguments := op.arguments(draw)).values()
+        options = {n: v for n, v in arguments.items() if n not in op.differentiable}
+        backward = f"{op.name}_backward"
+        schema = getattr(native(), backward).default._schema.arguments
+        states = len([a for a in schema if str(a.type) == "Tensor"]) - 3  # what backward is given
+        sums = draw.normal(3).to(device, wide)
+        calls.setdefault(op.name, []).append(((state, params), options))
+        given = (grad, sums, *[state] * states, params)
+        calls.setdefault(backward, []).append((given, options))
+    return calls
+
+
+def tensor_ops() -> list[str]:
+    """The ops of the library that take tensors."""
+    found = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
+    return [
+        name
+        for library, _, name in sorted(found)
+        if library == "coopflow"
+        if any(str(a.type) == "Tensor" for a in getattr(native(), name).default._schema.arguments)
+    ]
+
+
+def opchecks() -> Iterator[tuple[str, torch.dtype, bool]]:
+    for name in tensor_ops():
+        yield name, torch.float64, False
+        yield name, torch.bfloat16, False
+        if not getattr(native(), name).default._schema.is_mutable:
+            yield name, torch.float64, True
+
+
+@pytest.mark.parametrize(("name", "dtype", "requires_grad"), list(opchecks()))
+def test_opcheck(device: torch.device, name: str, dtype: torch.dtype, requires_grad: bool) -> None:
+    for args, options in raw_calls(device, dtype)[name]:
+        if requires_grad:
+            args = tuple(
+                t.clone().requires_grad_() if isinstance(t, Tensor) and t.dtype == dtype else t
+                for t in args
+            )
+        opcheck(getattr(native(), name).default, args, options)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@each(FACES)
+def test_what_is_no_tensor_is_named(device: torch.device, op: Op) -> None:
+    arguments = op.arguments(Draw((3, 4), device=device))
+    for name, value in arguments.items():
+        if name in ("x", "y", "grad", "rng", "params", "x_ref"):
+            for other in (value.tolist(), value.cpu().numpy(), None):
+                if name == "x_ref" and other is None:
+                    continue
+                with pytest.raises(TypeError, match=rf"\b{name}\b"):
+                    getattr(cf.ops, op.name)(**{**arguments, name: other})
+
+
+@each([op for op in FACES if op.name not in ("normal", "uniform")])
+def test_what_is_not_dense_or_has_no_data_is_named(device: torch.device, op: Op) -> None:
+    arguments = op.arguments(Draw((3, 4), device=device))
+    state, *others = (name for name, value in arguments.items() if isinstance(value, Tensor))
+    with pytest.raises(ValueError, match="tensors must be dense"):
+        getattr(cf.ops, op.name)(**{**arguments, state: arguments[state].to_sparse()})
+    for name in others:
+        with pytest.raises(ValueError, match=f"{name}: must be on the device of"):
+            op({**arguments, name: arguments[name].to("meta")})
+
+
+@pytest.mark.gpu
+@each([op for op in FACES if op.name not in ("normal", "uniform")])
+def test_mixed_devices_are_named(op: Op) -> None:
+    arguments = op.arguments(Draw((3, 4), device="cuda"))
+    _, *others = (name for name, value in arguments.items() if isinstance(value, Tensor))
+    for name in others:
+        with pytest.raises(ValueError, match=f"{name}: must be on the device of"):
+            op({**arguments, name: arguments[name].cpu()})
+
+
+def test_shapes_alone_pass_through_the_ops() -> None:
+    for op in FACES:
+        arguments = op.arguments(Draw((4, 6)))
+        shapes = [t.shape for t in op(arguments)]
+        given = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, arguments)
+        assert [t.shape for t in op(given)] == shapes
