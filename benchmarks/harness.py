@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from coopflow_ext._extension import native
+from coopflow_ext._recording import CaptureError, Recording
 
 Run = Callable[[], Any]
 OURS = "ours"
@@ -593,34 +594,28 @@ def run_pytest(benchmark: Any, case: Case, device: torch.device) -> None:
 # --- pieces that several cases use ----------------------------------------------------------------
 
 
-def cuda_graph(run: Run) -> Run:
-    """The same work as one captured CUDA graph; it returns what the run returned, written anew."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]) -> None:
+    """The run as one captured CUDA graph among the contestants, or why it cannot be captured.
+
+    Its result is what the run returned, written anew.
+    """
+    results: list[Any] = []
+
+    def kept() -> None:
+        results[:] = [run()]
+
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        recording = Recording(kept, warm_up=run, device=device)
+    except CaptureError as error:
+        missing[name] = f"cannot be captured: {error}"
+        return
 
     def replay() -> Any:
-        graph.replay()
-        return result
+        recording.replay()
+        return results[0]
 
-    return replay
-
-
-def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]) -> None:
-    """The run as a CUDA graph among the contestants, or why it cannot be captured."""
-    try:
-        runs[name] = cuda_graph(run)
-    except RuntimeError as error:
-        missing[name] = f"cannot be captured: {str(error).strip().splitlines()[0]}"
-        # Else torch's generator goes on waiting for the end of the capture, and raises at each use.
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
+    runs[name] = replay
 
 
 def dtype_name(dtype: torch.dtype) -> str:

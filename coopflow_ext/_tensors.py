@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+Coefficient = float | Tensor
+"""Of a step: one number, or a table (T or 1, B or 1) with a row for each step."""
+
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the ops compute in: float64 for double, float32 for everything below."""
@@ -40,17 +43,28 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())
 
 
+def check_tensors(**arguments: object) -> None:
+    """TypeError, naming the argument, unless all are tensors."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise _not_a_tensor(name, value)
+
+
 def check_tensor(name: str, value: object, dtype: torch.dtype | None = None) -> None:
     """TypeError unless ``value`` is a floating-point tensor, of ``dtype`` where one is given.
 
     Under autocast any floating-point dtype passes: the layers cast for themselves.
     """
     if not isinstance(value, Tensor):
-        kind = type(value)
-        origin = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-        raise TypeError(f"{name} must be a torch.Tensor, got {origin}{kind.__qualname__}")
+        raise _not_a_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if dtype in (None, value.dtype) or torch.is_autocast_enabled(value.device.type):
         return
     raise TypeError(f"{name} must be {dtype}, the dtype of the parameters, got {value.dtype}")
+
+
+def _not_a_tensor(name: str, value: object) -> TypeError:
+    kind = type(value)
+    origin = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return TypeError(f"{name} must be a tensor, got {origin}{kind.__qualname__}")

@@ -35,3 +35,9 @@ class NonFiniteError(RuntimeError):
         self.step = step
         self.chains = chains
         self.x = x
+
+
+def reason(error: BaseException) -> str:
+    """Type and message of an error in one line: the reason often stands after the first one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.checks import check_flag, check_number
 from coopflow_ext.samplers.gradient import StateFunction
 from coopflow_ext.samplers.langevin import LangevinSampler
-from coopflow_ext.samplers.schedule import Coefficient, Schedule, coefficient, per_chain
+from coopflow_ext.samplers.schedule import Schedule, coefficient, per_chain
 
 __all__ = [
     "clel",

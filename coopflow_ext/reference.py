@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._tensors import (
+    Coefficient,
     arithmetic_dtype,
     flat,
     norm_scale,
@@ -24,8 +25,6 @@ from coopflow_ext._tensors import (
 _WORD = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-
-Coefficient = float | Tensor
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ STEMS = ("affine_coupling", "langevin", "mixture_logistic", "random")
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
-    ("errors", "_version", "_optional", "_tensors", "autocast"),
+    ("errors", "_version", "_optional", "_tensors", "_recording", "autocast"),
     ("_extension", "_info"),
     ("reference",),
     ("ops",),

@@ -498,8 +498,8 @@ def test_messages_about_types_name_argument_and_types(dtype):
     for name, call in calls.items():
         good = context if name == "context" else x
         for value, message in (
-            (good.numpy(), r"must be a torch\.Tensor, got numpy\.ndarray"),
-            (good.tolist(), r"must be a torch\.Tensor, got list"),
+            (good.numpy(), r"must be a tensor, got numpy\.ndarray"),
+            (good.tolist(), r"must be a tensor, got list"),
             (good.byte(), r"must be a floating-point tensor, got torch\.uint8"),
             (good.to(other), rf"must be {dtype}, the dtype of the parameters, got {other}"),
         ):

@@ -546,7 +546,11 @@ BAD_ARGUMENTS: dict[str, tuple[Change, type[Exception], str]] = {
     "integer params": (lambda x, p: (x, p.int()), TypeError, "params: must have dtype"),
     "wider params": (lambda x, p: (x, p.double()), TypeError, "params: must have dtype float32"),
     "a list": (lambda x, p: (x.tolist(), p), TypeError, "[xy] must be a tensor, got list"),
-    "an array": (lambda x, p: (x, p.cpu().numpy()), TypeError, "params must be a tensor, got nd"),
+    "an array": (
+        lambda x, p: (x, p.cpu().numpy()),
+        TypeError,
+        "params must be a tensor, got nu",
+    ),
     "other half": (lambda x, p: (x.bfloat16(), p.half()), TypeError, "params: must have dtype"),
 }
 

@@ -7,8 +7,6 @@ import gc
 import threading
 import warnings
 import weakref
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import coopflow_ext as cf
+from coopflow_ext._recording import CaptureError
 from coopflow_ext.energies import MLPEnergy, ResEnergy
 from coopflow_ext.samplers import LangevinSampler, graph
 
@@ -28,18 +27,19 @@ class FakeRecording:
 
     made = 0
 
-    def __init__(self, chain) -> None:
+    def __init__(self, run, *, warm_up, device) -> None:
         type(self).made += 1
-        self.chain, self.in_use = chain, False
-        chain.run(3)
-        chain.run()
+        self.run, self.in_use = run, False
+        for _ in range(3):
+            warm_up()
+        run()
 
     def wait(self) -> None:
         assert not self.in_use
 
     def replay(self) -> None:
         self.in_use = True
-        self.chain.run()
+        self.run()
 
     def release(self) -> None:
         self.in_use = False
@@ -51,7 +51,7 @@ class FakeRecording:
 @pytest.fixture
 def recorded(monkeypatch):
     """Samplers take the captured path on the CPU."""
-    monkeypatch.setattr(graph, "_Recording", FakeRecording)
+    monkeypatch.setattr(graph, "Recording", FakeRecording)
     monkeypatch.setattr(LangevinSampler, "_can_capture", lambda self, x: True)
     FakeRecording.made = 0
     return FakeRecording
@@ -213,11 +213,11 @@ def test_nonfinite_chains_raise(recorded):
 
 def test_refusal_warns_once_or_raises(monkeypatch, recorded):
     class Refuses(FakeRecording):
-        def __init__(self, chain) -> None:
+        def __init__(self, *args, **options) -> None:
             type(self).made += 1
-            raise graph._CaptureError("RuntimeError: operation not permitted")
+            raise CaptureError("RuntimeError: operation not permitted")
 
-    monkeypatch.setattr(graph, "_Recording", Refuses)
+    monkeypatch.setattr(graph, "Recording", Refuses)
     energy, x0 = MLPEnergy(3), torch.randn(4, 3)
     sampler = LangevinSampler(energy, n_steps=2, step_size=0.1)
     plain = LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=False)
@@ -319,92 +319,6 @@ def test_buffers_belong_to_one_thread_at_a_time(recorded):
     thread.join(60)
     assert torch.equal(results[0], expected[1])
     assert recorded.made == 1
-
-
-class FakeCuda:
-    """Stands for torch.cuda in the recording itself, and notes what it is asked for."""
-
-    def __init__(self, monkeypatch, *, fails: str = "") -> None:
-        self.log: list[str] = []
-        self.sync_mode, self.fails = 0, fails
-        self.generator = SimpleNamespace(
-            clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
-        )
-        self.default_generators = [self.generator]
-        self.memory = SimpleNamespace(
-            _cuda_endAllocateToPool=lambda *a: self.log.append(f"end {a}"),
-            _cuda_releasePool=lambda *a: self.log.append(f"release {a}"),
-        )
-        self.CUDAGraph = lambda: "graph"
-        self.Event = lambda: SimpleNamespace(record=lambda stream: self.log.append("done"))
-        self.Stream = lambda: SimpleNamespace(
-            wait_stream=lambda other: None, synchronize=lambda: self.log.append("synchronize")
-        )
-        monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=self))
-
-    def current_stream(self):
-        return SimpleNamespace(wait_stream=lambda stream: self.log.append("joined"))
-
-    def graph_pool_handle(self):
-        return "pool"
-
-    def get_sync_debug_mode(self):
-        return self.sync_mode
-
-    def set_sync_debug_mode(self, mode):
-        self.sync_mode = {"default": 0, "error": 2}[mode]
-
-    @contextmanager
-    def device(self, device):
-        yield
-
-    @contextmanager
-    def stream(self, stream):
-        yield
-        self.log.append("stream left")
-
-    @contextmanager
-    def graph(self, recorded, *, pool, stream, capture_error_mode):
-        self.log.append(f"capture {capture_error_mode}")
-        yield
-
-    def chain(self):
-        def run(n_steps=None):
-            self.log.append(f"run {n_steps} {self.sync_mode}")
-            if self.fails == "sync" and self.sync_mode == 2:
-                raise RuntimeError("called a synchronizing CUDA operation")
-            if self.fails == "capture" and n_steps is None:
-                raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-        x = SimpleNamespace(device=SimpleNamespace(index=0))
-        return SimpleNamespace(xs=[x], run=run)
-
-
-def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    graph._Recording(cuda.chain())
-    steps = ["run 2 0", "run 1 2", "synchronize", "capture thread_local", "run None 0"]
-    assert cuda.log == [*steps, "stream left", "joined", "done"]
-    assert cuda.sync_mode == 0
-
-    cuda = FakeCuda(monkeypatch, fails="sync")
-    with pytest.raises(graph._CaptureError, match="called a synchronizing CUDA operation"):
-        graph._Recording(cuda.chain())
-    assert cuda.log == ["run 2 0", "run 1 2", "joined"]  # no capture was begun
-    assert cuda.sync_mode == 0
-
-    cuda = FakeCuda(monkeypatch)
-    cuda.sync_mode = 1  # the caller's
-    graph._Recording(cuda.chain())
-    assert "run 1 1" in cuda.log
-    assert cuda.sync_mode == 1
-
-
-def test_a_capture_that_fails_is_mended(monkeypatch):
-    cuda = FakeCuda(monkeypatch, fails="capture")
-    with pytest.raises(graph._CaptureError, match="not permitted when stream is capturing"):
-        graph._Recording(cuda.chain())
-    assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
 
 
 def test_everything_is_released_with_the_sampler(recorded):

@@ -54,13 +54,6 @@ def argument_error(error: RuntimeError) -> Exception:
     return ValueError(message) if message.startswith("coopflow::") else error
 
 
-def check_tensors(**arguments: object) -> None:
-    """TypeError, naming the argument, unless all are tensors."""
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
 class _Bound:
     """What :class:`inspect.BoundArguments` is for arguments that are complete and positional."""
 

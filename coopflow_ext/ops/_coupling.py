@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import arithmetic_dtype
+from coopflow_ext._tensors import arithmetic_dtype, check_tensors
 from coopflow_ext.ops import _call
 
 Function = type[torch.autograd.Function]
@@ -132,7 +132,7 @@ def coupling(
     function: Function, name: str, state: Tensor, params: Tensor, *options: bool
 ) -> tuple[Tensor, Tensor]:
     """(changed state, ladj) for a face, from tensors of any layout; ``name`` is the state's."""
-    _call.check_tensors(**{name: state, "params": params})
+    check_tensors(**{name: state, "params": params})
     try:
         out, ladj = _call.apply(function, state.contiguous(), params.contiguous(), *options)
     except RuntimeError as error:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import reference
-from coopflow_ext._tensors import arithmetic_dtype
+from coopflow_ext._tensors import Coefficient, arithmetic_dtype
 from coopflow_ext.ops import _call
 
-Coefficient = float | Tensor
 _COEFFICIENTS = ("drift", "noise", "decay", "pull")
 _OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._tensors import (
+    Coefficient,
     arithmetic_dtype,
     flat,
     norm_scale,
@@ -23,7 +24,7 @@ from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import CastModels
-from coopflow_ext.samplers.schedule import Coefficient, place
+from coopflow_ext.samplers.schedule import place
 
 Bounds = tuple[float, float]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coopflow_ext.errors import reason
 from coopflow_ext.samplers.output import State, Tensors, pack
 
 StateFunction = Callable[..., Any]
@@ -57,12 +58,6 @@ def _constant(parameters: Sequence[Tensor]) -> Iterator[None]:
         if changed():  # autograd noticed it first
             raise ValueError(_CHANGED) from error
         raise
-
-
-def reason(error: BaseException) -> str:
-    """Type and message of an error in one line: the reason often stands after the first one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])}"
 
 
 def check_energy(u: object, batch: int) -> Tensor:

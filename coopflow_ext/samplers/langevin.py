@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.call import nonfinite_error, rng_tensors, state_copy
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
@@ -27,16 +27,17 @@ from coopflow_ext.samplers.checks import (
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs
+from coopflow_ext.samplers.inputs import rng_tensors, state_copy
 from coopflow_ext.samplers.output import (
     ChainStatistics,
     SamplerOutput,
     State,
     Tensors,
+    nonfinite_error,
     pack,
 )
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import (
-    Coefficient,
     Schedule,
     chain_counts,
     coefficient,

@@ -12,7 +12,6 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_ACCEPT, Key
-from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
     check_count,
@@ -22,7 +21,8 @@ from coopflow_ext.samplers.checks import (
     check_single_state,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.output import Trajectory
+from coopflow_ext.samplers.inputs import normals_like, state_copy
+from coopflow_ext.samplers.output import Trajectory, nonfinite_error
 from coopflow_ext.samplers.schedule import Schedule, chain_counts, coefficient, place
 
 

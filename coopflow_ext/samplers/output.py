@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.rng import Key
 
 State = Tensor | list[Tensor] | tuple[Tensor, ...]
@@ -81,3 +82,20 @@ class Trajectory:
         """Keep x, the state after ``step``, if it is one of the states thin, 2·thin, …"""
         if self.states is not None and (step + 1) % self.thin == 0:
             self.states[(step + 1) // self.thin - 1].copy_(x)
+
+
+def nonfinite_error(
+    active: Tensor, frozen_at: Tensor, xs: Tensors, *, what: str = "the gradient", advice: str
+) -> NonFiniteError:
+    """The error for the chains that stopped at steps ``frozen_at``, and end in ``xs``."""
+    last = tuple(x.detach().clone() for x in xs)
+    chains = (~active).nonzero().flatten().cpu()
+    step = int(frozen_at.min())
+    shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
+    return NonFiniteError(
+        f"{what} was not finite in {len(chains)} of {len(active)} chains ({shown}), first at "
+        f"step {step}; {advice}",
+        step=step,
+        chains=chains,
+        x=last[0] if len(last) == 1 else last,
+    )

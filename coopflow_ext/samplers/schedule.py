@@ -9,17 +9,16 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.checks import check_constant, check_number
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
 """A constant, a callable of the step, (T,) values, or a (T or 1, B or 1) tensor."""
 
-Coefficient = float | Tensor
-"""What a schedule becomes: a float, or a float64 tensor (T or 1, B or 1) on the CPU."""
-
 
 def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
-    """Check a non-negative schedule once and bring it to the form that the ops take.
+    """Check a non-negative schedule once and bring it to the form that the ops take: a float, or a
+    float64 table on the CPU.
 
     Args:
         name: the option's name, for messages.

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_row
+from coopflow_ext._tensors import Coefficient, arithmetic_dtype, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_MOMENTUM, Key
-from coopflow_ext.samplers.call import nonfinite_error, normals_like, state_copy
 from coopflow_ext.samplers.chain import laid_out, mask_jointly
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
@@ -25,9 +24,9 @@ from coopflow_ext.samplers.checks import (
     check_single_state,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.output import Trajectory
+from coopflow_ext.samplers.inputs import normals_like, state_copy
+from coopflow_ext.samplers.output import Trajectory, nonfinite_error
 from coopflow_ext.samplers.schedule import (
-    Coefficient,
     Schedule,
     chain_counts,
     coefficient,

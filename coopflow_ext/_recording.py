@@ -1,0 +1,135 @@
+"""Work on a CUDA device recorded once as a graph, and replayed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from coopflow_ext.errors import reason
+
+_WARM_UPS = 2  # libraries choose algorithms and allocate workspaces before the capture
+
+# The debug mode of synchronisation is the process's, and so is much of what a capture touches.
+_CAPTURING = threading.RLock()
+# The allocator may keep a pointer to a graph whose capture failed.
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+class CaptureError(RuntimeError):
+    """The work runs, but cannot be captured in a CUDA graph."""
+
+
+class Recording:
+    """What ``run`` does on the device, to be done again on the same memory.
+
+    Args:
+        run: the work, which allocates what it likes, and reads and writes what stays in place.
+        warm_up: the same or a shorter part of it, called three times before the capture, the last
+            time where waiting for the device raises: most of what cannot be captured is found
+            there, and a capture that fails leaves torch with much to mend.
+        device: where it runs.
+
+    Raises:
+        CaptureError: the work cannot be captured, and why; streams, generators and the allocator
+            are as they were. What ``warm_up`` and ``run`` changed is the caller's to restore.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], object],
+        *,
+        warm_up: Callable[[], object],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        self._done = torch.cuda.Event()
+        with _CAPTURING, torch.cuda.device(device):
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
+            # Around torch.cuda.graph too, which leaves its stream the current one when it fails.
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        warm_up()
+                    self._capture(run, warm_up, stream)
+            finally:
+                current.wait_stream(stream)
+            self._done.record(current)
+
+    def _capture(
+        self, run: Callable[[], object], warm_up: Callable[[], object], stream: torch.cuda.Stream
+    ) -> None:
+        try:
+            with _no_synchronisation():
+                warm_up()
+            stream.synchronize()
+            self._record(run, stream)
+        except Exception as error:
+            raise CaptureError(reason(_root_cause(error))) from error
+
+    def _record(self, run: Callable[[], object], stream: torch.cuda.Stream) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        capture = torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            with capture:
+                run()
+        except Exception:
+            _mend_after_failed_capture(self._device, pool)
+            _FAILED.append(self._graph)
+            raise
+
+    def wait(self) -> None:
+        """The memory belongs to one call at a time, whatever stream the calls are made on."""
+        torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def replay(self) -> None:
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+    def release(self) -> None:
+        """What the replay left behind was copied: the next call may start."""
+        self._done.record(torch.cuda.current_stream(self._device))
+
+    def finish(self) -> None:
+        """Wait on the host until the memory is not in use."""
+        self._done.synchronize()
+
+
+@contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """torch raises inside where the host would wait for the device, unless the caller already has
+    it warn or raise."""
+    if torch.cuda.get_sync_debug_mode() != 0:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _mend_after_failed_capture(device: torch.device, pool: Any) -> None:
+    """What ``CUDAGraph.capture_end`` leaves undone when it raises (seen with torch 2.11): the
+    generator still counts its offsets for the capture and refuses every draw outside of it, and the
+    allocator still sends what is allocated to the graph's pool, which it then never frees."""
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    memory: Any = torch.cuda.memory
+    for end in (memory._cuda_endAllocateToPool, memory._cuda_releasePool):
+        with suppress(RuntimeError):  # where the failing capture_end came so far
+            end(device.index, pool)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first failure: ending a broken capture raises another one on top of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

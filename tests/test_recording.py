@@ -1,0 +1,101 @@
+"""A recording's steps, with a torch.cuda that notes what it is asked for; on a GPU, see
+test_sampler_graph.py."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coopflow_ext import _recording
+
+WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 2"]
+
+
+class FakeCuda:
+    """Stands for torch.cuda in the recording itself, and notes what it is asked for."""
+
+    def __init__(self, monkeypatch, *, fails: str = "") -> None:
+        self.log: list[str] = []
+        self.sync_mode, self.fails = 0, fails
+        self.generator = SimpleNamespace(
+            clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
+        )
+        self.default_generators = [self.generator]
+        self.memory = SimpleNamespace(
+            _cuda_endAllocateToPool=lambda *a: self.log.append(f"end {a}"),
+            _cuda_releasePool=lambda *a: self.log.append(f"release {a}"),
+        )
+        self.CUDAGraph = lambda: "graph"
+        self.Event = lambda: SimpleNamespace(record=lambda stream: self.log.append("done"))
+        self.Stream = lambda: SimpleNamespace(
+            wait_stream=lambda other: None, synchronize=lambda: self.log.append("synchronize")
+        )
+        monkeypatch.setattr(_recording, "torch", SimpleNamespace(cuda=self))
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda stream: self.log.append("joined"))
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def get_sync_debug_mode(self):
+        return self.sync_mode
+
+    def set_sync_debug_mode(self, mode):
+        self.sync_mode = {"default": 0, "error": 2}[mode]
+
+    @contextmanager
+    def device(self, device):
+        yield
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+        self.log.append("stream left")
+
+    @contextmanager
+    def graph(self, recorded, *, pool, stream, capture_error_mode):
+        self.log.append(f"capture {capture_error_mode}")
+        yield
+
+    def record(self) -> _recording.Recording:
+        def work(name: str) -> None:
+            self.log.append(f"{name} {self.sync_mode}")
+            if self.fails == "sync" and self.sync_mode == 2:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.fails == "capture" and name == "run":
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        return _recording.Recording(
+            lambda: work("run"), warm_up=lambda: work("warm-up"), device=torch.device("cuda", 0)
+        )
+
+
+def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    cuda.record()
+    steps = [*WARM_UPS, "synchronize", "capture thread_local", "run 0"]
+    assert cuda.log == [*steps, "stream left", "joined", "done"]
+    assert cuda.sync_mode == 0
+
+    cuda = FakeCuda(monkeypatch, fails="sync")
+    with pytest.raises(_recording.CaptureError, match="called a synchronizing CUDA operation"):
+        cuda.record()
+    assert cuda.log == [*WARM_UPS, "joined"]  # no capture was begun
+    assert cuda.sync_mode == 0
+
+    cuda = FakeCuda(monkeypatch)
+    cuda.sync_mode = 1  # the caller's
+    cuda.record()
+    assert "warm-up 1" in cuda.log
+    assert cuda.sync_mode == 1
+
+
+def test_a_capture_that_fails_is_mended(monkeypatch):
+    cuda = FakeCuda(monkeypatch, fails="capture")
+    with pytest.raises(_recording.CaptureError, match="not permitted when stream is capturing"):
+        cuda.record()
+    assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
