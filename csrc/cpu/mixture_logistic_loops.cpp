@@ -392,8 +392,7 @@ void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithm
   }
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------
+// --- backward ---
 
 template <typename A>
 struct GradientBlock {

@@ -11,8 +11,7 @@
 
 namespace coopflow {
 
-// --- one element's parameters
-// -----------------------------------------------------------------------
+// --- one element's parameters ---
 
 // The parameters of an element in memory, the first of them at row; parameter type P.
 template <typename P>
@@ -110,8 +109,7 @@ class MixtureParams<P, 0> {
   const A peak_;
 };
 
-// --- sums over the components
-// -------------------------------------------------------------------------
+// --- sums over the components ---
 
 template <typename Params, typename A = typename Params::A>
 __device__ __forceinline__ MixtureSums<A> direct_sums(const Params& params, A x) {
@@ -194,8 +192,7 @@ __device__ __forceinline__ A solve(const Params& params, A target, MixtureSums<A
   return search.x;
 }
 
-// --- forward and inverse
-// --------------------------------------------------------------------------------
+// --- forward and inverse ---
 
 // The state is of type P or, beside half-precision parameters, float: of the arithmetic type.
 template <typename P>
@@ -307,8 +304,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
   }
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------------
+// --- backward ---
 
 // Writes the gradients of component k's three parameters.
 template <typename P, typename A = arithmetic_t<P>>
@@ -414,8 +410,7 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
   }
 }
 
-// --- launches
-// -------------------------------------------------------------------------------------------
+// --- launches ---
 
 template <typename P, int kComponents, bool kInverse, typename A = arithmetic_t<P>>
 void launch_mixture_coupling(const MixtureCouplingArgs<A>& args, bool arithmetic_state,

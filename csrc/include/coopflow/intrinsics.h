@@ -87,7 +87,7 @@ COOPFLOW_HD float absolute(float x) {
 
 COOPFLOW_HD double absolute(double x) { return x < 0.0 ? -x : x; }
 
-// --- approximations of the special-function unit
+// --- approximations of the special-function unit ---
 // Their special values are those of the tables in the PTX manual, with denormal arguments and
 // results flushed to zeros of the same sign. libm has the same tables but for that, so a host path
 // is libm between two flushes. Only an emulated device and tests take it: the CPU loops use

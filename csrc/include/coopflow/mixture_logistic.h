@@ -48,8 +48,7 @@ struct MixtureConstants<double> {
   static constexpr int kMaxEvaluations = 192;
 };
 
-// --- what is not finite
-// -------------------------------------------------------------------------------------------------
+// --- what is not finite ---
 // An element with an input that is not finite, or whose logit F overflows, is NaN in every result,
 // whatever arithmetic would make of it: e^-inf = 0, for one, hides an infinite a, and functions of
 // ordinary numbers give anything for others. So each input by itself, and logit F, goes into the
@@ -134,8 +133,7 @@ COOPFLOW_HD Logistic<A> logistic(A x, const Component<A>& c) {
   return {t, right ? larger : smaller, right ? smaller : larger, larger};
 }
 
-// --- the direct form
-// ------------------------------------------------------------------------------
+// --- the direct form ---
 
 template <typename A>
 struct MixtureSums {
@@ -182,8 +180,7 @@ COOPFLOW_HD A direct_log_slope(const MixtureLogit<A>& logit) {
   return log_positive(logit.slope) - MixtureConstants<A>::kLogUnit;
 }
 
-// --- the scaled form
-// ------------------------------------------------------------------------------
+// --- the scaled form ---
 
 // Logarithms of about the largest term of each sum, in units.
 template <typename A>
@@ -269,8 +266,7 @@ COOPFLOW_HD A scaled_log_slope(const MixtureLogit<A>& logit, const ScaledSums<A>
   return logit.slope >= MixtureConstants<A>::kSmallestSum ? direct_log_slope(logit) : of_density;
 }
 
-// --- the inverse
-// ----------------------------------------------------------------------------------
+// --- the inverse ---
 
 // Solves logit F(x) = target: the root lies between the smallest and the largest quantile of the
 // components. A step is Newton's while that stays inside the bracket and is at most half the step
@@ -344,8 +340,7 @@ COOPFLOW_HD A log_logistic_density(A v) {
   return A(-2) * log_positive(A(1) + exponential(-size)) - size;
 }
 
-// --- the results
-// -----------------------------------------------------------------------------------
+// --- the results ---
 
 template <typename A>
 struct CouplingResult {
@@ -372,9 +367,8 @@ COOPFLOW_HD CouplingResult<A> mixture_inverse_result(A x, A log_slope, A a, A co
   return {x + poison, -(log_slope + a + correction) + poison};
 }
 
-// --- derivatives
-// ---------------------------------------------------------------------------------- u = logit F, l
-// = log slope. Of x: du/dx = slope and
+// --- derivatives ---
+// u = logit F, l = log slope. Of x: du/dx = slope and
 //   dl/dx = bend - D/F + D/S,  bend = sum_k (D_k/D) (sigma(-t_k) - sigma(t_k)) / scale_k.
 // Both forms of the sums give them from the terms F_k, S_k, D_k; what the terms of one sum have in
 // common cancels.
@@ -489,8 +483,7 @@ COOPFLOW_HD CouplingGradient<A> mixture_inverse_gradient(A grad_x, A grad_ladj,
           -grad_v};
 }
 
-// --- launches
-// -------------------------------------------------------------------------------------
+// --- launches ---
 
 // `in`, `out` are (batch, per_chain); params and grad_params (batch, rows, per_chain), rows = a and
 // b if `affine`, then the logits, means and log-scales of the components. The parameters may have
