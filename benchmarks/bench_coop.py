@@ -111,17 +111,14 @@ def timed(
         yield
 
 
-def _by_the_face(
-    self: ops.BoundStep,
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    rng: torch.Tensor,
-    step: int,
-    **kw: Any,
-) -> None:
-    """The sampler's bound step as a call of ``ops.langevin_step_``, whatever stands there."""
-    given = {name: value for name, value in {**self.options, **kw}.items() if value is not None}
-    ops.langevin_step_(x, grad, rng, step=step, **given)
+def _by_the_face(self: ops.BoundStep, x: torch.Tensor, rng: torch.Tensor) -> Callable[..., None]:
+    """The sampler's bound step as calls of ``ops.langevin_step_``, whatever stands there."""
+
+    def move(grad: torch.Tensor, step: int, **kw: Any) -> None:
+        given = {name: value for name, value in {**self.options, **kw}.items() if value is not None}
+        ops.langevin_step_(x, grad, rng, step=step, **given)
+
+    return move
 
 
 @contextmanager

@@ -173,6 +173,14 @@ def _full_step(draw: Draw) -> Arguments:
     }  # fmt: skip
 
 
+def _model_gradient(draw: Draw) -> Arguments:
+    """A gradient that does not lie like the state, in half precision where the state is wider."""
+    arguments = {**_plain_step(draw), "grad_norm": 2.0}
+    grad = arguments["grad"].movedim(0, -1).contiguous().movedim(-1, 0)
+    arguments["grad"] = grad if grad.dtype.itemsize == 2 else grad.bfloat16()
+    return arguments
+
+
 def _noise(draw: Draw) -> Arguments:
     return {"x": draw.normal(), "rng": draw.rng(), "noise": 0.1, "step": 1}
 
@@ -256,6 +264,7 @@ OPS: tuple[Op, ...] = (
     Op("langevin_step", _full_step, **_STEP, differentiable=("x", "grad"), variant="full"),
     Op("langevin_step_", _plain_step, **_STEP, variant="plain"),
     Op("langevin_step_", _full_step, **_STEP, variant="full"),
+    Op("langevin_step_", _model_gradient, **_STEP, variant="gradient"),
     Op("langevin_noise_", _noise, **_STEP),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.

@@ -58,6 +58,10 @@ CAUGHT = {
         "checked", "affine_coupling_cuda.cu", "affine_coupling",
         ("leaves its own lane out of its mask 0x7fffffff", "reduce.cuh", "thread (31, 0, 0)"),
     ),
+    "vote_of_one_thread": (
+        "checked", "langevin_*.cu", "langevin_frozen",
+        ("langevin_frozen, (2, 16)", "tensor(", "is not"),
+    ),
     "infinity_hidden": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_not_finite",
         ("mixture_logistic_coupling_inverse, 3 x torch.float32", ": out: tensor(", "is not"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cuda_emulation import harness
@@ -151,6 +153,53 @@ def test_grid_depends_on_the_threads_of_a_block(emulation: harness.Emulation) ->
             cf.ops.affine_coupling(x, params)
         blocks += [launch.blocks for launch in emulation.take_launches()]
     assert blocks == [8, 4, 8]
+
+
+ONE_LAUNCH: dict[str, dict[str, Any]] = {
+    "mask": {},
+    "limits": {"grad_clip": 0.5, "step_clip": 0.1, "clamp": (-1.0, 1.0), "is_score": True},
+    "norm": {"grad_norm": 1.0},
+    "statistics": {"stats": True},
+    "centre": {"decay": 0.1, "pull": 0.1, "x_ref": True},
+    "copy": {"x_low": True},
+    "given noise": {"xi": True},
+    "noise after": {"noise_when": 1, "clamp": (-1.0, 1.0)},
+    "table": {"drift": True},
+    "spread gradient": {"grad": True},
+    "everything": {
+        "grad_norm": 1.0, "stats": True, "decay": 0.1, "pull": 0.1, "x_ref": True, "x_low": True,
+        "xi": True, "noise_when": 1, "clamp": (-1.0, 1.0), "drift": True, "grad": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+@pytest.mark.parametrize("per_chain", [1, 2, 3, 784, 3072, 12_288, 16_384])
+def test_a_step_is_one_launch(emulation: harness.Emulation, per_chain: int, name: str) -> None:
+    """Whatever its options: chains that are not finite stop, as they do by default."""
+    inputs = Inputs(torch.float32, (2, per_chain))
+    x, batch = inputs.normal(), 2
+    tensors = {
+        "x_ref": inputs.normal(),
+        "xi": inputs.normal(),
+        "x_low": torch.empty(2, per_chain, dtype=torch.bfloat16),
+        "stats": torch.empty(batch, 5),
+        "drift": torch.rand(1, batch),
+        "grad": inputs.normal().t().contiguous().t(),
+    }
+    options = {"drift": 0.1, "noise": 0.1, **ONE_LAUNCH[name]}
+    options |= {
+        key: tensors[key] for key, value in options.items() if value is True and key in tensors
+    }
+    grad = options.pop("grad", inputs.normal())
+    active, frozen_at = torch.ones(batch, dtype=torch.bool), torch.zeros(batch).long()
+    emulation.take_launches()
+    with emulation.settings(), emulation.ops():
+        cf.ops.langevin_step_(
+            x, grad, inputs.rng, **options, active=active, freeze_nonfinite=True,
+            frozen_at=frozen_at,
+        )  # fmt: skip
+    assert len(emulation.take_launches()) == 1
 
 
 def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:

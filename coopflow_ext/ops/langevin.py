@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +136,8 @@ def langevin_step_(
     Args:
         x: state (B, …), float32, float64, bfloat16 or float16 (arithmetic in float32, float64 for
             double); any dense layout whose outermost storage dimension is the batch.
-        grad: gradient of the energy, or the score with ``is_score``; dtype and strides of x.
+        grad: gradient of the energy, or the score with ``is_score``, of x's shape and any strides;
+            of x's dtype, or bfloat16 or float16 beside a float32 or float64 state.
         rng: int64[3] = (seed, time, number of the first chain) on x's device, see
             :meth:`Key.tensor`; never changed.
         drift, noise, decay, pull: floats, or tables (T or 1, B or 1), float32 or float64, of which
@@ -295,11 +297,8 @@ class BoundStep:
     def __init__(self, *, drift: Coefficient, **options: Any) -> None:
         self.drift = drift
         self.options = {"drift": drift, **options}
-        self._constant = constant = _raw("langevin_step_", **self.options)
+        self._constant = _raw("langevin_step_", **self.options)
         self._numbers = self._plain_numbers()
-        self._mask = constant.get("active"), constant.get("frozen_at")
-        self._plain_step = _call.coopflow.langevin_plain_step_.default
-        self._step = _call.coopflow.langevin_step_.default
 
     def _plain_numbers(self) -> Tensor | None:
         """The numbers of ``langevin_plain_step_``; None where a step needs more than numbers."""
@@ -310,16 +309,25 @@ class BoundStep:
         numbers = [self._constant.get(name, off) for name, off in _PLAIN_NUMBERS.items()]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
-    def in_place(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> None:
-        """One step; ``varying`` options replace the bound ones."""
-        if self._numbers is not None and not varying:
-            self._plain_step(x, grad, rng, self._numbers, step, *self._mask)
-            return
-        if varying.keys() & self.options.keys():
-            arguments = _raw("langevin_step_", **{**self.options, **varying})
-        else:
-            arguments = {**self._constant, **_raw("langevin_step_", **varying)}
-        self._step(x, grad, rng, **arguments, step=step)
+    def in_place(self, x: Tensor, rng: Tensor) -> Callable[..., None]:
+        """The step of a state, as a function of (grad, step); ``varying`` options that are given
+        beside replace the bound ones."""
+        numbers, constant = self._numbers, self._constant
+        active, frozen_at = constant.get("active"), constant.get("frozen_at")
+        plain = _call.coopflow.langevin_plain_step_.default
+        general = _call.coopflow.langevin_step_.default
+
+        def move(grad: Tensor, step: int, **varying: Any) -> None:
+            if numbers is not None and not varying:
+                plain(x, grad, rng, numbers, step, active, frozen_at)
+                return
+            if varying.keys() & self.options.keys():
+                arguments = _raw("langevin_step_", **{**self.options, **varying})
+            else:
+                arguments = {**constant, **_raw("langevin_step_", **varying)}
+            general(x, grad, rng, **arguments, step=step)
+
+        return move
 
     def functional(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> Tensor:
         """One step as :func:`langevin_step`, whose options ``varying`` replace the bound ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,13 @@ class Inputs:
         )
 
 
+def _in_a_dtype_for(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient, which the op takes in x's dtype or, beside a wider x, in half precision."""
+    if grad.dtype == x.dtype or (grad.dtype.itemsize == 2 and x.dtype.itemsize > 2):
+        return grad
+    return grad.to(x.dtype)
+
+
 def clones(tensors: Tensors) -> Tensors:
     """Each tensor in memory of its own, same layout."""
     return tuple(t.clone() for t in tensors)
@@ -114,7 +122,6 @@ class Chain:
         self.plan, self.inputs = plan, inputs
         self.xs = xs = inputs.xs
         self.rngs = inputs.rngs
-        self.strides = [x.stride() for x in xs]
         first, batch = xs[0], xs[0].shape[0]
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
         dtype = plan.autocast
@@ -125,7 +132,6 @@ class Chain:
             x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
         )
         self.leaf_state = pack(self.leaves, inputs.like)
-        self.grad_buffers: list[Tensor | None] = [None] * len(xs)
         self.cast = None if plan.casts is None else plan.casts.take()
         self.gradient = plan.gradient if self.cast is None else self.cast.gradient
 
@@ -152,7 +158,18 @@ class Chain:
                 wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
                 self.energies = first.new_empty(*shape, dtype=wide)
 
+        self.bound_gradient = partial(
+            self.gradient,
+            self.leaves,
+            self.leaf_state,
+            inputs.model_kwargs,
+            wants_energy=self.energies is not None,
+            ones={},  # kept by the chain, since a captured one goes on reading them
+        )
         self.steps = [self._bound_step(j) for j in range(len(xs))]
+        self.moves = [
+            step.in_place(x, rng) for step, x, rng in zip(self.steps, xs, self.rngs, strict=True)
+        ]
         self.varies = bool(plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis)
         self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
 
@@ -188,8 +205,6 @@ class Chain:
 
     def _varying(self, j: int, step: int) -> dict[str, Any]:
         """What a step of tensor j has beside."""
-        if not self.varies:
-            return {}
         plan, xis = self.plan, self.inputs.xis
         varying: dict[str, Any] = {}
         if plan.noise_first:
@@ -227,14 +242,13 @@ class Chain:
         """The in-place loop on ``xs``: all its steps, or the first ``n_steps`` to warm up."""
         plan = self.plan
         end = plan.fast_steps if n_steps is None else min(n_steps, plan.fast_steps)
-        gradient, model_kwargs = self.gradient, self.inputs.model_kwargs
         records = plan.keep_stats or plan.keep_trajectory
         self._begin()
-        with constant(parameters_of(gradient.module)), self.autocast():
+        with constant(parameters_of(self.gradient.module)), self.autocast():
             if plan.noise_first and end:
                 self._add_noise(0)
             for step in range(end):
-                grads, u = gradient(self.leaves, self.leaf_state, model_kwargs)
+                grads, u = self.bound_gradient()
                 self.update(step, grads)
                 if self.settled is not None:
                     self._settle()
@@ -272,10 +286,16 @@ class Chain:
 
     def update(self, step: int, grads: Tensors) -> None:
         """Move ``xs`` by one step, given the gradients."""
-        if len(grads) == 1:
-            self._move(0, step, self._laid_out(0, grads[0]))
+        if len(grads) == 1:  # nearly every chain, and a call of it costs what its calls cost
+            x, grad = self.xs[0], grads[0]
+            if grad.dtype != x.dtype:
+                grad = _in_a_dtype_for(grad, x)
+            if self.varies:
+                self.moves[0](grad, step, **self._varying(0, step))
+            else:
+                self.moves[0](grad, step)
             return
-        grads = tuple(self._laid_out(j, grad) for j, grad in enumerate(grads))
+        grads = tuple(map(_in_a_dtype_for, grads, self.xs))
         if self.active is not None and self.frozen_at is not None:
             mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
@@ -289,19 +309,8 @@ class Chain:
             self._move(j, step, grad, drift=(row * shrink)[None], grad_norm=None)
 
     def _move(self, j: int, step: int, grad: Tensor, **given: Any) -> None:
-        if self.varies:
-            given = {**self._varying(j, step), **given}
-        self.steps[j].in_place(self.xs[j], grad, self.rngs[j], step, **given)
-
-    def _laid_out(self, j: int, grad: Tensor) -> Tensor:
-        """The gradient in x's dtype and memory layout, which the op requires."""
-        x = self.xs[j]
-        if grad.dtype == x.dtype and grad.stride() == self.strides[j]:
-            return grad
-        buffer = self.grad_buffers[j]
-        if buffer is None:
-            buffer = self.grad_buffers[j] = torch.empty_like(x)
-        return buffer.copy_(grad)
+        given = {**self._varying(j, step), **given}
+        self.moves[j](grad, step, **given)
 
     def _settle(self) -> None:
         assert self.active is not None

@@ -107,6 +107,14 @@ def check_score(score: object, xs: Sequence[Tensor]) -> Tensors:
     return tuple(scores)
 
 
+def _ones_like(u: Tensor, kept: dict[torch.dtype, Tensor] | None) -> Tensor:
+    if kept is None:
+        return torch.ones_like(u)
+    if u.dtype not in kept:
+        kept[u.dtype] = torch.ones_like(u)
+    return kept[u.dtype]
+
+
 def _detached(tensors: Tensors) -> Tensors:
     for tensor in tensors:
         if tensor.requires_grad:
@@ -175,10 +183,17 @@ class Gradient:
         model_kwargs: Mapping[str, Any],
         *,
         create_graph: bool = False,
+        wants_energy: bool = True,
+        ones: dict[torch.dtype, Tensor] | None = None,
     ) -> tuple[Tensors, Tensor | None]:
-        """Gradients at ``state``, which is made of ``leaves`` in the caller's structure."""
+        """Gradients at ``state``, which is made of ``leaves`` in the caller's structure.
+
+        Args:
+            wants_energy: whether its value is asked for; a compiled gradient leaves it out if not.
+            ones: where a loop keeps the gradients of ΣU with respect to U from step to step.
+        """
         if self._compiled is not None and not create_graph:
-            result = self._call_compiled(leaves, state, model_kwargs)
+            result = self._call_compiled(leaves, state, model_kwargs, wants_energy)
             if result is not None:
                 return result
         if not self.has_energy:
@@ -188,7 +203,9 @@ class Gradient:
         if not u.requires_grad:
             raise ValueError(_DETACHED)
         # To x alone: the parameters may require gradients, and get none.
-        grads = torch.autograd.grad(u.sum(), leaves, create_graph=create_graph, allow_unused=True)
+        grads = torch.autograd.grad(
+            u, leaves, _ones_like(u, ones), create_graph=create_graph, allow_unused=True
+        )
         if all(grad is None for grad in grads):
             raise ValueError(_DETACHED)
         for j, grad in enumerate(grads):
@@ -197,15 +214,20 @@ class Gradient:
         return grads, u.detach()
 
     def _compile(self) -> StateFunction:
-        def summed(state: State, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-            u = self.function(state, **model_kwargs)
+        def summed(
+            state: State, model_kwargs: Mapping[str, Any], batch: int
+        ) -> tuple[Tensor, Tensor]:
+            u = check_energy(self.function(state, **model_kwargs), batch)
             self._depends = u.requires_grad  # of x: func.grad gives zeros where u does not depend
             return u.sum(), u
 
-        def gradient(state: State, model_kwargs: Mapping[str, Any]) -> Any:
+        def gradient(
+            state: State, model_kwargs: Mapping[str, Any], batch: int, wants_energy: bool
+        ) -> tuple[State, Tensor | None]:
             if not self.has_energy:
-                return self.function(state, **model_kwargs)
-            return torch.func.grad(summed, has_aux=True)(state, model_kwargs)
+                return self.function(state, **model_kwargs), None
+            grads, u = torch.func.grad(summed, has_aux=True)(state, model_kwargs, batch)
+            return grads, u if wants_energy else None
 
         # torch.compile allows a code object few variants, and then no longer compiles it: every
         # sampler needs one of its own.
@@ -213,18 +235,21 @@ class Gradient:
         return torch.compile(gradient)
 
     def _call_compiled(
-        self, leaves: Tensors, state: State, model_kwargs: Mapping[str, Any]
+        self,
+        leaves: Tensors,
+        state: State,
+        model_kwargs: Mapping[str, Any],
+        wants_energy: bool,
     ) -> tuple[Tensors, Tensor | None] | None:
         """The compiled gradient; None, after one warning, where torch.compile cannot do it."""
         assert self._compiled is not None
         try:
             plain = pack([leaf.detach() for leaf in leaves], state)
-            if not self.has_energy:
-                scores = check_score(self._compiled(plain, model_kwargs), leaves)
-                return _detached(scores), None
-            with torch.no_grad():  # beyond the gradient to x; without it, one to the parameters too
-                scores, u = self._compiled(plain, model_kwargs)
-            found = check_score(scores, leaves), check_energy(u, leaves[0].shape[0])
+            # Without it, a gradient of the energy would be one to its parameters, too.
+            grad_mode = torch.is_grad_enabled() and not self.has_energy
+            with torch.set_grad_enabled(grad_mode):
+                found, u = self._compiled(plain, model_kwargs, len(leaves[0]), wants_energy)
+            grads = check_score(found, leaves)
         except Exception as error:
             self._compiled = None
             warnings.warn(
@@ -233,6 +258,6 @@ class Gradient:
                 stacklevel=2,
             )
             return None
-        if not self._depends:
+        if self.has_energy and not self._depends:
             raise ValueError(_DETACHED)
-        return found
+        return _detached(grads), u

@@ -55,14 +55,18 @@ void update_only(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
 }
 
 struct CpuLangevin {
+  static constexpr bool kReadsStrides = false;
+
   template <typename T>
   static void langevin_step(LangevinArgs<arithmetic_t<T>> args, const Tensor& /*x*/) {
     const LangevinLoops<T> loops = COOPFLOW_SELECT_ISA(langevin_loops<T>());
+    std::vector<arithmetic_t<T>> norm_scale(args.clips_norm ? args.batch : 0);
+    if (args.clips_norm) args.norm_scale = norm_scale.data();
     // Healthy chains, the usual case, pay one pass over the gradient and then move together.
-    if (args.freeze_nonfinite && args.norm_scale == nullptr) {
+    if (args.freeze_nonfinite && !args.clips_norm) {
       args.freeze_nonfinite = !gradient_is_finite<T>(args, loops);
     }
-    if (args.needs_gradient_pass()) gradient_pass<T>(args, loops);
+    if (args.needs_gradient_moments()) gradient_pass<T>(args, loops);
     if (args.active != nullptr && all_chains_are_active(args)) args.active = nullptr;
     if (args.stats) {
       reduce_chunks_in_order(args.batch, args.per_chain, kStatistics, args.stats,

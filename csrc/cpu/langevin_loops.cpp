@@ -204,7 +204,7 @@ template <typename T>
 void update_tiles(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   const int64_t quads = args.batch * divide_up(args.per_chain, 4);
   const bool plain = args.is_plain();
-  const auto update = args.shares_coefficients()
+  const auto update = args.is_uniform()
                           ? (plain ? update_shared_tile<T, false> : update_shared_tile<T, true>)
                           : (plain ? update_tile<T, false> : update_tile<T, true>);
   for (int64_t tile = begin; tile < end; ++tile) {

@@ -16,32 +16,37 @@ inline int reduction_threads(int64_t per_chain) { return per_chain <= 512 ? kWar
 
 inline int64_t reduction_chunks(int64_t per_chain) { return divide_up(per_chain, kReductionChunk); }
 
-// Adds sums[i] over the block; thread 0 receives the totals. All threads of the block must call.
+// Adds sums[i] over the warp; every lane receives the totals. All lanes must call.
 template <int kWidth, typename A>
-__device__ __forceinline__ void block_sum(A (&sums)[kWidth]) {
-  __shared__ A by_warp[kMaxWarps][kWidth];
+__device__ __forceinline__ void warp_sum(A (&sums)[kWidth]) {
   COOPFLOW_UNROLL
   for (int i = 0; i < kWidth; ++i) {
     COOPFLOW_UNROLL
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      sums[i] += __shfl_down_sync(0xFFFFFFFFu, sums[i], lanes);
+      sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], lanes);
     }
   }
+}
+
+// Adds sums[i] over the block; every thread receives the totals. All threads must call.
+template <int kWidth, typename A>
+__device__ __forceinline__ void block_sum(A (&sums)[kWidth]) {
+  __shared__ A by_warp[kMaxWarps][kWidth];
+  warp_sum(sums);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   if (warps == 1) return;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   if (threadIdx.x % kWarp == 0) {
     COOPFLOW_UNROLL
-    for (int i = 0; i < kWidth; ++i) by_warp[warp][i] = sums[i];
+    for (int i = 0; i < kWidth; ++i) by_warp[threadIdx.x / kWarp][i] = sums[i];
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < warps; ++w) {
-      COOPFLOW_UNROLL
-      for (int i = 0; i < kWidth; ++i) sums[i] += by_warp[w][i];
-    }
+  COOPFLOW_UNROLL
+  for (int i = 0; i < kWidth; ++i) sums[i] = by_warp[0][i];
+  for (int w = 1; w < warps; ++w) {
+    COOPFLOW_UNROLL
+    for (int i = 0; i < kWidth; ++i) sums[i] += by_warp[w][i];
   }
-  __syncthreads();  // by_warp is free for the next chunk
+  __syncthreads();  // by_warp is free for the next sum
 }
 
 // Walks one block through the chunks of all chains, without a division in the loop.

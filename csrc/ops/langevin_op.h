@@ -1,5 +1,6 @@
 // The Langevin ops as the dispatcher calls them: checks and a LangevinArgs, written once. A back
 // end is a type with
+//   static constexpr bool kReadsStrides;  // of a gradient, and other types than the state's
 //   template <typename T>
 //   static void langevin_step(const LangevinArgs<arithmetic_t<T>>& args, const Tensor& x);
 // where x tells the device and gives scratch tensors.
@@ -55,6 +56,8 @@ class LangevinOp {
 
   bool is_empty() const { return batch_ == 0 || per_chain_ == 0; }
 
+  bool is_dense(const GradientLayout& layout) const { return layout.is_dense(batch_, per_chain_); }
+
   void check_state_like(const char* argument, const Tensor& t) const {
     check_.has_dtype(argument, t, x_.scalar_type());
     check_.same_device(argument, t, x_);
@@ -62,7 +65,7 @@ class LangevinOp {
   }
 
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
-    check_state_like("grad", grad);
+    check_gradient(grad);
     check_noise(rng, o.noise, o.noise_t, o.step, o.xi);
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
@@ -77,6 +80,31 @@ class LangevinOp {
       check_.fail("noise_when", "must be 0, 1 or 2, got ", o.noise_when);
     }
     check_outputs(o);
+  }
+
+  // Of any strides; beside a wider state half precision will do, the type that a model computes in.
+  void check_gradient(const Tensor& grad) const {
+    check_.is_tensor("grad", grad);
+    check_.same_device("grad", grad, x_);
+    const bool wide =
+        x_.scalar_type() == ScalarType::Float || x_.scalar_type() == ScalarType::Double;
+    if (!wide || half_precision(grad) == LowPrecision::kNone) {
+      check_.has_dtype("grad", grad, x_.scalar_type());
+    }
+    check_.same_shape("grad", grad, x_);
+  }
+
+  // A gradient's place, if the elements of each chain lie one stride apart in the state's order.
+  std::optional<GradientLayout> gradient_layout(const Tensor& grad) const {
+    GradientLayout layout{grad.stride(0), 1, LowPrecision::kNone};
+    if (grad.scalar_type() != x_.scalar_type()) layout.type = half_precision(grad);
+    for (int64_t i = 1; i < x_.dim(); ++i) {
+      if (x_.size(i) > 1 && x_.stride(i) == 1) layout.stride = grad.stride(i);
+    }
+    for (int64_t i = 1; i < x_.dim(); ++i) {
+      if (x_.size(i) > 1 && grad.stride(i) != layout.stride * x_.stride(i)) return std::nullopt;
+    }
+    return layout;
   }
 
   void check_noise(const Tensor& rng, double noise, const OptionalTensor& noise_t, int64_t step,
@@ -122,11 +150,11 @@ class LangevinOp {
     LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.xi,
                                          static_cast<NoiseWhen>(o.noise_when));
     args.grad = grad.const_data_ptr();
+    args.grad_layout = *gradient_layout(grad);
     args.x_ref = pointer_or_null(o.x_ref);
     if (o.x_low) {
       args.x_low = o.x_low->mutable_data_ptr();
-      args.low_precision = o.x_low->scalar_type() == ScalarType::Half ? LowPrecision::kFloat16
-                                                                      : LowPrecision::kBFloat16;
+      args.low_precision = half_precision(*o.x_low);
     }
     if (o.stats) args.stats = static_cast<A*>(o.stats->mutable_data_ptr());
     if (o.active) args.active = static_cast<bool*>(o.active->mutable_data_ptr());
@@ -138,6 +166,7 @@ class LangevinOp {
     args.pull = coefficient<A>(o.pull, o.pull_t, o.step);
     args.limits = limits<A>(o.grad_clip, o.step_clip, o.clamp_low, o.clamp_high);
     args.grad_norm = static_cast<A>(o.grad_norm.value_or(kNoLimit));
+    args.clips_norm = o.grad_norm.has_value();
     args.freeze_nonfinite = o.freeze_nonfinite;
     if (o.frozen_at) args.frozen_at = static_cast<int64_t*>(o.frozen_at->mutable_data_ptr());
     args.freeze_step = o.step;
@@ -163,10 +192,9 @@ class LangevinOp {
     args.limits = limits<A>(std::nullopt, std::nullopt, std::nullopt, std::nullopt);
     args.batch = batch_;
     args.per_chain = per_chain_;
+    args.grad_layout = {per_chain_, 1, LowPrecision::kNone};
     return args;
   }
-
-  int64_t batch() const { return batch_; }
 
  private:
   static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
@@ -181,6 +209,11 @@ class LangevinOp {
 
   static std::optional<double> limit_or_none(double limit) {
     return limit == kNoLimit ? std::nullopt : std::optional<double>(limit);
+  }
+
+  static LowPrecision half_precision(const Tensor& t) {
+    if (t.scalar_type() == ScalarType::BFloat16) return LowPrecision::kBFloat16;
+    return t.scalar_type() == ScalarType::Half ? LowPrecision::kFloat16 : LowPrecision::kNone;
   }
 
   static const void* pointer_or_null(const OptionalTensor& t) {
@@ -225,10 +258,9 @@ class LangevinOp {
   void check_outputs(const LangevinOptions& o) const {
     const bool wide = x_.scalar_type() == ScalarType::Double;
     if (o.x_low) {
-      const ScalarType type = o.x_low->scalar_type();
-      if (type != ScalarType::BFloat16 && type != ScalarType::Half) {
+      if (half_precision(*o.x_low) == LowPrecision::kNone) {
         check_.fail_type("x_low", "must have dtype bfloat16 or float16, got dtype ",
-                         dtype_name(type));
+                         dtype_name(o.x_low->scalar_type()));
       }
       check_.same_device("x_low", *o.x_low, x_);
       check_.same_layout("x_low", *o.x_low, x_);
@@ -275,25 +307,30 @@ class LangevinOp {
   int64_t batch_, per_chain_;
 };
 
+// The gradient itself, or a copy that lies like x where the back end cannot read it.
+template <typename Backend>
+Tensor readable_gradient(const LangevinOp& op, const Tensor& x, const Tensor& grad) {
+  const std::optional<GradientLayout> layout = op.gradient_layout(grad);
+  if (layout && (Backend::kReadsStrides || op.is_dense(*layout))) return grad;
+  Tensor copy = torch::stable::empty_like(x);
+  return torch::stable::copy_(copy, grad);
+}
+
 template <typename Backend>
 void run_langevin_step(const LangevinOp& op, const Tensor& x, const Tensor& x_out,
-                       const Tensor& grad, const Tensor& rng, const LangevinOptions& o) {
+                       const Tensor& given_grad, const Tensor& rng, const LangevinOptions& o) {
+  if (op.is_empty()) {
+    if (o.stats) {
+      Tensor stats = *o.stats;
+      torch::stable::fill_(stats, 0.0);
+    }
+    return;
+  }
+  const Tensor grad = readable_gradient<Backend>(op, x, given_grad);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
-    LangevinArgs<A> args = op.step_args<A>(x_out, grad, rng, o);
-    if (op.is_empty()) {
-      if (args.stats) torch::stable::fill_(*o.stats, 0.0);
-      return;
-    }
-    // Scratch comes from torch's allocator, so that it is safe on streams and in graphs.
-    OptionalTensor norm_scale;
-    if (o.grad_norm) {
-      norm_scale = torch::stable::new_empty(
-          x, {op.batch()}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
-      args.norm_scale = static_cast<A*>(norm_scale->mutable_data_ptr());
-    }
-    Backend::template langevin_step<T>(args, x);
+    Backend::template langevin_step<T>(op.step_args<A>(x_out, grad, rng, o), x);
   });
 }
 

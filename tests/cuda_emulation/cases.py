@@ -25,9 +25,12 @@ SHAPES = (
     (0, 5), (3, 0), (1, 1), (3, 2), (5, 4), (3, 5), (2, 127), (40, 8), (3, 512), (2, 519),
     (2, 16391), (1, 32776), (9, 1031),
 )  # fmt: skip
-# What reaches every kernel: a length that fills its items and one that does not, each with one
-# chunk and with two.
-COVERING_SHAPES = ((2, 8), (2, 7), (1, 16392), (1, 16391))
+# What reaches every kernel: a length that fills its items and one that does not, for chains that a
+# thread, a warp or a block holds, the last with few registers and with many, and for longer ones.
+COVERING_SHAPES = (
+    (2, 8), (2, 7), (2, 16), (2, 15), (1, 520), (1, 519), (1, 4104), (1, 4103), (1, 16392),
+    (1, 16391),
+)  # fmt: skip
 
 Results = dict[str, Tensor]
 Case = Callable[["Inputs"], Results]
@@ -124,6 +127,31 @@ def langevin_grad_norm(inputs: Inputs) -> Results:
     x, grad = inputs.normal(), inputs.normal()
     cf.ops.langevin_step_(x, grad, inputs.rng, drift=0.3, noise=0.1, grad_norm=2.0, grad_clip=1.5)
     return {"x (after a sum)": x}
+
+
+def langevin_gradients(inputs: Inputs) -> Results:
+    """Gradients that do not lie like the state, or are of a model's half precision."""
+    spread = inputs.normal().movedim(0, -1).contiguous().movedim(-1, 0)
+    one_row = inputs.normal(1, inputs.shape[1])
+    gradients = {"batch innermost": spread, "of one chain": one_row.expand(inputs.shape)}
+    if inputs.dtype in (torch.float32, torch.float64):
+        gradients["bfloat16"] = inputs.normal(dtype=torch.bfloat16)
+        gradients["float16, spread"] = spread.half()
+    batch = inputs.shape[0]
+    results = {}
+    for name, grad in gradients.items():
+        x, active = inputs.normal(), torch.ones(batch, dtype=torch.bool)
+        stats = inputs.poisoned(batch, 5, dtype=inputs.sum_dtype)
+        results[f"{name}: plain"] = cf.ops.langevin_step(
+            x, grad, inputs.rng, drift=0.3, noise=0.1, clamp=(-1.0, 1.0)
+        )
+        cf.ops.langevin_step_(
+            x, grad, inputs.rng, drift=0.3, noise=0.1, is_score=True, active=active,
+            freeze_nonfinite=True, stats=stats,
+        )  # fmt: skip
+        results[f"{name}: x"] = x
+        results[f"{name}: stats (sum)"] = stats
+    return results
 
 
 def langevin_given_noise(inputs: Inputs) -> Results:
@@ -403,6 +431,7 @@ CASES: dict[str, Case] = {
         langevin_plain,
         langevin_full,
         langevin_grad_norm,
+        langevin_gradients,
         langevin_given_noise,
         langevin_no_noise,
         langevin_frozen,

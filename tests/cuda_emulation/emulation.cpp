@@ -104,6 +104,16 @@ class Device {
   // --- called by fibers ---
   void sync_threads(Place place) { wait(State::kWaitsForBlock, "__syncthreads", 0, 0, place); }
 
+  // Three barriers: the votes of before are read, these are counted, these are complete.
+  bool vote_in_block(bool mine, Place place) {
+    sync_threads(place);
+    votes_ = 0;
+    sync_threads(place);
+    if (mine) ++votes_;
+    sync_threads(place);
+    return votes_ != 0;
+  }
+
   const uint64_t* meet(const char* operation, unsigned mask, uint64_t value, Place place) {
     Thread& self = *current_;
     if (((mask >> self.lane()) & 1) == 0) {
@@ -430,6 +440,7 @@ class Device {
   std::mutex mutex_;
   const Launch* launch_ = nullptr;
   std::unique_ptr<char[]> dynamic_shared_;
+  int votes_ = 0;
   std::mt19937_64 random_;
   std::vector<Thread> threads_;
   std::vector<Thread*> lane_order_;  // of the warp that runs
@@ -470,6 +481,8 @@ void Device::make_context(Fiber* fiber) {
 
 void run(const Launch& launch) { device().run(launch); }
 void sync_threads(Place place) { device().sync_threads(place); }
+
+bool vote_in_block(bool mine, Place place) { return device().vote_in_block(mine, place); }
 const uint64_t* meet_in_warp(const char* operation, unsigned mask, uint64_t value, Place place) {
   return device().meet(operation, mask, value, place);
 }

@@ -43,6 +43,8 @@ void run(const Launch& launch);
 
 // Called by kernels.
 void sync_threads(Place place);
+// A barrier of the block that tells each thread whether any of them votes for it.
+bool vote_in_block(bool mine, Place place);
 // Waits for every lane of the mask to make the same call; returns the values of all 32 lanes (those
 // outside the mask are not set).
 const uint64_t* meet_in_warp(const char* operation, unsigned mask, uint64_t value, Place place);

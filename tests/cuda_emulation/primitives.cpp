@@ -52,6 +52,10 @@ void votes() {
   expect("__any_sync of none", __any_sync(kAll, 0), 0);
   expect("__all_sync", __all_sync(kAll, lane < 32), 1);
   expect("__all_sync but one", __all_sync(kAll, lane != 7), 0);
+  for (unsigned voter : {3u, 40u}) {
+    expect("__syncthreads_or", __syncthreads_or(threadIdx.x == voter), 1);
+    expect("__syncthreads_or of none", __syncthreads_or(0), 0);
+  }
   if (lane >= 16) expect("__ballot_sync of 16", __ballot_sync(0xFFFF0000u, lane < 18), 0x30000u);
 }
 

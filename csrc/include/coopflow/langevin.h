@@ -131,8 +131,19 @@ COOPFLOW_HD StatisticTerms<A> statistic_terms(A x, A grad, const LangevinMove<A>
            gradient_moments(grad).nonfinite}};
 }
 
-// Everything a back end needs for one step. Pointers are to the back end's memory; x, x_out, grad,
-// x_ref, xi share one dense layout (chains of per_chain elements), x_low has it too.
+// Where a gradient's elements lie, counted in the state's storage order, and their type.
+struct GradientLayout {
+  int64_t chain_stride, stride;
+  LowPrecision type;  // kNone: the state's
+
+  // Whether it is the state's own.
+  COOPFLOW_HD bool is_dense(int64_t batch, int64_t per_chain) const {
+    return type == LowPrecision::kNone && stride == 1 && (chain_stride == per_chain || batch == 1);
+  }
+};
+
+// Everything a back end needs for one step. Pointers are to the back end's memory; x, x_out, x_ref,
+// xi share one dense layout (chains of per_chain elements), x_low has it too.
 template <typename A>
 struct LangevinArgs {
   const void* x;
@@ -144,11 +155,12 @@ struct LangevinArgs {
   A* stats;            // (batch, kStatistics)
   bool* active;        // (batch)
   int64_t* frozen_at;  // (batch)
-  A* norm_scale;       // (batch) workspace
+  A* norm_scale;       // (batch), of a back end that finds it in a pass of its own
   const int64_t* rng;  // seed, time, number of the first chain
   Coefficient<A> drift, noise, decay, pull;
   LangevinLimits<A> limits;
   A grad_norm;
+  GradientLayout grad_layout;
   int64_t batch, per_chain;
   int64_t step;         // of the noise: already one later when the noise comes after
   int64_t freeze_step;  // what frozen_at is given
@@ -156,23 +168,41 @@ struct LangevinArgs {
   NoiseWhen noise_when;
   LowPrecision low_precision;
   bool negate_drift;  // the gradient given is a score
-  bool freeze_nonfinite;
+  bool clips_norm, freeze_nonfinite;
 
-  // Whether a pass over the gradient must come first.
-  COOPFLOW_HD bool needs_gradient_pass() const { return norm_scale != nullptr || freeze_nonfinite; }
+  // Whether a chain's whole gradient must be known before it moves.
+  COOPFLOW_HD bool needs_gradient_moments() const { return clips_norm || freeze_nonfinite; }
 
   // Whether all chains move by the same coefficients.
   COOPFLOW_HD bool shares_coefficients() const {
-    return norm_scale == nullptr && active == nullptr && drift.chain_stride == 0 &&
-           noise.chain_stride == 0 && decay.chain_stride == 0 && pull.chain_stride == 0;
+    return !clips_norm && drift.chain_stride == 0 && noise.chain_stride == 0 &&
+           decay.chain_stride == 0 && pull.chain_stride == 0;
   }
+
+  // Whether the state may be taken as one: no element's update asks for its chain's number.
+  COOPFLOW_HD bool is_uniform() const { return active == nullptr && shares_coefficients(); }
 
   // Whether the plain path of langevin_update is enough.
   COOPFLOW_HD bool is_plain() const {
-    return x_ref == nullptr && norm_scale == nullptr && decay.row == nullptr &&
-           decay.value == A(0) && noise_when != NoiseWhen::kAfterStep;
+    return x_ref == nullptr && !clips_norm && decay.row == nullptr && decay.value == A(0) &&
+           noise_when != NoiseWhen::kAfterStep;
   }
+
+  COOPFLOW_HD bool gradient_is_dense() const { return grad_layout.is_dense(batch, per_chain); }
 };
+
+// One element of a gradient that does not lie like the state, whose storage type is T.
+template <typename T, typename A>
+COOPFLOW_HD A gradient_at(const LangevinArgs<A>& args, int64_t offset) {
+  switch (args.grad_layout.type) {
+    case LowPrecision::kBFloat16:
+      return static_cast<A>(to_arithmetic(static_cast<const bfloat16*>(args.grad)[offset]));
+    case LowPrecision::kFloat16:
+      return static_cast<A>(to_arithmetic(static_cast<const float16*>(args.grad)[offset]));
+    default:
+      return to_arithmetic(static_cast<const T*>(args.grad)[offset]);
+  }
+}
 
 // A chain whose gradient is not finite stops before this step.
 template <typename A>
@@ -181,12 +211,11 @@ COOPFLOW_HD void freeze_chain(const LangevinArgs<A>& args, int64_t chain) {
   args.active[chain] = false;
 }
 
-// What the pass over a chain's gradient leaves for the step: its norm's scale, and whether it
-// moves.
+// What a pass over a chain's gradient leaves for the step: its norm's scale, and whether it moves.
 template <typename A>
 COOPFLOW_HD void apply_gradient_moments(const LangevinArgs<A>& args, int64_t chain,
                                         const GradientMoments<A>& moments) {
-  if (args.norm_scale != nullptr) {
+  if (args.clips_norm) {
     args.norm_scale[chain] = norm_clip_scale(moments.sum_of_squares, args.grad_norm);
   }
   if (args.freeze_nonfinite && moments.nonfinite != A(0)) freeze_chain(args, chain);

@@ -50,6 +50,11 @@ inline void __syncthreads(cuda_emulation::Place place = cuda_emulation::Place::h
   cuda_emulation::sync_threads(place);
 }
 
+inline int __syncthreads_or(int predicate,
+                            cuda_emulation::Place place = cuda_emulation::Place::here()) {
+  return cuda_emulation::vote_in_block(predicate != 0, place);
+}
+
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
                        cuda_emulation::Place place = cuda_emulation::Place::here()) {
   cuda_emulation::meet_in_warp("__syncwarp", mask, 0, place);
