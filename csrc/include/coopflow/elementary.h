@@ -70,9 +70,9 @@ COOPFLOW_HD double quick_log_positive(double x) { return log_positive(x); }
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-// e^t = y * 2^n for a t that is not large; n is the integer in the low bits of shifted.
+// e^t = (1 + excess) * 2^n for a t that is not large; n is the integer in the low bits of shifted.
 struct ScaledExponential {
-  float y, shifted;
+  float excess, shifted;
 };
 
 COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
@@ -86,8 +86,7 @@ COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
   p = multiply_add(p, r, 4.1665795894e-2f);
   p = multiply_add(p, r, 1.6666665459e-1f);
   p = multiply_add(p, r, 5.0000001201e-1f);
-  const float y = multiply_add(p * r, r, r) + 1.0f;
-  return {y, shifted};
+  return {multiply_add(p * r, r, r), shifted};
 }
 
 // exp x for every x: 0, infinity and NaN where they belong, denormal results included.
@@ -101,7 +100,7 @@ COOPFLOW_HD float exponential(float x) {
   const int32_t half = exponent >> 1;
   const float scale0 = bits_float(static_cast<uint32_t>(half + 127) << 23);
   const float scale1 = bits_float(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return e.y * scale0 * scale1;
+  return (e.excess + 1.0f) * scale0 * scale1;
 #endif
 }
 
@@ -114,11 +113,43 @@ COOPFLOW_HD float exponential_normal(float x) {
 #else
   if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
   const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
-  return bits_float(float_bits(e.y) + (float_bits(e.shifted) << 23));
+  return bits_float(float_bits(e.excess + 1.0f) + (float_bits(e.shifted) << 23));
 #endif
 }
 
 COOPFLOW_HD double exponential_normal(double x) { return exponential(x); }
+
+// 2^n of a ScaledExponential, where that is normal.
+COOPFLOW_HD float power_of_two(const ScaledExponential& e) {
+  return bits_float(float_bits(1.0f) + (float_bits(e.shifted) << 23));
+}
+
+// exp x for x <= 0 and NaN, which stays NaN; below -87 anything up to exp(-87).
+COOPFLOW_HD float exponential_nonpositive(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expf(x);
+#else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
+  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const float scale = power_of_two(e);
+  return multiply_add(e.excess, scale, scale);
+#endif
+}
+
+COOPFLOW_HD double exponential_nonpositive(double x) { return std::exp(x); }
+
+// exp(x) - 1 for x <= 0 and NaN, accurate near 0 too.
+COOPFLOW_HD float exponential_minus_one(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expm1f(x);
+#else
+  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const float scale = power_of_two(e);
+  return multiply_add(e.excess, scale, scale - 1.0f);
+#endif
+}
+
+COOPFLOW_HD double exponential_minus_one(double x) { return std::expm1(x); }
 
 // 2^x for x <= 0 and NaN; results below 2^kLeast come out as that (as 0 below 2^-126 on a GPU).
 template <int kLeast = -125>
