@@ -39,6 +39,16 @@ std::string build_info() {
   "float? step_clip=None, float? clamp_low=None, float? clamp_high=None, int noise_when=0, " \
   "SymInt step=0, Tensor? xi=None"
 
+// Of whole chains: those of a step that hold for all of them, and what is recorded. thin 0: no
+// trajectory. See csrc/ops/langevin_chain_op.h.
+#define COOPFLOW_LANGEVIN_CHAIN_ARGS                                                               \
+  "SymInt n_steps, float drift=0.0, Tensor? drift_t=None, float noise=0.0, Tensor? noise_t=None, " \
+  "float decay=0.0, Tensor? decay_t=None, float pull=0.0, Tensor? pull_t=None, "                   \
+  "Tensor? x_ref=None, float? grad_clip=None, float? grad_norm=None, float? step_clip=None, "      \
+  "float? clamp_low=None, float? clamp_high=None, bool clamp_end=False, "                          \
+  "bool negative_energy=False, SymInt step=0, Tensor? xi=None, SymInt thin=0, bool stats=False, "  \
+  "bool freeze_nonfinite=False"
+
 STABLE_TORCH_LIBRARY(coopflow, m) {
   // Standard normals and uniforms, a pure function of (seed, time, chain, element).
   m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0) -> ()");

@@ -47,9 +47,9 @@ enum PlainNumber {
 
 class LangevinOp {
  public:
-  LangevinOp(const char* name, const Tensor& x) : check_(name), x_(x) {
-    check_.is_floating("x", x);
-    per_chain_ = check_.chains_are_dense("x", x);
+  LangevinOp(const char* name, const Tensor& x, const char* argument = "x") : check_(name), x_(x) {
+    check_.is_floating(argument, x);
+    per_chain_ = check_.chains_are_dense(argument, x);
     batch_ = x.size(0);
   }
 
@@ -63,6 +63,12 @@ class LangevinOp {
 
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_state_like("grad", grad);
+    check_update(rng, o);
+    check_outputs(o);
+  }
+
+  // What steps and whole chains are given alike.
+  void check_update(const Tensor& rng, const LangevinOptions& o) const {
     check_noise(rng, o.noise, o.noise_t, o.step, o.xi);
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
@@ -76,7 +82,6 @@ class LangevinOp {
     if (o.noise_when < 0 || o.noise_when > 2) {
       check_.fail("noise_when", "must be 0, 1 or 2, got ", o.noise_when);
     }
-    check_outputs(o);
   }
 
   void check_noise(const Tensor& rng, double noise, const OptionalTensor& noise_t, int64_t step,
@@ -168,7 +173,7 @@ class LangevinOp {
 
   int64_t batch() const { return batch_; }
 
- private:
+ protected:
   static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
 
   template <typename A>

@@ -38,6 +38,14 @@
 #define COOPFLOW_NO_UNROLL
 #endif
 
+// Before a loop over chains that move side by side: they do not depend on one another, so that a
+// CPU moves them in one vector. A thread of a GPU has one.
+#if defined(__CUDACC__)
+#define COOPFLOW_LANES COOPFLOW_UNROLL
+#else
+#define COOPFLOW_LANES _Pragma("GCC ivdep")
+#endif
+
 // Name of the instruction set a CPU loop file is being compiled for.
 #if !defined(COOPFLOW_ISA)
 #define COOPFLOW_ISA baseline
