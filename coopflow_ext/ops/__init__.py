@@ -11,6 +11,7 @@ from coopflow_ext.ops.mixture_logistic import (
     mixture_logistic_coupling,
     mixture_logistic_coupling_inverse,
 )
+from coopflow_ext.ops.mlp import mlp_langevin_chain
 from coopflow_ext.ops.random import normal, uniform
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "langevin_step_",
     "mixture_logistic_coupling",
     "mixture_logistic_coupling_inverse",
+    "mlp_langevin_chain",
     "normal",
     "uniform",
 ]

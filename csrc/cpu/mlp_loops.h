@@ -10,26 +10,24 @@
 
 namespace coopflow {
 
-// The network in the order in which the loops read it: see mlp_loops.cpp.
+// A network whose matrices (rows, length) are cut in blocks of rows: for each block, for each k,
+// the entries of its rows lie side by side. Rows that do not exist are zero.
 template <typename A>
 struct PackedMlp {
   Mlp<A> mlp;
   std::vector<A> weights[kMlpMaxDepth];     // from layer l to the next
-  std::vector<A> biases[kMlpMaxDepth];
   std::vector<A> transposed[kMlpMaxDepth];  // back again
-  const A* last_weights;
-  A last_bias;
+  std::vector<A> biases[kMlpMaxDepth];      // for whole blocks
 };
 
 template <typename A>
 struct MlpLoops {
-  PackedMlp<A> (*pack)(const Mlp<A>& mlp);
-  // All steps of tiles [begin, end) of kMlpTile chains.
+  int64_t tile;    // chains that move side by side
+  int block_rows;  // of the packed matrices
+  // All steps of tiles [begin, end).
   void (*run_tiles)(const LangevinChainArgs<A>& args, const PackedMlp<A>& mlp, int64_t begin,
                     int64_t end);
 };
-
-constexpr int kMlpTile = 32;
 
 COOPFLOW_DECLARE_PER_ISA(template <typename A> MlpLoops<A> mlp_loops())
 

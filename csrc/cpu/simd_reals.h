@@ -22,10 +22,10 @@ namespace {
 template <typename A>
 struct SimdReals;
 
-// kSums: how many sums of products the registers hold.
+// kSimdRows: rows of a block of sums, of one or two vectors each, that the registers hold.
 #if defined(__AVX512F__)
 
-constexpr int kSimdSums = 16;
+constexpr int kSimdRows = 8;
 
 template <>
 struct SimdReals<float> {
@@ -58,7 +58,7 @@ inline SimdReals<double> multiply_add(SimdReals<double> a, SimdReals<double> b,
 
 #elif defined(__AVX2__)
 
-constexpr int kSimdSums = 8;
+constexpr int kSimdRows = 4;
 
 template <>
 struct SimdReals<float> {
@@ -91,7 +91,7 @@ inline SimdReals<double> multiply_add(SimdReals<double> a, SimdReals<double> b,
 
 #else
 
-constexpr int kSimdSums = 8;
+constexpr int kSimdRows = 4;
 
 template <typename A>
 struct SimdReals {

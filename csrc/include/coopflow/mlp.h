@@ -150,12 +150,11 @@ constexpr int kMlpMaxDepth = 4;  // hidden layers
 constexpr int64_t kMlpMaxSize = 128;
 
 // weights[l] (sizes[l + 1], sizes[l]), row-major, and biases[l] (sizes[l + 1]) lead from layer l to
-// the next; layer 0 is the state, the last weights lead from layer `depth` to the energy. They are
-// stored in the state's type.
+// the next; layer 0 is the state, the last weights lead from layer `depth` to the energy.
 template <typename A>
 struct Mlp {
-  const void* weights[kMlpMaxDepth + 1];
-  const void* biases[kMlpMaxDepth + 1];
+  const A* weights[kMlpMaxDepth + 1];
+  const A* biases[kMlpMaxDepth + 1];
   int sizes[kMlpMaxDepth + 1];
   int depth;
   Activation activation;
