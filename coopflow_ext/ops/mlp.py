@@ -90,7 +90,8 @@ def mlp_langevin_chain(
         xi: standard normals (n_steps, B, d) in place of the key's.
         thin: keep every so many states; None: no trajectory.
         stats: record the five statistics of a step and the network's output.
-        freeze_nonfinite: a chain stops at its first gradient that is not finite and keeps its state.
+        freeze_nonfinite: a chain stops at its first gradient that is not finite, and keeps its
+            state.
 
     Returns:
         :class:`ChainResult`: (x, trajectory or None, stats or None, frozen_at).
@@ -104,8 +105,8 @@ def mlp_langevin_chain(
     return run_chain(
         "mlp_langevin_chain",
         x0,
-        list(weights),
-        list(biases),
+        _constants(weights),
+        _constants(biases),
         _NUMBERS[activation],
         shape,
         threshold,
@@ -128,6 +129,11 @@ def mlp_langevin_chain(
         stats=stats,
         freeze_nonfinite=freeze_nonfinite,
     )
+
+
+def _constants(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Without their part in autograd, which would mark the results."""
+    return [p.detach() if isinstance(p, Tensor) else p for p in parameters]
 
 
 def _activation_numbers(name: str, given: Mapping[str, float] | None) -> tuple[float, float]:
