@@ -7,7 +7,8 @@ benchmarks. It is written to be read, not to be fast.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +157,54 @@ def langevin_step(
         later = step + 1
         out = out + _per_chain(noise, later, x) * _noise_like(x, rng, later, xi)
     return out.to(x.dtype)
+
+
+def langevin_chain(
+    x0: Tensor,
+    rng: Tensor,
+    energy: Callable[[Tensor], Tensor],
+    *,
+    n_steps: int,
+    drift: Coefficient,
+    clamp: tuple[float, float] | None = None,
+    clamp_end: bool = False,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+    thin: int | None = None,
+    freeze_nonfinite: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(x, trajectory or None, frozen_at) of whole chains of any energy, U or f = −U; the arguments
+    are those of the ops of whole chains, ``ops.analytic_langevin_chain`` and its like."""
+    x = x0.detach()
+    frozen_at = torch.full((x.shape[0],), step + n_steps, device=x.device)
+    kept = []
+    for k in range(n_steps):
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+        moved = langevin_step(
+            x,
+            grad,
+            rng,
+            drift=drift,
+            clamp=None if clamp_end and k + 1 < n_steps else clamp,
+            is_score=negative_energy,
+            step=step + k,
+            xi=None if xi is None else xi[k],
+            **options,
+        )
+        if freeze_nonfinite:
+            stops = ~flat(grad).isfinite().all(1)
+            frozen_at[stops] = frozen_at[stops].clamp(max=step + k)
+            moved = torch.where(per_chain_view(frozen_at <= step + k, x), x, moved)
+        x = moved
+        if thin is not None and (k + 1) % thin == 0:
+            kept.append(x)
+    if thin is None:
+        return x, None, frozen_at
+    return x, torch.stack(kept) if kept else x.new_empty(0, *x.shape), frozen_at
 
 
 def langevin_noise(
