@@ -68,12 +68,17 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "langevin_noise_(Tensor(a!) x, Tensor rng, *, float noise=0.0, Tensor? noise_t=None, "
       "SymInt step=0, Tensor? xi=None, Tensor? active=None) -> ()");
+  // Whole chains of an energy in closed form, which its name, tensors and numbers describe: x,
+  // trajectory, statistics with the energy, and the step at which each chain stopped.
+  m.def(
+      "analytic_langevin_chain(Tensor x0, Tensor rng, str energy, Tensor[] tensors, "
+      "float[] numbers, *, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
   // Chains of an energy that is a fully connected network, Linear - activation - ... -
   // Linear(., 1): x, trajectory, statistics, and the step at which each chain stopped. Weights
   // are (out, in); the activations are numbered in csrc/include/coopflow/mlp.h.
   m.def(
-      "mlp_langevin_chain(Tensor x0, Tensor[] weights, Tensor[] biases, int activation, "
-      "float activation_shape, float activation_threshold, Tensor rng, "
+      "mlp_langevin_chain(Tensor x0, Tensor rng, Tensor[] weights, Tensor[] biases, "
+      "int activation, float activation_shape, float activation_threshold, "
       "*, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
   // y = x * e^a + b with log|det|, its inverse, and what their backward passes need.
   m.def("affine_coupling(Tensor x, Tensor params) -> (Tensor, Tensor)");

@@ -428,9 +428,7 @@ def test_parameters_are_constants(device: torch.device) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     given = arguments(5, device=device)
-    raw = (
-        given["x0"], given["weights"], given["biases"], 0, 0.0, 0.0, given["rng"],
-    )  # fmt: skip
+    raw = (given["x0"], given["rng"], given["weights"], given["biases"], 0, 0.0, 0.0)
     op = torch.ops.coopflow.mlp_langevin_chain.default
     opcheck(op, raw, {"n_steps": 3, "drift": 0.1, "noise": 0.2})
     opcheck(op, raw, {"n_steps": 4, "drift": 0.1, "thin": 2, "stats": True})

@@ -105,12 +105,12 @@ def mlp_langevin_chain(
     return run_chain(
         "mlp_langevin_chain",
         x0,
+        rng,
         _constants(weights),
         _constants(biases),
         _NUMBERS[activation],
         shape,
         threshold,
-        rng,
         n_steps=n_steps,
         drift=drift,
         noise=noise,

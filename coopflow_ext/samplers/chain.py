@@ -22,7 +22,7 @@ from coopflow_ext._tensors import (
 )
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
-from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, chain_statistics, pack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import place
 
@@ -329,15 +329,10 @@ class Chain:
         """The recorded sums as norms and fractions over the whole state."""
         if not self.plan.keep_stats:
             return None
-        total = torch.stack(self.sums).sum(0)
-        n_elements = max(sum(x[:1].numel() for x in self.xs), 1)
-        return ChainStatistics(
-            energy=None if self.energies is None else self.plan.gradient.sign * self.energies,
-            grad_norm=total[..., 0].sqrt(),
-            displacement=total[..., 1].sqrt(),
-            clip_fraction=total[..., 2] / n_elements,
-            clamp_fraction=total[..., 3] / n_elements,
-            nonfinite=total[..., 4].to(torch.int64),
+        return chain_statistics(
+            torch.stack(self.sums).sum(0),
+            None if self.energies is None else self.plan.gradient.sign * self.energies,
+            n_elements=sum(x[:1].numel() for x in self.xs),
         )
 
 

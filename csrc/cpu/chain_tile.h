@@ -4,8 +4,7 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <vector>
+#include <new>
 
 #include "coopflow/langevin_chain.h"
 #include "coopflow/reduction.h"
@@ -72,27 +71,28 @@ class TileNoise {
   alignas(64) uint32_t chain_low_[kChainTile], chain_high_[kChainTile];
 };
 
-// The memory of a tile's lanes.
+// The memory of a tile's lanes. Its functions come from the C++ library: an instance of a template
+// of the standard library could be one that was compiled for another instruction set.
 template <typename A>
 class TileMemory {
  public:
   explicit TileMemory(int64_t per_chain) {
     const int64_t part = divide_up(per_chain, 4) * 4 * kChainTile;
-    storage_.resize(4 * part + kAlignment);
-    void* start = storage_.data();
-    std::size_t room = storage_.size() * sizeof(A);
-    A* const aligned = static_cast<A*>(std::align(64, 4 * part * sizeof(A), start, room));
-    lanes.x = aligned;
-    lanes.grad = aligned + part;
-    lanes.x_ref = aligned + 2 * part;
-    lanes.xi = aligned + 3 * part;
+    memory_ = ::operator new(static_cast<std::size_t>(4 * part) * sizeof(A), kAlignment);
+    lanes.x = static_cast<A*>(memory_);
+    lanes.grad = lanes.x + part;
+    lanes.x_ref = lanes.x + 2 * part;
+    lanes.xi = lanes.x + 3 * part;
   }
+  ~TileMemory() { ::operator delete(memory_, kAlignment); }
+  TileMemory(const TileMemory&) = delete;
+  TileMemory& operator=(const TileMemory&) = delete;
 
   alignas(64) TileLanes<A> lanes{};
 
  private:
-  static constexpr int64_t kAlignment = 64 / sizeof(A);
-  std::vector<A> storage_;
+  static constexpr std::align_val_t kAlignment{64};
+  void* memory_;
 };
 
 // Tiles [begin, end) of the chains. gradient(lanes) sets grad and energy from x.

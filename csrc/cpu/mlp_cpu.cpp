@@ -35,13 +35,19 @@ PackedMlp<A> pack_mlp(const Mlp<A>& mlp, int block_rows) {
   return packed;
 }
 
+// Products for one thread before it pays to start another.
+constexpr int64_t kGrain = 1 << 17;
+
 struct CpuMlp {
   template <typename A>
   static void run(const LangevinChainArgs<A>& args, const Mlp<A>& mlp, const Tensor& /*x0*/) {
     const MlpLoops<A> loops = COOPFLOW_SELECT_ISA(mlp_loops<A>());
     const PackedMlp<A> packed = pack_mlp(mlp, loops.block_rows);
+    int64_t products = 1;  // of a chain and a step
+    for (int l = 0; l < mlp.depth; ++l) products += 2 * mlp.sizes[l] * mlp.sizes[l + 1];
+    const int64_t work = loops.tile * products * (args.n_steps + 1);
     torch::stable::parallel_for(
-        0, divide_up(args.batch, loops.tile), 1,
+        0, divide_up(args.batch, loops.tile), divide_up(kGrain, work),
         [&](int64_t begin, int64_t end) { loops.run_tiles(args, packed, begin, end); });
   }
 };

@@ -99,9 +99,9 @@ class MlpOp {
 
 template <typename Backend>
 LangevinChainResults mlp_langevin_chain(
-    Tensor x0, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t activation,
-    double activation_shape, double activation_threshold, Tensor rng, int64_t n_steps, double drift,
-    OptionalTensor drift_t, double noise, OptionalTensor noise_t, double decay,
+    Tensor x0, Tensor rng, std::vector<Tensor> weights, std::vector<Tensor> biases,
+    int64_t activation, double activation_shape, double activation_threshold, int64_t n_steps,
+    double drift, OptionalTensor drift_t, double noise, OptionalTensor noise_t, double decay,
     OptionalTensor decay_t, double pull, OptionalTensor pull_t, OptionalTensor x_ref,
     std::optional<double> grad_clip, std::optional<double> grad_norm,
     std::optional<double> step_clip, std::optional<double> clamp_low,

@@ -173,6 +173,11 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
 #endif
 }
 
+template <int kLeast = -125>
+COOPFLOW_HD double exponential2_nonpositive(double x) {
+  return std::exp2(x);
+}
+
 COOPFLOW_HD float reciprocal(float x) {
 #if COOPFLOW_DEVICE_CODE
   return approximate_reciprocal(x);
@@ -185,12 +190,9 @@ COOPFLOW_HD float reciprocal(float x) {
 
 COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
-// Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
-// reduction is exact.
-COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
-  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
-  const float r = static_cast<float>(static_cast<int32_t>(turns - (quadrant << 30))) *
-                  1.46291807926715968e-9f;  // 2 * pi * 2^-32
+// Sine and cosine of quadrant * pi / 2 + r for |r| <= pi / 4; of the quadrant the low two bits
+// count.
+COOPFLOW_HD void sincos_quadrant(uint32_t quadrant, float r, float* sine, float* cosine) {
   const float r2 = r * r;
   float s = multiply_add(-1.9515295891e-4f, r2, 8.3321608736e-3f);
   s = multiply_add(s, r2, -1.6666654611e-1f);
@@ -205,11 +207,43 @@ COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
   *cosine = bits_float(float_bits(odd ? s : c) ^ cosine_sign);
 }
 
+// Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
+// reduction is exact.
+COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
+  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
+  const float r = static_cast<float>(static_cast<int32_t>(turns - (quadrant << 30))) *
+                  1.46291807926715968e-9f;  // 2 * pi * 2^-32
+  sincos_quadrant(quadrant, r, sine, cosine);
+}
+
 COOPFLOW_HD void sincos_turns(uint32_t turns, double* sine, double* cosine) {
 #if COOPFLOW_DEVICE_CODE
   sincospi(static_cast<double>(turns) * 0x1p-31, sine, cosine);
 #else
   const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;  // 2 * pi * 2^-32
+  *sine = std::sin(angle);
+  *cosine = std::cos(angle);
+#endif
+}
+
+// Sine and cosine of 2 * pi * x, whose whole turns are taken off exactly; NaN where x is not
+// finite.
+COOPFLOW_HD void sincos_2pi(float x, float* sine, float* cosine) {
+#if COOPFLOW_DEVICE_CODE
+  sincospif(2.0f * x, sine, cosine);
+#else
+  const float turn = x - std::nearbyint(x);
+  const float shifted = multiply_add(turn, 4.0f, kRounder);
+  const float rest = multiply_add(shifted - kRounder, -0.25f, turn);
+  sincos_quadrant(float_bits(shifted), rest * 6.28318531f, sine, cosine);
+#endif
+}
+
+COOPFLOW_HD void sincos_2pi(double x, double* sine, double* cosine) {
+#if COOPFLOW_DEVICE_CODE
+  sincospi(2.0 * x, sine, cosine);
+#else
+  const double angle = (x - std::nearbyint(x)) * 6.283185307179586;
   *sine = std::sin(angle);
   *cosine = std::cos(angle);
 #endif

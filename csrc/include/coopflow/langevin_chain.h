@@ -232,6 +232,7 @@ COOPFLOW_HD void run_lanes(const LangevinChainArgs<A>& args, ChainLanes<A, kLane
   const int64_t per_chain = kPerChain == 0 ? args.per_chain : kPerChain;
   const int64_t state_size = args.batch * per_chain;
   const PhiloxKey key = make_philox_key(args.rng[0]);
+  const uint32_t first_time = args.noise_time(0);
   load_lanes(args.x0, lanes, per_chain, lanes.x);
   if (args.x_ref != nullptr) load_lanes(args.x_ref, lanes, per_chain, lanes.x_ref);
   for (int l = 0; l < kLanes; ++l) {
@@ -245,7 +246,7 @@ COOPFLOW_HD void run_lanes(const LangevinChainArgs<A>& args, ChainLanes<A, kLane
     if (k == 0 || args.coefficients_vary()) load_coefficients(args, k, lanes);
     gradient(lanes);
     if (args.noise_source == NoiseSource::kPhilox) {
-      noise(lanes, key, args.noise_time(k));
+      noise(lanes, key, first_time + static_cast<uint32_t>(k));
     } else if (args.noise_source == NoiseSource::kGiven) {
       load_lanes(args.xi + k * state_size, lanes, per_chain, lanes.xi);
     }
