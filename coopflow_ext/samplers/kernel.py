@@ -7,7 +7,7 @@ its chains, or why none does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -22,6 +22,7 @@ from coopflow_ext.energies import (
     FunnelEnergy,
     GaussianEnergy,
     GaussianMixtureEnergy,
+    MLPEnergy,
     RastriginEnergy,
     RosenbrockEnergy,
 )
@@ -195,6 +196,102 @@ def _analytic(
     )
 
 
+# --- fully connected networks --------------------------------------------------------------------
+
+# Exact types, what ``ops.mlp_langevin_chain`` calls them, and their parameters.
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.SiLU: ("silu", ()),
+    nn.ReLU: ("relu", ()),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
+    nn.ELU: ("elu", ("alpha",)),
+    nn.Tanh: ("tanh", ()),
+    nn.Softplus: ("softplus", ("beta", "threshold")),
+    nn.GELU: ("gelu", ()),
+}
+_MOST_UNITS, _MOST_HIDDEN = 128, 4
+_Activation = tuple[str, dict[str, float]]
+
+
+def _mlp_energy(energy: MLPEnergy, x0: Tensor, plan: Plan) -> Found:
+    return _network(list(energy.layers), (energy.activation, {}), x0, plan)
+
+
+def _sequential(energy: nn.Sequential, x0: Tensor, plan: Plan) -> Found:
+    """Linear and activation in turn; what changes nothing, a dropout that is off, may stand
+    between them."""
+    modules = [m for m in energy if not _is_identity(m)]
+    activations = set()
+    for module in modules[1::2]:
+        if type(module) not in _ACTIVATIONS:
+            return f"Linear and an activation must take turns, got {type(module).__name__}"
+        if changed := changed_by_hand(module):
+            return changed
+        activations.add(_activation_of(module))
+    if len(activations) != 1:
+        return f"all activations must be alike, and one at least, got {len(activations)} kinds"
+    ((name, parameters),) = activations
+    return _network(modules[0::2], (name, dict(parameters)), x0, plan)
+
+
+def _is_identity(module: nn.Module) -> bool:
+    if type(module) is nn.Dropout:
+        off = not module.training or module.p == 0
+        return off and not changed_by_hand(module)
+    return type(module) is nn.Identity and not changed_by_hand(module)
+
+
+def _activation_of(module: nn.Module) -> tuple[str, tuple[tuple[str, float], ...]]:
+    name, parameters = _ACTIVATIONS[type(module)]
+    if name == "gelu" and module.approximate == "tanh":
+        name = "gelu_tanh"
+    return name, tuple((p, float(getattr(module, p))) for p in parameters)
+
+
+def _network(layers: Sequence[nn.Module], activation: _Activation, x0: Tensor, plan: Plan) -> Found:
+    """The layers as ``ops.mlp_langevin_chain`` takes them; it reads the parameters at each call."""
+    if plan.autocast is not None:
+        return "its networks compute in the dtype of x0, without autocast"
+    if not 2 <= len(layers) <= _MOST_HIDDEN + 1:
+        return f"it takes networks of 1 to {_MOST_HIDDEN} hidden layers, got {len(layers) - 1}"
+    sizes = [x0.shape[1]]
+    weights, biases = [], []
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            return f"its layers must be Linear, exactly, got {type(layer).__name__}"
+        if changed := changed_by_hand(layer) or _unlike(layer, x0):
+            return changed
+        weight = layer.weight.detach()
+        if weight.shape[1] != sizes[-1]:
+            return f"a layer takes {weight.shape[1]} numbers and is given {sizes[-1]}"
+        sizes.append(weight.shape[0])
+        weights.append(weight.contiguous())
+        biases.append(x0.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach())
+    if sizes[-1] != 1:
+        return f"its networks end in one number, got {sizes[-1]}"
+    if max(sizes) > _MOST_UNITS:
+        return f"D and layers must be at most {_MOST_UNITS} wide, got {max(sizes)}"
+    name, parameters = activation
+    if parameters.get("beta") == 0:
+        return "beta of softplus must not be 0"
+    network = {"weights": weights, "biases": biases, "activation": name}
+    return Kernel(ops.mlp_langevin_chain, {**network, "activation_args": parameters})
+
+
+def _unlike(layer: nn.Linear, x0: Tensor) -> str:
+    """Why a layer's parameters cannot be used as they are; empty where they can."""
+    for parameter in (layer.weight, layer.bias):
+        if parameter is None:
+            continue
+        if type(parameter) not in (Tensor, nn.Parameter):
+            return f"parameters must be plain tensors, got {type(parameter).__name__}"
+        if parameter.dtype != x0.dtype or parameter.device != x0.device:
+            return (
+                f"parameters must have x0's dtype and device, {x0.dtype} and {x0.device}, got "
+                f"{parameter.dtype} and {parameter.device}"
+            )
+    return ""
+
+
 _FINDERS: dict[type, Callable[[Any, Tensor, Plan], Found]] = {
     DoubleWellEnergy: partial(_analytic, name="double_well", numbers=("barrier_height",)),
     FunnelEnergy: partial(_analytic, name="funnel", numbers=("scale",), least=2),
@@ -202,6 +299,8 @@ _FINDERS: dict[type, Callable[[Any, Tensor, Plan], Found]] = {
     GaussianMixtureEnergy: partial(
         _analytic, name="gaussian_mixture", tensors=("means", "stds", "log_weights")
     ),
+    MLPEnergy: _mlp_energy,
     RastriginEnergy: partial(_analytic, name="rastrigin", numbers=("a",)),
     RosenbrockEnergy: partial(_analytic, name="rosenbrock", numbers=("a", "b"), least=2),
+    nn.Sequential: _sequential,
 }

@@ -140,9 +140,12 @@ class LangevinSampler:
         kernel: "auto": where a kernel knows the energy, one launch makes all the steps. It knows
             DoubleWellEnergy, FunnelEnergy, GaussianEnergy, GaussianMixtureEnergy, RastriginEnergy
             and RosenbrockEnergy, also by their method ``score``, for x0 (B, D) in float32 or
-            float64 (on CUDA D ≤ 64); not with compile, differentiable, noise_before_gradient,
-            autocast, channels_last or model_kwargs. The noise is the same, the gradient differs by
-            rounding. True: a ValueError says why it cannot. False: step by step.
+            float64 (on CUDA D ≤ 64); MLPEnergy, and nn.Sequential of Linear and SiLU, ReLU,
+            LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
+            ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
+            subclasses, nor with hooks, compile, differentiable, noise_before_gradient, autocast,
+            channels_last or model_kwargs. The noise is the same, the gradient differs by rounding.
+            True: a ValueError says why it cannot. False: step by step.
         cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
             where that is impossible, one warning says why. True: raise instead. False: never.
             A capture leaves the energy's buffers and torch's generators as they were, so that T
