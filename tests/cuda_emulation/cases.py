@@ -9,6 +9,7 @@ CPU, and on a GPU zero where it underflows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -241,6 +242,93 @@ def langevin_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+def _mlp_chain(inputs: Inputs, batch: int, widths: tuple[int, ...], **options: object) -> Results:
+    """Chains of a network. `x_ref` and `xi` are drawn where they are named."""
+    d = inputs.shape[1]
+    sizes = (d, *widths, 1)
+    weights = [inputs.normal(n, m).mul_(m**-0.5) for m, n in itertools.pairwise(sizes)]
+    biases = [inputs.normal(n) for n in sizes[1:]]
+    given = {"activation": "silu", "n_steps": 3, "drift": 0.3, "noise": 0.1, **options}
+    shapes = {"x_ref": (batch, d), "xi": (3, batch, d)}
+    given |= {name: inputs.normal(*shapes[name]) for name in shapes.keys() & given.keys()}
+    x0 = inputs.normal(batch, d)
+    result = cf.ops.mlp_langevin_chain(x0, weights, biases, inputs.rng, **given)
+    return {name: value for name, value in result._asdict().items() if value is not None}
+
+
+# A tile of 8, 16 and 32 chains on the emulation's devices of few blocks, the last with a tail.
+MLP_BATCHES = (3, 20, 57)
+
+
+def _mlp_inputs(inputs: Inputs) -> Inputs | None:
+    """Networks run in float32, with few elements; their batches are their own."""
+    d = inputs.shape[1]
+    return inputs if inputs.dtype == torch.float32 and 0 < d <= 36 else None
+
+
+def mlp_chain(inputs: Inputs) -> Results:
+    """Tiles of every size, one layer and four, widths that fill nothing and that fill a warp."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for batch, widths in zip(MLP_BATCHES, ((5,), (20, 9), (16, 1, 33, 7)), strict=True):
+        results[str(batch)] = _mlp_chain(inputs, batch, widths, thin=2)
+    return _joined(results)
+
+
+def mlp_chain_options(inputs: Inputs) -> Results:
+    """Everything beside the plain path, and given noise."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for batch in MLP_BATCHES:
+        tables = {
+            "drift": torch.linspace(0.1, 0.5, 5 * batch, dtype=torch.float64).view(5, batch),
+            "noise": torch.linspace(0.1, 0.2, 5).view(5, 1),
+        }
+        results[f"{batch}, tables"] = _mlp_chain(
+            inputs, batch, (20, 9), **tables, step=2, decay=0.1, pull=0.2, x_ref=True,
+            grad_norm=0.7, grad_clip=0.5, clamp=(-1.0, 1.0), negative_energy=True, thin=1,
+            stats=True, freeze_nonfinite=True,
+        )  # fmt: skip
+        results[f"{batch}, xi"] = _mlp_chain(inputs, batch, (9,), xi=True, stats=True)
+        results[f"{batch}, no noise"] = _mlp_chain(inputs, batch, (9,), noise=0.0, clamp_end=True)
+    return _joined(results)
+
+
+def mlp_chain_activations(inputs: Inputs) -> Results:
+    if inputs.shape != (3, 5) or _mlp_inputs(inputs) is None:
+        return {}
+    names = ("silu", "relu", "leaky_relu", "elu", "tanh", "softplus", "gelu", "gelu_tanh")
+    return _joined({name: _mlp_chain(inputs, 9, (20, 9), activation=name) for name in names})
+
+
+def mlp_chain_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state and in each layer, whose chains stop or go on."""
+    if inputs.shape != (3, 5) or _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for layer, value in itertools.product(range(3), NOT_FINITE):
+        weights = [inputs.normal(9, 5), inputs.normal(7, 9), inputs.normal(1, 7)]
+        biases = [inputs.normal(9), inputs.normal(7), inputs.normal(1)]
+        x0 = inputs.normal(9, 5)
+        x0[3, 1] = value
+        biases[layer][0] = value if layer < 2 else 0.0
+        for freeze in (True, False):
+            result = cf.ops.mlp_langevin_chain(
+                x0, weights, biases, inputs.rng, activation="tanh", n_steps=2, drift=0.3,
+                noise=0.1, freeze_nonfinite=freeze, stats=True,
+            )  # fmt: skip
+            results[f"{layer}, {value}, {freeze}"] = {
+                name: t for name, t in result._asdict().items() if t is not None
+            }
+    return _joined(results)
+
+
+def _joined(results: dict[str, Results]) -> Results:
+    return {f"{call}: {name}": t for call, of in results.items() for name, t in of.items()}
+
+
 def affine_coupling(inputs: Inputs) -> Results:
     return _affine(inputs, "affine_coupling", inputs.dtype)
 
@@ -410,6 +498,10 @@ CASES: dict[str, Case] = {
         langevin_full_statistics,
         langevin_noise,
         langevin_not_finite,
+        mlp_chain,
+        mlp_chain_options,
+        mlp_chain_activations,
+        mlp_chain_not_finite,
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_not_finite,

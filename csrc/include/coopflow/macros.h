@@ -31,6 +31,13 @@
 #define COOPFLOW_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Asks for four turns at a time, in loops whose length is not known.
+#if defined(__CUDA_ARCH__)
+#define COOPFLOW_UNROLL_4 _Pragma("unroll 4")
+#else
+#define COOPFLOW_UNROLL_4
+#endif
+
 // Asks for none, in loops that a kernel seldom enters.
 #if defined(__CUDA_ARCH__)
 #define COOPFLOW_NO_UNROLL _Pragma("unroll 1")
