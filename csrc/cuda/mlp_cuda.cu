@@ -139,6 +139,7 @@ class BlockNetwork {
         COOPFLOW_UNROLL
         for (int c = 0; c < kChains; ++c) sums[r][c] = bias;
       }
+      COOPFLOW_UNROLL_4
       for (int k = 0; k < mlp_.sizes[l]; k += 4) {
         float w[kRows][4], h[4][kChains];
         COOPFLOW_UNROLL

@@ -96,7 +96,7 @@ COOPFLOW_HD ActivationResult<A> activate(const ActivationParameters<A>& paramete
     // log(1 + e), with what rounding took from 1 + e.
     const A u = A(1) + s.e;
     const A log_u = multiply_add(s.e - (u - A(1)), s.r, log_positive(u));
-    const A value = ((t < A(0) ? A(0) : t) + log_u) / parameters.shape;
+    const A value = ((t < A(0) ? A(0) : t) + log_u) * reciprocal(parameters.shape);
     const bool linear = t > parameters.threshold;
     return {linear ? z : value, linear ? A(1) : s.below};
   } else if constexpr (kActivation == Activation::kGelu) {
