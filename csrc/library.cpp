@@ -2,8 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "coopflow/mlp_tile.h"
 #include "coopflow/philox.h"
 #include "cpu/isa.h"
 
@@ -17,6 +20,21 @@ namespace {
 
 int64_t fold_in_op(int64_t seed, int64_t data) {
   return static_cast<int64_t>(fold_in(static_cast<uint64_t>(seed), static_cast<uint64_t>(data)));
+}
+
+int64_t mlp_shared_bytes(std::vector<int64_t> sizes) {
+  const int depth = static_cast<int>(sizes.size()) - 1;
+  int given[kMlpMaxDepth + 1] = {};
+  if (depth < 1 || depth > kMlpMaxDepth) {
+    throw std::runtime_error("coopflow::mlp_shared_bytes: sizes: must be 2 to 5 numbers");
+  }
+  for (int l = 0; l <= depth; ++l) {
+    if (sizes[l] < 1 || sizes[l] > kMlpMaxSize) {
+      throw std::runtime_error("coopflow::mlp_shared_bytes: sizes: must be from 1 to 128");
+    }
+    given[l] = static_cast<int>(sizes[l]);
+  }
+  return make_mlp_tile(given, depth, kMlpLeastTile).bytes();
 }
 
 // JSON, so that it needs no type of its own.
@@ -102,6 +120,9 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "mixture_logistic_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor y, "
       "Tensor x, Tensor params, bool affine=True, bool legacy_cdf_clamp=False) -> "
       "(Tensor, Tensor)");
+  // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
+  // layers, needs on CUDA.
+  m.def("mlp_shared_bytes(int[] sizes) -> int");
   // The seed of a separate use.
   m.def("fold_in(int seed, int data) -> int");
   // Versions, architectures and instruction set, as JSON.
@@ -109,6 +130,7 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CompositeExplicitAutograd, m) {
+  m.impl("mlp_shared_bytes", TORCH_BOX(&coopflow::mlp_shared_bytes));
   m.impl("fold_in", TORCH_BOX(&coopflow::fold_in_op));
   m.impl("build_info", TORCH_BOX(&coopflow::build_info));
 }

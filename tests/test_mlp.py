@@ -416,6 +416,54 @@ def test_weights_on_another_device_are_named() -> None:
         run(given)
 
 
+# --- what fits on a GPU ---------------------------------------------------------------------------
+
+SM_80, SM_90 = 163 * 1024, 227 * 1024
+
+
+def tile_bytes(sizes: tuple[int, ...], chains: int = 8) -> int:
+    """Matrices with rows of an odd number of 16-byte words; biases; slopes; the last layer; values
+    of two layers; x, gradient, reference and noise, of an odd length."""
+
+    def padded(n: int) -> int:
+        return -(-n // 4) * 4
+
+    floats = padded(sizes[-1]) + 4 + 2 * padded(max(sizes[1:])) * chains
+    for n_in, n_out in itertools.pairwise(sizes):
+        stride = padded(n_in) + (4 if padded(n_in) % 8 == 0 else 0)
+        floats += n_out * stride + padded(n_out) + n_out * chains
+    return 4 * (floats + 4 * chains * (padded(sizes[0]) + 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits_on"),
+    [
+        ((2, 64, 64, 64), (SM_80, SM_90)), ((128, 64, 64, 64, 64), (SM_80, SM_90)),
+        ((3, 16, 20), (SM_80, SM_90)), ((2, 128, 128), (SM_80, SM_90)),
+        ((2, 128, 128, 128), (SM_80, SM_90)), ((64, 128, 128, 128), (SM_90,)),
+        ((2, 128, 128, 128, 128), ()), ((128, 128, 128, 128, 128), ()),
+    ],
+)  # fmt: skip
+def test_what_fits_in_a_multiprocessor(sizes: tuple[int, ...], fits_on: tuple[int, ...]) -> None:
+    needed = cf.ops.mlp_shared_bytes(sizes)
+    assert needed == tile_bytes(sizes)
+    assert tuple(limit for limit in (SM_80, SM_90) if needed <= limit) == fits_on
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 4, 5, 6, 7, 8), (0, 3), (3, 129)])
+def test_sizes_of_no_network_are_named(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="sizes: must be"):
+        cf.ops.mlp_shared_bytes(sizes)
+
+
+@pytest.mark.gpu
+def test_a_network_that_does_not_fit_is_named() -> None:
+    given = arguments(5, 128, (128,) * 4, device="cuda")
+    needed = cf.ops.mlp_shared_bytes((128,) * 5)
+    with pytest.raises(ValueError, match=f"weights: a tile of 8 chains needs {needed} bytes"):
+        run(given)
+
+
 # --- torch's own machinery ------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from coopflow_ext.ops.mixture_logistic import (
     mixture_logistic_coupling,
     mixture_logistic_coupling_inverse,
 )
-from coopflow_ext.ops.mlp import mlp_langevin_chain
+from coopflow_ext.ops.mlp import mlp_langevin_chain, mlp_shared_bytes
 from coopflow_ext.ops.random import normal, uniform
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "mixture_logistic_coupling",
     "mixture_logistic_coupling_inverse",
     "mlp_langevin_chain",
+    "mlp_shared_bytes",
     "normal",
     "uniform",
 ]

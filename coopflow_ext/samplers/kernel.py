@@ -270,11 +270,24 @@ def _network(layers: Sequence[nn.Module], activation: _Activation, x0: Tensor, p
         return f"its networks end in one number, got {sizes[-1]}"
     if max(sizes) > _MOST_UNITS:
         return f"D and layers must be at most {_MOST_UNITS} wide, got {max(sizes)}"
+    if x0.is_cuda and (lack := _lack_on_cuda(sizes[:-1], x0)):
+        return lack
     name, parameters = activation
     if parameters.get("beta") == 0:
         return "beta of softplus must not be 0"
     network = {"weights": weights, "biases": biases, "activation": name}
     return Kernel(ops.mlp_langevin_chain, {**network, "activation_args": parameters})
+
+
+def _lack_on_cuda(sizes: Sequence[int], x0: Tensor) -> str:
+    """Why a GPU does not hold a network of these sizes; empty where it does."""
+    if x0.dtype != torch.float32:
+        return f"its networks are in float32 on CUDA, got {x0.dtype}"
+    needed = ops.mlp_shared_bytes(sizes)
+    there = torch.cuda.get_device_properties(x0.device).shared_memory_per_block_optin
+    if needed > there:
+        return f"the network needs {needed} bytes of shared memory, and there are {there}"
+    return ""
 
 
 def _unlike(layer: nn.Linear, x0: Tensor) -> str:

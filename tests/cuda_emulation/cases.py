@@ -484,6 +484,100 @@ def mixture_logistic_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+CHAIN_DTYPES = (torch.float32, torch.float64)
+_ENERGIES = (
+    "double_well", "funnel", "gaussian", "gaussian_mixture", "rastrigin", "rosenbrock",
+)  # fmt: skip
+
+
+def _energy(inputs: Inputs, name: str, dim: int, components: int) -> dict[str, object]:
+    """An energy's name, tensors and numbers."""
+    numbers = {"double_well": (0.7,), "funnel": (1.5,), "rastrigin": (1.2,),
+               "rosenbrock": (0.9, 3.0)}  # fmt: skip
+    if name in numbers:
+        return {"energy": name, "numbers": numbers[name]}
+    if name == "gaussian":
+        root = inputs.normal(dim, dim)
+        tensors = [inputs.normal(dim), root @ root.T / dim, inputs.normal(1)[0]]
+    else:
+        stds, log_weights = inputs.normal(components, dim), inputs.normal(components)
+        tensors = [inputs.normal(components, dim), stds.abs_().add_(0.3), log_weights]
+    return {"energy": name, "tensors": tensors}
+
+
+def _chains(
+    inputs: Inputs, components: int, options: Callable[[int], dict[str, object]]
+) -> Results:
+    """Of chains that a thread holds: one whose length the kernel knows, and the case's own."""
+    if inputs.dtype not in CHAIN_DTYPES:
+        return {}
+    results = {}
+    for dim in (2, min(inputs.shape[1], 40)):
+        for name in _ENERGIES:
+            if dim < 2 and name in ("funnel", "rosenbrock"):
+                continue
+            energy = _energy(inputs, name, dim, components)
+            x0 = inputs.normal(inputs.shape[0], dim)
+            result = cf.ops.analytic_langevin_chain(
+                x0, inputs.rng, **energy, n_steps=3, step=1, **options(dim)
+            )
+            for key, value in result._asdict().items():
+                if value is not None:
+                    results[f"{name}, {dim}: {key}"] = value
+    return results
+
+
+def analytic_chains(inputs: Inputs) -> Results:
+    return _chains(inputs, 5, lambda dim: {"drift": 0.01, "noise": 0.1})
+
+
+def analytic_chains_with_everything(inputs: Inputs) -> Results:
+    """Every option, coefficients by step and chain, and a mixture's table beyond a block's own."""
+    batch = inputs.shape[0]
+    tables = {
+        "drift": torch.linspace(0.01, 0.02, 4 * batch, dtype=torch.float64).view(4, batch),
+        "noise": torch.linspace(0.1, 0.2, 4).view(4, 1),
+        "decay": torch.linspace(0.0, 0.1, batch).view(1, batch),
+    }
+
+    def options(dim: int) -> dict[str, object]:
+        return {
+            **tables, "pull": 0.2, "x_ref": inputs.normal(batch, dim),
+            "xi": inputs.normal(3, batch, dim), "grad_clip": 1.5, "grad_norm": 2.0,
+            "step_clip": 0.2, "clamp": (-1.0, 1.0), "clamp_end": True, "negative_energy": True,
+            "thin": 2, "stats": True, "freeze_nonfinite": True,
+        }  # fmt: skip
+
+    return _chains(inputs, 400, options)
+
+
+def analytic_chains_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the start, where chains stop and where they go on."""
+    if inputs.dtype not in CHAIN_DTYPES:
+        return {}
+    one_shape = _one_shape(inputs, 2 * len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+    results = {}
+    for name in _ENERGIES:
+        energy = _energy(one_shape, name, 2, 3)
+        for freeze in (False, True):
+            x0 = one_shape.normal()
+            for chain, value in enumerate(NOT_FINITE):
+                x0[chain, 0] = x0[len(NOT_FINITE) + chain, 1] = value
+            x, _, stats, frozen_at = cf.ops.analytic_langevin_chain(
+                x0, inputs.rng, **energy, n_steps=2, drift=0.01, noise=0.1, stats=True,
+                freeze_nonfinite=freeze,
+            )  # fmt: skip
+            assert stats is not None
+            results |= {
+                f"{name}, {freeze}: x": x,
+                f"{name}, {freeze}: stats": stats[..., :5],
+                f"{name}, {freeze}: frozen_at": frozen_at,
+            }
+    return results
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -498,6 +592,9 @@ CASES: dict[str, Case] = {
         langevin_full_statistics,
         langevin_noise,
         langevin_not_finite,
+        analytic_chains,
+        analytic_chains_with_everything,
+        analytic_chains_not_finite,
         mlp_chain,
         mlp_chain_options,
         mlp_chain_activations,

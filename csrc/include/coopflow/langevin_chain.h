@@ -94,15 +94,13 @@ COOPFLOW_HD LangevinChain<A> chain_coefficients(const LangevinChainArgs<A>& args
           coefficient_at(coefficient_row(args.pull, k), chain), A(1)};
 }
 
-// The five statistics of one element of a chain; one that has stopped only counts its gradient.
+// What an element adds to the statistics of a chain that may have stopped: then it only counts its
+// gradient.
 template <typename A>
-COOPFLOW_HD StatisticTerms<A> chain_statistic_terms(A x, A grad, const LangevinMove<A>& move,
-                                                    bool active) {
-  StatisticTerms<A> terms = statistic_terms<A>(x, grad, move);
-  terms.of[kSumDisplacementSquared] = active ? terms.of[kSumDisplacementSquared] : A(0);
-  terms.of[kClippedElements] = active ? terms.of[kClippedElements] : A(0);
-  terms.of[kClampedElements] = active ? terms.of[kClampedElements] : A(0);
-  return terms;
+COOPFLOW_HD StatisticTerms<A> terms_of_chain(const StatisticTerms<A>& terms, bool active) {
+  return {{terms.of[kSumGradSquared], active ? terms.of[kSumDisplacementSquared] : A(0),
+           active ? terms.of[kClippedElements] : A(0), active ? terms.of[kClampedElements] : A(0),
+           terms.of[kNonFiniteElements]}};
 }
 
 // A few chains that move side by side: consecutive ones, from `first` on, of which the first
@@ -198,7 +196,7 @@ COOPFLOW_HD void move_lanes(const LangevinChainArgs<A>& args, int64_t k, int64_t
     A* const x = lanes.x + e * kLanes;
     const A* const grad = lanes.grad + e * kLanes;
     const A* const xi = lanes.xi + e * kLanes;
-    const A* const x_ref = has_ref ? lanes.x_ref + e * kLanes : x;
+    const A* const x_ref = has_ref ? lanes.x_ref + e * kLanes : grad;
     COOPFLOW_LANES
     for (int l = 0; l < kLanes; ++l) {
       const LangevinChain<A> chain{lanes.drift[l], lanes.noise[l], lanes.decay[l], lanes.pull[l],
@@ -209,7 +207,8 @@ COOPFLOW_HD void move_lanes(const LangevinChainArgs<A>& args, int64_t k, int64_t
       const bool active = lanes.active[l] != A(0);
       x[l] = active ? move.x : before;
       if (kFull) {
-        const StatisticTerms<A> terms = chain_statistic_terms(before, grad[l], move, active);
+        const StatisticTerms<A> terms =
+            terms_of_chain(statistic_terms<A>(before, grad[l], move), active);
         COOPFLOW_UNROLL
         for (int s = 0; s < kStatistics; ++s) sums[s][l] += terms.of[s];
       }

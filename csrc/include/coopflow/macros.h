@@ -50,7 +50,7 @@
 #if defined(__CUDACC__)
 #define COOPFLOW_LANES COOPFLOW_UNROLL
 #else
-#define COOPFLOW_LANES _Pragma("GCC ivdep")
+#define COOPFLOW_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 // Name of the instruction set a CPU loop file is being compiled for.
