@@ -284,7 +284,8 @@ def _lack_on_cuda(sizes: Sequence[int], x0: Tensor) -> str:
     if x0.dtype != torch.float32:
         return f"its networks are in float32 on CUDA, got {x0.dtype}"
     needed = ops.mlp_shared_bytes(sizes)
-    there = torch.cuda.get_device_properties(x0.device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(x0.device)  # whose stub lacks a line
+    there = properties.shared_memory_per_block_optin
     if needed > there:
         return f"the network needs {needed} bytes of shared memory, and there are {there}"
     return ""
