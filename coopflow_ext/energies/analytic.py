@@ -116,7 +116,8 @@ class GaussianEnergy(nn.Module):
             raise ValueError("covariance must be symmetric and positive definite")
         log_norm = factor.diagonal().log().sum() + 0.5 * dim * math.log(2 * math.pi)
         self.register_buffer("mean", mean.clone())
-        self.register_buffer("precision", torch.cholesky_inverse(factor).to(mean.dtype))
+        precision = torch.cholesky_inverse(factor).to(mean.dtype).contiguous()
+        self.register_buffer("precision", precision)
         self.register_buffer("log_norm", log_norm.to(mean.dtype))
 
     def _offsets(self, x: Tensor) -> Tensor:
@@ -127,11 +128,14 @@ class GaussianEnergy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         offsets = self._offsets(x)
-        return 0.5 * (offsets * (offsets @ self.precision)).sum(1) + self.log_norm
+        return 0.5 * (offsets * self._pull(offsets)).sum(1) + self.log_norm
 
     def score(self, x: Tensor) -> Tensor:
         """∇log p(x), (B, D)."""
-        return -self._offsets(x) @ self.precision
+        return -self._pull(self._offsets(x))
+
+    def _pull(self, offsets: Tensor) -> Tensor:
+        return offsets @ self.precision.to(offsets.dtype)
 
 
 class FunnelEnergy(nn.Module):

@@ -256,6 +256,10 @@ class Chain:
         if self.cast is not None:
             self.cast.refresh()
 
+    def stopped(self) -> bool:
+        """Whether a chain has met a gradient that is not finite: one read."""
+        return self.active is not None and not bool(self.active.all())
+
     def release(self) -> None:
         """The chain is over. Another may have the model, if it was a copy of the caller's."""
         if self.cast is not None and self.plan.casts is not None:

@@ -82,10 +82,15 @@ class KernelChain:
         self.frozen_at = result.frozen_at
         self._stats = result.stats
 
+    def stopped(self) -> bool:
+        """Whether a chain has met a gradient that is not finite: one read."""
+        frozen_at = self.frozen_at.cpu()
+        return self.plan.masked and len(frozen_at) > 0 and int(frozen_at.min()) < self.plan.n_steps
+
     @property
-    def active(self) -> Tensor | None:
-        """(B,) on the host, whether a chain has not stopped; None without a mask."""
-        return self.frozen_at.cpu() == self.plan.n_steps if self.plan.masked else None
+    def active(self) -> Tensor:
+        """(B,), whether a chain has not stopped."""
+        return self.frozen_at == self.plan.n_steps
 
     def statistics(self) -> ChainStatistics | None:
         """The recorded sums as norms and fractions."""

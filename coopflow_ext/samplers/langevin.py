@@ -408,11 +408,11 @@ class LangevinSampler:
 
     def _check_finite(self, chain: Chain | KernelChain, xs: Tensors) -> None:
         """The one read of the mask, after the chain that ended in ``xs``."""
-        if self.on_nonfinite != "raise":
+        if self.on_nonfinite != "raise" or not chain.stopped():
             return
         active, frozen_at = chain.active, chain.frozen_at
-        if active is None or frozen_at is None or bool(active.all()):
-            return
+        assert active is not None
+        assert frozen_at is not None
         advice = "use a smaller step, clips, or on_nonfinite='freeze'"
         raise nonfinite_error(active, frozen_at, xs, advice=advice)
 

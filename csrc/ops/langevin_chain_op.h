@@ -39,7 +39,6 @@ class LangevinChainOp : public LangevinOp {
       check_.fail_type("x0", "must have dtype float32 or float64, got dtype ", dtype_name(type));
     }
     if (x0.dim() != 2) check_.fail("x0", "must have shape (B, D), got ", shape_text(x0));
-    check_.is_contiguous("x0", x0);
   }
 
   const OpChecks& check() const { return check_; }

@@ -512,7 +512,7 @@ def _chains(
     if inputs.dtype not in CHAIN_DTYPES:
         return {}
     results = {}
-    for dim in (2, min(inputs.shape[1], 40)):
+    for dim in (2, min(max(inputs.shape[1], 1), 40)):
         for name in _ENERGIES:
             if dim < 2 and name in ("funnel", "rosenbrock"):
                 continue
