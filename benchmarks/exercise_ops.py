@@ -12,11 +12,13 @@ mixture's at K = 32.
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
 from op_table import DTYPES, OPS, Arguments, Draw, Op, plain_numbers
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import coopflow_ext as cf
 
@@ -68,6 +70,23 @@ def exercise_outputs_of_a_step(draw: Draw) -> None:
     assert torch.equal(moved, expected), "langevin_plain_step_ is another step"
 
 
+def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
+    """Whole chains of networks: tiles that are full and that are not, layers of any width."""
+    for batch, sizes in ((1, (1, 1)), (19, (5, 20, 9)), (40, (8, 64, 64, 3, 17))):
+        draw = Draw((batch, sizes[0]), dtype, device=device)
+        layers = tuple(itertools.pairwise((*sizes, 1)))
+        network = {
+            "weights": [draw.normal(n_out, n_in).to(device, dtype) for n_in, n_out in layers],
+            "biases": [draw.normal(n_out).to(device, dtype) for _, n_out in layers],
+        }
+        given = {"x0": draw.normal(), "rng": draw.rng(), "x_ref": draw.normal(), **network}
+        options = {"activation": "tanh", "n_steps": 2, "drift": 0.1, "noise": 0.1, "pull": 0.1}
+        x = cf.ops.mlp_langevin_chain(**given, **options, thin=1, stats=True).x
+        on_cpu = tree_map(lambda v: v.cpu().double() if v.is_floating_point() else v.cpu(), given)
+        expected, *_ = cf.reference.mlp_langevin_chain(**on_cpu, **options)
+        torch.testing.assert_close(x.cpu().double(), expected, rtol=2e-3, atol=2e-3)
+
+
 def exercise_large(device: torch.device) -> None:
     """Every kernel, with nothing to compare."""
     scale = 1 if device.type == "cuda" else 64
@@ -97,6 +116,8 @@ def main() -> None:
                 for op in OPS:
                     exercise(op, draw)
                 exercise_outputs_of_a_step(draw)
+            if dtype == torch.float32 or (dtype == torch.float64 and device.type == "cpu"):
+                exercise_networks(dtype, device)
         print(f"{len(OPS)} calls, {len(SHAPES)} shapes, {len(DTYPES)} dtypes: right")
     if device.type == "cuda":
         torch.cuda.synchronize()

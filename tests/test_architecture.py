@@ -16,7 +16,7 @@ from coopflow_ext._extension import native
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "coopflow_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-STEMS = ("affine_coupling", "langevin", "mixture_logistic", "random")
+STEMS = ("affine_coupling", "langevin", "mixture_logistic", "mlp", "random")
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
