@@ -265,12 +265,12 @@ def _network(layers: Sequence[nn.Module], activation: _Activation, x0: Tensor, p
             return f"its layers must be Linear, exactly, got {type(layer).__name__}"
         if changed := changed_by_hand(layer) or _unlike(layer, x0):
             return changed
-        weight = layer.weight.detach()
+        weight, bias = layer.weight, layer.bias
         if weight.shape[1] != sizes[-1]:
             return f"a layer takes {weight.shape[1]} numbers and is given {sizes[-1]}"
         sizes.append(weight.shape[0])
         weights.append(weight.contiguous())
-        biases.append(x0.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach())
+        biases.append(x0.new_zeros(len(weight)) if bias is None else bias)
     if sizes[-1] != 1:
         return f"its networks end in one number, got {sizes[-1]}"
     if max(sizes) > _MOST_UNITS:

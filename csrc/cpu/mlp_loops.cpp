@@ -92,8 +92,7 @@ A* forward(const PackedMlp<A>& packed, const A* x, MlpScratch<A>& scratch) {
   for (int l = 0; l < mlp.depth; ++l) {
     const A* const from = l == 0 ? x : to;
     to = scratch.layers[l % 2];
-    multiply(packed.weights[l].data(), packed.biases[l].data(), mlp.sizes[l + 1], mlp.sizes[l],
-             from, to);
+    multiply(packed.weights[l], packed.biases[l], mlp.sizes[l + 1], mlp.sizes[l], from, to);
     activate_layer(mlp, mlp.sizes[l + 1], to, scratch.slopes[l]);
   }
   return to;
@@ -124,20 +123,20 @@ void backward(const PackedMlp<A>& packed, A* hidden, MlpScratch<A>& scratch, A* 
     }
   }
   for (int l = mlp.depth - 1; l > 0; --l) {
-    multiply<A>(packed.transposed[l].data(), nullptr, mlp.sizes[l], mlp.sizes[l + 1], from, to);
+    multiply<A>(packed.transposed[l], nullptr, mlp.sizes[l], mlp.sizes[l + 1], from, to);
     const A* const slopes = scratch.slopes[l - 1];
     for (int i = 0; i < mlp.sizes[l] * kChainTile; ++i) to[i] *= slopes[i];
     A* const read = from;
     from = to;
     to = read;
   }
-  multiply<A>(packed.transposed[0].data(), nullptr, mlp.sizes[0], mlp.sizes[1], from, grad);
+  multiply<A>(packed.transposed[0], nullptr, mlp.sizes[0], mlp.sizes[1], from, grad);
 }
 
 template <typename A>
 void run_mlp_tiles(const LangevinChainArgs<A>& args, const PackedMlp<A>& packed, int64_t begin,
                    int64_t end) {
-  const auto scratch = std::make_unique<MlpScratch<A>>();
+  const std::unique_ptr<MlpScratch<A>> scratch(new MlpScratch<A>);
   const bool wants_energies = args.stats != nullptr;
   const auto gradient = [&](TileLanes<A>& lanes) {
     A* const hidden = forward(packed, lanes.x, *scratch);

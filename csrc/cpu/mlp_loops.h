@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "coopflow/langevin_chain.h"
 #include "coopflow/mlp.h"
@@ -15,9 +14,9 @@ namespace coopflow {
 template <typename A>
 struct PackedMlp {
   Mlp<A> mlp;
-  std::vector<A> weights[kMlpMaxDepth];     // from layer l to the next
-  std::vector<A> transposed[kMlpMaxDepth];  // back again
-  std::vector<A> biases[kMlpMaxDepth];      // for whole blocks
+  const A* weights[kMlpMaxDepth];     // from layer l to the next
+  const A* transposed[kMlpMaxDepth];  // back again
+  const A* biases[kMlpMaxDepth];      // for whole blocks
 };
 
 template <typename A>
