@@ -58,6 +58,10 @@ CAUGHT = {
         "checked", "affine_coupling_cuda.cu", "affine_coupling",
         ("leaves its own lane out of its mask 0x7fffffff", "reduce.cuh", "thread (31, 0, 0)"),
     ),
+    "table_without_a_barrier": (
+        "checked", "analytic_langevin_chain_cuda.cu", "analytic_chains",
+        ("reads shared memory that no thread", "analytic_energies.h", "block (", "thread ("),
+    ),
     "infinity_hidden": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_not_finite",
         ("mixture_logistic_coupling_inverse, 3 x torch.float32", ": out: tensor(", "is not"),
