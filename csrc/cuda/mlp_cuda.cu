@@ -30,11 +30,17 @@ __device__ __forceinline__ void load_shared(const float* from, float (&values)[k
   }
 }
 
-// Not written as one access: the compiler joins stores itself, and store_word is for global memory.
+// store_word is for global memory alone.
 template <int kCount>
 __device__ __forceinline__ void store_shared(const float (&values)[kCount], float* to) {
-  COOPFLOW_UNROLL
-  for (int i = 0; i < kCount; ++i) to[i] = values[i];
+  if constexpr (kCount == 1) {
+    to[0] = values[0];
+  } else {
+    using Word = typename PackedLayout<float, kCount>::Word;
+    Word word;
+    memcpy(&word, values, sizeof(word));
+    *reinterpret_cast<Word*>(to) = word;
+  }
 }
 
 // The network and the chains of one block.
