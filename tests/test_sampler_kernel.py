@@ -172,7 +172,7 @@ def test_a_parameter_that_is_not_a_number(device: torch.device, kernel: bool) ->
     energy = mixture().to(device)
     energy.means[1, 2] = math.nan
     sampler = LangevinSampler(energy, n_steps=3, step_size=0.1, kernel=kernel)
-    with pytest.raises(NonFiniteError, match="19 of 19 chains .*, first at step 0") as found:
+    with pytest.raises(NonFiniteError, match=r"19 of 19 chains .*, first at step 0") as found:
         sampler(starts(device))
     assert found.value.chains.tolist() == list(range(19))
 
