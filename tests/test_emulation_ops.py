@@ -153,6 +153,34 @@ def test_grid_depends_on_the_threads_of_a_block(emulation: harness.Emulation) ->
     assert blocks == [8, 4, 8]
 
 
+def test_a_whole_chain_is_one_launch(emulation: harness.Emulation) -> None:
+    """And a second one where a mixture's table does not fit into a block's own memory."""
+    inputs = Inputs(torch.float32, (3, 2))
+    for components, launches in ((8, 1), (204, 1), (205, 2)):
+        ones = torch.ones(components, 2)
+        emulation.take_launches()
+        with emulation.settings(), emulation.ops():
+            cf.ops.analytic_langevin_chain(
+                torch.zeros(3, 2), inputs.rng, energy="gaussian_mixture",
+                tensors=[ones, ones, ones[:, 0].contiguous()], n_steps=7, drift=0.1, noise=0.1,
+                thin=2, stats=True, freeze_nonfinite=True,
+            )  # fmt: skip
+        assert len(emulation.take_launches()) == launches
+
+
+def test_a_chain_that_a_thread_cannot_hold_is_refused(emulation: harness.Emulation) -> None:
+    inputs = Inputs(torch.float32, (3, 2))
+    most = cf.ops.MOST_ELEMENTS_ON_CUDA
+    for dim in (most, most + 1):
+        options = {"energy": "double_well", "numbers": [1.0], "n_steps": 1, "drift": 0.1}
+        with emulation.settings(), emulation.ops():
+            if dim == most:
+                cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
+                continue
+            with pytest.raises(ValueError, match=f"x0: must have D <= {most} on CUDA, got {dim}"):
+                cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
+
+
 def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:
     with emulation.settings(blocks=harness.FAR_BLOCKS):
         assert emulation.wrong_index() == ""

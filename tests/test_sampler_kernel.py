@@ -167,6 +167,16 @@ def test_gradients_that_are_not_finite(device: torch.device, on_nonfinite: str) 
     assert torch.equal(one.stats.nonfinite, other.stats.nonfinite)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_parameter_that_is_not_a_number(device: torch.device, kernel: bool) -> None:
+    energy = mixture().to(device)
+    energy.means[1, 2] = math.nan
+    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1, kernel=kernel)
+    with pytest.raises(NonFiniteError, match=r"19 of 19 chains .*, first at step 0") as found:
+        sampler(starts(device))
+    assert found.value.chains.tolist() == list(range(19))
+
+
 @pytest.mark.parametrize("name", ENERGIES)
 def test_auto_runs_the_kernel(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The energy itself is not called, and its tensors are read when the chain runs."""

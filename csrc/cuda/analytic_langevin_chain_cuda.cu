@@ -11,6 +11,7 @@ namespace {
 
 // Small, so that few chains spread over many multiprocessors.
 constexpr int kChainThreads = 64;
+constexpr int kChainBlocks = 8;        // resident ones, which leaves each thread 128 registers
 constexpr int64_t kMostElements = 64;  // of a chain
 constexpr int kSharedTable = 1024;     // numbers that a block keeps for itself
 
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // kPerChain: elements of a chain, or 0.
 template <typename Energy, bool kPlain, int64_t kPerChain, typename A>
-__global__ void __launch_bounds__(kChainThreads)
+__global__ void __launch_bounds__(kChainThreads, kChainBlocks)
     analytic_chain_kernel(const __grid_constant__ LangevinChainArgs<A> args,
                           const __grid_constant__ Energy energy, const A* given_table) {
   constexpr int64_t kRoom = kPerChain == 0 ? kMostElements : kPerChain;

@@ -50,8 +50,8 @@ struct LangevinChain {
 
 template <typename A>
 struct LangevinMove {
-  A x;        // the new state
-  A settled;  // the new state without noise that belongs to the next gradient
+  A x;                   // the new state
+  A settled;             // the new state without noise that belongs to the next gradient
   int clipped, clamped;  // 0 or 1; with bool here, loops with statistics do not vectorise
 };
 

@@ -47,7 +47,7 @@ struct LangevinChainArgs {
   int64_t* frozen_at;  // (batch), never null
   const int64_t* rng;  // seed, time, number of the first chain
   CoefficientTable<A> drift, noise, decay, pull;
-  LangevinLimits<A> limits, last_limits;  // of the steps, and of the last one
+  LangevinLimits<A> limits, last_limits;  // of the steps; of the last one, the clamp alone differs
   A grad_norm;                            // infinite: none
   int64_t batch, per_chain, n_steps;
   int64_t thin;
@@ -70,8 +70,11 @@ struct LangevinChainArgs {
            pull.step_stride != 0;
   }
 
-  COOPFLOW_HD const LangevinLimits<A>& limits_of(int64_t k) const {
-    return k + 1 < n_steps ? limits : last_limits;
+  // Chosen value by value: between two structs a GPU would choose by their place on its stack.
+  COOPFLOW_HD LangevinLimits<A> limits_of(int64_t k) const {
+    const bool last = k + 1 == n_steps;
+    return {limits.grad_clip, limits.step_clip, last ? last_limits.clamp_low : limits.clamp_low,
+            last ? last_limits.clamp_high : limits.clamp_high};
   }
 
   // The trajectory's row that the state after step k goes into; -1 for none.
@@ -215,7 +218,8 @@ COOPFLOW_HD void move_lanes(const LangevinChainArgs<A>& args, int64_t k, int64_t
     }
   }
   if (!kFull || args.stats == nullptr) return;
-  for (int l = 0; l < lanes.count; ++l) {
+  for (int l = 0; l < kLanes; ++l) {
+    if (l >= lanes.count) break;  // not a bound of the loop, which a GPU unrolls
     A* const row = args.stats + (k * args.batch + lanes.chain(l)) * kChainStatistics;
     COOPFLOW_UNROLL
     for (int s = 0; s < kStatistics; ++s) row[s] = sums[s][l];
