@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,6 +206,38 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+_FINGERPRINT = """
+import hashlib
+import test_analytic_langevin_chain as chains, torch
+digest = hashlib.sha256()
+cpu = torch.device("cpu")
+for name, dim in chains.cases():
+    for dtype in chains.DTYPES:
+        for options in chains.OPTIONS.values():
+            x0 = chains.normal(37, dim, seed=3).to(dtype)
+            for recorded in ({}, {"stats": True, "thin": 1}):
+                result = chains.run(name, x0, 5, **recorded, **options(37, dim, cpu))
+                for t in result:
+                    if t is not None:
+                        digest.update(t.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_instruction_sets_give_the_same_bits() -> None:
+    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
+    names = ["baseline", "avx2", "avx512"]
+    prints = set()
+    for isa in names[: names.index(best) + 1]:
+        done = subprocess.run(
+            [sys.executable, "-c", _FINGERPRINT],
+            env={**os.environ, "COOPFLOW_CPU_ISA": isa},
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        prints.add(done.stdout.strip())
+    assert len(prints) == 1
 
 
 def test_steps_can_be_split(device: torch.device) -> None:

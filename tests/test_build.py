@@ -309,7 +309,12 @@ def test_gpu_check_refuses_bad_input(tmp_path: Path) -> None:
 @in_source_tree
 def test_gpu_check_profiles_every_kernel() -> None:
     script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
-    (pattern,) = re.findall("'regex:(.*)'", script)
+    (names,) = re.findall(r"^  ours=\$\((.*)\)$", script, re.M)
+    ours = subprocess.run(
+        ["bash", "-c", names], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    pattern = f"^({ours})"
+    assert '"regex:^($ours)"' in script
     sources = [p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu*")]
     definition = r"\b(?!run_|launch_)(\w+_kernel)\("
     kernels = {name for text in sources for name in re.findall(definition, text)}
