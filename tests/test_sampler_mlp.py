@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.samplers import kernel
 
 KEY = cf.Key(3, chain=5)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -211,3 +214,22 @@ def test_auto_goes_step_by_step_where_there_is_no_kernel(name: str) -> None:
 def test_autocast_is_not_taken() -> None:
     with pytest.raises(ValueError, match="without autocast"):
         sample(network(), True, autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((2, 64, 64, 64), torch.float32, ""),
+        ((2, 128, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
+        ((64, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
+        ((2, 8), torch.float64, "float32 on CUDA, got torch.float64"),
+    ],
+)
+def test_what_a_gpu_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], dtype: torch.dtype, reason: str
+) -> None:
+    """As sm_80 answers; there is no GPU to ask."""
+    a100 = SimpleNamespace(shared_memory_per_block_optin=166_912)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: a100)
+    lack = kernel._lack_on_cuda(sizes, torch.zeros(3, 2, dtype=dtype))
+    assert re.search(reason, lack) if reason else lack == ""
