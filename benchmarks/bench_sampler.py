@@ -4,8 +4,9 @@
     python benchmarks/suite.py --case 'chain/*'
 
 In the cases named "compiled" ours has ``compile=True`` and meets loops whose gradient is compiled
-too; elsewhere ours has its defaults, and the compiled gradient is one of the others. On CUDA ours
-runs as the graph that it captures by itself, and loops take part with and without one.
+too; elsewhere ours has its defaults, and the compiled gradient is one of the others. Energies in
+closed form run as one kernel by default, and step by step as a contestant of its own. On CUDA ours
+step by step runs as the graph that it captures by itself, and loops take part with and without one.
 
 Before anything is timed, every contestant takes the same supplied normals to the same state, or,
 where it draws its own and noise can be turned off, moves as the plain loop does without noise. A
@@ -35,12 +36,17 @@ from harness import (
 from torch import Tensor, nn
 
 from coopflow_ext import Key, LangevinSampler
-from coopflow_ext.energies import GaussianMixtureEnergy, MLPEnergy, ResEnergy
+from coopflow_ext.energies import (
+    DoubleWellEnergy,
+    GaussianMixtureEnergy,
+    MLPEnergy,
+    ResEnergy,
+)
 
 STEP_SIZE = 0.05
 KEY = Key(0)
 TORCHEBM, JAX, COMPILED = "torchebm", "JAX scan", "compiled gradient"
-OURS_COMPILED = "ours, compile=True"
+OURS_COMPILED, OURS_BY_STEPS = "ours, compile=True", "ours, kernel=False"
 GRAPH, COMPILED_GRAPH = "CUDA graph of plain loop", "CUDA graph of compiled gradient"
 Run = Callable[[], Any]
 Score = Callable[[Tensor], Tensor]
@@ -52,6 +58,7 @@ class Problem:
 
     Attributes:
         low_precision: the gradient is taken in bfloat16 and channels_last.
+        has_kernel: one kernel makes all the steps.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -59,6 +66,7 @@ class Problem:
     n_steps: int
     is_score: bool = False
     low_precision: bool = False
+    has_kernel: bool = False
 
     def sampler(self, **options: Any) -> LangevinSampler:
         """Ours, with a graph or an error on CUDA."""
@@ -126,11 +134,17 @@ def mixture_energy(device: torch.device) -> GaussianMixtureEnergy:
 
 
 def mixture(device: torch.device) -> Problem:
-    return Problem(mixture_energy(device), points(1024, device), 50)
+    return Problem(mixture_energy(device), points(1024, device), 50, has_kernel=True)
 
 
 def closed_form(device: torch.device) -> Problem:
-    return Problem(mixture_energy(device).score, points(1024, device), 50, is_score=True)
+    score = mixture_energy(device).score
+    return Problem(score, points(1024, device), 50, is_score=True, has_kernel=True)
+
+
+def double_well(device: torch.device) -> Problem:
+    score = DoubleWellEnergy().score
+    return Problem(score, points(1, device), 400, is_score=True, has_kernel=True)
 
 
 def cheap_score(device: torch.device) -> Problem:
@@ -220,8 +234,10 @@ def case(
         runs: dict[str, Run] = {}
         missing: dict[str, str] = {}
         scores = {"plain loop": score}
-        ours = problem.sampler(compile=compiled)
-        runs[OURS] = lambda: ours(problem.x0, key=KEY).x
+        samplers = {OURS: problem.sampler(compile=compiled)}
+        if problem.has_kernel and not compiled:
+            samplers[OURS_BY_STEPS] = problem.sampler(kernel=False)
+        runs |= {n: lambda s=s: s(problem.x0, key=KEY).x for n, s in samplers.items()}
         if not compiled:
             runs["plain loop"] = lambda: plain_loop(problem, score)
         if with_compile and not problem.is_score:
@@ -249,9 +265,9 @@ def case(
                 add_graph(graph, runs[loop], runs, missing)
             if graph in runs:
                 captured[graph] = runs[graph], runs[loop]
-        supplied = {OURS: lambda xi: ours(problem.x0, xi=xi).x}
+        supplied = {n: lambda xi, s=s: s(problem.x0, xi=xi).x for n, s in samplers.items()}
         supplied |= {n: lambda xi, s=s: plain_loop(problem, s, xi) for n, s in scores.items()}
-        unseen = {GRAPH, COMPILED_GRAPH} | ({OURS} if device.type == "cuda" else set())
+        unseen = {GRAPH, COMPILED_GRAPH} | (set(samplers) if device.type == "cuda" else set())
         return Contest(
             runs,
             lambda: check(problem, supplied, {} if quiet is None else {TORCHEBM: quiet}, captured),
@@ -342,6 +358,7 @@ SUITE_CASES = (
     case("mixture, closed form", closed_form, 2048, 50),
     case("mixture, compiled", mixture, 2048, 50, compiled=True),
     case("cheap score, one chain", cheap_score, 2, 400),
+    case("double well, one chain", double_well, 2, 400),
     case("MLP", mlp(1024), 2048, 100, quick=True),
     case("MLP, compiled", mlp(1024), 2048, 100, compiled=True),
     case("ResEnergy", convolutional(8, 16, 4), 8 * 3072, 4),

@@ -12,11 +12,13 @@ mixture's at K = 32.
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
 from op_table import DTYPES, OPS, Arguments, Draw, Op, plain_numbers
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import coopflow_ext as cf
 
@@ -68,6 +70,56 @@ def exercise_outputs_of_a_step(draw: Draw) -> None:
     assert torch.equal(moved, expected), "langevin_plain_step_ is another step"
 
 
+def energies_of(dim: int) -> dict[str, tuple[list[Tensor], list[float]]]:
+    """What every energy in closed form is given, in float64."""
+    ones = torch.ones(3, dim, dtype=torch.float64)
+    mean, log_weights = ones[0].clone(), ones[:, 0].clone()
+    return {
+        "double_well": ([], [0.7]),
+        "funnel": ([], [1.5]),
+        "gaussian": ([mean, torch.eye(dim, dtype=torch.float64), log_weights[0]], []),
+        "gaussian_mixture": ([ones.cumsum(0), ones, log_weights], []),
+        "rastrigin": ([], [1.2]),
+        "rosenbrock": ([], [0.9, 3.0]),
+    }
+
+
+def exercise_whole_chains(draw: Draw) -> None:
+    """Chains of every energy in closed form, plain and with every output, against each other."""
+    if draw.dtype not in (torch.float32, torch.float64) or len(draw.shape) != 2:
+        return
+    batch, dim = draw.shape[0], min(draw.shape[1], 40)
+    x0, rng = draw.normal(batch, dim).to(draw.device, draw.dtype), draw.rng()
+    for name, (tensors, numbers) in energies_of(dim).items():
+        if dim < 2 and name in ("funnel", "rosenbrock"):
+            continue
+        given = [t.to(draw.device, draw.dtype) for t in tensors]
+        options = {"energy": name, "numbers": numbers, "n_steps": 3, "drift": 0.01, "noise": 0.1}
+        plain = cf.ops.analytic_langevin_chain(x0, rng, tensors=given, **options)
+        full = cf.ops.analytic_langevin_chain(
+            misaligned(x0), rng, tensors=[misaligned(t) for t in given], **options, thin=2,
+            stats=True, freeze_nonfinite=True,
+        )  # fmt: skip
+        assert torch.equal(plain.x, full.x), f"{name}: statistics change the chain"
+
+
+def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
+    """Whole chains of networks: tiles that are full and that are not, layers of any width."""
+    for batch, sizes in ((1, (1, 1)), (19, (5, 20, 9)), (40, (8, 64, 64, 3, 17))):
+        draw = Draw((batch, sizes[0]), dtype, device=device)
+        layers = tuple(itertools.pairwise((*sizes, 1)))
+        network = {
+            "weights": [draw.normal(n_out, n_in).to(device, dtype) for n_in, n_out in layers],
+            "biases": [draw.normal(n_out).to(device, dtype) for _, n_out in layers],
+        }
+        given = {"x0": draw.normal(), "rng": draw.rng(), "x_ref": draw.normal(), **network}
+        options = {"activation": "tanh", "n_steps": 2, "drift": 0.1, "noise": 0.1, "pull": 0.1}
+        x = cf.ops.mlp_langevin_chain(**given, **options, thin=1, stats=True).x
+        on_cpu = tree_map(lambda v: v.cpu().double() if v.is_floating_point() else v.cpu(), given)
+        expected, *_ = cf.reference.mlp_langevin_chain(**on_cpu, **options)
+        torch.testing.assert_close(x.cpu().double(), expected, rtol=2e-3, atol=2e-3)
+
+
 def exercise_large(device: torch.device) -> None:
     """Every kernel, with nothing to compare."""
     scale = 1 if device.type == "cuda" else 64
@@ -97,6 +149,9 @@ def main() -> None:
                 for op in OPS:
                     exercise(op, draw)
                 exercise_outputs_of_a_step(draw)
+                exercise_whole_chains(draw)
+            if dtype == torch.float32 or (dtype == torch.float64 and device.type == "cpu"):
+                exercise_networks(dtype, device)
         print(f"{len(OPS)} calls, {len(SHAPES)} shapes, {len(DTYPES)} dtypes: right")
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -7,10 +7,13 @@ benchmarks. It is written to be read, not to be fast.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from coopflow_ext._tensors import (
     Coefficient,
@@ -158,6 +161,54 @@ def langevin_step(
     return out.to(x.dtype)
 
 
+def langevin_chain(
+    x0: Tensor,
+    rng: Tensor,
+    energy: Callable[[Tensor], Tensor],
+    *,
+    n_steps: int,
+    drift: Coefficient,
+    clamp: tuple[float, float] | None = None,
+    clamp_end: bool = False,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+    thin: int | None = None,
+    freeze_nonfinite: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(x, trajectory or None, frozen_at) of whole chains of any energy, U or f = −U; the arguments
+    are those of the ops of whole chains, ``ops.analytic_langevin_chain`` and its like."""
+    x = x0.detach()
+    frozen_at = torch.full((x.shape[0],), step + n_steps, device=x.device)
+    kept = []
+    for k in range(n_steps):
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+        moved = langevin_step(
+            x,
+            grad,
+            rng,
+            drift=drift,
+            clamp=None if clamp_end and k + 1 < n_steps else clamp,
+            is_score=negative_energy,
+            step=step + k,
+            xi=None if xi is None else xi[k],
+            **options,
+        )
+        if freeze_nonfinite:
+            stops = ~flat(grad).isfinite().all(1)
+            frozen_at[stops] = frozen_at[stops].clamp(max=step + k)
+            moved = torch.where(per_chain_view(frozen_at <= step + k, x), x, moved)
+        x = moved
+        if thin is not None and (k + 1) % thin == 0:
+            kept.append(x)
+    if thin is None:
+        return x, None, frozen_at
+    return x, torch.stack(kept) if kept else x.new_empty(0, *x.shape), frozen_at
+
+
 def langevin_noise(
     x: Tensor,
     rng: Tensor,
@@ -211,6 +262,57 @@ def langevin_statistics(
     return torch.stack([flat(c).sum(1) for c in columns], dim=1)
 
 
+def _activation(name: str, **parameters: float) -> Callable[[Tensor], Tensor]:
+    """An activation of ``ops.mlp_langevin_chain`` and its parameters, as torch has it."""
+    functions: dict[str, Callable[..., Tensor]] = {
+        "silu": functional.silu,
+        "relu": functional.relu,
+        "leaky_relu": functional.leaky_relu,  # negative_slope
+        "elu": functional.elu,  # alpha
+        "tanh": torch.tanh,
+        "softplus": functional.softplus,  # beta, threshold
+        "gelu": functional.gelu,
+        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    }
+    return partial(functions[name], **parameters)
+
+
+def mlp_energy(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    activation: str,
+    activation_args: Mapping[str, float] | None = None,
+) -> Tensor:
+    """U(x) of Linear - activation - … - Linear(·, 1), (B,); weights (out, in)."""
+    act = _activation(activation, **(activation_args or {}))
+    h = x
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        h = act(functional.linear(h, weight, bias))
+    return functional.linear(h, weights[-1], biases[-1]).squeeze(1)
+
+
+def mlp_langevin_chain(
+    x0: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rng: Tensor,
+    *,
+    activation: str,
+    activation_args: Mapping[str, float] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`langevin_chain` of :func:`mlp_energy`."""
+
+    def energy(x: Tensor) -> Tensor:
+        return mlp_energy(
+            x, weights, biases, activation=activation, activation_args=activation_args
+        )
+
+    return langevin_chain(x0, rng, energy, **options)
+
+
 def affine_coupling(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """y = x·e^a + b, ladj = Σa; params (B, 2, *x.shape[1:]) = (a, b)."""
     work = arithmetic_dtype(x.dtype)
@@ -250,7 +352,7 @@ def mixture_logistic_log_cdf(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log F(x), log(1 − F(x)) and log f(x) of a mixture of logistics; components in dimension 1."""
     t = (x.unsqueeze(1) - means) * (-log_scales).exp()
-    below, above = torch.nn.functional.logsigmoid(t), torch.nn.functional.logsigmoid(-t)
+    below, above = functional.logsigmoid(t), functional.logsigmoid(-t)
     log_cdf = (log_weights + below).logsumexp(1)
     log_survival = (log_weights + above).logsumexp(1)
     log_density = (log_weights + below + above - log_scales).logsumexp(1)
@@ -319,6 +421,6 @@ def mixture_logistic_coupling_inverse(
     newton = (target - (log_cdf - log_survival)) * (-log_slope.detach()).exp()
     x = root + (newton - newton.detach())
     _, _, log_density = mixture_logistic_log_cdf(x, *mixture)
-    log_sigmoids = torch.nn.functional.logsigmoid(v) + torch.nn.functional.logsigmoid(-v)
+    log_sigmoids = functional.logsigmoid(v) + functional.logsigmoid(-v)
     ladj = log_sigmoids - log_density - a
     return x.to(y.dtype), flat(ladj).sum(1)

@@ -136,6 +136,9 @@ class Key:
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int64[3] = (seed's 64 bits reinterpreted, time, chain), what the ops take as ``rng``."""
+        if device is not None and torch.device(device).type == "cpu":
+            numbers = (_to_signed(self.seed), self.time, self.chain)
+            return torch.tensor(numbers, dtype=torch.int64, device="cpu")
         # Written on the device: copying a host tensor would wait for the device's stream.
         rng = torch.full((3,), self.chain, dtype=torch.int64, device=device)
         rng[0].fill_(_to_signed(self.seed))

@@ -12,6 +12,7 @@
 #include "coopflow/elementary.h"
 #include "coopflow/langevin.h"
 #include "coopflow/mixture_logistic.h"
+#include "coopflow/mlp.h"
 #include "coopflow/normal.h"
 #include "coopflow/philox.h"
 
@@ -120,6 +121,20 @@ A plain_langevin_update(A x, A grad, A xi, A drift, A noise, A clip, A limit) {
   const coopflow::LangevinLimits<A> limits{clip, INFINITY, -limit, limit};
   const coopflow::LangevinChain<A> chain{drift, noise, A(0), A(0), A(1)};
   return coopflow::langevin_update<false>(limits, chain, false, x, grad, xi, A(0), false).x;
+}
+
+template <typename A>
+py::tuple activate(int activation, const Array<A>& z, A shape, A threshold) {
+  py::array_t<A> value(z.size()), slope(z.size());
+  const coopflow::ActivationParameters<A> parameters{shape, threshold};
+  coopflow::with_activation(static_cast<coopflow::Activation>(activation), [&](auto tag) {
+    for (py::ssize_t i = 0; i < z.size(); ++i) {
+      const auto result = coopflow::activate<decltype(tag)::value>(parameters, z.data()[i]);
+      value.mutable_data()[i] = result.value;
+      slope.mutable_data()[i] = result.slope;
+    }
+  });
+  return py::make_tuple(value, slope);
 }
 
 // The components of one element. Evaluated as the kernels do: in the direct form where it holds.
@@ -231,6 +246,15 @@ void bind_precision(py::module_& m, const std::string& dtype) {
         "Natural logarithm of positive, finite, normal numbers.");
   m.def(("exponential_" + dtype).c_str(),
         py::vectorize([](A x) { return coopflow::exponential(x); }), py::arg("x"), "exp(x).");
+  m.def(("exponential_nonpositive_" + dtype).c_str(),
+        py::vectorize([](A x) { return coopflow::exponential_nonpositive(x); }), py::arg("x"),
+        "exp(x) for x <= 0.");
+  m.def(("exponential_minus_one_" + dtype).c_str(),
+        py::vectorize([](A x) { return coopflow::exponential_minus_one(x); }), py::arg("x"),
+        "exp(x) - 1 for x <= 0.");
+  m.def(("activate_" + dtype).c_str(), &activate<A>, py::arg("activation"), py::arg("z"),
+        py::arg("shape") = A(0), py::arg("threshold") = A(0),
+        "(value, slope) of an activation by its number, each (N,).");
   m.def(("langevin_update_" + dtype).c_str(), py::vectorize(&plain_langevin_update<A>),
         py::arg("x"), py::arg("grad"), py::arg("xi"), py::arg("drift"), py::arg("noise"),
         py::arg("grad_clip"), py::arg("clamp"),

@@ -2,8 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "coopflow/mlp_tile.h"
 #include "coopflow/philox.h"
 #include "cpu/isa.h"
 
@@ -17,6 +20,21 @@ namespace {
 
 int64_t fold_in_op(int64_t seed, int64_t data) {
   return static_cast<int64_t>(fold_in(static_cast<uint64_t>(seed), static_cast<uint64_t>(data)));
+}
+
+int64_t mlp_shared_bytes(std::vector<int64_t> sizes) {
+  const int depth = static_cast<int>(sizes.size()) - 1;
+  int given[kMlpMaxDepth + 1] = {};
+  if (depth < 1 || depth > kMlpMaxDepth) {
+    throw std::runtime_error("coopflow::mlp_shared_bytes: sizes: must be 2 to 5 numbers");
+  }
+  for (int l = 0; l <= depth; ++l) {
+    if (sizes[l] < 1 || sizes[l] > kMlpMaxSize) {
+      throw std::runtime_error("coopflow::mlp_shared_bytes: sizes: must be from 1 to 128");
+    }
+    given[l] = static_cast<int>(sizes[l]);
+  }
+  return make_mlp_tile(given, depth, kMlpLeastTile).bytes();
 }
 
 // JSON, so that it needs no type of its own.
@@ -39,6 +57,16 @@ std::string build_info() {
   "float? step_clip=None, float? clamp_low=None, float? clamp_high=None, int noise_when=0, " \
   "SymInt step=0, Tensor? xi=None"
 
+// Of whole chains: those of a step that hold for all of them, and what is recorded. thin 0: no
+// trajectory. See csrc/ops/langevin_chain_op.h.
+#define COOPFLOW_LANGEVIN_CHAIN_ARGS                                                               \
+  "SymInt n_steps, float drift=0.0, Tensor? drift_t=None, float noise=0.0, Tensor? noise_t=None, " \
+  "float decay=0.0, Tensor? decay_t=None, float pull=0.0, Tensor? pull_t=None, "                   \
+  "Tensor? x_ref=None, float? grad_clip=None, float? grad_norm=None, float? step_clip=None, "      \
+  "float? clamp_low=None, float? clamp_high=None, bool clamp_end=False, "                          \
+  "bool negative_energy=False, SymInt step=0, Tensor? xi=None, SymInt thin=0, bool stats=False, "  \
+  "bool freeze_nonfinite=False"
+
 STABLE_TORCH_LIBRARY(coopflow, m) {
   // Standard normals and uniforms, a pure function of (seed, time, chain, element).
   m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0) -> ()");
@@ -58,6 +86,18 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "langevin_noise_(Tensor(a!) x, Tensor rng, *, float noise=0.0, Tensor? noise_t=None, "
       "SymInt step=0, Tensor? xi=None, Tensor? active=None) -> ()");
+  // Whole chains of an energy in closed form, which its name, tensors and numbers describe: x,
+  // trajectory, statistics with the energy, and the step at which each chain stopped.
+  m.def(
+      "analytic_langevin_chain(Tensor x0, Tensor rng, str energy, Tensor[] tensors, "
+      "float[] numbers, *, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  // Chains of an energy that is a fully connected network, Linear - activation - ... -
+  // Linear(., 1): x, trajectory, statistics, and the step at which each chain stopped. Weights
+  // are (out, in); the activations are numbered in csrc/include/coopflow/mlp.h.
+  m.def(
+      "mlp_langevin_chain(Tensor x0, Tensor rng, Tensor[] weights, Tensor[] biases, "
+      "int activation, float activation_shape, float activation_threshold, "
+      "*, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
   // y = x * e^a + b with log|det|, its inverse, and what their backward passes need.
   m.def("affine_coupling(Tensor x, Tensor params) -> (Tensor, Tensor)");
   m.def("affine_coupling_inverse(Tensor y, Tensor params) -> (Tensor, Tensor)");
@@ -80,6 +120,9 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "mixture_logistic_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor y, "
       "Tensor x, Tensor params, bool affine=True, bool legacy_cdf_clamp=False) -> "
       "(Tensor, Tensor)");
+  // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
+  // layers, needs on CUDA.
+  m.def("mlp_shared_bytes(int[] sizes) -> int");
   // The seed of a separate use.
   m.def("fold_in(int seed, int data) -> int");
   // Versions, architectures and instruction set, as JSON.
@@ -87,6 +130,7 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CompositeExplicitAutograd, m) {
+  m.impl("mlp_shared_bytes", TORCH_BOX(&coopflow::mlp_shared_bytes));
   m.impl("fold_in", TORCH_BOX(&coopflow::fold_in_op));
   m.impl("build_info", TORCH_BOX(&coopflow::build_info));
 }

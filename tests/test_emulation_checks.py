@@ -62,6 +62,14 @@ CAUGHT = {
         "checked", "langevin_*.cu", "langevin_frozen",
         ("langevin_frozen, (2, 16)", "tensor(", "is not"),
     ),
+    "barrier_after_the_move": (
+        "checked", "mlp_cuda.cu", "mlp_chain",
+        ("shared memory", "mlp_cuda.cu", "no barrier between them", "block ("),
+    ),
+    "table_without_a_barrier": (
+        "checked", "analytic_langevin_chain_cuda.cu", "analytic_chains",
+        ("reads shared memory that no thread", "analytic_energies.h", "block (", "thread ("),
+    ),
     "infinity_hidden": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_not_finite",
         ("mixture_logistic_coupling_inverse, 3 x torch.float32", ": out: tensor(", "is not"),

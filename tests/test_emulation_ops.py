@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -200,6 +201,92 @@ def test_a_step_is_one_launch(emulation: harness.Emulation, per_chain: int, name
             frozen_at=frozen_at,
         )  # fmt: skip
     assert len(emulation.take_launches()) == 1
+
+
+def test_a_whole_chain_is_one_launch(emulation: harness.Emulation) -> None:
+    """And a second one where a mixture's table does not fit into a block's own memory."""
+    inputs = Inputs(torch.float32, (3, 2))
+    for components, launches in ((8, 1), (204, 1), (205, 2)):
+        ones = torch.ones(components, 2)
+        emulation.take_launches()
+        with emulation.settings(), emulation.ops():
+            cf.ops.analytic_langevin_chain(
+                torch.zeros(3, 2), inputs.rng, energy="gaussian_mixture",
+                tensors=[ones, ones, ones[:, 0].contiguous()], n_steps=7, drift=0.1, noise=0.1,
+                thin=2, stats=True, freeze_nonfinite=True,
+            )  # fmt: skip
+        assert len(emulation.take_launches()) == launches
+
+
+def test_a_chain_that_a_thread_cannot_hold_is_refused(emulation: harness.Emulation) -> None:
+    inputs = Inputs(torch.float32, (3, 2))
+    most = cf.ops.MOST_ELEMENTS_ON_CUDA
+    for dim in (most, most + 1):
+        options = {"energy": "double_well", "numbers": [1.0], "n_steps": 1, "drift": 0.1}
+        with emulation.settings(), emulation.ops():
+            if dim == most:
+                cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
+                continue
+            with pytest.raises(ValueError, match=f"x0: must have D <= {most} on CUDA, got {dim}"):
+                cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
+
+
+def _network(*sizes: int) -> dict[str, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise((*sizes, 1))]
+    return {
+        "weights": [layer.weight.detach() for layer in layers],
+        "biases": [layer.bias.detach() for layer in layers],
+    }
+
+
+def test_chains_of_a_network_are_one_launch(emulation: harness.Emulation) -> None:
+    """Of tiles as large as two multiprocessors need them; blocks of a warp for 16 units."""
+    rng, network = Inputs(torch.float32, (3, 2)).rng, _network(2, 64, 64)
+    options = {"activation": "silu", "drift": 0.1, "noise": 0.1, "stats": True, "thin": 1}
+    launched = []
+    for batch in (1, 16, 17, 32, 64):
+        for n_steps in (0, 3):
+            x0 = torch.zeros(batch, 2)
+            emulation.take_launches()
+            with emulation.settings(), emulation.ops():
+                cf.ops.mlp_langevin_chain(x0, **network, rng=rng, n_steps=n_steps, **options)
+            ((kernel, blocks),) = emulation.take_launches()
+        launched.append((batch, kernel, blocks))
+    assert launched == [
+        (1, "mlp_chain_kernel<true, 1>", 1),
+        (16, "mlp_chain_kernel<true, 1>", 2),
+        (17, "mlp_chain_kernel<true, 2>", 2),
+        (32, "mlp_chain_kernel<true, 2>", 2),
+        (64, "mlp_chain_kernel<true, 4>", 2),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 64, 64), (128, 64), (64, 128, 128, 128), (7, 1, 127)])
+def test_wide_networks_agree_with_the_cpu_op(
+    emulation: harness.Emulation, sizes: tuple[int, ...]
+) -> None:
+    """Every warp of a block has rows; memory that is nearly full has a smaller tile."""
+    rng, network = Inputs(torch.float32, (3, 2)).rng, _network(*sizes)
+    x0 = torch.linspace(-2, 2, 35 * sizes[0]).view(35, sizes[0])
+    options = {"activation": "silu", "n_steps": 2, "drift": 0.1, "noise": 0.1}
+    expected = cf.ops.mlp_langevin_chain(x0, **network, rng=rng, **options)
+    with emulation.settings(device=harness.ONE_BLOCK), emulation.ops():
+        result = cf.ops.mlp_langevin_chain(x0, **network, rng=rng, **options)
+    assert torch.equal(result.x, expected.x)
+
+
+def test_a_network_that_a_block_cannot_hold_is_refused(emulation: harness.Emulation) -> None:
+    rng, sizes = Inputs(torch.float32, (3, 2)).rng, (2, 128, 128, 128, 128)
+    needed, there = cf.ops.mlp_shared_bytes(sizes), 227 * 1024
+    options = {"activation": "silu", "n_steps": 2, "drift": 0.1}
+    message = f"weights: a tile of 8 chains needs {needed} bytes of shared memory.* {there}"
+    with emulation.ops():
+        with pytest.raises(ValueError, match=message):
+            cf.ops.mlp_langevin_chain(torch.zeros(3, 2), **_network(*sizes), rng=rng, **options)
+        wide = {name: [t.double() for t in given] for name, given in _network(2, 8).items()}
+        with pytest.raises(TypeError, match=r"x0: must have dtype float32 on CUDA, got .*64"):
+            cf.ops.mlp_langevin_chain(torch.zeros(3, 2).double(), **wide, rng=rng, **options)
 
 
 def test_indices_beyond_32_bits(emulation: harness.Emulation) -> None:

@@ -113,10 +113,18 @@ def _mixture() -> energies.GaussianMixtureEnergy:
     return energies.GaussianMixtureEnergy(means, stds, torch.tensor([1.0, 3.0]))
 
 
+def _gaussian() -> energies.GaussianEnergy:
+    mean = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    covariance = torch.tensor([[2.0, 0.3, 0.1], [0.3, 0.5, -0.2], [0.1, -0.2, 1.0]])
+    return energies.GaussianEnergy(mean, covariance.double())
+
+
 @pytest.mark.parametrize(
     "energy",
     [
         _mixture(),
+        _gaussian(),
+        energies.FunnelEnergy(3, 1.3),
         energies.DoubleWellEnergy(1.7),
         energies.RastriginEnergy(3.0),
         energies.RosenbrockEnergy(0.9, 7.0),
@@ -139,18 +147,41 @@ def test_gaussian_mixture_is_normalised():
     torch.testing.assert_close(_mixture()(x), -density.log())
 
 
-@pytest.mark.parametrize("name", ["res", "mlp", "mixture", "wells", "rastrigin", "rosenbrock"])
+def test_gaussian_is_the_distribution():
+    energy = _gaussian()
+    law = torch.distributions.MultivariateNormal(energy.mean, precision_matrix=energy.precision)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(energy(x), -law.log_prob(x))
+    single = energies.GaussianEnergy(energy.mean.float(), law.covariance_matrix.float())
+    assert single(x.float()).dtype == torch.float32
+    torch.testing.assert_close(single(x.float()).double(), energy(x), rtol=1e-5, atol=1e-5)
+
+
+def test_funnel_is_the_distribution():
+    x = torch.randn(5, 4, dtype=torch.float64)
+    law_of_v = torch.distributions.Normal(0.0, 3.0)
+    law_of_rest = torch.distributions.Normal(0.0, (x[:, :1] / 2).exp())
+    log_prob = law_of_v.log_prob(x[:, 0]) + law_of_rest.log_prob(x[:, 1:]).sum(1)
+    torch.testing.assert_close(energies.FunnelEnergy(4)(x), -log_prob)
+
+
+NAMES = ("res", "mlp", "mixture", "gaussian", "funnel", "wells", "rastrigin", "rosenbrock")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_messages_about_types_name_argument_and_types(name):
     energy, x = {
         "res": (energies.ResEnergy(1, width=2, image_size=8), torch.zeros(2, 1, 8, 8)),
         "mlp": (energies.MLPEnergy(3), torch.zeros(2, 3)),
         "mixture": (_mixture().float(), torch.zeros(2, 3)),
+        "gaussian": (_gaussian().float(), torch.zeros(2, 3)),
+        "funnel": (energies.FunnelEnergy(3), torch.zeros(2, 3)),
         "wells": (energies.DoubleWellEnergy(), torch.zeros(2, 3)),
         "rastrigin": (energies.RastriginEnergy(), torch.zeros(2, 3)),
         "rosenbrock": (energies.RosenbrockEnergy(), torch.zeros(2, 3)),
     }[name]
     for function in (energy, getattr(energy, "score", energy)):
-        with pytest.raises(TypeError, match=r"^x must be a torch\.Tensor, got numpy\.ndarray"):
+        with pytest.raises(TypeError, match=r"^x must be a tensor, got numpy\.ndarray"):
             function(x.numpy())
         with pytest.raises(
             TypeError, match=r"^x must be a floating-point tensor, got torch\.int64"
@@ -186,3 +217,23 @@ def test_analytic_energies_refuse_bad_arguments():
         energies.GaussianMixtureEnergy(torch.zeros(2, 2), weights=torch.ones(3))
     with pytest.raises(ValueError, match="x must be"):
         _mixture()(torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x must be \(B, 3\), got \(2, 4\)"):
+        _gaussian()(torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"mean must be \(D,\)"):
+        energies.GaussianEnergy(torch.zeros(2, 2), torch.eye(2))
+    with pytest.raises(ValueError, match=r"covariance must be \(2, 2\), got \(3, 3\)"):
+        energies.GaussianEnergy(torch.zeros(2), torch.eye(3))
+    for covariance in (
+        [[1.0, 2.0], [2.0, 1.0]],
+        [[1.0, 0.5], [0.0, 1.0]],
+        [[1.0, 0.0], [0.0, 0.0]],
+    ):
+        with pytest.raises(ValueError, match="symmetric and positive definite"):
+            energies.GaussianEnergy(torch.zeros(2), torch.tensor(covariance))
+    with pytest.raises(ValueError, match="dim must be ≥ 2, got 1"):
+        energies.FunnelEnergy(1)
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            energies.FunnelEnergy(2, scale)
+    with pytest.raises(ValueError, match=r"x must be \(B, 4\), got \(2, 3\)"):
+        energies.FunnelEnergy(4).score(torch.zeros(2, 3))

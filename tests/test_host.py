@@ -188,6 +188,27 @@ def test_exp2_float32_of_what_is_not_positive() -> None:
     )
 
 
+def test_exponentials_float32_of_what_is_not_positive() -> None:
+    x = -np.random.default_rng(8).uniform(0, 87, 500_000).astype(np.float32)
+    x[::2] *= np.float32(10.0) ** np.random.default_rng(9).uniform(-8, 0, 250_000)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(
+        _host.exponential_nonpositive_float32(x), np.exp(exact), rtol=1.2e-7, atol=0
+    )
+    np.testing.assert_allclose(
+        _host.exponential_minus_one_float32(x), np.expm1(exact), rtol=1.5e-7, atol=0
+    )
+    edges = np.array([0, -87, -88, -1e30, -np.inf, np.nan], dtype=np.float32)
+    least = np.exp(-87.0)
+    np.testing.assert_allclose(
+        _host.exponential_nonpositive_float32(edges), [1, least, least, least, least, np.nan],
+        rtol=1.2e-7,
+    )  # fmt: skip
+    np.testing.assert_array_equal(
+        _host.exponential_minus_one_float32(edges), np.float32([0, -1, -1, -1, -1, np.nan])
+    )
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1.2e-7), ("float64", 1e-15)])
 def test_sincos_turns(dtype: str, tolerance: float) -> None:
     turns = _hard_words().ravel()
@@ -293,3 +314,65 @@ def test_mixture_parameters_of_another_shape_are_named() -> None:
         _host.mixture_logit_float32(x, logits, means[:, :1], log_scales)
     with pytest.raises(ValueError, match=r"must have shape \(N, K\)"):
         _host.mixture_quantile_float32(x[:2], logits, means, log_scales)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+# Number, (shape, threshold), and the function in mpmath.
+ACTIVATIONS = {
+    "silu": (0, (), lambda z: z / (1 + mpmath.exp(-z))),
+    "relu": (1, (), lambda z: max(z, 0)),
+    "leaky_relu": (2, (0.2,), lambda z: z if z > 0 else mpmath.mpf(0.2) * z),
+    "elu": (3, (0.75,), lambda z: z if z > 0 else 0.75 * mpmath.expm1(z)),
+    "tanh": (4, (), mpmath.tanh),
+    "softplus": (
+        5, (2.5, 20.0), lambda z: z if 2.5 * z > 20 else mpmath.log1p(mpmath.exp(2.5 * z)) / 2.5
+    ),
+    "gelu": (6, (), lambda z: z * mpmath.ncdf(z)),
+    "gelu_tanh": (
+        7, (),
+        lambda z: (
+            z / 2
+            * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3)))
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "eps"), DTYPES)
+def test_activations_against_mpmath(name: str, dtype: str, eps: float) -> None:
+    """Values to a few roundings of their own size, slopes to a few roundings of one.
+
+    The tails of gelu to a few of their argument; that of softplus is an exponential, of an argument
+    that has been rounded.
+    """
+    number, parameters, function = ACTIVATIONS[name]
+    rng = np.random.default_rng(10)
+    z = np.concatenate([rng.uniform(-12, 12, 300), rng.normal(0, 1e-3, 50), rng.normal(0, 60, 50)])
+    z = z.astype(dtype)
+    value, slope = getattr(_host, f"activate_{dtype}")(number, z, *parameters)
+    assert value.dtype == slope.dtype == dtype
+    with mpmath.workdps(60):
+        points = [mpmath.mpf(float(v)) for v in z]
+        exact = np.array([float(function(p)) for p in points])
+        derivative = np.array([float(mpmath.diff(function, p)) for p in points])
+    allowed = 4 * eps * np.abs(exact) + 1e-30
+    if name.startswith("gelu"):
+        allowed += 4 * eps * np.abs(z)
+    if name == "softplus":
+        allowed += eps * np.abs(2.5 * z * exact)
+    assert np.all(np.abs(value - exact) <= allowed)
+    assert np.all(np.abs(slope - derivative) <= 8 * eps)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_activations_keep_nan_whatever_its_bits(name: str, dtype: str) -> None:
+    number, parameters, _ = ACTIVATIONS[name]
+    ones = np.array([-1], dtype=f"int{8 * np.dtype(dtype).itemsize}").view(dtype)
+    z = np.concatenate([ones, np.array([np.nan, -np.nan], dtype=dtype)])
+    value, slope = getattr(_host, f"activate_{dtype}")(number, z, *parameters)
+    assert np.isnan(value).all()
+    if name not in ("relu", "leaky_relu"):  # whose slope is a constant on either side, as in torch
+        assert np.isnan(slope).all()

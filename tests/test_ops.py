@@ -337,6 +337,12 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
     masked = {"active": active, "freeze_nonfinite": True, "frozen_at": frozen_at}
     limits = {"drift": 0.1, "noise": 0.2, "clamp_low": -1.0, "clamp_high": 1.0}
     stats = torch.empty(3, 5, dtype=wide, device=device)
+    mixture = [torch.ones(2, 8).to(device, wide) for _ in range(2)]
+    mixture.append(mixture[0][:, 0].contiguous())
+    network = tuple(
+        [torch.ones(*shape).to(device, wide) for shape in shapes]
+        for shapes in (((4, 8), (1, 4)), ((4,), (1,)))
+    )
     calls: dict[str, list[RawCall]] = {
         "normal_": [((x, rng), {})],
         "uniform_": [((x, rng), {"step": 2})],
@@ -349,6 +355,20 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
             ((x, grad, rng, numbers, 2, active, frozen_at), {}),
         ],
         "langevin_noise_": [((x, rng), {"noise": 0.2})],
+        "analytic_langevin_chain": [  # float32 or float64
+            ((x.to(wide), rng, "double_well", [], [1.0]), {"n_steps": 3, "drift": 0.1}),
+            (
+                (x.to(wide), rng, "gaussian_mixture", mixture, []),
+                {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
+            ),
+        ],
+        "mlp_langevin_chain": [  # float32 or float64
+            ((x.to(wide), rng, *network, 0, 0.0, 0.0), {"n_steps": 3, "drift": 0.1}),
+            (
+                (x.to(wide), rng, *network, 5, 1.0, 20.0),
+                {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
+            ),
+        ],
         "langevin_step": [((x, grad, rng, 0.1), {}), ((x, grad, rng, 0.0, table, 0.2), {})],
     }
     for op in COUPLINGS:

@@ -7,6 +7,7 @@ import gc
 import threading
 import warnings
 import weakref
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +21,7 @@ from coopflow_ext.energies import MLPEnergy, ResEnergy
 from coopflow_ext.samplers import LangevinSampler, graph
 
 KEY = cf.Key(5)
+stepwise = partial(LangevinSampler, kernel=False)  # a chain in one kernel needs no graph
 
 
 class FakeRecording:
@@ -86,8 +88,8 @@ def assert_equal_outputs(a, b) -> None:
 def test_replays_equal_plain_runs(recorded, options):
     energy = MLPEnergy(3)
     common = {"n_steps": 6, "drift": 0.2, "noise": 0.1, **options}
-    captured = LangevinSampler(energy, **common)
-    plain = LangevinSampler(energy, cuda_graph=False, **common)
+    captured = stepwise(energy, **common)
+    plain = stepwise(energy, cuda_graph=False, **common)
     outputs = []
     for seed in range(3):
         x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
@@ -123,8 +125,7 @@ def test_nested_model_kwargs(recorded):
         return sampler(torch.zeros(4, 2), key=KEY, model_kwargs=kwargs(**given)).x
 
     sampler, plain = (
-        LangevinSampler(energy, n_steps=3, step_size=0.3, cuda_graph=graphs)
-        for graphs in ("auto", False)
+        stepwise(energy, n_steps=3, step_size=0.3, cuda_graph=graphs) for graphs in ("auto", False)
     )
     for value in (1.0, 2.0):
         assert torch.equal(run(sampler, value=value), run(plain, value=value))
@@ -136,7 +137,7 @@ def test_nested_model_kwargs(recorded):
 
 def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
     energy = MLPEnergy(3)
-    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1)
+    sampler = stepwise(energy, n_steps=2, step_size=0.1)
 
     def run(n, **call):
         sampler(torch.randn(n, 3), **call)
@@ -163,7 +164,7 @@ def test_model_kwargs(recorded):
     def energy(x, centre, scale, unhashable=()):
         return scale * (x - centre).square().sum(1)
 
-    sampler = LangevinSampler(energy, n_steps=50, drift=0.2, noise=0.0)
+    sampler = stepwise(energy, n_steps=50, drift=0.2, noise=0.0)
     for value in (1.0, 2.0):
         centre = torch.full((4, 2), value)
         x = sampler(torch.zeros(4, 2), model_kwargs={"centre": centre, "scale": 0.5}).x
@@ -185,8 +186,8 @@ def test_several_tensors_with_supplied_normals_and_chains_that_stop(recorded, no
     options = {"n_steps": 6, "drift": 0.1, "noise": 0.3, "grad_norm": 1.0, "stats": True,
                "return_trajectory": True, "thin": 2, "on_nonfinite": "freeze",
                "noise_before_gradient": noise_first}  # fmt: skip
-    captured = LangevinSampler(energy, **options)
-    plain = LangevinSampler(energy, cuda_graph=False, **options)
+    captured = stepwise(energy, **options)
+    plain = stepwise(energy, cuda_graph=False, **options)
     stopped = 0
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -205,7 +206,7 @@ def test_nonfinite_chains_raise(recorded):
     def score(x):
         return torch.where(x > 0, torch.nan, -x)
 
-    sampler = LangevinSampler(score=score, n_steps=2, step_size=0.1)
+    sampler = stepwise(score=score, n_steps=2, step_size=0.1)
     with pytest.raises(cf.NonFiniteError) as caught:
         sampler(torch.tensor([[-9.0], [1.0]]))
     assert caught.value.chains.tolist() == [1]
@@ -219,8 +220,8 @@ def test_refusal_warns_once_or_raises(monkeypatch, recorded):
 
     monkeypatch.setattr(graph, "Recording", Refuses)
     energy, x0 = MLPEnergy(3), torch.randn(4, 3)
-    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1)
-    plain = LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=False)
+    sampler = stepwise(energy, n_steps=2, step_size=0.1)
+    plain = stepwise(energy, n_steps=2, step_size=0.1, cuda_graph=False)
     with pytest.warns(UserWarning, match="cannot be captured.*operation not permitted"):
         out = sampler(x0, key=KEY)
     assert torch.equal(out.x, plain(x0, key=KEY).x)
@@ -229,7 +230,7 @@ def test_refusal_warns_once_or_raises(monkeypatch, recorded):
         sampler(x0, key=KEY)
     assert Refuses.made == 1
     with pytest.raises(RuntimeError, match=r"cuda_graph=True: .*operation not permitted"):
-        LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=True)(x0)
+        stepwise(energy, n_steps=2, step_size=0.1, cuda_graph=True)(x0)
     assert all(p.requires_grad for p in energy.parameters())
 
 
@@ -253,7 +254,7 @@ def test_a_capture_leaves_buffers_and_generators_as_they_were(recorded):
     for cuda_graph in ("auto", False):
         energy = Norms()
         torch.manual_seed(1)
-        sampler = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
+        sampler = stepwise(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
         x = sampler(x0, key=KEY).x
         assert int(energy.net[1].num_batches_tracked) == 5
         results.append((x, torch.rand(3), *energy.buffers()))
@@ -282,18 +283,18 @@ def test_an_energy_that_replaces_its_buffers_runs_without_a_graph(recorded, kind
             return self.net(x * self.u * self.scale).square().sum(1)
 
     energy, plain = Replaces(), Replaces()
-    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1, **options)
+    sampler = stepwise(energy, n_steps=3, step_size=0.1, **options)
     name = "scale" if kind == "data" else "u"
     x0 = torch.randn(4, 3)
     with pytest.warns(UserWarning, match=f"puts {name} into other memory") as caught:
         outs = [sampler(x0, key=KEY).x for _ in range(3)]
     assert len(caught) == 1
     assert recorded.made == 1
-    reference = LangevinSampler(plain, n_steps=3, step_size=0.1, cuda_graph=False, **options)
+    reference = stepwise(plain, n_steps=3, step_size=0.1, cuda_graph=False, **options)
     assert all(torch.equal(out, reference(x0, key=KEY).x) for out in outs)
     torch.testing.assert_close(energy.state_dict(), plain.state_dict(), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"cuda_graph=True: .* into other memory"):
-        LangevinSampler(Replaces(), n_steps=3, step_size=0.1, cuda_graph=True, **options)(x0)
+        stepwise(Replaces(), n_steps=3, step_size=0.1, cuda_graph=True, **options)(x0)
 
 
 def test_buffers_belong_to_one_thread_at_a_time(recorded):
@@ -309,7 +310,7 @@ def test_buffers_belong_to_one_thread_at_a_time(recorded):
             assert inside[0].is_alive()
         return net(x)
 
-    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    sampler = stepwise(energy, n_steps=3, step_size=0.1)
     expected = [sampler(x, key=KEY).x for x in (x0, x0 + 1)]
     results = []
     thread = threading.Thread(target=lambda: results.append(sampler(x0 + 1, key=KEY).x))
@@ -322,7 +323,7 @@ def test_buffers_belong_to_one_thread_at_a_time(recorded):
 
 
 def test_everything_is_released_with_the_sampler(recorded):
-    sampler = LangevinSampler(MLPEnergy(3), n_steps=2, step_size=0.1)
+    sampler = stepwise(MLPEnergy(3), n_steps=2, step_size=0.1)
     sampler(torch.randn(4, 3))
     (captured,) = sampler._graphs._captured.values()
     buffers = weakref.ref(captured.chain.xs[0])
@@ -348,8 +349,8 @@ def test_gpu_replays_equal_plain_runs(gpu, options):
     """Same noise, gradients to rounding; parameters change in place between the calls."""
     energy = ResEnergy(channels=1, width=8, image_size=8).to(gpu)
     common = {"n_steps": 6, "drift": 0.2, "noise": 0.1, **options}
-    captured = LangevinSampler(energy, cuda_graph=True, **common)
-    plain = LangevinSampler(energy, cuda_graph=False, **common)
+    captured = stepwise(energy, cuda_graph=True, **common)
+    plain = stepwise(energy, cuda_graph=False, **common)
     for seed in range(3):
         x0 = torch.rand(5, 1, 8, 8, device=gpu)
         call = {"x_ref": x0 + seed} if "pull" in options else {}
@@ -363,21 +364,21 @@ def test_gpu_replays_equal_plain_runs(gpu, options):
 
 @pytest.mark.gpu
 def test_gpu_fresh_noise_at_every_replay(gpu):
-    sampler = LangevinSampler(score=lambda x: -x, n_steps=3, step_size=0.1, cuda_graph=True)
+    sampler = stepwise(score=lambda x: -x, n_steps=3, step_size=0.1, cuda_graph=True)
     x0, key = torch.zeros(64, 3, device=gpu), KEY
     first = sampler(x0, key=key)
     second = sampler(x0, key=first.key)
     assert not torch.equal(first.x, second.x)
     assert torch.equal(sampler(x0, key=key).x, first.x)
-    cpu = LangevinSampler(score=lambda x: -x, n_steps=3, step_size=0.1)(x0.cpu(), key=key)
+    cpu = stepwise(score=lambda x: -x, n_steps=3, step_size=0.1)(x0.cpu(), key=key)
     torch.testing.assert_close(first.x.cpu(), cpu.x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 def test_gpu_on_other_streams(gpu):
     energy = MLPEnergy(3).to(gpu)
-    sampler = LangevinSampler(energy, n_steps=20, step_size=0.1, cuda_graph=True)
-    plain = LangevinSampler(energy, n_steps=20, step_size=0.1, cuda_graph=False)
+    sampler = stepwise(energy, n_steps=20, step_size=0.1, cuda_graph=True)
+    plain = stepwise(energy, n_steps=20, step_size=0.1, cuda_graph=False)
     x0 = torch.randn(4096, 3, device=gpu)
     expected = [plain(x0, key=cf.Key(k)).x for k in range(8)]
     torch.cuda.synchronize(gpu)
@@ -396,11 +397,11 @@ def test_gpu_a_host_sync_is_named_once(gpu):
     def energy(x: Tensor) -> Tensor:
         return x.square().sum(1) * (1.0 if x.sum().item() > 0 else 2.0)
 
-    sampler = LangevinSampler(energy, n_steps=3, step_size=0.1)
+    sampler = stepwise(energy, n_steps=3, step_size=0.1)
     x0 = torch.randn(8, 3, device=gpu)
     with pytest.warns(UserWarning, match="cannot be captured"):
         out = sampler(x0, key=KEY)
-    plain = LangevinSampler(energy, n_steps=3, step_size=0.1, cuda_graph=False)
+    plain = stepwise(energy, n_steps=3, step_size=0.1, cuda_graph=False)
     torch.testing.assert_close(out.x, plain(x0, key=KEY).x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -436,13 +437,13 @@ def test_gpu_a_refused_capture_leaves_torch_as_it_was(gpu, found):
         torch.cuda.manual_seed(5)
         stream = torch.cuda.current_stream()
         with pytest.warns(UserWarning, match="cannot be captured"):
-            out = LangevinSampler(energy, n_steps=3, step_size=0.1)(x0, key=KEY)
+            out = stepwise(energy, n_steps=3, step_size=0.1)(x0, key=KEY)
         drawn = [torch.rand(7, device=gpu), torch.randn(7, device=gpu)]
         torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
         assert torch.cuda.current_stream() == stream
         assert torch.cuda.get_sync_debug_mode() == 0
         assert torch.is_grad_enabled()
-        plain = LangevinSampler(energy, n_steps=3, step_size=0.1, cuda_graph=False)
+        plain = stepwise(energy, n_steps=3, step_size=0.1, cuda_graph=False)
         torch.testing.assert_close(out.x, plain(x0, key=KEY).x)
         # Memory used on two streams is only freed again where no capture counts as underway.
         torch.cuda.synchronize()
@@ -456,7 +457,7 @@ def test_gpu_a_refused_capture_leaves_torch_as_it_was(gpu, found):
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved(gpu) <= reserved
-        healthy = LangevinSampler(lambda x: x.square().sum(1), n_steps=3, step_size=0.1,
+        healthy = stepwise(lambda x: x.square().sum(1), n_steps=3, step_size=0.1,
                                   cuda_graph=True)  # fmt: skip
         healthy(x0)
 
@@ -467,7 +468,7 @@ def test_gpu_a_capture_leaves_buffers_and_generators_as_they_were(gpu):
     for cuda_graph in (True, False):
         energy = Norms().to(gpu)
         torch.cuda.manual_seed(1)
-        sampler = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
+        sampler = stepwise(energy, n_steps=5, step_size=0.1, cuda_graph=cuda_graph)
         x = sampler(x0, key=KEY).x
         assert int(energy.net[1].num_batches_tracked) == 5
         results.append((x, torch.rand(3, device=gpu), *energy.buffers()))
@@ -479,10 +480,10 @@ def test_gpu_memory_is_released(gpu):
     energy = ResEnergy(channels=1, width=16, image_size=32).to(gpu)
     x0 = torch.rand(64, 1, 32, 32, device=gpu)
     torch.cuda.synchronize(gpu)
-    LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=False)(x0)
+    stepwise(energy, n_steps=2, step_size=0.1, cuda_graph=False)(x0)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(gpu)
-    sampler = LangevinSampler(energy, n_steps=2, step_size=0.1, cuda_graph=True)
+    sampler = stepwise(energy, n_steps=2, step_size=0.1, cuda_graph=True)
     sampler(x0)
     del sampler
     torch.cuda.synchronize(gpu)
@@ -494,6 +495,6 @@ def test_gpu_memory_is_released(gpu):
 def test_gpu_compiled_score_in_a_graph(gpu):
     energy = MLPEnergy(3).to(gpu)
     x0 = torch.randn(256, 3, device=gpu)
-    a = LangevinSampler(energy, n_steps=5, step_size=0.1, compile=True, cuda_graph=True)
-    b = LangevinSampler(energy, n_steps=5, step_size=0.1, cuda_graph=False)
+    a = stepwise(energy, n_steps=5, step_size=0.1, compile=True, cuda_graph=True)
+    b = stepwise(energy, n_steps=5, step_size=0.1, cuda_graph=False)
     torch.testing.assert_close(a(x0, key=KEY).x, b(x0, key=KEY).x, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import coopflow_ext as cf
 from coopflow_ext import _extension
 
 sass_report = pytest.importorskip("sass_report", reason="needs the source tree's benchmarks/")
@@ -136,11 +138,22 @@ def test_no_kernel_is_worse_than_its_limits() -> None:
     assert sass_report.worse(kernels, committed["limits"]) == []
 
 
+def _arrays_of_a_chain(name: str) -> int:
+    """Bytes of local memory that a kernel is meant to have: a thread's chain, whose length the
+    compiler does not know, as state, gradient and noise, and a reference beside them."""
+    match = re.match(r"analytic_chain_kernel<.*, (true|false), 0l?, (float|double)>", name)
+    if match is None:
+        return 0
+    arrays = 3 if match[1] == "true" else 4
+    return arrays * cf.ops.MOST_ELEMENTS_ON_CUDA * (4 if match[2] == "float" else 8)
+
+
 def test_no_kernel_spills_or_has_a_stack_frame() -> None:
     wasteful = [
-        (kernel.arch, kernel.name)
+        (kernel.arch, kernel.name, kernel.stack_bytes)
         for kernel in _kernels()
-        if kernel.stack_bytes or kernel.count("LDL", "STL")
+        if (kernel.stack_bytes or kernel.count("LDL", "STL"))
+        and kernel.stack_bytes != _arrays_of_a_chain(kernel.name)
     ]
     assert not wasteful
 

@@ -2,6 +2,8 @@
 
 from coopflow_ext.energies.analytic import (
     DoubleWellEnergy,
+    FunnelEnergy,
+    GaussianEnergy,
     GaussianMixtureEnergy,
     RastriginEnergy,
     RosenbrockEnergy,
@@ -10,6 +12,8 @@ from coopflow_ext.energies.networks import MLPEnergy, ResEnergy
 
 __all__ = [
     "DoubleWellEnergy",
+    "FunnelEnergy",
+    "GaussianEnergy",
     "GaussianMixtureEnergy",
     "MLPEnergy",
     "RastriginEnergy",

@@ -81,6 +81,104 @@ class GaussianMixtureEnergy(nn.Module):
         return (log_probs.softmax(0)[:, None] * pull).sum(0).T.contiguous()
 
 
+class GaussianEnergy(nn.Module):
+    """U(x) = −log N(x; mean, covariance), normalised: exp(−U) integrates to one.
+
+    Args:
+        mean: (D,).
+        covariance: (D, D), symmetric and positive definite.
+
+    Buffers: mean, ``precision`` = covariance⁻¹ and ``log_norm`` = ½ log det(2π covariance).
+
+    Raises:
+        ValueError: for shapes that do not fit, or a covariance that is not symmetric and positive
+            definite.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    log_norm: Tensor
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        mean = torch.as_tensor(mean)
+        if mean.ndim != 1 or not len(mean) or not mean.is_floating_point():
+            raise ValueError(
+                f"mean must be (D,), floating point, got {mean.dtype} of shape {tuple(mean.shape)}"
+            )
+        covariance = torch.as_tensor(covariance, device=mean.device)
+        dim = len(mean)
+        if covariance.shape != (dim, dim):
+            raise ValueError(f"covariance must be ({dim}, {dim}), got {tuple(covariance.shape)}")
+        wide = covariance.double()
+        factor, failed = torch.linalg.cholesky_ex(wide)
+        if bool(failed) or not torch.allclose(wide, wide.T, rtol=1e-5, atol=0.0):
+            raise ValueError("covariance must be symmetric and positive definite")
+        log_norm = factor.diagonal().log().sum() + 0.5 * dim * math.log(2 * math.pi)
+        self.register_buffer("mean", mean.clone())
+        precision = torch.cholesky_inverse(factor).to(mean.dtype).contiguous()
+        self.register_buffer("precision", precision)
+        self.register_buffer("log_norm", log_norm.to(mean.dtype))
+
+    def _offsets(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise ValueError(f"x must be (B, {len(self.mean)}), got {tuple(x.shape)}")
+        return x - self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = self._offsets(x)
+        return 0.5 * (offsets * self._pull(offsets)).sum(1) + self.log_norm
+
+    def score(self, x: Tensor) -> Tensor:
+        """∇log p(x), (B, D)."""
+        return -self._pull(self._offsets(x))
+
+    def _pull(self, offsets: Tensor) -> Tensor:
+        return offsets @ self.precision.to(offsets.dtype)
+
+
+class FunnelEnergy(nn.Module):
+    """Neal's funnel, normalised: v = x₀ ~ N(0, scale²), and x₁ … x_{D−1} ~ N(0, e^v) given v.
+
+    Args:
+        dim: D ≥ 2.
+        scale: standard deviation of v, > 0.
+
+    Raises:
+        ValueError: for a dim below 2, or a scale that is not positive and finite.
+    """
+
+    def __init__(self, dim: int, scale: float = 3.0) -> None:
+        super().__init__()
+        if dim < 2:
+            raise ValueError(f"dim must be ≥ 2, got {dim}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        self.dim = dim
+        self.scale = scale
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """v, (B,), and the others, (B, D − 1)."""
+        check_tensor("x", x)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be (B, {self.dim}), got {tuple(x.shape)}")
+        return x[:, 0], x[:, 1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, rest = self._split(x)
+        u_of_v = 0.5 * (v / self.scale).square() + math.log(self.scale)
+        u_of_rest = 0.5 * (rest.square().sum(1) * (-v).exp() + (self.dim - 1) * v)
+        return u_of_v + u_of_rest + 0.5 * self.dim * math.log(2 * math.pi)
+
+    def score(self, x: Tensor) -> Tensor:
+        """∇log p(x), (B, D)."""
+        v, rest = self._split(x)
+        precision = (-v).exp()
+        of_v = 0.5 * (rest.square().sum(1) * precision - (self.dim - 1)) - v / self.scale**2
+        return torch.cat((of_v[:, None], -rest * precision[:, None]), dim=1)
+
+
 class DoubleWellEnergy(nn.Module):
     """U(x) = barrier_height · Σ_i (x_i² − 1)²: wells at ±1 in every coordinate."""
 

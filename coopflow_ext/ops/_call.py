@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,13 +128,22 @@ def register_fake(name: str, shapes: Callable[..., Any], *, on_host: str | None 
 
 def _check_devices(op: str, given: dict[str, Any]) -> None:
     """What the kernels check, for calls that end at a fake kernel because one tensor is "meta"."""
-    first, *others = ((name, t) for name, t in given.items() if isinstance(t, Tensor))
+    first, *others = _tensors_by_name(given)
     for name, tensor in others:
         if tensor.device != first[1].device:
             raise ValueError(
                 f"{op}: {name.removesuffix('_t')}: must be on the device of {first[0]}, "
                 f"{first[1].device}, got {tensor.device}"
             )
+
+
+def _tensors_by_name(given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Those of a list as NAME[i]."""
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value) if isinstance(t, Tensor))
 
 
 def no_result(*args: Any, **kwargs: Any) -> None:

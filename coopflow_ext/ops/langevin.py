@@ -53,11 +53,20 @@ class _Options(NamedTuple):
     xi: Tensor | None = None
 
 
-_OFF = {**_Options()._asdict(), **dict.fromkeys(_OUTPUTS), "freeze_nonfinite": False}
+# What the ops of a step and those of whole chains take for an option that is not wanted.
+_OFF = {
+    **_Options()._asdict(),
+    **dict.fromkeys(_OUTPUTS),
+    "freeze_nonfinite": False,
+    "clamp_end": False,
+    "negative_energy": False,
+    "n_steps": None,
+    "thin": None,
+}
 
 
-def _raw(op: str, **options: Any) -> dict[str, Any]:
-    """The options of a face as arguments of the raw op, without those that are off: every one
+def raw_options(op: str, **options: Any) -> dict[str, Any]:
+    """The options of a face as arguments of its raw op, without those that are off: every one
     costs time in the dispatcher. A coefficient is a float or a table, under ``name_t``."""
     raw = {}
     clamp = options.pop("clamp", None)
@@ -172,7 +181,7 @@ def langevin_step_(
             x,
             grad,
             rng,
-            **_raw(
+            **raw_options(
                 "langevin_step_",
                 drift=drift,
                 noise=noise,
@@ -217,7 +226,7 @@ def langevin_noise_(
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
     _refuse_negated("langevin_noise_", x)
-    options = _raw("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
+    options = raw_options("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
     try:
         _call.coopflow.langevin_noise_(x, rng, **options)
     except RuntimeError as error:
@@ -261,7 +270,7 @@ def langevin_step(
                 raise ValueError(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
                 )
-    options = _raw(
+    options = raw_options(
         "langevin_step",
         drift=drift,
         noise=noise,
@@ -297,7 +306,7 @@ class BoundStep:
     def __init__(self, *, drift: Coefficient, **options: Any) -> None:
         self.drift = drift
         self.options = {"drift": drift, **options}
-        self._constant = _raw("langevin_step_", **self.options)
+        self._constant = raw_options("langevin_step_", **self.options)
         self._numbers = self._plain_numbers()
 
     def _plain_numbers(self) -> Tensor | None:
@@ -322,9 +331,9 @@ class BoundStep:
                 plain(x, grad, rng, numbers, step, active, frozen_at)
                 return
             if varying.keys() & self.options.keys():
-                arguments = _raw("langevin_step_", **{**self.options, **varying})
+                arguments = raw_options("langevin_step_", **{**self.options, **varying})
             else:
-                arguments = {**constant, **_raw("langevin_step_", **varying)}
+                arguments = {**constant, **raw_options("langevin_step_", **varying)}
             general(x, grad, rng, **arguments, step=step)
 
         return move

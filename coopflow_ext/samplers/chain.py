@@ -23,7 +23,7 @@ from coopflow_ext._tensors import (
 )
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
-from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, chain_statistics, pack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import place
 
@@ -270,6 +270,10 @@ class Chain:
         if self.cast is not None:
             self.cast.refresh()
 
+    def stopped(self) -> bool:
+        """Whether a chain has met a gradient that is not finite: one read."""
+        return self.active is not None and not bool(self.active.all())
+
     def release(self) -> None:
         """The chain is over. Another may have the model, if it was a copy of the caller's."""
         if self.cast is not None and self.plan.casts is not None:
@@ -338,15 +342,10 @@ class Chain:
         """The recorded sums as norms and fractions over the whole state."""
         if not self.plan.keep_stats:
             return None
-        total = torch.stack(self.sums).sum(0)
-        n_elements = max(sum(x[:1].numel() for x in self.xs), 1)
-        return ChainStatistics(
-            energy=None if self.energies is None else self.plan.gradient.sign * self.energies,
-            grad_norm=total[..., 0].sqrt(),
-            displacement=total[..., 1].sqrt(),
-            clip_fraction=total[..., 2] / n_elements,
-            clamp_fraction=total[..., 3] / n_elements,
-            nonfinite=total[..., 4].to(torch.int64),
+        return chain_statistics(
+            torch.stack(self.sums).sum(0),
+            None if self.energies is None else self.plan.gradient.sign * self.energies,
+            n_elements=sum(x[:1].numel() for x in self.xs),
         )
 
 

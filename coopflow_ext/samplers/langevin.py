@@ -28,6 +28,7 @@ from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs
 from coopflow_ext.samplers.inputs import rng_tensors, state_copy
+from coopflow_ext.samplers.kernel import Kernel, KernelChain, find_kernel, refusal
 from coopflow_ext.samplers.output import (
     ChainStatistics,
     SamplerOutput,
@@ -136,6 +137,15 @@ class LangevinSampler:
         channels_last: the state and 4-D weights (of such a module) are laid out as channels_last.
         compile: compile the gradient with torch.compile at the first call; where that fails, one
             warning says why and the chain runs without.
+        kernel: "auto": where a kernel knows the energy, one launch makes all the steps. It knows
+            DoubleWellEnergy, FunnelEnergy, GaussianEnergy, GaussianMixtureEnergy, RastriginEnergy
+            and RosenbrockEnergy, also by their method ``score``, for x0 (B, D) in float32 or
+            float64 (on CUDA D ≤ 64); MLPEnergy, and nn.Sequential of Linear and SiLU, ReLU,
+            LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
+            ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
+            subclasses, nor with hooks, compile, differentiable, noise_before_gradient, autocast,
+            channels_last or model_kwargs. The noise is the same, the gradient differs by rounding.
+            True: a ValueError says why it cannot. False: step by step.
         cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
             where that is impossible, one warning says why. True: raise instead. False: never.
             A capture leaves the energy's buffers and torch's generators as they were, so that T
@@ -188,6 +198,7 @@ class LangevinSampler:
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        kernel: bool | Literal["auto"] = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
         differentiable: bool | Literal["last"] = False,
         checkpoint_every: int | None = None,
@@ -232,6 +243,7 @@ class LangevinSampler:
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
         check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
+        check_choice("kernel", kernel, (True, False, "auto"))
         self.differentiable, self.checkpoint_every = differentiable, checkpoint_every
         self.cuda_graph = cuda_graph
         if compile and differentiable:
@@ -269,6 +281,10 @@ class LangevinSampler:
             channels_last=channels_last,
             casts=casts if gradient.module and (autocast or channels_last) else None,
         )
+        self.kernel = kernel
+        self._refusal = refusal(self.plan, compile=compile, differentiable=differentiable)
+        if kernel is True and self._refusal:
+            raise _no_kernel(self._refusal)
 
     def __call__(
         self,
@@ -300,20 +316,24 @@ class LangevinSampler:
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(self.plan.n_steps)
+        kwargs = check_kwargs(model_kwargs)
+        kernel = self._kernel_for(x0, kwargs)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
-        needs_grad = self.plan.gradient.has_energy or bool(self.differentiable)
+        needs_grad = kernel is None and (self.plan.gradient.has_energy or bool(self.differentiable))
         grad_mode = needs_grad or torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
-            starts = tuple(state_copy(x, channels_last=self.plan.channels_last) for x in xs)
+            starts = self._starts(xs) if kernel is None else (xs[0].detach().contiguous(),)
             inputs = Inputs(
                 like=x0,
                 xs=starts,
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
                 xis=self._xis(xi, starts),
-                model_kwargs=check_kwargs(model_kwargs),
+                model_kwargs=kwargs,
             )
-            if self.differentiable:
+            if kernel is not None:
+                result = self._run_kernel(inputs, kernel)
+            elif self.differentiable:
                 result = self._run_differentiable(inputs, xs)
             else:
                 result = self._run_captured(inputs) or self._run(inputs)
@@ -321,6 +341,28 @@ class LangevinSampler:
         return SamplerOutput(
             pack(x, x0), after, None if trajectory is None else pack(trajectory, x0), stats
         )
+
+    def _starts(self, xs: Tensors) -> Tensors:
+        """Copies for a chain to overwrite."""
+        return tuple(state_copy(x, channels_last=self.plan.channels_last) for x in xs)
+
+    def _kernel_for(self, x0: State, model_kwargs: Mapping[str, Any]) -> Kernel | None:
+        """The kernel of whole chains, where there is one and it is not switched off."""
+        if self.kernel is False:
+            return None
+        found = self._refusal or find_kernel(self.plan, x0, model_kwargs)
+        if isinstance(found, Kernel):
+            return found
+        if self.kernel is True:
+            raise _no_kernel(found)
+        return None
+
+    def _run_kernel(self, inputs: Inputs, kernel: Kernel) -> _Result:
+        if self.cuda_graph is True:
+            self._can_capture(inputs.xs[0])  # the same promise, kept without a graph
+        chain = KernelChain(self.plan, inputs, kernel)
+        self._check_finite(chain, chain.xs)
+        return chain.xs, chain.trajectory, chain.statistics()
 
     def _run(self, inputs: Inputs) -> _Result:
         chain = self._ran(inputs)
@@ -364,13 +406,15 @@ class LangevinSampler:
         self._check_finite(chain, ends)
         return ends, steps.trajectory(), chain.statistics()
 
-    def _check_finite(self, chain: Chain, xs: Tensors) -> None:
+    def _check_finite(self, chain: Chain | KernelChain, xs: Tensors) -> None:
         """The one read of the mask, after the chain that ended in ``xs``."""
-        if self.on_nonfinite != "raise" or chain.active is None or chain.frozen_at is None:
+        if self.on_nonfinite != "raise" or not chain.stopped():
             return
-        if not bool(chain.active.all()):
-            advice = "use a smaller step, clips, or on_nonfinite='freeze'"
-            raise nonfinite_error(chain.active, chain.frozen_at, xs, advice=advice)
+        active, frozen_at = chain.active, chain.frozen_at
+        assert active is not None
+        assert frozen_at is not None
+        advice = "use a smaller step, clips, or on_nonfinite='freeze'"
+        raise nonfinite_error(active, frozen_at, xs, advice=advice)
 
     def _x_refs(self, x_ref: State | None, xs: Tensors) -> Tensors | None:
         if x_ref is not None and not self.needs_x_ref:
@@ -391,6 +435,10 @@ class LangevinSampler:
         return tuple(
             tuple(laid_out(row, x) for row in v.unbind(0)) for v, x in zip(values, xs, strict=True)
         )
+
+
+def _no_kernel(reason: str) -> ValueError:
+    return ValueError(f"kernel=True: no kernel of whole chains can run this: {reason}")
 
 
 def _check_pull(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from coopflow_ext.errors import NonFiniteError
@@ -53,6 +54,20 @@ class ChainStatistics:
     clip_fraction: Tensor
     clamp_fraction: Tensor
     nonfinite: Tensor
+
+
+def chain_statistics(sums: Tensor, energy: Tensor | None, *, n_elements: int) -> ChainStatistics:
+    """The sums (T, B, 5 or more) of ``ops.langevin_step_`` as norms and fractions of the elements
+    of a chain."""
+    n_elements = max(n_elements, 1)
+    return ChainStatistics(
+        energy=energy,
+        grad_norm=sums[..., 0].sqrt(),
+        displacement=sums[..., 1].sqrt(),
+        clip_fraction=sums[..., 2] / n_elements,
+        clamp_fraction=sums[..., 3] / n_elements,
+        nonfinite=sums[..., 4].to(torch.int64),
+    )
 
 
 class SamplerOutput(NamedTuple):

@@ -33,6 +33,12 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 // Blocks of so many threads, whole warps, that fill the device with this kernel: enough for a
 // grid-stride loop, and no more.
 template <auto kKernel>
@@ -43,10 +49,8 @@ int64_t resident_blocks(int device, int threads) {
       device < kDevices ? &cache[device][threads / kWarp - 1] : nullptr;
   if (cached && *cached > 0) return *cached;
   const torch::stable::accelerator::DeviceGuard guard(device);  // occupancy is the current device's
-  int multiprocessors = 0;
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   int blocks = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0),
              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const int resident = std::max(1, multiprocessors * blocks);
@@ -54,16 +58,24 @@ int64_t resident_blocks(int device, int threads) {
   return resident;
 }
 
+// Launches kKernel(args...) with this many blocks on the current device.
+template <auto kKernel, typename... Args>
+void launch_on_current(int device, int64_t blocks, int threads, int64_t shared_bytes,
+                       const Args&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = current_stream(device);
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
+}
+
 // Launches kKernel(args...) with this many blocks on the device and current stream of x.
 template <auto kKernel, typename... Args>
 void launch_exactly(const Tensor& x, int64_t blocks, int threads, const Args&... args) {
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = current_stream(device);
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "a kernel launch");
+  launch_on_current<kKernel>(device, blocks, threads, 0, args...);
 }
 
 // For a kernel that loops over `blocks` units of work: no more blocks than the device holds.
@@ -71,6 +83,24 @@ template <auto kKernel, typename... Args>
 void launch(const Tensor& x, int64_t blocks, int threads, const Args&... args) {
   const int64_t resident = resident_blocks<kKernel>(x.get_device_index(), threads);
   launch_exactly<kKernel>(x, std::min(blocks, resident), threads, args...);
+}
+
+// The same for a kernel whose blocks have so many bytes of dynamic shared memory.
+template <auto kKernel, typename... Args>
+void launch_with_memory(const Tensor& x, int64_t blocks, int threads, int64_t shared_bytes,
+                        const Args&... args) {
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes)),
+             "cudaFuncSetAttribute");
+  int resident = 0;  // of a multiprocessor
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernel, threads,
+                                                           static_cast<size_t>(shared_bytes)),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const int64_t fit =
+      int64_t{std::max(1, resident)} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  launch_on_current<kKernel>(device, std::min(blocks, fit), threads, shared_bytes, args...);
 }
 
 // For a kernel (args, ItemGrid) that walks with an ItemCursor<kCount>.

@@ -48,9 +48,9 @@ enum PlainNumber {
 
 class LangevinOp {
  public:
-  LangevinOp(const char* name, const Tensor& x) : check_(name), x_(x) {
-    check_.is_floating("x", x);
-    per_chain_ = check_.chains_are_dense("x", x);
+  LangevinOp(const char* name, const Tensor& x, const char* argument = "x") : check_(name), x_(x) {
+    check_.is_floating(argument, x);
+    per_chain_ = check_.chains_are_dense(argument, x);
     batch_ = x.size(0);
   }
 
@@ -66,6 +66,12 @@ class LangevinOp {
 
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_gradient(grad);
+    check_update(rng, o);
+    check_outputs(o);
+  }
+
+  // What steps and whole chains are given alike.
+  void check_update(const Tensor& rng, const LangevinOptions& o) const {
     check_noise(rng, o.noise, o.noise_t, o.step, o.xi);
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
@@ -79,7 +85,6 @@ class LangevinOp {
     if (o.noise_when < 0 || o.noise_when > 2) {
       check_.fail("noise_when", "must be 0, 1 or 2, got ", o.noise_when);
     }
-    check_outputs(o);
   }
 
   // Of any strides; beside a wider state half precision will do, the type that a model computes in.
@@ -196,7 +201,7 @@ class LangevinOp {
     return args;
   }
 
- private:
+ protected:
   static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
 
   template <typename A>

@@ -9,6 +9,7 @@ CPU, and on a GPU zero where it underflows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -269,6 +270,93 @@ def langevin_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+def _mlp_chain(inputs: Inputs, batch: int, widths: tuple[int, ...], **options: object) -> Results:
+    """Chains of a network. `x_ref` and `xi` are drawn where they are named."""
+    d = inputs.shape[1]
+    sizes = (d, *widths, 1)
+    weights = [inputs.normal(n, m).mul_(m**-0.5) for m, n in itertools.pairwise(sizes)]
+    biases = [inputs.normal(n) for n in sizes[1:]]
+    given = {"activation": "silu", "n_steps": 3, "drift": 0.3, "noise": 0.1, **options}
+    shapes = {"x_ref": (batch, d), "xi": (3, batch, d)}
+    given |= {name: inputs.normal(*shapes[name]) for name in shapes.keys() & given.keys()}
+    x0 = inputs.normal(batch, d)
+    result = cf.ops.mlp_langevin_chain(x0, weights, biases, inputs.rng, **given)
+    return {name: value for name, value in result._asdict().items() if value is not None}
+
+
+# A tile of 8, 16 and 32 chains on the emulation's devices of few blocks, the last with a tail.
+MLP_BATCHES = (3, 20, 57)
+
+
+def _mlp_inputs(inputs: Inputs) -> Inputs | None:
+    """Networks run in float32, with few elements; their batches are their own."""
+    d = inputs.shape[1]
+    return inputs if inputs.dtype == torch.float32 and 0 < d <= 36 else None
+
+
+def mlp_chain(inputs: Inputs) -> Results:
+    """Tiles of every size, one layer and four, widths that fill nothing and that fill a warp."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for batch, widths in zip(MLP_BATCHES, ((5,), (20, 9), (16, 1, 33, 7)), strict=True):
+        results[str(batch)] = _mlp_chain(inputs, batch, widths, thin=2)
+    return _joined(results)
+
+
+def mlp_chain_options(inputs: Inputs) -> Results:
+    """Everything beside the plain path, and given noise."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for batch in MLP_BATCHES:
+        tables = {
+            "drift": torch.linspace(0.1, 0.5, 5 * batch, dtype=torch.float64).view(5, batch),
+            "noise": torch.linspace(0.1, 0.2, 5).view(5, 1),
+        }
+        results[f"{batch}, tables"] = _mlp_chain(
+            inputs, batch, (20, 9), **tables, step=2, decay=0.1, pull=0.2, x_ref=True,
+            grad_norm=0.7, grad_clip=0.5, clamp=(-1.0, 1.0), negative_energy=True, thin=1,
+            stats=True, freeze_nonfinite=True,
+        )  # fmt: skip
+        results[f"{batch}, xi"] = _mlp_chain(inputs, batch, (9,), xi=True, stats=True)
+        results[f"{batch}, no noise"] = _mlp_chain(inputs, batch, (9,), noise=0.0, clamp_end=True)
+    return _joined(results)
+
+
+def mlp_chain_activations(inputs: Inputs) -> Results:
+    if inputs.shape != (3, 5) or _mlp_inputs(inputs) is None:
+        return {}
+    names = ("silu", "relu", "leaky_relu", "elu", "tanh", "softplus", "gelu", "gelu_tanh")
+    return _joined({name: _mlp_chain(inputs, 9, (20, 9), activation=name) for name in names})
+
+
+def mlp_chain_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state and in each layer, whose chains stop or go on."""
+    if inputs.shape != (3, 5) or _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for layer, value in itertools.product(range(3), NOT_FINITE):
+        weights = [inputs.normal(9, 5), inputs.normal(7, 9), inputs.normal(1, 7)]
+        biases = [inputs.normal(9), inputs.normal(7), inputs.normal(1)]
+        x0 = inputs.normal(9, 5)
+        x0[3, 1] = value
+        biases[layer][0] = value if layer < 2 else 0.0
+        for freeze in (True, False):
+            result = cf.ops.mlp_langevin_chain(
+                x0, weights, biases, inputs.rng, activation="tanh", n_steps=2, drift=0.3,
+                noise=0.1, freeze_nonfinite=freeze, stats=True,
+            )  # fmt: skip
+            results[f"{layer}, {value}, {freeze}"] = {
+                name: t for name, t in result._asdict().items() if t is not None
+            }
+    return _joined(results)
+
+
+def _joined(results: dict[str, Results]) -> Results:
+    return {f"{call}: {name}": t for call, of in results.items() for name, t in of.items()}
+
+
 def affine_coupling(inputs: Inputs) -> Results:
     return _affine(inputs, "affine_coupling", inputs.dtype)
 
@@ -424,6 +512,100 @@ def mixture_logistic_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+CHAIN_DTYPES = (torch.float32, torch.float64)
+_ENERGIES = (
+    "double_well", "funnel", "gaussian", "gaussian_mixture", "rastrigin", "rosenbrock",
+)  # fmt: skip
+
+
+def _energy(inputs: Inputs, name: str, dim: int, components: int) -> dict[str, object]:
+    """An energy's name, tensors and numbers."""
+    numbers = {"double_well": (0.7,), "funnel": (1.5,), "rastrigin": (1.2,),
+               "rosenbrock": (0.9, 3.0)}  # fmt: skip
+    if name in numbers:
+        return {"energy": name, "numbers": numbers[name]}
+    if name == "gaussian":
+        root = inputs.normal(dim, dim)
+        tensors = [inputs.normal(dim), root @ root.T / dim, inputs.normal(1)[0]]
+    else:
+        stds, log_weights = inputs.normal(components, dim), inputs.normal(components)
+        tensors = [inputs.normal(components, dim), stds.abs_().add_(0.3), log_weights]
+    return {"energy": name, "tensors": tensors}
+
+
+def _chains(
+    inputs: Inputs, components: int, options: Callable[[int], dict[str, object]]
+) -> Results:
+    """Of chains that a thread holds: one whose length the kernel knows, and the case's own."""
+    if inputs.dtype not in CHAIN_DTYPES:
+        return {}
+    results = {}
+    for dim in (2, min(max(inputs.shape[1], 1), 40)):
+        for name in _ENERGIES:
+            if dim < 2 and name in ("funnel", "rosenbrock"):
+                continue
+            energy = _energy(inputs, name, dim, components)
+            x0 = inputs.normal(inputs.shape[0], dim)
+            result = cf.ops.analytic_langevin_chain(
+                x0, inputs.rng, **energy, n_steps=3, step=1, **options(dim)
+            )
+            for key, value in result._asdict().items():
+                if value is not None:
+                    results[f"{name}, {dim}: {key}"] = value
+    return results
+
+
+def analytic_chains(inputs: Inputs) -> Results:
+    return _chains(inputs, 5, lambda dim: {"drift": 0.01, "noise": 0.1})
+
+
+def analytic_chains_with_everything(inputs: Inputs) -> Results:
+    """Every option, coefficients by step and chain, and a mixture's table beyond a block's own."""
+    batch = inputs.shape[0]
+    tables = {
+        "drift": torch.linspace(0.01, 0.02, 4 * batch, dtype=torch.float64).view(4, batch),
+        "noise": torch.linspace(0.1, 0.2, 4).view(4, 1),
+        "decay": torch.linspace(0.0, 0.1, batch).view(1, batch),
+    }
+
+    def options(dim: int) -> dict[str, object]:
+        return {
+            **tables, "pull": 0.2, "x_ref": inputs.normal(batch, dim),
+            "xi": inputs.normal(3, batch, dim), "grad_clip": 1.5, "grad_norm": 2.0,
+            "step_clip": 0.2, "clamp": (-1.0, 1.0), "clamp_end": True, "negative_energy": True,
+            "thin": 2, "stats": True, "freeze_nonfinite": True,
+        }  # fmt: skip
+
+    return _chains(inputs, 400, options)
+
+
+def analytic_chains_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the start, where chains stop and where they go on."""
+    if inputs.dtype not in CHAIN_DTYPES:
+        return {}
+    one_shape = _one_shape(inputs, 2 * len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+    results = {}
+    for name in _ENERGIES:
+        energy = _energy(one_shape, name, 2, 3)
+        for freeze in (False, True):
+            x0 = one_shape.normal()
+            for chain, value in enumerate(NOT_FINITE):
+                x0[chain, 0] = x0[len(NOT_FINITE) + chain, 1] = value
+            x, _, stats, frozen_at = cf.ops.analytic_langevin_chain(
+                x0, inputs.rng, **energy, n_steps=2, drift=0.01, noise=0.1, stats=True,
+                freeze_nonfinite=freeze,
+            )  # fmt: skip
+            assert stats is not None
+            results |= {
+                f"{name}, {freeze}: x": x,
+                f"{name}, {freeze}: stats": stats[..., :5],
+                f"{name}, {freeze}: frozen_at": frozen_at,
+            }
+    return results
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -439,6 +621,13 @@ CASES: dict[str, Case] = {
         langevin_full_statistics,
         langevin_noise,
         langevin_not_finite,
+        analytic_chains,
+        analytic_chains_with_everything,
+        analytic_chains_not_finite,
+        mlp_chain,
+        mlp_chain_options,
+        mlp_chain_activations,
+        mlp_chain_not_finite,
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_not_finite,

@@ -110,6 +110,12 @@ void elementary_functions() {
   expect_value("exponential_normal(-90)", coopflow::exponential_normal(-90.0f), std::exp(-90.0f));
   expect_value("exponential_normal(200)", coopflow::exponential_normal(200.0f), INFINITY);
   expect_value("exponential_normal(NaN)", coopflow::exponential_normal(NAN), NAN);
+  expect_value("exponential_nonpositive(-inf)", coopflow::exponential_nonpositive(-INFINITY), 0.0f);
+  expect_value("exponential_nonpositive(-90)", coopflow::exponential_nonpositive(-90.0f),
+               std::exp(-90.0f));
+  expect_value("exponential_nonpositive(NaN)", coopflow::exponential_nonpositive(NAN), NAN);
+  expect_value("exponential_minus_one(-inf)", coopflow::exponential_minus_one(-INFINITY), -1.0f);
+  expect_value("exponential_minus_one(NaN)", coopflow::exponential_minus_one(NAN), NAN);
   const auto power_of_2 = [](float x) { return coopflow::exponential2_nonpositive<-110>(x); };
   expect_value("exponential2_nonpositive(-inf)", power_of_2(-INFINITY), 0.0f);
   expect_value("exponential2_nonpositive(-127)", power_of_2(-127.0f), 0.0f);

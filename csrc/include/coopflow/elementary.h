@@ -70,9 +70,9 @@ COOPFLOW_HD double quick_log_positive(double x) { return log_positive(x); }
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-// e^t = y * 2^n for a t that is not large; n is the integer in the low bits of shifted.
+// e^t = (1 + excess) * 2^n for a t that is not large; n is the integer in the low bits of shifted.
 struct ScaledExponential {
-  float y, shifted;
+  float excess, shifted;
 };
 
 COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
@@ -86,8 +86,7 @@ COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
   p = multiply_add(p, r, 4.1665795894e-2f);
   p = multiply_add(p, r, 1.6666665459e-1f);
   p = multiply_add(p, r, 5.0000001201e-1f);
-  const float y = multiply_add(p * r, r, r) + 1.0f;
-  return {y, shifted};
+  return {multiply_add(p * r, r, r), shifted};
 }
 
 // exp x for every x: 0, infinity and NaN where they belong, denormal results included.
@@ -101,7 +100,7 @@ COOPFLOW_HD float exponential(float x) {
   const int32_t half = exponent >> 1;
   const float scale0 = bits_float(static_cast<uint32_t>(half + 127) << 23);
   const float scale1 = bits_float(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return e.y * scale0 * scale1;
+  return (e.excess + 1.0f) * scale0 * scale1;
 #endif
 }
 
@@ -114,11 +113,43 @@ COOPFLOW_HD float exponential_normal(float x) {
 #else
   if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
   const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
-  return bits_float(float_bits(e.y) + (float_bits(e.shifted) << 23));
+  return bits_float(float_bits(e.excess + 1.0f) + (float_bits(e.shifted) << 23));
 #endif
 }
 
 COOPFLOW_HD double exponential_normal(double x) { return exponential(x); }
+
+// 2^n of a ScaledExponential, where that is normal.
+COOPFLOW_HD float power_of_two(const ScaledExponential& e) {
+  return bits_float(float_bits(1.0f) + (float_bits(e.shifted) << 23));
+}
+
+// exp x for x <= 0 and NaN, which stays NaN; below -87 anything up to exp(-87).
+COOPFLOW_HD float exponential_nonpositive(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expf(x);
+#else
+  if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
+  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const float scale = power_of_two(e);
+  return multiply_add(e.excess, scale, scale);
+#endif
+}
+
+COOPFLOW_HD double exponential_nonpositive(double x) { return std::exp(x); }
+
+// exp(x) - 1 for x <= 0 and NaN, accurate near 0 too.
+COOPFLOW_HD float exponential_minus_one(float x) {
+#if COOPFLOW_DEVICE_CODE
+  return expm1f(x);
+#else
+  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const float scale = power_of_two(e);
+  return multiply_add(e.excess, scale, scale - 1.0f);
+#endif
+}
+
+COOPFLOW_HD double exponential_minus_one(double x) { return std::expm1(x); }
 
 // 2^x for x <= 0 and NaN; results below 2^kLeast come out as that (as 0 below 2^-126 on a GPU).
 template <int kLeast = -125>
@@ -142,6 +173,11 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
 #endif
 }
 
+template <int kLeast = -125>
+COOPFLOW_HD double exponential2_nonpositive(double x) {
+  return std::exp2(x);
+}
+
 COOPFLOW_HD float reciprocal(float x) {
 #if COOPFLOW_DEVICE_CODE
   return approximate_reciprocal(x);
@@ -154,12 +190,9 @@ COOPFLOW_HD float reciprocal(float x) {
 
 COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
-// Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
-// reduction is exact.
-COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
-  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
-  const float r = static_cast<float>(static_cast<int32_t>(turns - (quadrant << 30))) *
-                  1.46291807926715968e-9f;  // 2 * pi * 2^-32
+// Sine and cosine of quadrant * pi / 2 + r for |r| <= pi / 4; of the quadrant the low two bits
+// count.
+COOPFLOW_HD void sincos_quadrant(uint32_t quadrant, float r, float* sine, float* cosine) {
   const float r2 = r * r;
   float s = multiply_add(-1.9515295891e-4f, r2, 8.3321608736e-3f);
   s = multiply_add(s, r2, -1.6666654611e-1f);
@@ -174,11 +207,43 @@ COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
   *cosine = bits_float(float_bits(odd ? s : c) ^ cosine_sign);
 }
 
+// Sine and cosine of 2 * pi * turns * 2^-32. The quadrant is taken from the integer, so the range
+// reduction is exact.
+COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
+  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
+  const float r = static_cast<float>(static_cast<int32_t>(turns - (quadrant << 30))) *
+                  1.46291807926715968e-9f;  // 2 * pi * 2^-32
+  sincos_quadrant(quadrant, r, sine, cosine);
+}
+
 COOPFLOW_HD void sincos_turns(uint32_t turns, double* sine, double* cosine) {
 #if COOPFLOW_DEVICE_CODE
   sincospi(static_cast<double>(turns) * 0x1p-31, sine, cosine);
 #else
   const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;  // 2 * pi * 2^-32
+  *sine = std::sin(angle);
+  *cosine = std::cos(angle);
+#endif
+}
+
+// Sine and cosine of 2 * pi * x, whose whole turns are taken off exactly; NaN where x is not
+// finite.
+COOPFLOW_HD void sincos_2pi(float x, float* sine, float* cosine) {
+#if COOPFLOW_DEVICE_CODE
+  sincospif(2.0f * x, sine, cosine);
+#else
+  const float turn = x - std::nearbyint(x);
+  const float shifted = multiply_add(turn, 4.0f, kRounder);
+  const float rest = multiply_add(shifted - kRounder, -0.25f, turn);
+  sincos_quadrant(float_bits(shifted), rest * 6.28318531f, sine, cosine);
+#endif
+}
+
+COOPFLOW_HD void sincos_2pi(double x, double* sine, double* cosine) {
+#if COOPFLOW_DEVICE_CODE
+  sincospi(2.0 * x, sine, cosine);
+#else
+  const double angle = (x - std::nearbyint(x)) * 6.283185307179586;
   *sine = std::sin(angle);
   *cosine = std::cos(angle);
 #endif

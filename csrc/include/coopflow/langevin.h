@@ -50,9 +50,9 @@ struct LangevinChain {
 
 template <typename A>
 struct LangevinMove {
-  A x;        // the new state
-  A settled;  // the new state without noise that belongs to the next gradient
-  bool clipped, clamped;
+  A x;                   // the new state
+  A settled;             // the new state without noise that belongs to the next gradient
+  int clipped, clamped;  // 0 or 1; with bool here, loops with statistics do not vectorise
 };
 
 // kFull: with decay, pull, norm scaling and noise after the clamp; otherwise only the plain path.
@@ -62,7 +62,7 @@ COOPFLOW_HD LangevinMove<A> langevin_update(const LangevinLimits<A>& limits,
                                             A grad, A xi, A x_ref, bool has_ref) {
   LangevinMove<A> move;
   A g = clamp_keep_nan(grad, -limits.grad_clip, limits.grad_clip);
-  move.clipped = grad < -limits.grad_clip || grad > limits.grad_clip;
+  const bool clipped = grad < -limits.grad_clip || grad > limits.grad_clip;
   if (kFull) g *= chain.norm_scale;
   A d = chain.drift * g;
   if (kFull) {
@@ -70,7 +70,7 @@ COOPFLOW_HD LangevinMove<A> langevin_update(const LangevinLimits<A>& limits,
     if (has_ref) d = multiply_add(chain.pull, x - x_ref, d);
   }
   const A step = clamp_keep_nan(d, -limits.step_clip, limits.step_clip);
-  move.clipped = move.clipped || d < -limits.step_clip || d > limits.step_clip;
+  move.clipped = clipped || d < -limits.step_clip || d > limits.step_clip;
   A y = x - step;
   if (!kFull || !noise_after) y = multiply_add(chain.noise, xi, y);
   move.settled = clamp_keep_nan(y, limits.clamp_low, limits.clamp_high);
@@ -127,7 +127,7 @@ template <typename T, typename A>
 COOPFLOW_HD StatisticTerms<A> statistic_terms(A x, A grad, const LangevinMove<A>& move) {
   const A settled = to_arithmetic(from_arithmetic<T>(move.settled));
   return {{gradient_moments(grad).sum_of_squares, (settled - x) * (settled - x),
-           move.clipped ? A(1) : A(0), move.clamped ? A(1) : A(0),
+           move.clipped != 0 ? A(1) : A(0), move.clamped != 0 ? A(1) : A(0),
            gradient_moments(grad).nonfinite}};
 }
 

@@ -31,11 +31,26 @@
 #define COOPFLOW_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Asks for four turns at a time, in loops whose length is not known.
+#if defined(__CUDA_ARCH__)
+#define COOPFLOW_UNROLL_4 _Pragma("unroll 4")
+#else
+#define COOPFLOW_UNROLL_4
+#endif
+
 // Asks for none, in loops that a kernel seldom enters.
 #if defined(__CUDA_ARCH__)
 #define COOPFLOW_NO_UNROLL _Pragma("unroll 1")
 #else
 #define COOPFLOW_NO_UNROLL
+#endif
+
+// Before a loop over chains that move side by side: they do not depend on one another, so that a
+// CPU moves them in one vector. A thread of a GPU has one.
+#if defined(__CUDACC__)
+#define COOPFLOW_LANES COOPFLOW_UNROLL
+#else
+#define COOPFLOW_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 // Name of the instruction set a CPU loop file is being compiled for.

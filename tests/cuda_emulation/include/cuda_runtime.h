@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <tuple>
 #include <type_traits>
 
@@ -151,7 +152,11 @@ inline int __all_sync(unsigned mask, int predicate,
 
 // --- runtime -----------------------------------------------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -169,11 +174,32 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (attribute != cudaDevAttrMultiProcessorCount || device < 0 ||
-      device >= cuda_emulation::kDevices) {
+  if (device < 0 || device >= cuda_emulation::kDevices) return cudaErrorInvalidValue;
+  if (attribute == cudaDevAttrMultiProcessorCount) {
+    *value = cuda_emulation::kMultiprocessors[device];
+  } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = static_cast<int>(cuda_emulation::kMaxDynamicShared);
+  } else {
     return cudaErrorInvalidValue;
   }
-  *value = cuda_emulation::kMultiprocessors[device];
+  return cudaSuccess;
+}
+
+// A kernel gets more dynamic shared memory than this only after it was asked for.
+constexpr size_t kDynamicSharedUnasked = 48 * 1024;
+
+inline size_t& dynamic_shared_allowed(const void* kernel) {
+  static std::map<const void*, size_t> allowed;
+  return allowed.try_emplace(kernel, kDynamicSharedUnasked).first->second;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > cuda_emulation::kMaxDynamicShared) {
+    return cudaErrorInvalidValue;
+  }
+  dynamic_shared_allowed(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(value);
   return cudaSuccess;
 }
 
@@ -181,12 +207,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 // about another GPU.
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* /*kernel*/,
-                                                          int threads, size_t /*shared_bytes*/) {
+                                                          int threads, size_t shared_bytes) {
   const int device = cuda_emulation::current_device();
   if (threads < 1 || device != cuda_emulation::tensor_device()) return cudaErrorInvalidValue;
   const int fit = cuda_emulation::kThreadsPerMultiprocessor[device] / threads;
   const int most = cuda_emulation::kBlocksPerMultiprocessor[device];
   *blocks = fit < most ? fit : most;
+  if (shared_bytes > 0) {
+    const int hold = static_cast<int>(cuda_emulation::kMaxDynamicShared / shared_bytes);
+    *blocks = hold < *blocks ? hold : *blocks;
+  }
   return cudaSuccess;
 }
 
@@ -201,7 +231,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7FFFFFFFu || grid.y > 0xFFFFu ||
       grid.z > 0xFFFFu || threads < 1 || threads > cuda_emulation::kMaxBlockThreads ||
-      config->dynamicSmemBytes > cuda_emulation::kMaxDynamicShared) {
+      config->dynamicSmemBytes > dynamic_shared_allowed(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidConfiguration;
   }
   if (cuda_emulation::current_device() != cuda_emulation::tensor_device() ||

@@ -1,0 +1,64 @@
+"""What the faces of whole Langevin chains share: their call and the shapes of their results."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coopflow_ext._tensors import arithmetic_dtype
+from coopflow_ext.ops import _call
+from coopflow_ext.ops.langevin import raw_options
+
+_COLUMNS = 6  # of the statistics
+
+
+class ChainResult(NamedTuple):
+    """What an op of whole chains returns.
+
+    Attributes:
+        x: the last state, like x0.
+        trajectory: (n_steps // thin, *x0.shape), the states after steps thin, 2·thin, …; or None.
+        stats: (n_steps, B, 6): the five of :func:`langevin_step_` and the energy where the gradient
+            was taken; or None.
+        frozen_at: (B,) int64, the number of the step at which a chain stopped; ``step + n_steps``
+            where it did not.
+    """
+
+    x: Tensor
+    trajectory: Tensor | None
+    stats: Tensor | None
+    frozen_at: Tensor
+
+
+def run_chain(
+    op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
+) -> ChainResult:
+    """Calls the raw op of this name with what describes its energy, and a chain's options."""
+    if torch.is_grad_enabled() and isinstance(x0, Tensor) and x0.requires_grad:
+        raise ValueError(
+            f"{op}: x0 requires grad, but a whole chain has no derivative; call it under "
+            "torch.no_grad(), detach x0, or use ops.langevin_step"
+        )
+    if thin is not None and thin < 1:
+        raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
+    raw = raw_options(op, thin=thin, stats=stats, **options)
+    try:
+        x, trajectory, sums, frozen_at = getattr(_call.coopflow, op)(x0, *energy, **raw)
+    except RuntimeError as error:
+        raise _call.argument_error(error) from None
+    return ChainResult(x, None if thin is None else trajectory, sums if stats else None, frozen_at)
+
+
+def fake_results(
+    x0: Tensor, *energy: Any, n_steps: int, thin: int = 0, stats: bool = False, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results' shapes. What is not wanted has no rows."""
+    batch = x0.shape[0]
+    return (
+        torch.empty_like(x0),
+        x0.new_empty(n_steps // thin if thin else 0, *x0.shape),
+        x0.new_empty(n_steps if stats else 0, batch, _COLUMNS, dtype=arithmetic_dtype(x0.dtype)),
+        x0.new_empty(batch, dtype=torch.int64),
+    )

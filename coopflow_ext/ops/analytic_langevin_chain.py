@@ -1,0 +1,115 @@
+"""Whole Langevin chains of an energy in closed form, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from coopflow_ext._tensors import Coefficient
+from coopflow_ext.ops import _call
+from coopflow_ext.ops._langevin_chain import ChainResult, fake_results, run_chain
+
+MOST_ELEMENTS_ON_CUDA = 64
+"""Of a chain on CUDA, where a thread holds it; a CPU has no limit."""
+
+
+def analytic_langevin_chain(
+    x0: Tensor,
+    rng: Tensor,
+    *,
+    energy: str,
+    tensors: Sequence[Tensor] = (),
+    numbers: Sequence[float] = (),
+    n_steps: int,
+    drift: Coefficient,
+    noise: Coefficient = 0.0,
+    decay: Coefficient = 0.0,
+    pull: Coefficient = 0.0,
+    x_ref: Tensor | None = None,
+    grad_clip: float | None = None,
+    grad_norm: float | None = None,
+    step_clip: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    clamp_end: bool = False,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+    thin: int | None = None,
+    stats: bool = False,
+    freeze_nonfinite: bool = False,
+) -> ChainResult:
+    """All the steps of Langevin chains whose energy is known in closed form.
+
+    Equivalent to, with the energy's U::
+
+        x = x0
+        for k in range(n_steps):
+            x = langevin_step(x, grad U(x), rng, step=step + k, xi=xi[k], …)
+
+    up to the rounding of U's gradient; a chain's results do not depend on the others.
+
+    ========================  =================================================  =================
+    energy                    tensors, of x0's dtype                             numbers
+    ========================  =================================================  =================
+    ``"double_well"``         –                                                  barrier_height
+    ``"funnel"``              –                                                  scale > 0
+    ``"gaussian"``            mean (D,), precision (D, D), log_norm ()           –
+    ``"gaussian_mixture"``    means (K, D), stds (K, D), log_weights (K,)        –
+    ``"rastrigin"``           –                                                  a
+    ``"rosenbrock"``          –                                                  a, b
+    ========================  =================================================  =================
+
+    They are those of :mod:`coopflow_ext.energies`; a precision is symmetric, log_norm is added to
+    the energy. The tensors are read when the chain runs.
+
+    Args:
+        x0: (B, D), float32 or float64, contiguous; not changed. On CUDA D ≤ 64.
+        rng: int64[3] = (seed, time, number of the first chain), see :meth:`Key.tensor`.
+        n_steps: T ≥ 0.
+        drift, noise, decay, pull: floats, or tables (T or 1, B or 1) whose row ``step + k`` step k
+            uses, as in :func:`langevin_step_`.
+        x_ref: (B, D), centre of the pull.
+        grad_clip, grad_norm, step_clip, clamp: as in :func:`langevin_step_`.
+        clamp_end: only the last step clamps.
+        negative_energy: the energy is f = −U: the chain climbs it.
+        step: number of the first step, in the noise, in tables and in frozen_at.
+        xi: (T, B, D), standard normals in place of the key's.
+        thin: keep the states after steps thin, 2·thin, …; None keeps none.
+        stats: record the statistics of each step.
+        freeze_nonfinite: a chain stops before its first step whose gradient is not finite.
+
+    Returns:
+        (x, trajectory, stats, frozen_at), see :class:`ChainResult`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    return run_chain(
+        "analytic_langevin_chain",
+        x0,
+        rng,
+        energy,
+        list(tensors),
+        list(numbers),
+        n_steps=n_steps,
+        drift=drift,
+        noise=noise,
+        decay=decay,
+        pull=pull,
+        x_ref=x_ref,
+        grad_clip=grad_clip,
+        grad_norm=grad_norm,
+        step_clip=step_clip,
+        clamp=clamp,
+        clamp_end=clamp_end,
+        negative_energy=negative_energy,
+        step=step,
+        xi=xi,
+        thin=thin,
+        stats=stats,
+        freeze_nonfinite=freeze_nonfinite,
+    )
+
+
+_call.register_fake("analytic_langevin_chain", fake_results)

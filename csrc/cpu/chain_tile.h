@@ -1,0 +1,113 @@
+// Whole chains on the CPU: a tile of them moves side by side, a vector lane each. Included by the
+// *_loops.cpp files only, each compiled once per instruction set: everything here has internal
+// linkage.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "coopflow/langevin_chain.h"
+#include "coopflow/reduction.h"
+#include "simd_words.h"
+
+namespace coopflow {
+namespace {
+
+constexpr int kChainTile = 16;
+
+template <typename A>
+using TileLanes = ChainLanes<A, kChainTile>;
+
+// The normals of a tile's chains.
+class TileNoise {
+ public:
+  TileNoise(int64_t first_chain, int64_t per_chain) : per_chain_(per_chain) {
+    for (int l = 0; l < kChainTile; ++l) {
+      chain_low_[l] = static_cast<uint32_t>(first_chain + l);
+      chain_high_[l] = static_cast<uint32_t>(static_cast<uint64_t>(first_chain + l) >> 32);
+    }
+  }
+
+  template <typename A>
+  void operator()(TileLanes<A>& lanes, PhiloxKey key, uint32_t time) const {
+    for (int64_t first = 0; first < per_chain_; first += 4) {
+      alignas(64) uint32_t words[4][kChainTile];
+      draw_words(static_cast<uint32_t>(first / 4), key, time, words);
+      fill_pair(words[0], words[1], lanes.count, lanes.xi + first * kChainTile);
+      if (per_chain_ - first <= 2) continue;
+      fill_pair(words[2], words[3], lanes.count, lanes.xi + (first + 2) * kChainTile);
+    }
+  }
+
+ private:
+  void draw_words(uint32_t block, PhiloxKey key, uint32_t time,
+                  uint32_t (&words)[4][kChainTile]) const {
+    const SimdWords blocks = SimdWords::broadcast(block), times = SimdWords::broadcast(time);
+    for (int l = 0; l < kChainTile; l += SimdWords::kLanes) {
+      const PhiloxBlock<SimdWords> drawn =
+          philox4x32_10(PhiloxBlock<SimdWords>{blocks, times, SimdWords::load(chain_low_ + l),
+                                               SimdWords::load(chain_high_ + l)},
+                        key);
+      drawn.w0.store(words[0] + l);
+      drawn.w1.store(words[1] + l);
+      drawn.w2.store(words[2] + l);
+      drawn.w3.store(words[3] + l);
+    }
+  }
+
+  // Two elements of every chain. In double, which no compiler vectorises, of those that exist.
+  template <typename A>
+  static void fill_pair(const uint32_t* w0, const uint32_t* w1, int count, A* xi) {
+    const int n = sizeof(A) == sizeof(double) ? count : kChainTile;
+    COOPFLOW_LANES
+    for (int l = 0; l < n; ++l) {
+      const Pair<A> pair = box_muller(w0[l], w1[l], A());
+      xi[l] = pair.first;
+      xi[kChainTile + l] = pair.second;
+    }
+  }
+
+  int64_t per_chain_;
+  alignas(64) uint32_t chain_low_[kChainTile], chain_high_[kChainTile];
+};
+
+// The memory of a tile's lanes. Its functions come from the C++ library: an instance of a template
+// of the standard library could be one that was compiled for another instruction set.
+template <typename A>
+class TileMemory {
+ public:
+  explicit TileMemory(int64_t per_chain) {
+    const int64_t part = divide_up(per_chain, 4) * 4 * kChainTile;
+    memory_ = ::operator new(static_cast<std::size_t>(4 * part) * sizeof(A), kAlignment);
+    lanes.x = static_cast<A*>(memory_);
+    lanes.grad = lanes.x + part;
+    lanes.x_ref = lanes.x + 2 * part;
+    lanes.xi = lanes.x + 3 * part;
+  }
+  ~TileMemory() { ::operator delete(memory_, kAlignment); }
+  TileMemory(const TileMemory&) = delete;
+  TileMemory& operator=(const TileMemory&) = delete;
+
+  alignas(64) TileLanes<A> lanes{};
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* memory_;
+};
+
+// Tiles [begin, end) of the chains. gradient(lanes) sets grad and energy from x.
+template <bool kFull, int64_t kPerChain, typename A, typename Gradient>
+void run_tiles(const LangevinChainArgs<A>& args, int64_t begin, int64_t end,
+               const Gradient& gradient) {
+  TileMemory<A> memory(args.per_chain);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kChainTile, left = args.batch - first;
+    memory.lanes.first = first;
+    memory.lanes.count = static_cast<int>(left < kChainTile ? left : kChainTile);
+    const TileNoise noise(args.rng[2] + first, kPerChain == 0 ? args.per_chain : kPerChain);
+    run_lanes<kFull, kPerChain>(args, memory.lanes, gradient, noise);
+  }
+}
+
+}  // namespace
+}  // namespace coopflow

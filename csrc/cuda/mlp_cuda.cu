@@ -1,0 +1,383 @@
+// mlp_langevin_chain on CUDA: a block keeps the network and a tile of chains in its shared memory
+// for all steps.
+#include <string>
+
+#include "coopflow/mlp.h"
+#include "coopflow/mlp_tile.h"
+#include "coopflow/packed.h"
+#include "dynamic_shared.cuh"
+#include "launch.cuh"
+#include "ops/mlp_op.h"
+
+namespace coopflow {
+namespace {
+
+// A warp computes 16 rows of a product for all chains of the tile: 4 groups of lanes by rows, 8 by
+// chains. A thread has 4 rows and kChains chains.
+constexpr int kRows = 4;
+constexpr int kRowGroups = 4;
+constexpr int kChainGroups = kWarp / kRowGroups;
+constexpr int kWarpRows = kRows * kRowGroups;
+constexpr int kMaxThreads = kWarp * static_cast<int>(kMlpMaxSize) / kWarpRows;
+
+// kCount neighbours in one access.
+template <int kCount>
+__device__ __forceinline__ void load_shared(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = from[0];
+  } else {
+    load_packed<float, kCount>(from, values);
+  }
+}
+
+// store_word is for global memory alone.
+template <int kCount>
+__device__ __forceinline__ void store_shared(const float (&values)[kCount], float* to) {
+  if constexpr (kCount == 1) {
+    to[0] = values[0];
+  } else {
+    using Word = typename PackedLayout<float, kCount>::Word;
+    Word word;
+    memcpy(&word, values, sizeof(word));
+    *reinterpret_cast<Word*>(to) = word;
+  }
+}
+
+// The network and the chains of one block.
+template <int kChains>
+class BlockNetwork {
+ public:
+  static constexpr int kTile = kChains * kChainGroups;
+  using Sums = float[kRows][kChains];
+
+  __device__ __forceinline__ BlockNetwork(const Mlp<float>& mlp, const MlpTile& tile)
+      : mlp_(mlp), tile_(tile), memory_(dynamic_shared_floats()) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    row_group_ = lane / kChainGroups;
+    first_chain_ = lane % kChainGroups * kChains;
+  }
+
+  __device__ __forceinline__ float* at(int offset) const { return memory_ + offset; }
+
+  // A barrier must follow.
+  __device__ __forceinline__ void load_parameters() const {
+    const int depth = mlp_.depth;
+    for (int l = 0; l < depth; ++l) {
+      const int n_in = mlp_.sizes[l], n_out = mlp_.sizes[l + 1], stride = tile_.strides[l];
+      for (int i = threadIdx.x; i < n_out * stride; i += blockDim.x) {
+        const int row = i / stride, k = i - row * stride;
+        at(tile_.weights[l])[i] = k < n_in ? mlp_.weights[l][row * n_in + k] : 0.0f;
+      }
+      copy(mlp_.biases[l], n_out, at(tile_.biases[l]));
+    }
+    copy(mlp_.weights[depth], mlp_.sizes[depth], at(tile_.last_weights));
+    copy(mlp_.biases[depth], 1, at(tile_.last_bias));
+  }
+
+  // From x, the gradient of every chain's energy, and the last layer's values. Ends with a barrier.
+  __device__ __forceinline__ void gradient() const {
+    const int depth = mlp_.depth;
+    forward_layer(0, [&](int k, float (&h)[kChains]) {
+      COOPFLOW_UNROLL
+      for (int c = 0; c < kChains; ++c) {
+        h[c] = at(tile_.x)[(first_chain_ + c) * tile_.chain_stride + k];
+      }
+    });
+    for (int l = 1; l < depth; ++l) {
+      const float* const from = at(tile_.values[(l - 1) % 2]) + first_chain_;
+      forward_layer(l, [&](int k, float (&h)[kChains]) { load_shared(from + k * kTile, h); });
+    }
+    for (int l = depth - 1; l > 0; --l) {
+      float* const slopes = at(tile_.slopes[l - 1]) + first_chain_;
+      backward_layer(l, [&](int row, const float (&sums)[kChains]) {
+        float gradients[kChains];
+        load_shared(slopes + row * kTile, gradients);
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kChains; ++c) gradients[c] = sums[c] * gradients[c];
+        store_shared(gradients, slopes + row * kTile);
+      });
+    }
+    backward_layer(0, [&](int row, const float (&sums)[kChains]) {
+      COOPFLOW_UNROLL
+      for (int c = 0; c < kChains; ++c) {
+        at(tile_.grad)[(first_chain_ + c) * tile_.chain_stride + row] = sums[c];
+      }
+    });
+  }
+
+  // The energy of one chain of the tile, after gradient().
+  __device__ __forceinline__ float energy(int chain) const {
+    const float* const values = at(tile_.values[(mlp_.depth - 1) % 2]) + chain;
+    float sum = *at(tile_.last_bias);
+    for (int i = 0; i < mlp_.sizes[mlp_.depth]; ++i) {
+      sum = multiply_add(at(tile_.last_weights)[i], values[i * kTile], sum);
+    }
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ static void copy(const float* from, int count, float* to) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+  }
+
+  // Calls f(first row) for the 16 rows of this thread's warp, and again while there are rows.
+  template <typename F>
+  __device__ __forceinline__ void for_each_block(int rows, const F& f) const {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    for (int first = warp * kWarpRows; first < rows; first += warps * kWarpRows) f(first);
+  }
+
+  // Values of layer l + 1 and the slopes of its activations, times the last weights where the
+  // layer is the last. load(k, h) gives the layer's input. A thread's rows lie kRowGroups apart.
+  template <typename Load>
+  __device__ __forceinline__ void forward_layer(int l, const Load& load) const {
+    const int rows = mlp_.sizes[l + 1], stride = tile_.strides[l];
+    const float* const weights = at(tile_.weights[l]);
+    for_each_block(rows, [&](int first) {
+      Sums sums;
+      const float* row_weights[kRows];
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int row = existing_row(first, r, rows);
+        row_weights[r] = weights + row * stride;
+        const float bias = at(tile_.biases[l])[row];
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kChains; ++c) sums[r][c] = bias;
+      }
+      COOPFLOW_UNROLL_4
+      for (int k = 0; k < mlp_.sizes[l]; k += 4) {
+        float w[kRows][4], h[4][kChains];
+        COOPFLOW_UNROLL
+        for (int r = 0; r < kRows; ++r) load_shared(row_weights[r] + k, w[r]);
+        COOPFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) load(k + j, h[j]);
+        COOPFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          COOPFLOW_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            COOPFLOW_UNROLL
+            for (int c = 0; c < kChains; ++c)
+              sums[r][c] = multiply_add(w[r][j], h[j][c], sums[r][c]);
+          }
+        }
+      }
+      activate_rows(l, first, sums);
+    });
+    __syncthreads();
+  }
+
+  // Row r of a thread in a forward layer; the last one where that does not exist.
+  __device__ __forceinline__ int existing_row(int first, int r, int rows) const {
+    const int row = first + row_group_ + r * kRowGroups;
+    return row < rows ? row : rows - 1;
+  }
+
+  __device__ __forceinline__ void activate_rows(int l, int first, Sums& sums) const {
+    const int rows = mlp_.sizes[l + 1];
+    const bool is_last = l + 1 == mlp_.depth;
+    float* const values = at(tile_.values[l % 2]) + first_chain_;
+    float* const slopes = at(tile_.slopes[l]) + first_chain_;
+    Sums factors;
+    with_activation(mlp_.activation, [&](auto tag) {
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kChains; ++c) {
+          const ActivationResult<float> result =
+              activate<decltype(tag)::value>(mlp_.parameters, sums[r][c]);
+          sums[r][c] = result.value;
+          factors[r][c] = result.slope;
+        }
+      }
+    });
+    COOPFLOW_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int row = first + row_group_ + r * kRowGroups;
+      if (row < rows) {
+        if (is_last) {
+          const float weight = at(tile_.last_weights)[row];
+          COOPFLOW_UNROLL
+          for (int c = 0; c < kChains; ++c) factors[r][c] = weight * factors[r][c];
+        }
+        store_shared(sums[r], values + row * kTile);
+        store_shared(factors[r], slopes + row * kTile);
+      } else if (row < round_up_4(rows)) {  // the next layer reads units by fours
+        const float zeros[kChains] = {};
+        store_shared(zeros, values + row * kTile);
+      }
+    }
+  }
+
+  // Calls store(row, sums) with the gradients of layer l before its activation, given those of
+  // layer l + 1. A thread's rows are neighbours.
+  template <typename Store>
+  __device__ __forceinline__ void backward_layer(int l, const Store& store) const {
+    const int rows = mlp_.sizes[l], stride = tile_.strides[l];
+    const float* const gradients = at(tile_.slopes[l]) + first_chain_;
+    for_each_block(rows, [&](int first) {
+      const int first_row = first + row_group_ * kRows;
+      if (first_row >= rows) return;
+      const float* const weights = at(tile_.weights[l]) + first_row;
+      Sums sums = {};
+      COOPFLOW_UNROLL_4
+      for (int k = 0; k < mlp_.sizes[l + 1]; ++k) {
+        float w[kRows], g[kChains];
+        load_shared(weights + k * stride, w);
+        load_shared(gradients + k * kTile, g);
+        COOPFLOW_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          COOPFLOW_UNROLL
+          for (int c = 0; c < kChains; ++c) sums[r][c] = multiply_add(w[r], g[c], sums[r][c]);
+        }
+      }
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (first_row + r < rows) store(first_row + r, sums[r]);
+      }
+    });
+    __syncthreads();
+  }
+
+  const Mlp<float>& mlp_;
+  const MlpTile& tile_;
+  float* const memory_;
+  int row_group_, first_chain_;
+};
+
+// The normals of step k for the tile of chains from `first` on, by all threads.
+__device__ __forceinline__ void fill_noise(const LangevinChainArgs<float>& args,
+                                           const MlpTile& tile, int64_t first, int64_t k,
+                                           float* xi) {
+  const int per_chain = static_cast<int>(args.per_chain);
+  if (args.noise_source == NoiseSource::kPhilox) {
+    const PhiloxKey key = make_philox_key(args.rng[0]);
+    const uint32_t time = args.noise_time(k);
+    for (int i = threadIdx.x; i < tile.chains * round_up_4(per_chain) / 4; i += blockDim.x) {
+      const int quad = i / tile.chains, chain = i - quad * tile.chains;
+      const Quad<float> z = normals_from_words<float>(
+          noise_words(key, args.rng[2] + first + chain, time, static_cast<uint32_t>(quad)));
+      float* const to = xi + chain * tile.chain_stride + 4 * quad;
+      to[0] = z.v0;
+      to[1] = z.v1;
+      to[2] = z.v2;
+      to[3] = z.v3;
+    }
+    return;
+  }
+  for (int i = threadIdx.x; i < tile.chains * per_chain; i += blockDim.x) {
+    const int chain = i / per_chain, e = i - chain * per_chain;
+    const bool given = args.noise_source == NoiseSource::kGiven && first + chain < args.batch;
+    xi[chain * tile.chain_stride + e] =
+        given ? args.xi[(k * args.batch + first + chain) * args.per_chain + e] : 0.0f;
+  }
+}
+
+// The chains of a tile, as one of its first threads sees its own: which exist is in `count`, 1 or
+// 0.
+__device__ __forceinline__ ChainLanes<float, 1> thread_chain(const MlpTile& tile, float* memory,
+                                                             int64_t first, int64_t batch) {
+  const int own = static_cast<int>(threadIdx.x), offset = own * tile.chain_stride;
+  ChainLanes<float, 1> lanes{};
+  lanes.first = first + own;
+  lanes.count = first + own < batch ? 1 : 0;
+  lanes.x = memory + tile.x + offset;
+  lanes.grad = memory + tile.grad + offset;
+  lanes.x_ref = memory + tile.x_ref + offset;
+  lanes.xi = memory + tile.xi + offset;
+  lanes.norm_scale[0] = lanes.active[0] = 1.0f;
+  return lanes;
+}
+
+// The state, and zeros behind it up to a multiple of four, which the first layer reads; a chain
+// that does not exist is zero.
+__device__ __forceinline__ void load_chain(const LangevinChainArgs<float>& args,
+                                           const ChainLanes<float, 1>& lanes) {
+  const int per_chain = static_cast<int>(args.per_chain);
+  for (int e = 0; e < round_up_4(per_chain); ++e) {
+    const bool exists = lanes.count > 0 && e < per_chain;
+    const int64_t i = lanes.first * args.per_chain + e;
+    lanes.x[e] = exists ? args.x0[i] : 0.0f;
+    lanes.x_ref[e] = exists && args.x_ref != nullptr ? args.x_ref[i] : 0.0f;
+  }
+  if (lanes.count > 0) args.frozen_at[lanes.first] = args.step + args.n_steps;
+}
+
+// One thread a chain of the tile moves it; all compute its gradient.
+template <bool kFull, int kChains>
+__global__ void __launch_bounds__(kMaxThreads)
+    mlp_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
+                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
+  const BlockNetwork<kChains> network(mlp, tile);
+  const bool moves = static_cast<int>(threadIdx.x) < tile.chains;
+  const int64_t state_size = args.batch * args.per_chain;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.chains;
+  network.load_parameters();
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * tile.chains; first < args.batch;
+       first += stride) {
+    ChainLanes<float, 1> lanes = thread_chain(tile, network.at(0), first, args.batch);
+    if (moves) load_chain(args, lanes);
+    for (int64_t k = 0; k < args.n_steps; ++k) {
+      __syncthreads();  // x has moved
+      fill_noise(args, tile, first, k, network.at(tile.xi));
+      network.gradient();
+      if (!moves || lanes.count == 0) continue;
+      if (k == 0 || args.coefficients_vary()) load_coefficients(args, k, lanes);
+      if (kFull && args.stats != nullptr) {
+        lanes.energy[0] = network.energy(static_cast<int>(threadIdx.x));
+      }
+      move_lanes<kFull>(args, k, args.per_chain, lanes);
+      const int64_t row = args.trajectory_row(k);
+      if (row >= 0) {
+        store_lanes(lanes.x, lanes, args.per_chain, args.trajectory + row * state_size);
+      }
+    }
+    if (moves) store_lanes(lanes.x, lanes, args.per_chain, args.x_out);
+  }
+}
+
+template <int kChains>
+void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                      const MlpTile& tile, const Tensor& x0) {
+  int widest = kMlpLeastTile;
+  for (int l = 0; l <= mlp.depth; ++l) widest = mlp.sizes[l] > widest ? mlp.sizes[l] : widest;
+  const int threads = kWarp * static_cast<int>(divide_up(widest, kWarpRows));
+  const int64_t blocks = divide_up(args.batch, tile.chains);
+  if (args.is_plain()) {
+    launch_with_memory<mlp_chain_kernel<false, kChains>>(x0, blocks, threads, tile.bytes(), args,
+                                                         mlp, tile);
+  } else {
+    launch_with_memory<mlp_chain_kernel<true, kChains>>(x0, blocks, threads, tile.bytes(), args,
+                                                        mlp, tile);
+  }
+}
+
+struct CudaMlp {
+  template <typename A>
+  static void run(const LangevinChainArgs<A>& args, const Mlp<A>& mlp, const Tensor& x0) {
+    const OpChecks check("mlp_langevin_chain");
+    if constexpr (std::is_same_v<A, double>) {
+      check.fail_type("x0", "must have dtype float32 on CUDA, got dtype float64");
+    } else {
+      const int device = x0.get_device_index();
+      const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      const MlpTile tile =
+          choose_mlp_tile(mlp.sizes, mlp.depth, args.batch,
+                          device_attribute(cudaDevAttrMultiProcessorCount, device), available);
+      if (tile.bytes() > available) {
+        check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
+                   " bytes of shared memory, and there are ", available);
+      }
+      if (tile.chains == 8) return launch_mlp_chain<1>(args, mlp, tile, x0);
+      if (tile.chains == 16) return launch_mlp_chain<2>(args, mlp, tile, x0);
+      launch_mlp_chain<4>(args, mlp, tile, x0);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace coopflow
+
+STABLE_TORCH_LIBRARY_IMPL(coopflow, CUDA, m) {
+  m.impl("mlp_langevin_chain", TORCH_BOX(&coopflow::mlp_langevin_chain<coopflow::CudaMlp>));
+}

@@ -1,0 +1,235 @@
+"""LangevinSampler(kernel=…) on fully connected networks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import coopflow_ext as cf
+from coopflow_ext.energies import MLPEnergy
+from coopflow_ext.samplers import kernel
+
+KEY = cf.Key(3, chain=5)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "SiLU": nn.SiLU,
+    "ReLU": nn.ReLU,
+    "LeakyReLU": lambda: nn.LeakyReLU(0.3),
+    "ELU": lambda: nn.ELU(0.6),
+    "Tanh": nn.Tanh,
+    "Softplus": lambda: nn.Softplus(2.0, 3.0),
+    "GELU": nn.GELU,
+    "GELU by tanh": lambda: nn.GELU("tanh"),
+}
+
+
+def network(activation: Callable[[], nn.Module] = nn.SiLU, dim: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(dim, 20), activation(), nn.Linear(20, 9), activation(), nn.Linear(9, 1)
+    )
+
+
+def start(batch: int = 18, dim: int = 3) -> Tensor:
+    return torch.randn(batch, dim, generator=torch.Generator().manual_seed(1))
+
+
+def sample(energy: Any, kernel: bool | str = True, x0: Tensor | None = None, **options: Any) -> Any:
+    given = {"n_steps": 1, "step_size": 0.5, **options}
+    sampler = cf.LangevinSampler(energy, kernel=kernel, **given)
+    return sampler(start() if x0 is None else x0, key=KEY)
+
+
+def assert_same_step(energy: nn.Module, device: torch.device, **options: Any) -> None:
+    """With the kernel and step by step, to rounding; without noise, which hides the drift."""
+    energy, x0 = energy.to(device), start().to(device)
+    for noise in ({"step_size": 0.5}, {"step_size": None, "drift": 0.5, "noise": 0.0}):
+        ours = sample(energy, True, x0, **options, **noise)
+        loop = sample(energy, False, x0, **options, **noise)
+        torch.testing.assert_close(ours.x, loop.x, rtol=3e-6, atol=3e-6)
+        assert not torch.equal(ours.x, x0)
+
+
+@pytest.mark.parametrize("activation", ["silu", "softplus", "tanh", "gelu"])
+def test_mlp_energy_is_known(device: torch.device, activation: str) -> None:
+    torch.manual_seed(0)
+    assert_same_step(MLPEnergy(3, (20, 9), activation), device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sequential_is_known(device: torch.device, activation: str) -> None:
+    assert_same_step(network(ACTIVATIONS[activation]), device)
+
+
+def test_what_changes_nothing_may_stand_between_layers(device: torch.device) -> None:
+    layers = list(network())
+    energy = nn.Sequential(
+        nn.Identity(), *layers[:2], nn.Dropout(0.5), *layers[2:4], nn.Dropout(0.0), layers[4]
+    )
+    assert_same_step(energy.eval(), device)
+
+
+def test_layers_without_bias(device: torch.device) -> None:
+    energy = network()
+    energy[0] = nn.Linear(3, 20, bias=False)
+    energy[4] = nn.Linear(9, 1, bias=False)
+    assert_same_step(energy, device)
+
+
+def test_negative_energy_and_options(device: torch.device) -> None:
+    assert_same_step(
+        network(), device, negative_energy=True, grad_norm=0.5, clamp=(-1.0, 1.0), reference_std=2.0
+    )
+
+
+def test_trajectory_statistics_and_key_are_those_of_the_loop() -> None:
+    options = {"n_steps": 4, "return_trajectory": True, "thin": 2, "stats": True}
+    ours, loop = sample(network(), True, **options), sample(network(), False, **options)
+    assert ours.key == loop.key
+    torch.testing.assert_close(ours.trajectory, loop.trajectory, rtol=1e-5, atol=1e-5)
+    for name, expected in vars(loop.stats).items():
+        mine = getattr(ours.stats, name)
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_training_between_calls_is_seen() -> None:
+    energy = network()
+    sampler = cf.LangevinSampler(energy, n_steps=2, step_size=0.5, kernel=True)
+    before = sampler(start(), key=KEY).x
+    optimizer = torch.optim.SGD(energy.parameters(), lr=0.5)
+    energy(start()).sum().backward()
+    optimizer.step()
+    after = sampler(start(), key=KEY).x
+    assert not torch.equal(after, before)
+    assert torch.equal(after, sample(energy, n_steps=2).x)
+    assert all(p.requires_grad for p in energy.parameters())
+
+
+def test_nan_weights_are_named_by_step_and_chains() -> None:
+    energy = network()
+    with torch.no_grad():
+        energy[2].weight[0, 0] = torch.nan
+    with pytest.raises(cf.NonFiniteError, match=r"step 0"):
+        sample(energy, n_steps=5)
+    frozen = sample(energy, n_steps=5, on_nonfinite="freeze")
+    assert torch.equal(frozen.x, start())
+
+
+# --- what it does not take ------------------------------------------------------------------------
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+class OwnSequential(nn.Sequential):
+    pass
+
+
+class OwnEnergy(MLPEnergy):
+    pass
+
+
+def replaced(i: int, module: nn.Module) -> nn.Sequential:
+    energy = network()
+    energy[i] = module
+    return energy
+
+
+def hooked(module: nn.Module, part: nn.Module | None = None) -> nn.Module:
+    (part or module).register_forward_hook(lambda *_: None)
+    return module
+
+
+def parametrized() -> nn.Sequential:
+    energy = network()
+    parametrize.register_parametrization(energy[2], "weight", nn.Identity())
+    return energy
+
+
+def normalised() -> nn.Sequential:
+    energy = network()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(energy[2])
+    return energy
+
+
+def with_own_forward() -> MLPEnergy:
+    energy = MLPEnergy(3, (8,))
+    energy.forward = lambda x: x.sum(1)  # type: ignore[method-assign]
+    return energy
+
+
+def hooked_inside() -> nn.Module:
+    energy = network()
+    return hooked(energy, energy[1])
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a subclass of MLPEnergy": (lambda: OwnEnergy(3), "energy must be one of"),
+    "a subclass of Sequential": (lambda: OwnSequential(*network()), "energy must be one of"),
+    "a subclass of Linear": (lambda: replaced(2, OwnLinear(20, 9)), "got OwnLinear"),
+    "a hook": (lambda: hooked(network()), "Sequential has hooks"),
+    "a hook inside": (hooked_inside, "SiLU has hooks"),
+    "a parametrisation": (parametrized, "got ParametrizedLinear"),
+    "weight_norm": (normalised, "Linear has hooks"),
+    "a forward of its own": (with_own_forward, "has a forward or score of its own"),
+    "a dropout that is on": (lambda: replaced(1, nn.Dropout()), "got Dropout"),
+    "another activation": (lambda: network(nn.Mish), "got Mish"),
+    "two activations": (lambda: replaced(3, nn.ReLU()), "must be alike.* got 2 kinds"),
+    "two parameters": (lambda: replaced(3, nn.ELU(2.0)), "got 2 kinds"),
+    "no layer": (nn.Sequential, "got 0 kinds"),
+    "no hidden layer": (lambda: nn.Sequential(nn.Linear(3, 1)), "got 0 kinds"),
+    "five hidden layers": (lambda: MLPEnergy(3, (4,) * 5), "1 to 4 hidden layers, got 5"),
+    "two outputs": (lambda: replaced(4, nn.Linear(9, 2)), "end in one number, got 2"),
+    "wide layers": (lambda: MLPEnergy(3, (129,)), "at most 128 wide, got 129"),
+    "another size": (lambda: MLPEnergy(4), "takes 4 numbers and is given 3"),
+    "another dtype": (lambda: network().double(), "x0's dtype and device"),
+    "another device": (lambda: network().to("meta"), "x0's dtype and device.*meta"),
+    "softplus of beta 0": (lambda: network(lambda: nn.Softplus(0.0)), "beta of softplus"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_reason_is_named(name: str) -> None:
+    make, reason = REFUSED[name]
+    with pytest.raises(ValueError, match=f"kernel=True: .*{reason}"):
+        sample(make(), True)
+
+
+@pytest.mark.parametrize(
+    "name", ["a subclass of Linear", "a hook inside", "two activations", "a dropout that is on"]
+)
+def test_auto_goes_step_by_step_where_there_is_no_kernel(name: str) -> None:
+    energy = REFUSED[name][0]().eval()
+    assert torch.equal(sample(energy, "auto", n_steps=3).x, sample(energy, False, n_steps=3).x)
+
+
+def test_autocast_is_not_taken() -> None:
+    with pytest.raises(ValueError, match="without autocast"):
+        sample(network(), True, autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((2, 64, 64, 64), torch.float32, ""),
+        ((2, 128, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
+        ((64, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
+        ((2, 8), torch.float64, "float32 on CUDA, got torch.float64"),
+    ],
+)
+def test_what_a_gpu_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], dtype: torch.dtype, reason: str
+) -> None:
+    """As sm_80 answers; there is no GPU to ask."""
+    a100 = SimpleNamespace(shared_memory_per_block_optin=166_912)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: a100)
+    lack = kernel._lack_on_cuda(sizes, torch.zeros(3, 2, dtype=dtype))
+    assert re.search(reason, lack) if reason else lack == ""
