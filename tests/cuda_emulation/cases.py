@@ -444,7 +444,7 @@ _MIXTURES = ("mixture_logistic_coupling", "mixture_logistic_coupling_inverse")
 def _mixture_inputs(inputs: Inputs) -> Inputs | None:
     """A thread has one element, which costs time: fewer shapes, chains of three blocks at most."""
     batch, length = inputs.shape
-    if 127 < length < 1024 or length > 16391 or (length > 127 and not inputs.aligned):
+    if length > 127 and (length not in (1031, 16391) or not inputs.aligned):
         return None
     return Inputs(inputs.dtype, (batch, min(length, 300)), inputs.aligned)
 
