@@ -147,9 +147,11 @@ def test_emulation_knows_each_kernel_by_its_name(file: Path) -> None:
 
 @pytest.mark.parametrize("file", CUDA, ids=lambda file: file.name)
 def test_emulation_and_nvcc_compile_the_same_lines(file: Path) -> None:
-    """No #if and no assembly in the kernels' files: those belong into coopflow/intrinsics.h."""
+    """No #if and no assembly in the kernels' files: those belong into coopflow/intrinsics.h. One
+    header hands out dynamic shared memory, which C++ has no words for."""
     text = file.read_text()
-    assert not re.findall(r"^\s*#\s*(?:if|el|endif).*", text, re.MULTILINE)
+    conditions = re.findall(r"^\s*#\s*(?:if|el|endif).*", text, re.MULTILINE)
+    assert len(conditions) == (3 if file.name == "dynamic_shared.cuh" else 0)
     assert not re.findall(r"\basm\b.*", text)
 
 
