@@ -1,6 +1,7 @@
-"""Every op of the library once: arguments to call it with, and how far its results may lie from
-those of the plain-PyTorch reference. ``tests/test_ops.py`` runs the laws over this list, and
-``exercise_ops.py`` calls it under memory checkers.
+"""The ops of random numbers, steps and couplings, once: arguments to call them with, and how far
+their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs the laws
+over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole chains, whose
+reference is a loop, have tests of their own.
 """
 
 from __future__ import annotations

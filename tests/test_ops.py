@@ -23,7 +23,9 @@ from coopflow_ext._extension import native
 SHAPES = (
     (0, 3), (3, 0), (1, 1), (2, 3), (3, 4), (5, 5), (7,), (4, 127), (2, 16411), (3, 2, 5, 7),
 )  # fmt: skip
-FACES = tuple({op.name: op for op in OPS}.values())  # one call of each, for what is slow
+FACES = tuple({op.name: op for op in reversed(OPS)}.values())  # the first call of each
+# For what is slow: components in registers are another kernel, but the same path to it.
+COMPILED = [op for op in OPS if not op.variant.startswith(("K4", "K32"))]
 DIFFERENTIABLE = [op for op in OPS if op.differentiable and op.variant != "K32"]
 COUPLINGS = [op for op in OPS if op.is_coupling]
 
@@ -101,7 +103,7 @@ def test_matches_the_reference(
         assert ladj.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@each(FACES)
+@each(OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_misaligned_and_strided_arguments(device: torch.device, op: Op, dtype: torch.dtype) -> None:
     arguments = op.arguments(Draw((4, 256), dtype, device=device))
@@ -277,7 +279,7 @@ def test_func_grad_and_vjp(device: torch.device, op: Op) -> None:
 def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device, op: Op) -> None:
     call, inputs = function(op, op.arguments(Draw((2, 3), device=device)))
     ones = tuple(torch.ones_like(t) for t in inputs)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)jvp|forward"):
+    with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(call, inputs, ones)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"), dual_level():
         call(*map(make_dual, inputs, ones))
@@ -292,7 +294,7 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-@each(FACES)
+@each(COMPILED)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_under_compile(device: torch.device, op: Op) -> None:
     arguments = op.arguments(Draw((5, 13), device=device))
@@ -306,7 +308,7 @@ def test_one_graph_under_compile(device: torch.device, op: Op) -> None:
         assert torch.equal(ours, expected)
 
 
-@each([op for op in FACES if op.differentiable])
+@each([op for op in COMPILED if op.differentiable])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_gradients(device: torch.device, op: Op) -> None:
     call, inputs = function(op, leaves(op, op.arguments(Draw((4, 8), device=device))))

@@ -58,6 +58,9 @@ class LangevinOp {
 
   bool is_dense(const GradientLayout& layout) const { return layout.is_dense(batch_, per_chain_); }
 
+  // The state's own.
+  GradientLayout dense_layout() const { return {per_chain_, 1, LowPrecision::kNone}; }
+
   void check_state_like(const char* argument, const Tensor& t) const {
     check_.has_dtype(argument, t, x_.scalar_type());
     check_.same_device(argument, t, x_);
@@ -150,12 +153,12 @@ class LangevinOp {
 
   // The arguments of one step for arithmetic type A. Call after check_step.
   template <typename A>
-  LangevinArgs<A> step_args(const Tensor& x_out, const Tensor& grad, const Tensor& rng,
-                            const LangevinOptions& o) const {
+  LangevinArgs<A> step_args(const Tensor& x_out, const Tensor& grad, const GradientLayout& layout,
+                            const Tensor& rng, const LangevinOptions& o) const {
     LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.xi,
                                          static_cast<NoiseWhen>(o.noise_when));
     args.grad = grad.const_data_ptr();
-    args.grad_layout = *gradient_layout(grad);
+    args.grad_layout = layout;
     args.x_ref = pointer_or_null(o.x_ref);
     if (o.x_low) {
       args.x_low = o.x_low->mutable_data_ptr();
@@ -197,7 +200,7 @@ class LangevinOp {
     args.limits = limits<A>(std::nullopt, std::nullopt, std::nullopt, std::nullopt);
     args.batch = batch_;
     args.per_chain = per_chain_;
-    args.grad_layout = {per_chain_, 1, LowPrecision::kNone};
+    args.grad_layout = dense_layout();
     return args;
   }
 
@@ -312,18 +315,23 @@ class LangevinOp {
   int64_t batch_, per_chain_;
 };
 
+struct ReadableGradient {
+  Tensor grad;
+  GradientLayout layout;
+};
+
 // The gradient itself, or a copy that lies like x where the back end cannot read it.
 template <typename Backend>
-Tensor readable_gradient(const LangevinOp& op, const Tensor& x, const Tensor& grad) {
+ReadableGradient readable_gradient(const LangevinOp& op, const Tensor& x, const Tensor& grad) {
   const std::optional<GradientLayout> layout = op.gradient_layout(grad);
-  if (layout && (Backend::kReadsStrides || op.is_dense(*layout))) return grad;
+  if (layout && (Backend::kReadsStrides || op.is_dense(*layout))) return {grad, *layout};
   Tensor copy = torch::stable::empty_like(x);
-  return torch::stable::copy_(copy, grad);
+  return {torch::stable::copy_(copy, grad), op.dense_layout()};
 }
 
 template <typename Backend>
 void run_langevin_step(const LangevinOp& op, const Tensor& x, const Tensor& x_out,
-                       const Tensor& given_grad, const Tensor& rng, const LangevinOptions& o) {
+                       const Tensor& grad, const Tensor& rng, const LangevinOptions& o) {
   if (op.is_empty()) {
     if (o.stats) {
       Tensor stats = *o.stats;
@@ -331,11 +339,12 @@ void run_langevin_step(const LangevinOp& op, const Tensor& x, const Tensor& x_ou
     }
     return;
   }
-  const Tensor grad = readable_gradient<Backend>(op, x, given_grad);
+  const ReadableGradient readable = readable_gradient<Backend>(op, x, grad);
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
-    Backend::template langevin_step<T>(op.step_args<A>(x_out, grad, rng, o), x);
+    Backend::template langevin_step<T>(
+        op.step_args<A>(x_out, readable.grad, readable.layout, rng, o), x);
   });
 }
 

@@ -12,7 +12,7 @@
 
 namespace coopflow {
 
-// Numbered as coopflow_ext/ops/mlp_langevin_chain.py numbers them.
+// Numbered as coopflow_ext/ops/mlp.py numbers them.
 enum class Activation : int {
   kSilu,
   kRelu,
