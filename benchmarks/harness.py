@@ -606,13 +606,14 @@ def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]
 
     try:
         device = torch.device("cuda", torch.cuda.current_device())
-        recording = Recording(kept, warm_up=run, device=device)
+        recording = Recording(device)
+        recording.add(name, kept, warm_up=run)
     except CaptureError as error:
         missing[name] = f"cannot be captured: {error}"
         return
 
     def replay() -> Any:
-        recording.replay()
+        recording.replay(name)
         return results[0]
 
     runs[name] = replay

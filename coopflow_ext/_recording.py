@@ -1,9 +1,9 @@
-"""Work on a CUDA device recorded once as a graph, and replayed."""
+"""Work on a CUDA device recorded once as graphs, and replayed."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,31 +24,41 @@ class CaptureError(RuntimeError):
 
 
 class Recording:
-    """What ``run`` does on the device, to be done again on the same memory.
+    """Pieces of work on the same memory, each recorded as a CUDA graph, to be done again one at a
+    time. They share the memory of what they allocate, none of which they leave to each other.
 
     Args:
-        run: the work, which allocates what it likes, and reads and writes what stays in place.
-        warm_up: the same or a shorter part of it, called three times before the capture, the last
-            time where waiting for the device raises: most of what cannot be captured is found
-            there, and a capture that fails leaves torch with much to mend.
-        device: where it runs.
-
-    Raises:
-        CaptureError: the work cannot be captured, and why; streams, generators and the allocator
-            are as they were. What ``warm_up`` and ``run`` changed is the caller's to restore.
+        device: where they run.
     """
 
-    def __init__(
-        self,
-        run: Callable[[], object],
-        *,
-        warm_up: Callable[[], object],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graph = torch.cuda.CUDAGraph()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
         self._done = torch.cuda.Event()
-        with _CAPTURING, torch.cuda.device(device):
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._graphs
+
+    def add(
+        self, name: Hashable, run: Callable[[], object], *, warm_up: Callable[[], object]
+    ) -> None:
+        """Record what ``run`` does on the device.
+
+        Args:
+            name: by which it is replayed.
+            run: the work, which allocates what it likes, and reads and writes what stays in place.
+            warm_up: the same or a shorter part of it, called three times before the capture, the
+                last time where waiting for the device raises: most of what cannot be captured is
+                found there, and a capture that fails leaves torch with much to mend.
+
+        Raises:
+            CaptureError: the work cannot be captured, and why; streams, generators and the
+                allocator are as they were. What ``warm_up`` and ``run`` changed is the caller's to
+                restore.
+        """
+        with _CAPTURING, torch.cuda.device(self._device):
+            self.wait()
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
             # Around torch.cuda.graph too, which leaves its stream the current one when it fails.
@@ -56,45 +66,48 @@ class Recording:
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS):
                         warm_up()
-                    self._capture(run, warm_up, stream)
+                    self._graphs[name] = self._capture(run, warm_up, stream)
             finally:
                 current.wait_stream(stream)
             self._done.record(current)
 
     def _capture(
         self, run: Callable[[], object], warm_up: Callable[[], object], stream: torch.cuda.Stream
-    ) -> None:
+    ) -> torch.cuda.CUDAGraph:
         try:
             with _no_synchronisation():
                 warm_up()
             stream.synchronize()
-            self._record(run, stream)
+            return self._record(run, stream)
         except Exception as error:
             raise CaptureError(reason(_root_cause(error))) from error
 
-    def _record(self, run: Callable[[], object], stream: torch.cuda.Stream) -> None:
-        pool = torch.cuda.graph_pool_handle()
+    def _record(self, run: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(
-            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         )
         try:
             with capture:
                 run()
         except Exception:
-            _mend_after_failed_capture(self._device, pool)
-            _FAILED.append(self._graph)
+            _mend_after_failed_capture(self._device, self._pool)
+            _FAILED.append(graph)
             raise
+        return graph
 
     def wait(self) -> None:
         """The memory belongs to one call at a time, whatever stream the calls are made on."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
-    def replay(self) -> None:
+    def replay(self, name: Hashable) -> None:
         with torch.cuda.device(self._device):
-            self._graph.replay()
+            self._graphs[name].replay()
 
     def release(self) -> None:
-        """What the replay left behind was copied: the next call may start."""
+        """What the replays left behind was copied: the next call may start."""
         self._done.record(torch.cuda.current_stream(self._device))
 
     def finish(self) -> None:

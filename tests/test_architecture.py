@@ -45,6 +45,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "_cuda_endAllocateToPool",
     "_cuda_releasePool",
     "_current_level",
+    "_foreach_add_",
     "_foreach_lerp_",
     "_schema",
     "_version",

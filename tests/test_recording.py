@@ -17,9 +17,10 @@ WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 2"]
 class FakeCuda:
     """Stands for torch.cuda in the recording itself, and notes what it is asked for."""
 
-    def __init__(self, monkeypatch, *, fails: str = "") -> None:
+    def __init__(self, monkeypatch, *, fails: str = "", twice: bool = False) -> None:
         self.log: list[str] = []
-        self.sync_mode, self.fails = 0, fails
+        self.sync_mode, self.fails, self.twice = 0, fails, twice
+        self.pools = 0
         self.generator = SimpleNamespace(
             clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
         )
@@ -35,10 +36,13 @@ class FakeCuda:
         )
         monkeypatch.setattr(_recording, "torch", SimpleNamespace(cuda=self))
 
-    def current_stream(self):
-        return SimpleNamespace(wait_stream=lambda stream: self.log.append("joined"))
+    def current_stream(self, device=None):
+        return SimpleNamespace(
+            wait_stream=lambda stream: self.log.append("joined"), wait_event=lambda event: None
+        )
 
     def graph_pool_handle(self):
+        self.pools += 1
         return "pool"
 
     def get_sync_debug_mode(self):
@@ -69,9 +73,10 @@ class FakeCuda:
             if self.fails == "capture" and name == "run":
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-        return _recording.Recording(
-            lambda: work("run"), warm_up=lambda: work("warm-up"), device=torch.device("cuda", 0)
-        )
+        recording = _recording.Recording(torch.device("cuda", 0))
+        for name in ("first", "second")[: 1 + self.twice]:
+            recording.add(name, lambda: work("run"), warm_up=lambda: work("warm-up"))
+        return recording
 
 
 def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
@@ -99,3 +104,12 @@ def test_a_capture_that_fails_is_mended(monkeypatch):
     with pytest.raises(_recording.CaptureError, match="not permitted when stream is capturing"):
         cuda.record()
     assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
+
+
+def test_pieces_of_work_share_their_memory(monkeypatch):
+    cuda = FakeCuda(monkeypatch, twice=True)
+    recording = cuda.record()
+    assert cuda.pools == 1
+    assert "first" in recording
+    assert "second" in recording
+    assert "third" not in recording

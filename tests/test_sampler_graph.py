@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import coopflow_ext as cf
 from coopflow_ext._recording import CaptureError
 from coopflow_ext.energies import MLPEnergy, ResEnergy
-from coopflow_ext.samplers import LangevinSampler, graph
+from coopflow_ext.samplers import LangevinSampler, graph, langevin
 
 KEY = cf.Key(5)
 stepwise = partial(LangevinSampler, kernel=False)  # a chain in one kernel needs no graph
@@ -27,21 +28,33 @@ stepwise = partial(LangevinSampler, kernel=False)  # a chain in one kernel needs
 class FakeRecording:
     """Stands for the captured work: warm-up and capture, then the same run at each replay."""
 
-    made = 0
+    made = 0  # recordings; each has several pieces
+    ops = 0  # in all pieces of all recordings, what their graphs would hold
 
-    def __init__(self, run, *, warm_up, device) -> None:
+    def __init__(self, device) -> None:
         type(self).made += 1
-        self.run, self.in_use = run, False
+        self.runs: dict = {}
+        self.in_use = False
+
+    def __contains__(self, name) -> bool:
+        return name in self.runs
+
+    def add(self, name, run, *, warm_up) -> None:
+        assert not self.in_use
+        assert name not in self.runs
         for _ in range(3):
             warm_up()
-        run()
+        with CountOps() as counted:
+            run()
+        type(self).ops += counted.ops
+        self.runs[name] = run
 
     def wait(self) -> None:
         assert not self.in_use
 
-    def replay(self) -> None:
+    def replay(self, name) -> None:
         self.in_use = True
-        self.run()
+        self.runs[name]()
 
     def release(self) -> None:
         self.in_use = False
@@ -50,12 +63,20 @@ class FakeRecording:
         assert not self.in_use
 
 
+class CountOps(TorchDispatchMode):
+    ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Samplers take the captured path on the CPU."""
     monkeypatch.setattr(graph, "Recording", FakeRecording)
     monkeypatch.setattr(LangevinSampler, "_can_capture", lambda self, x: True)
-    FakeRecording.made = 0
+    FakeRecording.made = FakeRecording.ops = 0
     return FakeRecording
 
 
@@ -91,9 +112,9 @@ def test_replays_equal_plain_runs(recorded, options):
     captured = stepwise(energy, **common)
     plain = stepwise(energy, cuda_graph=False, **common)
     outputs = []
-    for seed in range(3):
+    for seed, n_steps in enumerate((6, 6, 37, 1, 16)):
         x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-        call = {"x_ref": x0 + seed} if "pull" in options else {}
+        call = {"n_steps": n_steps} | ({"x_ref": x0 + seed} if "pull" in options else {})
         outputs.append(captured(x0, key=cf.Key(seed), **call))
         assert_equal_outputs(outputs[-1], plain(x0, key=cf.Key(seed), **call))
         with torch.no_grad():
@@ -214,8 +235,7 @@ def test_nonfinite_chains_raise(recorded):
 
 def test_refusal_warns_once_or_raises(monkeypatch, recorded):
     class Refuses(FakeRecording):
-        def __init__(self, *args, **options) -> None:
-            type(self).made += 1
+        def add(self, *args, **options) -> None:
             raise CaptureError("RuntimeError: operation not permitted")
 
     monkeypatch.setattr(graph, "Recording", Refuses)
@@ -232,6 +252,94 @@ def test_refusal_warns_once_or_raises(monkeypatch, recorded):
     with pytest.raises(RuntimeError, match=r"cuda_graph=True: .*operation not permitted"):
         stepwise(energy, n_steps=2, step_size=0.1, cuda_graph=True)(x0)
     assert all(p.requires_grad for p in energy.parameters())
+
+
+def test_pieces_are_the_steps_in_turn():
+    for marks_end in (False, True):
+        for n_steps in range(70):
+            found = list(graph.pieces(n_steps, marks_end=marks_end))
+            steps = [start + k for start, piece in found for k in range(piece.n_steps)]
+            assert steps == list(range(n_steps))
+            ends = [piece.ends for _, piece in found]
+            assert ends == [marks_end and i + 1 == len(ends) for i in range(len(ends))]
+            assert len(found) <= n_steps // 16 + 6
+
+
+@pytest.mark.parametrize("options", [{}, {"stats": True, "return_trajectory": True, "thin": 3}])
+def test_a_capture_does_not_grow_with_the_chain(recorded, options):
+    """Neither the work in its graphs nor the memory that they work on."""
+    found = []
+    for n_steps in (37, 2005):
+        sampler = stepwise(score=lambda x: -x, n_steps=n_steps, drift=lambda k: 0.1 / (k + 1),
+                           noise=0.1, **options)  # fmt: skip
+        before = recorded.ops
+        sampler(torch.randn(4, 3), xi=torch.randn(n_steps, 4, 3), key=KEY)
+        (captured,) = sampler._graphs._captured.values()
+        chain, records = captured.chain, captured.chain.records
+        kept = [*chain.inputs.constants(), *chain.inputs.xis, *captured._windows.values(),
+                *records.sums, *(records.trajectory or ())]  # fmt: skip
+        found.append((recorded.ops - before, sum(t.nbytes for t in kept)))
+    assert found[0] == found[1]
+    assert found[0][0] >= 16 + 4 + 1  # a step is at least one
+
+
+def test_the_step_of_a_chain_that_stops_is_the_chain_s(recorded):
+    """Though each piece of it counts from 0."""
+
+    def score(x: Tensor) -> Tensor:
+        return torch.where(x > 20.5, torch.nan, 1.0)
+
+    x0 = torch.tensor([[-9.0], [1.0], [0.0], [-99.0]])
+    for cuda_graph in ("auto", False):
+        sampler = stepwise(score=score, n_steps=40, drift=1.0, noise=0.0, cuda_graph=cuda_graph)
+        with pytest.raises(cf.NonFiniteError, match=r"in 3 of 4 chains \(0, 1, 2\).*step 20") as e:
+            sampler(x0)
+        assert e.value.step == 20
+        assert e.value.x.flatten().tolist() == [21, 21, 21, -59]
+    assert recorded.made == 1
+
+
+def test_other_steps_and_coefficients_need_no_other_capture(recorded):
+    energy, x0 = MLPEnergy(3), torch.randn(5, 3)
+    sampler = stepwise(energy, n_steps=20, step_size=0.1, reference_std=2.0, pull=(x0, 0.3))
+    calls = [
+        {},
+        {"n_steps": 55},
+        {"temperature": 0.5},
+        {"drift": lambda k: 0.1 / (k + 1), "n_steps": 33},
+        {"drift": 0.02, "noise": torch.linspace(0.3, 0.1, 20)},
+        {},
+        {"step_size": [0.2] * 5, "n_steps": 5},
+    ]
+    for call in calls:
+        made = {"step_size": 0.1} if not call.keys() & {"drift", "step_size"} else {}
+        alone = stepwise(energy, **{"n_steps": 20, **made, **call}, cuda_graph=False,
+                         reference_std=2.0, pull=(x0, 0.3))  # fmt: skip
+        assert_equal_outputs(sampler(x0, key=KEY, **call), alone(x0, key=KEY))
+    assert recorded.made == 1
+    sampler(x0, drift=torch.rand(1, 5) / 10)  # values per chain lie in memory otherwise
+    assert recorded.made == 2
+    sampler(x0, noise=0.0)  # draws none
+    assert recorded.made == 3
+
+
+def test_inside_a_capture_of_the_caller_steps_run_one_by_one(recorded, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(graph, "Recording", FakeRecording)
+    monkeypatch.setattr(langevin, "_is_capturing", lambda x: True)
+    energy, x0 = MLPEnergy(3), torch.randn(4, 3)
+    for kernel in (False, True):
+        options = {"n_steps": 3, "step_size": 0.1, "kernel": kernel}
+        sampler = LangevinSampler(energy, on_nonfinite="freeze", **options)
+        out = sampler(x0, key=KEY)
+        assert_equal_outputs(
+            out, LangevinSampler(energy, **options, on_nonfinite="ignore")(x0, key=KEY)
+        )
+        with pytest.raises(
+            ValueError, match=r"on_nonfinite='raise' reads.*use 'freeze' or 'ignore'"
+        ):
+            LangevinSampler(energy, **options)(x0)
+    assert recorded.made == 0
 
 
 class Norms(nn.Module):
@@ -360,6 +468,37 @@ def test_gpu_replays_equal_plain_runs(gpu, options):
             for p in energy.parameters():
                 p.mul_(0.9)
     assert len(captured._graphs._captured) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_other_steps_and_coefficients_in_the_same_capture(gpu):
+    energy, x0 = MLPEnergy(3).to(gpu), torch.randn(64, 3, device=gpu)
+    options = {"n_steps": 20, "step_size": 0.1, "stats": True, "return_trajectory": True, "thin": 3}
+    captured, plain = (stepwise(energy, **options, cuda_graph=g) for g in (True, False))
+    for call in ({}, {"n_steps": 200}, {"drift": lambda k: 0.1 / (k + 1)}, {"temperature": 0.1}):
+        a, b = captured(x0, key=KEY, **call), plain(x0, key=KEY, **call)
+        torch.testing.assert_close(a.trajectory, b.trajectory, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(vars(a.stats), vars(b.stats), rtol=1e-2, atol=1e-3)
+    assert len(captured._graphs._captured) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [False, True])
+def test_gpu_inside_a_capture_of_the_caller(gpu, kernel):
+    """A whole iteration as one graph: the steps become part of it."""
+    energy, x0 = MLPEnergy(3).to(gpu), torch.randn(64, 3, device=gpu)
+    sampler = LangevinSampler(
+        energy, n_steps=20, step_size=0.1, on_nonfinite="freeze", kernel=kernel
+    )
+    expected = sampler(x0, key=KEY).x
+    recording, result = graph.Recording(gpu), []
+    recording.add("all", lambda: result.append(sampler(x0, key=KEY).x),
+                  warm_up=lambda: sampler(x0, key=KEY))  # fmt: skip
+    for x in (x0, x0 + 1):
+        x0.copy_(x)
+        recording.replay("all")
+        torch.testing.assert_close(result[0], sampler(x0, key=KEY).x, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(result[0], expected)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from coopflow_ext._tensors import (
     table_row,
 )
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
+from coopflow_ext.samplers.inputs import step_rows
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
-from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, chain_statistics, pack
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import CastModels
+from coopflow_ext.samplers.records import Records
 from coopflow_ext.samplers.schedule import place
 
 Bounds = tuple[float, float]
@@ -36,7 +38,7 @@ class Plan:
 
     gradient: Gradient
     n_steps: int
-    fast_steps: int  # steps of the in-place loop; the rest is differentiable
+    differentiable: bool | Literal["last"]
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
     step_clamp: Bounds | None  # of the state after every step
@@ -51,9 +53,26 @@ class Plan:
     channels_last: bool
     casts: CastModels | None  # where the model computes with copies of its weights
 
-    def records(self, step: int) -> bool:
+    @property
+    def fast_steps(self) -> int:
+        """Steps of the in-place loop; the rest is differentiable."""
+        if self.differentiable == "last":
+            return max(self.n_steps - 1, 0)
+        return 0 if self.differentiable else self.n_steps
+
+    def keeps_state(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
+
+    def records(self, xs: Tensors) -> Records:
+        """Memory for what its steps leave behind."""
+        return Records(
+            xs,
+            self.n_steps,
+            thin=self.thin if self.keep_trajectory else None,
+            stats=self.keep_stats,
+            energy=self.gradient.has_energy,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Inputs:
         xs: the start.
         rngs: int64[3] for each tensor of the state.
         x_refs: centres of the pull, or None.
-        xis: supplied normals for each tensor and step, or None.
+        xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
     """
 
@@ -73,23 +92,25 @@ class Inputs:
     xs: Tensors
     rngs: Tensors
     x_refs: Tensors | None
-    xis: tuple[Tensors, ...] | None
+    xis: Tensors | None
     model_kwargs: dict[str, Any]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the inputs, always in the same order."""
-        rows = [row for rows in self.xis or () for row in rows]
+    def constants(self) -> list[Tensor]:
+        """Every tensor of which the whole chain has one, always in the same order."""
         kwargs = tensors_of(self.model_kwargs)
-        return [*self.xs, *self.rngs, *(self.x_refs or ()), *rows, *kwargs]
+        return [*self.xs, *self.rngs, *(self.x_refs or ()), *kwargs]
 
-    def clone(self) -> Inputs:
-        """The same values in tensors of its own."""
+    def window(self, n_steps: int) -> Inputs:
+        """The same constants in tensors of its own, and room for the normals of so many steps."""
+        xis = None
+        if self.xis is not None:
+            xis = tuple(step_rows(x, n_steps).zero_() for x in self.xs)
         return replace(
             self,
             xs=clones(self.xs),
             rngs=clones(self.rngs),
             x_refs=None if self.x_refs is None else clones(self.x_refs),
-            xis=None if self.xis is None else tuple(map(clones, self.xis)),
+            xis=xis,
             model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
         )
 
@@ -142,57 +163,47 @@ class Chain:
             self.active = first.new_empty(batch, dtype=torch.bool)
             self.frozen_at = first.new_empty(batch, dtype=torch.int64)
             if plan.noise_first:
-                # A frozen chain must not keep noise that no step has used.
+                # A frozen chain must not end with noise that no step has used.
                 self.settled = tuple(torch.empty_like(x) for x in xs)
 
-        self.trajectory: Tensors | None = None
-        if plan.keep_trajectory:
-            kept = plan.n_steps // plan.thin
-            self.trajectory = tuple(x.new_empty(kept, *x.shape) for x in xs)
-        self.sums: Tensors = ()
-        self.energies: Tensor | None = None
-        if plan.keep_stats:
-            shape = plan.n_steps, batch
-            self.sums = tuple(x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs)
-            if plan.gradient.has_energy:
-                wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
-                self.energies = first.new_empty(*shape, dtype=wide)
-
+        self.records = plan.records(xs)
         self.bound_gradient = partial(
             self.gradient,
             self.leaves,
             self.leaf_state,
             inputs.model_kwargs,
-            wants_energy=self.energies is not None,
+            wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
+        self.coefficients = {name: place(v, *xs) for name, v in plan.coefficients.items()}
         self.steps = [self._bound_step(j) for j in range(len(xs))]
         self.moves = [
             step.in_place(x, rng) for step, x, rng in zip(self.steps, xs, self.rngs, strict=True)
         ]
-        self.varies = bool(plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis)
-        self.noise_calls = [self._noise_arguments(j) for j in range(len(xs))]
+        self.varies = bool(
+            plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis is not None
+        )
 
-    def load(self, inputs: Inputs) -> None:
-        """Take another call's inputs, alike in shape and kind, into this chain's tensors."""
-        for mine, given in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
-            mine.copy_(given)
+    @property
+    def last(self) -> Tensors:
+        """The state after the last step."""
+        return self.xs if self.settled is None else self.settled
 
-    def noise_when(self, step: int) -> int:
-        """0: with the update; 1: the next step's after it; 2: none, or added apart from it."""
+    def noise_when(self, step: int, *, pauses: bool) -> int:
+        """0: with the update; 1: the next step's after it; 2: none, or added apart from it, also
+        where the loop pauses after this step."""
         plan = self.plan
         if not plan.noise_first:
             return 0
-        last = step + 1 >= plan.fast_steps  # beyond, differentiable steps add it themselves
-        apart = self.settled is not None or plan.noise_clamp is not None or plan.records(step)
-        return 2 if last or apart else 1
+        apart = self.settled is not None or plan.noise_clamp is not None or plan.keeps_state(step)
+        return 2 if pauses or apart else 1
 
     def _bound_step(self, j: int) -> ops.BoundStep:
         """What every step of tensor j has. Most chains have nothing else."""
-        plan, x = self.plan, self.xs[j]
+        plan = self.plan
         several = len(self.xs) > 1  # which stop as one, before any of them moves
         return ops.BoundStep(
-            **{name: place(value, x) for name, value in plan.coefficients.items()},
+            **self.coefficients,
             **plan.clips,
             x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
             is_score=plan.gradient.is_score,
@@ -203,64 +214,57 @@ class Chain:
             frozen_at=None if several else self.frozen_at,
         )
 
-    def _varying(self, j: int, step: int) -> dict[str, Any]:
-        """What a step of tensor j has beside."""
+    def _varying(self, j: int, step: int, noise_when: int, *, ends: bool) -> dict[str, Any]:
+        """What a step of tensor j has beside; ``ends``: it is the chain's last."""
         plan, xis = self.plan, self.inputs.xis
         varying: dict[str, Any] = {}
         if plan.noise_first:
-            varying["noise_when"] = self.noise_when(step)
+            varying["noise_when"] = noise_when
         if xis is not None:
-            varying["xi"] = xis[j][step + (self.noise_when(step) == 1)]
+            varying["xi"] = xis[j][step + (noise_when == 1)]
         if plan.keep_stats:
-            varying["stats"] = self.sums[j][step]
-        if plan.end_clamp is not None and step + 1 == plan.n_steps:
+            varying["stats"] = self.records.sums[j][step]
+        if plan.end_clamp is not None and ends:
             varying["clamp"] = plan.end_clamp
         return varying
 
     def functional_step(self, j: int, step: int, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
         """Tensor j after a step, as a function of x and grad; its noise is the step's own."""
-        varying = {**self._varying(j, step), **given}
-        varying["noise_when"] = 2 if self.plan.noise_first else 0
-        return self.steps[j].functional(x, grad, self.rngs[j], step, **varying)
+        when = self.noise_when(step, pauses=True)
+        varying = self._varying(j, step, when, ends=step + 1 == self.plan.n_steps)
+        return self.steps[j].functional(x, grad, self.rngs[j], step, **{**varying, **given})
 
-    def _noise_arguments(self, j: int) -> list[dict[str, Any]]:
-        """Keyword arguments of ``ops.langevin_noise_`` for tensor j, one dict for each step."""
-        if not self.plan.noise_first:
-            return []
+    def noise_arguments(self, j: int, step: int) -> dict[str, Any]:
+        """Keyword arguments of ``ops.langevin_noise_`` for tensor j, all but the mask."""
         xis = self.inputs.xis
-        common: dict[str, Any] = {
-            "noise": place(self.plan.coefficients["noise"], self.xs[j]),
-        }
-        if self.active is not None:
-            common["active"] = self.active
-        return [
-            {**common, "step": step, "xi": None if xis is None else xis[j][step]}
-            for step in range(self.plan.n_steps)
-        ]
+        xi = None if xis is None else xis[j][step]
+        return {"noise": self.coefficients["noise"], "step": step, "xi": xi}
 
-    def run(self, n_steps: int | None = None) -> None:
-        """The in-place loop on ``xs``: all its steps, or the first ``n_steps`` to warm up."""
+    def run(self, n_steps: int, *, ends: bool) -> None:
+        """The next steps in place on ``xs``, of which the chain knows as its first.
+
+        Args:
+            n_steps: how many.
+            ends: whether the chain is over after them.
+        """
         plan = self.plan
-        end = plan.fast_steps if n_steps is None else min(n_steps, plan.fast_steps)
-        records = plan.keep_stats or plan.keep_trajectory
-        self._begin()
         with constant(parameters_of(self.gradient.module)), self.autocast():
-            if plan.noise_first and end:
-                self._add_noise(0)
-            for step in range(end):
+            noise_to_come = plan.noise_first
+            for step in range(n_steps):
+                if noise_to_come:
+                    self._add_noise(step)
                 grads, u = self.bound_gradient()
-                self.update(step, grads)
+                is_last = step + 1 == n_steps
+                when = self.noise_when(step, pauses=is_last)
+                self.update(step, grads, noise_when=when, ends=ends and is_last)
+                noise_to_come = when == 2
                 if self.settled is not None:
                     self._settle()
-                if records:
-                    self._record(step, u)
-                if plan.noise_first and step + 1 < end and self.noise_when(step) == 2:
-                    self._add_noise(step + 1)
-        if self.settled is not None:
-            for x, settled in zip(self.xs, self.settled, strict=True):
-                x.copy_(settled)
+                if plan.keep_stats or plan.keep_trajectory:
+                    self.records.keep(step, self.last, u)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Before the first step: everything that follows from ``xs`` and from the weights."""
         if self.active is not None and self.frozen_at is not None:
             self.active.fill_(True)
             self.frozen_at.fill_(self.plan.n_steps)
@@ -288,14 +292,14 @@ class Chain:
         # Without autocast's cache of casts, which must not outlive a graph's capture.
         return torch.autocast(self.xs[0].device.type, dtype, cache_enabled=False)
 
-    def update(self, step: int, grads: Tensors) -> None:
+    def update(self, step: int, grads: Tensors, *, noise_when: int, ends: bool) -> None:
         """Move ``xs`` by one step, given the gradients."""
         if len(grads) == 1:  # nearly every chain, and a call of it costs what its calls cost
             x, grad = self.xs[0], grads[0]
             if grad.dtype != x.dtype:
                 grad = _in_a_dtype_for(grad, x)
             if self.varies:
-                self.moves[0](grad, step, **self._varying(0, step))
+                self.moves[0](grad, step, **self._varying(0, step, noise_when, ends=ends))
             else:
                 self.moves[0](grad, step)
             return
@@ -304,17 +308,12 @@ class Chain:
             mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
         for j, grad in enumerate(grads):
-            if shrink is None:
-                self._move(j, step, grad)
-                continue
-            # The drift takes the factor: a table of one row.
-            drift = self.steps[j].drift
-            row = table_row(drift, step) if isinstance(drift, Tensor) else drift
-            self._move(j, step, grad, drift=(row * shrink)[None], grad_norm=None)
-
-    def _move(self, j: int, step: int, grad: Tensor, **given: Any) -> None:
-        given = {**self._varying(j, step), **given}
-        self.moves[j](grad, step, **given)
+            given = self._varying(j, step, noise_when, ends=ends)
+            if shrink is not None:  # the drift takes the factor: a table of one row
+                drift = self.coefficients["drift"]
+                row = table_row(drift, step) if isinstance(drift, Tensor) else drift
+                given.update(drift=(row * shrink)[None], grad_norm=None)
+            self.moves[j](grad, step, **given)
 
     def _settle(self) -> None:
         assert self.active is not None
@@ -322,17 +321,11 @@ class Chain:
         for x, settled in zip(self.xs, self.settled, strict=True):
             torch.where(per_chain_view(self.active, x), x, settled, out=settled)
 
-    def _record(self, step: int, u: Tensor | None) -> None:
-        if self.energies is not None and u is not None:
-            self.energies[step].copy_(u)
-        if self.trajectory is not None and self.plan.records(step):
-            states = self.xs if self.settled is None else self.settled
-            for kept, x in zip(self.trajectory, states, strict=True):
-                kept[(step + 1) // self.plan.thin - 1].copy_(x)
-
     def _add_noise(self, step: int) -> None:
         for j, x in enumerate(self.xs):
-            ops.langevin_noise_(x, self.rngs[j], **self.noise_calls[j][step])
+            ops.langevin_noise_(
+                x, self.rngs[j], **self.noise_arguments(j, step), active=self.active
+            )
             if self.plan.noise_clamp is not None:
                 x.clamp_(*self.plan.noise_clamp)
             if self.lows:
@@ -340,13 +333,7 @@ class Chain:
 
     def statistics(self) -> ChainStatistics | None:
         """The recorded sums as norms and fractions over the whole state."""
-        if not self.plan.keep_stats:
-            return None
-        return chain_statistics(
-            torch.stack(self.sums).sum(0),
-            None if self.energies is None else self.plan.gradient.sign * self.energies,
-            n_elements=sum(x[:1].numel() for x in self.xs),
-        )
+        return self.records.statistics(self.plan.gradient.sign)
 
 
 def mask_jointly(active: Tensor, frozen_at: Tensor, step: int, grads: Tensors) -> None:

@@ -63,7 +63,7 @@ class DifferentiableChain:
 
     def trajectory(self) -> Tensors | None:
         """The recorded states: those of the chain's in-place steps, then those of :meth:`run`."""
-        kept = self.chain.trajectory
+        kept = self.chain.records.trajectory
         if kept is None or not self.recorded:
             return kept
         return tuple(
@@ -115,7 +115,7 @@ class DifferentiableChain:
         kept: list[Tensor] = []
         for step in range(start, stop):
             xs, masks = self._step(step, xs, masks, create_graph)
-            if self.plan.records(step):
+            if self.plan.keeps_state(step):
                 kept += xs
         return *masks, *kept, *xs
 
@@ -145,8 +145,8 @@ class DifferentiableChain:
             return xs
         noisy = []
         for j, x in enumerate(xs):
-            arguments = {k: v for k, v in self.chain.noise_calls[j][step].items() if k != "active"}
             noise = torch.zeros_like(x, requires_grad=False)
+            arguments = self.chain.noise_arguments(j, step)
             x = x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments)
             noisy.append(x if self.plan.noise_clamp is None else x.clamp(*self.plan.noise_clamp))
         return tuple(noisy)
@@ -161,14 +161,15 @@ class DifferentiableChain:
             return masks
         for buffer, x in zip(chain.xs, xs, strict=True):
             buffer.copy_(x)
-        if chain.energies is not None and u is not None:
-            chain.energies[step].copy_(u)
+        if chain.records.energies is not None and u is not None:
+            chain.records.energies[step].copy_(u)
+        if chain.active is not None and chain.frozen_at is not None:
+            chain.active.copy_(masks[0])
+            chain.frozen_at.copy_(masks[1])
+        noise_when = chain.noise_when(step, pauses=True)
+        chain.update(step, grads, noise_when=noise_when, ends=step + 1 == self.plan.n_steps)
         if chain.active is None or chain.frozen_at is None:
-            chain.update(step, grads)
             return masks
-        chain.active.copy_(masks[0])
-        chain.frozen_at.copy_(masks[1])
-        chain.update(step, grads)
         return chain.active.clone(), chain.frozen_at.clone()
 
     def _joint_clip(self, grads: Tensors) -> tuple[Tensors, dict[str, None]]:

@@ -1,37 +1,109 @@
-"""Whole chains as CUDA graphs: captured once for each kind of call, then replayed."""
+"""Whole chains as replays of CUDA graphs of a few steps, recorded once for each kind of call.
+
+The next steps of a chain are the first steps of another that starts where it stands, at the key's
+later time. So a few recorded steps serve every one of T: before each replay its rows of the
+coefficients and of supplied normals are copied to where the recorded steps read theirs.
+"""
 
 from __future__ import annotations
 
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from coopflow_ext._recording import CaptureError, Recording
+from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
 from coopflow_ext.samplers.model_state import ModelState
 from coopflow_ext.samplers.nested import structure_of
+from coopflow_ext.samplers.output import ChainStatistics, Tensors
+from coopflow_ext.samplers.schedule import columns, is_off, place
 
-_MAX_GRAPHS = 4  # each holds its own buffers and activations
+_LENGTHS = (16, 4, 1)  # steps of a recorded piece; the longest that fits comes next
+_MAX_CHAINS = 4  # each holds its own buffers and activations
+_START = "start"
+
+
+class _Piece(NamedTuple):
+    """So many steps, after which the chain goes on or ends."""
+
+    n_steps: int
+    ends: bool
+
+
+def pieces(n_steps: int, *, marks_end: bool) -> Iterator[tuple[int, _Piece]]:
+    """The pieces of T steps, each with the number of its first step.
+
+    Args:
+        n_steps: T.
+        marks_end: whether the last step is another than the ones before.
+    """
+    start = 0
+    while start < n_steps:
+        length = next(length for length in _LENGTHS if length <= n_steps - start)
+        yield start, _Piece(length, marks_end and start + length == n_steps)
+        start += length
+
+
+def _run_piece(chain: Chain, piece: _Piece) -> None:
+    """Its steps, after which the clocks stand at the next piece's first."""
+    chain.run(piece.n_steps, ends=piece.ends)
+    later, earlier = [rng[1:2] for rng in chain.rngs], []
+    if chain.frozen_at is not None:
+        earlier.append(chain.frozen_at)  # counted from the first step of a piece
+    by = [piece.n_steps] * len(later) + [-piece.n_steps] * len(earlier)
+    torch._foreach_add_(later + earlier, by)
 
 
 class CapturedChain:
-    """A chain on static buffers and the recording of its run."""
+    """A chain on static buffers, recorded in pieces of a few steps of which any number is made.
+
+    Args:
+        plan: the sampler's; its number of steps and the values of its coefficients do not matter.
+        inputs: of a call like those to come.
+    """
 
     def __init__(self, plan: Plan, inputs: Inputs) -> None:
-        self.chain = Chain(plan, inputs.clone())
+        longest = max(_LENGTHS)
+        # What is off stays off, since a step then does without it.
+        self._windows = {
+            name: _window(value, longest, inputs.xs)
+            for name, value in plan.coefficients.items()
+            if not is_off(value)
+        }
+        coefficients = {**plan.coefficients, **self._windows}
+        window = replace(plan, n_steps=longest, thin=1, coefficients=coefficients)
+        self.chain = Chain(window, inputs.window(longest))
+        self._device = inputs.xs[0].device
+        self._recording = Recording(self._device)
+        self._record(_START, self.chain.begin, warm_up=self.chain.begin)
+        self._tables: dict[str, Tensor] = {}
+        self._loaded: Mapping[str, Coefficient] | None = None
+
+    def prepare(self, plan: Plan) -> None:
+        """Record what a run needs and none before it did.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
+        for _, piece in pieces(plan.n_steps, marks_end=plan.end_clamp is not None):
+            if piece not in self._recording:
+                warm_up = partial(_run_piece, self.chain, _Piece(1, piece.ends))
+                self._record(piece, partial(_run_piece, self.chain, piece), warm_up=warm_up)
+
+    def _record(self, name: Hashable, run: Any, *, warm_up: Any) -> None:
         # Of the module that computes, which may be a twin of the caller's with the same tensors.
-        device = inputs.xs[0].device
-        before = ModelState(self.chain.gradient.module, device)
+        before = ModelState(self.chain.gradient.module, self._device)
         try:
-            one_step = partial(self.chain.run, 1)
-            self.recording = Recording(self.chain.run, warm_up=one_step, device=device)
+            self._recording.add(name, run, warm_up=warm_up)
             moved = before.moved()
         finally:
             before.restore()
@@ -42,14 +114,85 @@ class CapturedChain:
                 "find it; change it in place"
             )
 
-    def run(self, inputs: Inputs) -> None:
-        """One chain from ``inputs``; its results stay in the buffers until :meth:`release`."""
-        self.recording.wait()
-        self.chain.load(inputs)
-        self.recording.replay()
+    def run(self, plan: Plan, inputs: Inputs) -> Replayed:
+        """All the steps from ``inputs``, by replays; its tensors are the buffers' until
+        :meth:`release`."""
+        self._recording.wait()
+        for mine, given in zip(self.chain.inputs.constants(), inputs.constants(), strict=True):
+            mine.copy_(given)
+        self._load(plan.coefficients)
+        result = Replayed(plan, self.chain)
+        self._recording.replay(_START)
+        for start, piece in pieces(plan.n_steps, marks_end=plan.end_clamp is not None):
+            steps = slice(start, start + piece.n_steps)
+            for name, table in self._tables.items():
+                self._windows[name][: piece.n_steps].copy_(table[steps])
+            for mine, given in zip(self.chain.inputs.xis or (), inputs.xis or (), strict=True):
+                mine[: piece.n_steps].copy_(given[steps])
+            self._recording.replay(piece)
+            result.records.take(self.chain.records, start, piece.n_steps)
+        return result
+
+    def _load(self, coefficients: Mapping[str, Coefficient]) -> None:
+        """Constants go into all rows of their windows, tables to the device."""
+        if coefficients is self._loaded:
+            return
+        self._tables = {}
+        for name, window in self._windows.items():
+            value = place(coefficients[name], *self.chain.xs)
+            if not isinstance(value, Tensor):
+                window.fill_(value)
+            elif len(value) == 1:
+                window.copy_(value)
+            else:
+                self._tables[name] = value
+        self._loaded = coefficients
 
     def release(self) -> None:
-        self.recording.release()
+        """The results are copied: the next run may start."""
+        self._recording.release()
+
+    def finish(self) -> None:
+        """Wait until the buffers are not in use."""
+        self._recording.finish()
+
+
+def _window(value: Coefficient, n_steps: int, xs: Tensors) -> Tensor:
+    """Rows of a coefficient for the steps of a piece."""
+    rows = place(torch.zeros(n_steps, columns(value), dtype=torch.float64, device="cpu"), *xs)
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+class Replayed:
+    """What :class:`Chain` is for steps one by one, after a chain of replays.
+
+    Attributes:
+        last: the state after the last step, in the chain's buffers.
+        active: (B,), whether a chain has not stopped, or None.
+        records: copies of what the steps left behind.
+    """
+
+    def __init__(self, plan: Plan, chain: Chain) -> None:
+        self._n_steps, self._chain = plan.n_steps, chain
+        self.last, self.active = chain.last, chain.active
+        self.records = plan.records(chain.xs)
+
+    def stopped(self) -> bool:
+        """Whether a chain has met a gradient that is not finite: one read."""
+        return self._chain.stopped()
+
+    @property
+    def frozen_at(self) -> Tensor | None:
+        """(B,), the step at which a chain stopped, T where it did not."""
+        if self.active is None or self._chain.frozen_at is None:
+            return None
+        since_end = self._chain.frozen_at
+        return torch.where(self.active, self._n_steps, self._n_steps + since_end)
+
+    def statistics(self) -> ChainStatistics | None:
+        """The recorded sums as norms and fractions over the whole state."""
+        return self.records.statistics(self._chain.plan.gradient.sign)
 
 
 class ChainGraphs:
@@ -70,9 +213,9 @@ class ChainGraphs:
         return _new_graphs, (self._required,)
 
     @contextmanager
-    def replayed(self, plan: Plan, inputs: Inputs) -> Iterator[Chain | None]:
-        """The chain that a replay (after a capture, where none fits) has run from ``inputs``, its
-        results in its buffers until the end of the block; None: run without a graph.
+    def replayed(self, plan: Plan, inputs: Inputs) -> Iterator[Replayed | None]:
+        """The chain that replays (after a capture, where none fits) have run from ``inputs``, its
+        last state in its buffers until the end of the block; None: run without a graph.
 
         Raises:
             RuntimeError: the capture is impossible and required; says why.
@@ -82,18 +225,20 @@ class ChainGraphs:
             if captured is None:
                 yield None
                 return
-            captured.run(inputs)
             try:
-                yield captured.chain
+                yield captured.run(plan, inputs)
             finally:
                 captured.release()
 
     def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain | None:
         try:
-            kind = _kind(inputs, plan.gradient.module)
+            kind = _kind(plan, inputs)
             if kind not in self._captured:
                 self._captured[kind] = CapturedChain(plan, inputs)
+            self._captured[kind].prepare(plan)
         except CaptureError as error:
+            while self._captured:
+                self._drop_oldest()
             message = f"the chain cannot be captured in a CUDA graph: {error}"
             if self._required:
                 raise RuntimeError(f"cuda_graph=True: {message}") from error
@@ -101,24 +246,29 @@ class ChainGraphs:
             warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=6)
             return None
         self._captured.move_to_end(kind)
-        if len(self._captured) > _MAX_GRAPHS:
-            _, dropped = self._captured.popitem(last=False)
-            dropped.recording.finish()
+        while len(self._captured) > _MAX_CHAINS:
+            self._drop_oldest()
         return self._captured[kind]
+
+    def _drop_oldest(self) -> None:
+        _, dropped = self._captured.popitem(last=False)
+        dropped.finish()
 
 
 def _new_graphs(required: bool) -> ChainGraphs:
     return ChainGraphs(required=required)
 
 
-def _kind(inputs: Inputs, module: nn.Module | None) -> Hashable:
+def _kind(plan: Plan, inputs: Inputs) -> Hashable:
     """What a captured chain depends on. Parameters count by their place in memory, so that
-    changes in place need no new capture."""
+    changes in place need no new capture; coefficients by what their rows are like."""
+    module = plan.gradient.module
     model = [] if module is None else list(module.modules())
     weights = [] if module is None else [*module.parameters(), *module.buffers()]
     kind = (
         type(inputs.like),
-        tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs.tensors()),
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs.constants()),
+        tuple((name, is_off(v), columns(v)) for name, v in plan.coefficients.items()),
         (inputs.x_refs is None, inputs.xis is None),
         structure_of(inputs.model_kwargs),
         tuple(m.training for m in model),

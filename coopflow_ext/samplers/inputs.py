@@ -24,9 +24,15 @@ def rng_tensors(key: Key, xs: Tensors) -> Tensors:
     return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
 
 
-def normals_like(x: Tensor, xi: State | None, n_steps: int) -> Tensors | None:
-    """The supplied normals of each step in x's dtype and layout."""
+def step_rows(x: Tensor, n_steps: int) -> Tensor:
+    """Uninitialised (T, *x.shape), each row of which lies in memory as x does."""
+    strides = (x.numel(), *x.stride())
+    return torch.empty_strided((n_steps, *x.shape), strides, dtype=x.dtype, device=x.device)
+
+
+def normals_like(xi: State | None, xs: Tensors, n_steps: int) -> Tensors | None:
+    """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout."""
     if xi is None:
         return None
-    (given,) = check_like("xi", xi, (x,), lead=(n_steps,))
-    return tuple(torch.empty_like(x).copy_(row) for row in given.unbind(0))
+    values = check_like("xi", xi, xs, lead=(n_steps,))
+    return tuple(step_rows(x, n_steps).copy_(v) for v, x in zip(values, xs, strict=True))

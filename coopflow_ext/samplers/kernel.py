@@ -53,7 +53,7 @@ class KernelChain:
     """T steps in one launch: what :class:`Chain` is for steps one by one.
 
     Attributes:
-        xs: the last state.
+        last: the state after the last step.
         trajectory: the states kept, or None.
         frozen_at: (B,), the step at which a chain stopped, T where it did not.
     """
@@ -72,12 +72,12 @@ class KernelChain:
             clamp=plan.end_clamp or plan.step_clamp,
             clamp_end=plan.end_clamp is not None,
             negative_energy=plan.gradient.sign < 0,
-            xi=None if not inputs.xis or not inputs.xis[0] else torch.stack(inputs.xis[0]),
+            xi=None if inputs.xis is None else inputs.xis[0],
             thin=plan.thin if plan.keep_trajectory else None,
             stats=plan.keep_stats,
             freeze_nonfinite=plan.masked,
         )
-        self.xs: Tensors = (result.x,)
+        self.last: Tensors = (result.x,)
         self.trajectory = None if result.trajectory is None else (result.trajectory,)
         self.frozen_at = result.frozen_at
         self._stats = result.stats
@@ -96,7 +96,7 @@ class KernelChain:
         """The recorded sums as norms and fractions."""
         if self._stats is None:
             return None
-        gradient, x = self.plan.gradient, self.xs[0]
+        gradient, x = self.plan.gradient, self.last[0]
         energy = gradient.sign * self._stats[..., 5] if gradient.has_energy else None
         return chain_statistics(self._stats, energy, n_elements=x.shape[1])
 

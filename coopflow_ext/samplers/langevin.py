@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from coopflow_ext.samplers.checks import (
     check_number,
     check_state,
 )
+from coopflow_ext.samplers.coefficients import Coefficients
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.graph import ChainGraphs
-from coopflow_ext.samplers.inputs import rng_tensors, state_copy
+from coopflow_ext.samplers.graph import ChainGraphs, Replayed
+from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
 from coopflow_ext.samplers.kernel import Kernel, KernelChain, find_kernel, refusal
 from coopflow_ext.samplers.output import (
     ChainStatistics,
@@ -38,33 +40,9 @@ from coopflow_ext.samplers.output import (
     pack,
 )
 from coopflow_ext.samplers.precision import CastModels
-from coopflow_ext.samplers.schedule import (
-    Schedule,
-    chain_counts,
-    coefficient,
-    per_chain,
-    sqrt,
-)
+from coopflow_ext.samplers.schedule import Schedule, per_chain
 
 _Result = tuple[Tensors, Tensors | None, ChainStatistics | None]
-
-
-def _drift_and_noise(given: Mapping[str, Coefficient]) -> tuple[Coefficient, Coefficient]:
-    """The two coefficients of an update from the options that may fix them."""
-    if ("step_size" in given) == ("drift" in given):
-        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift")
-    if "noise" in given and "step_size" in given:
-        raise ValueError("noise goes with drift; step_size already fixes the noise")
-    if "noise" in given and "temperature" in given:
-        raise ValueError("temperature and noise both fix the scale of the noise; give one")
-    if "step_size" in given:
-        s = given["step_size"]
-        a: Coefficient = s * s / 2
-    else:
-        a = given["drift"]
-        s = sqrt(2 * a)
-    s = given.get("noise", s)
-    return a, s * sqrt(given["temperature"]) if "temperature" in given else s
 
 
 def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -146,8 +124,10 @@ class LangevinSampler:
             subclasses, nor with hooks, compile, differentiable, noise_before_gradient, autocast,
             channels_last or model_kwargs. The noise is the same, the gradient differs by rounding.
             True: a ValueError says why it cannot. False: step by step.
-        cuda_graph: "auto": on CUDA the whole chain is captured once for each shape and replayed;
-            where that is impossible, one warning says why. True: raise instead. False: never.
+        cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
+            any number of steps and any coefficients; where that is impossible, one warning says
+            why. True: raise instead. False: never. In a stream that is being captured already
+            (a whole iteration as one graph) the steps become part of that capture.
             A capture leaves the energy's buffers and torch's generators as they were, so that T
             steps count as T (for a plain callable the generators only: buffers that it reaches
             through a closure have seen a few steps more). A replay does again what the device did
@@ -219,32 +199,24 @@ class LangevinSampler:
             raise ValueError(f"clamp_when={clamp_when!r} needs noise_before_gradient=True")
         bounds = _check_clamp(clamp)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "freeze", "ignore"))
-        schedules = {
-            "step_size": step_size, "drift": drift, "noise": noise, "temperature": temperature
-        }  # fmt: skip
-        given = {
-            name: coefficient(name, schedule, n_steps)
-            for name, schedule in schedules.items()
-            if schedule is not None
-        }
         self.x_ref: State | None = None
-        self.needs_x_ref = pull is not None
+        self.needs_x_ref, strength = pull is not None, None
         if pull is not None:
-            self.x_ref, given["pull"] = _check_pull(pull)
-        self.chain_counts = chain_counts(given)
-        a, s = _drift_and_noise(given)
-        coefficients = {"drift": a, "noise": s}
-        if pull is not None:
-            coefficients["pull"] = a * given["pull"]
+            self.x_ref, strength = _check_pull(pull)
         if reference_std is not None:
-            sigma = check_number("reference_std", reference_std, minimum=0.0, exclusive=True)
-            coefficients["decay"] = a / sigma**2
+            reference_std = check_number(
+                "reference_std", reference_std, minimum=0.0, exclusive=True
+            )
+        given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
+        self._coefficients = Coefficients(
+            n_steps, given, reference_std=reference_std, pull=strength
+        )
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
         check_choice("cuda_graph", cuda_graph, (True, False, "auto"))
         check_choice("kernel", kernel, (True, False, "auto"))
-        self.differentiable, self.checkpoint_every = differentiable, checkpoint_every
+        self.checkpoint_every = checkpoint_every
         self.cuda_graph = cuda_graph
         if compile and differentiable:
             warnings.warn(
@@ -256,14 +228,13 @@ class LangevinSampler:
         self._graphs = ChainGraphs(required=cuda_graph is True) if use_graphs else None
         if autocast is not None:
             check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
-        in_place_steps = {False: n_steps, True: 0, "last": max(n_steps - 1, 0)}
         gradient = Gradient(energy, score, negative_energy=negative_energy, compile=compile)
         casts = CastModels(gradient, autocast, channels_last=channels_last)
         self.plan = Plan(
             gradient=gradient,
             n_steps=n_steps,
-            fast_steps=in_place_steps[differentiable],
-            coefficients=coefficients,
+            differentiable=differentiable,
+            coefficients=self._coefficients.combined.values,
             clips={
                 name: check_number(name, limit, minimum=0.0, exclusive=True)
                 for name, limit in limits.items()
@@ -294,6 +265,11 @@ class LangevinSampler:
         xi: State | None = None,
         x_ref: State | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        n_steps: int | None = None,
+        step_size: Schedule | None = None,
+        drift: Schedule | None = None,
+        noise: Schedule | None = None,
+        temperature: Schedule | None = None,
     ) -> SamplerOutput:
         """Run the chains from x0, which is not modified.
 
@@ -306,20 +282,31 @@ class LangevinSampler:
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
             model_kwargs: further keyword arguments of the energy or score; tensors may be nested
                 in dicts, lists and tuples.
+            n_steps, step_size, drift, noise, temperature: for this call, instead of the sampler's:
+                step_size replaces its step_size, drift and noise; drift its step_size and drift;
+                noise its noise and temperature. A captured chain serves every number of steps and
+                every value; values per chain beside one for all need another capture, and so does
+                a noise that is 0 beside one that is not. Of a table of the sampler the first
+                n_steps rows are used; a callable is called again.
 
         Raises:
             NonFiniteError: with on_nonfinite="raise", when a gradient is not finite.
             OverflowError: when the key's time would reach 2³².
+            ValueError: also where on_nonfinite="raise" would have to read from a stream that is
+                being captured, and where a table of the sampler is shorter than n_steps.
         """
+        given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
+        plan, chain_counts = self._plan_for(n_steps, given)
         xs = check_state(x0)
-        check_chain_counts(self.chain_counts, len(xs[0]))
+        check_chain_counts(chain_counts, len(xs[0]))
+        self._check_can_read(xs[0])
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
-        after = key.advance(self.plan.n_steps)
+        after = key.advance(plan.n_steps)
         kwargs = check_kwargs(model_kwargs)
-        kernel = self._kernel_for(x0, kwargs)
+        kernel = self._kernel_for(plan, x0, kwargs)
         # An energy needs autograd; a score runs as it would in the caller's own loop.
-        needs_grad = kernel is None and (self.plan.gradient.has_energy or bool(self.differentiable))
+        needs_grad = kernel is None and (plan.gradient.has_energy or bool(plan.differentiable))
         grad_mode = needs_grad or torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
             starts = self._starts(xs) if kernel is None else (xs[0].detach().contiguous(),)
@@ -328,85 +315,93 @@ class LangevinSampler:
                 xs=starts,
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
-                xis=self._xis(xi, starts),
+                xis=normals_like(xi, starts, plan.n_steps),
                 model_kwargs=kwargs,
             )
             if kernel is not None:
-                result = self._run_kernel(inputs, kernel)
-            elif self.differentiable:
-                result = self._run_differentiable(inputs, xs)
+                result = self._run_kernel(plan, inputs, kernel)
+            elif plan.differentiable:
+                result = self._run_differentiable(plan, inputs, xs)
             else:
-                result = self._run_captured(inputs) or self._run(inputs)
+                result = self._run_captured(plan, inputs) or self._run(plan, inputs)
         x, trajectory, stats = result
         return SamplerOutput(
             pack(x, x0), after, None if trajectory is None else pack(trajectory, x0), stats
         )
 
+    def _plan_for(
+        self, n_steps: int | None, given: Mapping[str, Schedule]
+    ) -> tuple[Plan, Mapping[str, int]]:
+        """The plan of a call, and for how many chains its options have values."""
+        if n_steps is None and not given:
+            return self.plan, self._coefficients.combined.chain_counts
+        steps = self.plan.n_steps if n_steps is None else check_count("n_steps", n_steps, 0)
+        combined = self._coefficients.changed(steps, given)
+        plan = replace(self.plan, n_steps=steps, coefficients=combined.values)
+        return plan, combined.chain_counts
+
     def _starts(self, xs: Tensors) -> Tensors:
         """Copies for a chain to overwrite."""
         return tuple(state_copy(x, channels_last=self.plan.channels_last) for x in xs)
 
-    def _kernel_for(self, x0: State, model_kwargs: Mapping[str, Any]) -> Kernel | None:
+    def _kernel_for(self, plan: Plan, x0: State, model_kwargs: Mapping[str, Any]) -> Kernel | None:
         """The kernel of whole chains, where there is one and it is not switched off."""
         if self.kernel is False:
             return None
-        found = self._refusal or find_kernel(self.plan, x0, model_kwargs)
+        found = self._refusal or find_kernel(plan, x0, model_kwargs)
         if isinstance(found, Kernel):
             return found
         if self.kernel is True:
             raise _no_kernel(found)
         return None
 
-    def _run_kernel(self, inputs: Inputs, kernel: Kernel) -> _Result:
+    def _run_kernel(self, plan: Plan, inputs: Inputs, kernel: Kernel) -> _Result:
         if self.cuda_graph is True:
             self._can_capture(inputs.xs[0])  # the same promise, kept without a graph
-        chain = KernelChain(self.plan, inputs, kernel)
-        self._check_finite(chain, chain.xs)
-        return chain.xs, chain.trajectory, chain.statistics()
+        chain = KernelChain(plan, inputs, kernel)
+        self._check_finite(chain, chain.last)
+        return chain.last, chain.trajectory, chain.statistics()
 
-    def _run(self, inputs: Inputs) -> _Result:
-        chain = self._ran(inputs)
-        self._check_finite(chain, chain.xs)
-        return chain.xs, chain.trajectory, chain.statistics()
+    def _run(self, plan: Plan, inputs: Inputs) -> _Result:
+        chain = _ran(plan, inputs)
+        self._check_finite(chain, chain.last)
+        return chain.last, chain.records.trajectory, chain.statistics()
 
-    def _ran(self, inputs: Inputs) -> Chain:
-        """A chain after its steps in place."""
-        chain = Chain(self.plan, inputs)
-        try:
-            chain.run()
-        finally:
-            chain.release()
-        return chain
-
-    def _run_captured(self, inputs: Inputs) -> _Result | None:
-        """The same as a CUDA graph; None where there is none to be had."""
-        if self._graphs is None or not self._can_capture(inputs.xs[0]):
+    def _run_captured(self, plan: Plan, inputs: Inputs) -> _Result | None:
+        """The same as CUDA graphs; None where there are none to be had."""
+        if self._graphs is None or not plan.n_steps or not self._can_capture(inputs.xs[0]):
             return None
-        with self._graphs.replayed(self.plan, inputs) as chain:
+        with self._graphs.replayed(plan, inputs) as chain:
             if chain is None:
                 return None
-            self._check_finite(chain, chain.xs)
-            trajectory = None if chain.trajectory is None else clones(chain.trajectory)
-            return clones(chain.xs), trajectory, chain.statistics()
+            self._check_finite(chain, chain.last)
+            return clones(chain.last), chain.records.trajectory, chain.statistics()
 
     def _can_capture(self, x: Tensor) -> bool:
         if self.cuda_graph is True and not x.is_cuda:
             raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {x.device}")
-        return x.is_cuda and x.numel() > 0
+        return x.is_cuda and x.numel() > 0 and not _is_capturing(x)
 
-    def _run_differentiable(self, inputs: Inputs, xs: Tensors) -> _Result:
+    def _check_can_read(self, x: Tensor) -> None:
+        if self.on_nonfinite == "raise" and _is_capturing(x):
+            raise ValueError(
+                "on_nonfinite='raise' reads from the device after the chain, which cannot be done "
+                "while a CUDA graph captures its stream; use 'freeze' or 'ignore'"
+            )
+
+    def _run_differentiable(self, plan: Plan, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""
-        chain = self._ran(inputs)
-        whole = self.differentiable is True
+        chain = _ran(plan, inputs)
+        whole = plan.differentiable is True
         starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
-        starts = starts if whole else clones(chain.xs)
+        starts = starts if whole else clones(chain.last)
         steps = DifferentiableChain(chain, self.checkpoint_every)
-        with constant(parameters_of(self.plan.gradient.module)):
-            ends = steps.run(starts, self.plan.fast_steps)
+        with constant(parameters_of(plan.gradient.module)):
+            ends = steps.run(starts, plan.fast_steps)
         self._check_finite(chain, ends)
         return ends, steps.trajectory(), chain.statistics()
 
-    def _check_finite(self, chain: Chain | KernelChain, xs: Tensors) -> None:
+    def _check_finite(self, chain: Chain | Replayed | KernelChain, xs: Tensors) -> None:
         """The one read of the mask, after the chain that ended in ``xs``."""
         if self.on_nonfinite != "raise" or not chain.stopped():
             return
@@ -427,14 +422,26 @@ class LangevinSampler:
         values = check_like("x_ref", centre, xs)
         return tuple(laid_out(v, x) for v, x in zip(values, xs, strict=True))
 
-    def _xis(self, xi: State | None, xs: Tensors) -> tuple[tuple[Tensor, ...], ...] | None:
-        """For each tensor of the state, the normals of each step in its layout."""
-        if xi is None:
-            return None
-        values = check_like("xi", xi, xs, lead=(self.plan.n_steps,))
-        return tuple(
-            tuple(laid_out(row, x) for row in v.unbind(0)) for v, x in zip(values, xs, strict=True)
-        )
+
+def _given(**schedules: Schedule | None) -> dict[str, Schedule]:
+    """The options that are given."""
+    return {name: schedule for name, schedule in schedules.items() if schedule is not None}
+
+
+def _ran(plan: Plan, inputs: Inputs) -> Chain:
+    """A chain after its steps in place."""
+    chain = Chain(plan, inputs)
+    try:
+        chain.begin()
+        chain.run(plan.fast_steps, ends=plan.fast_steps == plan.n_steps)
+    finally:
+        chain.release()
+    return chain
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _no_kernel(reason: str) -> ValueError:

@@ -139,7 +139,7 @@ class MALASampler:
             constant(parameters_of(self.gradient.module)),
         ):
             x, y = state_copy(x0), state_copy(x0)
-            xis = normals_like(x, xi, self.n_steps)
+            xis = normals_like(xi, (x,), self.n_steps)
             rng, accept_rng = key.tensor(x.device), key.fold_in(USE_ACCEPT).tensor(x.device)
             steps = _StepSizes(self, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
@@ -149,7 +149,7 @@ class MALASampler:
             for step in range(self.n_steps):
                 ops.langevin_step_(
                     y.copy_(x), grad, rng, drift=steps.drift, noise=steps.noise, step=step,
-                    xi=None if xis is None else xis[step],
+                    xi=None if xis is None else xis[0][step],
                 )  # fmt: skip
                 u_y, grad_y = self._evaluate(y, kwargs)
                 delta = steps.at(step)

@@ -108,11 +108,7 @@ def per_chain(name: str, value: float | Tensor | Sequence[float]) -> Coefficient
 
 def chain_counts(values: Mapping[str, Coefficient]) -> dict[str, int]:
     """For each option that has values per chain, for how many; ValueError where these differ."""
-    counts = {
-        name: value.shape[1]
-        for name, value in values.items()
-        if isinstance(value, Tensor) and value.shape[1] > 1
-    }
+    counts = {name: columns(value) for name, value in values.items() if columns(value) > 1}
     if len(set(counts.values())) > 1:
         given = " and ".join(f"{name} for {count}" for name, count in counts.items())
         raise ValueError(f"values per chain must be for the same number of chains, got {given}")
@@ -124,13 +120,24 @@ def sqrt(value: Coefficient) -> Coefficient:
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
-def place(value: Coefficient, x: Tensor) -> Coefficient:
-    """The coefficient on x's device, in the ops' arithmetic dtype.
+def columns(value: Coefficient) -> int:
+    """For how many chains there are values: 1 where they are the same for all."""
+    return value.shape[1] if isinstance(value, Tensor) else 1
+
+
+def is_off(value: Coefficient) -> bool:
+    """Whether it is the number 0, so that a step has no such term."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def place(value: Coefficient, *xs: Tensor) -> Coefficient:
+    """The coefficient on the device of a state, in the widest dtype that its steps compute in.
 
     One that was made in inference mode is copied: autograd refuses to go past it.
     """
     if not isinstance(value, Tensor):
         return value
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    placed = value.to(x.device, dtype)
+    wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
+    # Without waiting for the device: what leaves the host's memory has been read when this returns.
+    placed = value.to(xs[0].device, wide, non_blocking=True)
     return placed.clone() if placed.is_inference() else placed

@@ -155,7 +155,7 @@ class UnderdampedLangevinSampler:
                 v = self._start_velocity(x, key)
             else:
                 v = laid_out(check_like("velocity", velocity, (x,))[0].detach(), x)
-            xis = normals_like(x, xi, self.n_steps)
+            xis = normals_like(xi, (x,), self.n_steps)
             noise, rng = place(self.noise, x), key.tensor(x.device)
             keep, half = place(self.keep, x), place(self.half_step, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
@@ -170,7 +170,7 @@ class UnderdampedLangevinSampler:
                 x_new = x + h * v_new
                 v_new = ops.langevin_noise_(
                     c * v_new, rng, noise=noise, step=step,
-                    xi=None if xis is None else xis[step],
+                    xi=None if xis is None else xis[0][step],
                 )  # fmt: skip
                 x_new += h * v_new
                 self._stop(masks, step, x_new)  # which may overflow where the gradient was finite

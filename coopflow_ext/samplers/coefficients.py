@@ -1,0 +1,122 @@
+"""The coefficients of a sampler's update, which a call may change with the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coopflow_ext._tensors import Coefficient
+from coopflow_ext.samplers.schedule import Schedule, chain_counts, coefficient, sqrt
+
+
+class Combined(NamedTuple):
+    """What the options come to.
+
+    Attributes:
+        values: drift, noise, decay, pull, by name, those that there are.
+        chain_counts: for each option that has values per chain, for how many.
+    """
+
+    values: Mapping[str, Coefficient]
+    chain_counts: Mapping[str, int]
+
+
+class Coefficients:
+    """What the options of a sampler say about its update, for any number of steps.
+
+    Args:
+        n_steps: T of the sampler.
+        given: step_size, drift, noise, temperature, those that are given.
+        reference_std: σ; adds the decay drift/σ².
+        pull: its strength; adds the pull drift·strength.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or contradicts another; names it.
+    """
+
+    def __init__(
+        self,
+        n_steps: int,
+        given: Mapping[str, Schedule],
+        *,
+        reference_std: float | None,
+        pull: Coefficient | None,
+    ) -> None:
+        self._given, self._reference_std, self._pull = given, reference_std, pull
+        self._checked = {name: coefficient(name, v, n_steps) for name, v in given.items()}
+        self.combined = self._combine(self._checked)
+
+    def changed(self, n_steps: int, given: Mapping[str, Schedule]) -> Combined:
+        """The same with other values at a call, each of which takes the place of those of the
+        sampler that fix the same.
+
+        Args:
+            n_steps: T of the call, for which ``given`` is; tables of the sampler give their first
+                T rows.
+
+        Raises:
+            ValueError, TypeError: as in the constructor, and where a table is shorter than T.
+        """
+        checked = {name: coefficient(name, v, n_steps) for name, v in given.items()}
+        gone = {name for new in checked for name in _REPLACED_BY[new]}
+        kept = {name: self._for_steps(name, n_steps) for name in self._given if name not in gone}
+        if "noise" in checked and "step_size" in kept:  # of which the drift remains
+            kept["drift"] = _drift_of(kept.pop("step_size"))
+        return self._combine({**kept, **checked})
+
+    def _for_steps(self, name: str, n_steps: int) -> Coefficient:
+        given, checked = self._given[name], self._checked[name]
+        if callable(given) and not isinstance(given, Tensor):
+            return coefficient(name, given, n_steps)
+        if not isinstance(checked, Tensor) or len(checked) == 1:
+            return checked
+        if len(checked) < n_steps:
+            raise ValueError(
+                f"n_steps={n_steps} needs as many values of {name}, and the sampler has "
+                f"{len(checked)}; give {name} at the call too"
+            )
+        return checked[:n_steps]
+
+    def _combine(self, options: Mapping[str, Coefficient]) -> Combined:
+        pull = {} if self._pull is None else {"pull": self._pull}
+        counts = chain_counts({**options, **pull})
+        drift, noise = _drift_and_noise(options)
+        values = {"drift": drift, "noise": noise}
+        if self._pull is not None:
+            values["pull"] = drift * self._pull
+        if self._reference_std is not None:
+            values["decay"] = drift / self._reference_std**2
+        return Combined(values, counts)
+
+
+# Options of a sampler that one given at a call stands for.
+_REPLACED_BY = {
+    "step_size": ("step_size", "drift", "noise"),
+    "drift": ("step_size", "drift"),
+    "noise": ("noise", "temperature"),
+    "temperature": ("temperature",),
+}
+
+
+def _drift_of(step_size: Coefficient) -> Coefficient:
+    return step_size * step_size / 2
+
+
+def _drift_and_noise(given: Mapping[str, Coefficient]) -> tuple[Coefficient, Coefficient]:
+    """The two coefficients of an update from the options that may fix them."""
+    if ("step_size" in given) == ("drift" in given):
+        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift")
+    if "noise" in given and "step_size" in given:
+        raise ValueError("noise goes with drift; step_size already fixes the noise")
+    if "noise" in given and "temperature" in given:
+        raise ValueError("temperature and noise both fix the scale of the noise; give one")
+    if "step_size" in given:
+        s = given["step_size"]
+        a = _drift_of(s)
+    else:
+        a = given["drift"]
+        s = sqrt(2 * a)
+    s = given.get("noise", s)
+    return a, s * sqrt(given["temperature"]) if "temperature" in given else s

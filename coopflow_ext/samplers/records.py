@@ -1,0 +1,76 @@
+"""What a chain keeps of its steps on the way: states and statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coopflow_ext._tensors import arithmetic_dtype
+from coopflow_ext.samplers.output import ChainStatistics, Tensors, chain_statistics
+
+
+class Records:
+    """Memory for what T steps leave behind, allocated before the first.
+
+    Args:
+        xs: the tensors of the state.
+        n_steps: T.
+        thin: the states after steps thin, 2·thin, … are kept; None: none is.
+        stats: whether statistics are kept.
+        energy: whether the energy's value is one of them.
+
+    Attributes:
+        trajectory: (T // thin, *x.shape) for each tensor, or None.
+        sums: (T, B, 5) for each tensor, see ``ops.langevin_step_``; empty where not kept.
+        energies: (T, B), or None.
+    """
+
+    def __init__(
+        self, xs: Tensors, n_steps: int, *, thin: int | None, stats: bool, energy: bool
+    ) -> None:
+        self._n_elements = sum(x[:1].numel() for x in xs)
+        self._thin = thin
+        self.trajectory: Tensors | None = None
+        if thin is not None:
+            self.trajectory = tuple(x.new_empty(n_steps // thin, *x.shape) for x in xs)
+        self.sums: Tensors = ()
+        self.energies: Tensor | None = None
+        if stats:
+            shape = n_steps, len(xs[0])
+            self.sums = tuple(x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs)
+            if energy:
+                wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
+                self.energies = xs[0].new_empty(*shape, dtype=wide)
+
+    def keep(self, step: int, xs: Tensors, u: Tensor | None) -> None:
+        """The state after a step, if it is one of those kept, and the energy before it."""
+        if self.energies is not None and u is not None:
+            self.energies[step].copy_(u)
+        if self.trajectory is not None and self._thin and (step + 1) % self._thin == 0:
+            for kept, x in zip(self.trajectory, xs, strict=True):
+                kept[(step + 1) // self._thin - 1].copy_(x)
+
+    def take(self, window: Records, start: int, n_steps: int) -> None:
+        """Steps ``start``, start + 1, … are the first ``n_steps`` of a window, which keeps the
+        state after every one."""
+        steps = slice(start, start + n_steps)
+        for mine, theirs in zip(self.sums, window.sums, strict=True):
+            mine[steps].copy_(theirs[:n_steps])
+        if self.energies is not None and window.energies is not None:
+            self.energies[steps].copy_(window.energies[:n_steps])
+        if self.trajectory is None or window.trajectory is None or not self._thin:
+            return
+        first, last = start // self._thin, (start + n_steps) // self._thin
+        wanted = slice((first + 1) * self._thin - 1 - start, n_steps, self._thin)
+        for mine, theirs in zip(self.trajectory, window.trajectory, strict=True):
+            mine[first:last].copy_(theirs[wanted])
+
+    def statistics(self, sign: float) -> ChainStatistics | None:
+        """The sums as norms and fractions over the whole state; U is sign · energies."""
+        if not self.sums:
+            return None
+        return chain_statistics(
+            torch.stack(self.sums).sum(0),
+            None if self.energies is None else sign * self.energies,
+            n_elements=self._n_elements,
+        )
