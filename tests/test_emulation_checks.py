@@ -105,6 +105,16 @@ def _mutant(name: str, build: str, kernels: str) -> Path:
     )
 
 
+@pytest.mark.parametrize("patch", sorted(MUTATIONS.glob("*.patch")), ids=lambda patch: patch.stem)
+def test_mutations_fit_the_sources(patch: Path) -> None:
+    """Which run in the long tier alone, and would rot unseen."""
+    assert patch.stem in {*CAUGHT, "missing_intrinsic"}
+    subprocess.run(
+        ["patch", "--dry-run", "--fuzz=0", "--quiet", "--strip=1", f"--input={patch}"],
+        cwd=harness.CSRC.parent, check=True,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAUGHT)
 def test_emulation_catches(name: str) -> None:
