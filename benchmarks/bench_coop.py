@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -126,9 +127,9 @@ def timed_updates(totals: dict[str, float], replaced: bool) -> Iterator[None]:
     """Add up the time of the sampler's updates, by the compiled ops or by what replaces them."""
     update = chain.Chain.update
 
-    def call(self: chain.Chain, step: int, grads: tuple[torch.Tensor, ...]) -> None:
+    def call(self: chain.Chain, *args: Any, **kwargs: Any) -> None:
         begin = time.perf_counter()
-        update(self, step, grads)
+        update(self, *args, **kwargs)
         totals["Langevin update"] += time.perf_counter() - begin
 
     with (
@@ -183,8 +184,9 @@ def check_equal(config: TrainConfig, dataset: data.Dataset, device: torch.device
 
 
 def config_of(preset: str, **settings: Any) -> TrainConfig:
-    """The preset with every part in every iteration."""
-    always = {"pretrain_steps": 0, "flow_frozen_steps": 0, "warmup_steps": 0, "flow_every": 1}
+    """The preset with every part in every iteration, and each part by itself."""
+    always = {"pretrain_steps": 0, "flow_frozen_steps": 0, "warmup_steps": 0, "flow_every": 1,
+              "cuda_graph": False}  # fmt: skip
     return TrainConfig.from_dict({"preset": preset, **always, **settings})
 
 
@@ -208,10 +210,37 @@ def case(preset: str, event_shape: tuple[int, ...], *, device: str, **settings: 
     return Case(f"coop/{preset}", build, elements, devices=(device,))
 
 
+def graph_case(preset: str, event_shape: tuple[int, ...], **settings: Any) -> Case:
+    """A whole iteration as one CUDA graph, beside the same step by step and the reference."""
+    steps = config_of(preset, **settings)
+    graph = replace(steps, cuda_graph=True)
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        dataset = data.load(steps.data)
+        ours, by_steps, theirs = (Trainer(c, dataset, device) for c in (graph, steps, steps))
+
+        def check() -> None:
+            for _ in range(5):  # the last two of which are replays
+                numbers, expected = ours.train_step(), by_steps.train_step()
+            for name, value in expected.items():
+                torch.testing.assert_close(numbers[name], value, rtol=1e-2, atol=1e-3)
+
+        runs = {
+            OURS: ours.train_step,
+            "ours, operator by operator": by_steps.train_step,
+            "reference, randn": partial(time_iteration, theirs, "reference, randn"),
+        }
+        return Contest(runs, check, own_memory=frozenset([OURS]))
+
+    elements = steps.batch_size * math.prod(event_shape)
+    return Case(f"coop/{preset}, one graph", build, elements, devices=("cuda",))
+
+
 SUITE_CASES = (
     case("digits-small", (1, 8, 8), device="cpu"),
     # The paper's networks and settings, batch 28, on images that come with a package.
     case("cifar10", (3, 32, 32), device="cuda", data="patches"),
+    graph_case("cifar10", (3, 32, 32), data="patches"),
 )
 
 

@@ -105,6 +105,11 @@ class Key:
         seed = int(fold_in(_to_signed(self.seed), _to_signed(data))) % _SEED_LIMIT
         return Key(seed, self.time, self.chain)
 
+    def fold_time(self) -> Key:
+        """A key at time 0 whose seed is determined by this seed and time; the chain is kept. For
+        uses that count something else than steps."""
+        return Key(self.fold_in(self.time).seed, chain=self.chain)
+
     def split(self, n: int) -> tuple[Key, ...]:
         """``n`` independent keys: ``fold_in(2**63 + k)`` for k < n."""
         _check_int("n", n, _SPLIT_BASE)
@@ -185,7 +190,7 @@ def stream(
     for use in uses:
         key = key.fold_in(use)
     if fold_time:
-        key = Key(key.fold_in(key.time).seed, chain=key.chain)
+        key = key.fold_time()
     return key.tensor(device)
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
 from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from coopflow_ext.coop.config import SettingType
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.data import Dataset, load
 from coopflow_ext.rng import USE_PRIOR
@@ -264,10 +265,10 @@ def test_a_run_goes_on_after_an_update_that_was_skipped(
     config = tiny(energy_skip_norm=1e6, pretrain_steps=0, flow_frozen_steps=0, log_every=1, steps=3)
     original = Trainer.update_energy
 
-    def explode(self: Trainer, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+    def explode(self: Trainer, *args: torch.Tensor, **options: bool) -> dict[str, torch.Tensor]:
         last = next(p for n, p in self.model.energy.named_parameters() if n.endswith("2.bias"))
         hook = last.register_hook(lambda g: g * (math.inf if self.step == 1 else 1))
-        metrics = original(self, *args)
+        metrics = original(self, *args, **options)
         hook.remove()
         return metrics
 
@@ -576,8 +577,8 @@ def test_divergence_is_reported_and_the_checkpoint_stays(
 ) -> None:
     original = Trainer.update_energy
 
-    def explode(self: Trainer, *args: torch.Tensor) -> dict[str, torch.Tensor]:
-        metrics = original(self, *args)
+    def explode(self: Trainer, *args: torch.Tensor, **options: bool) -> dict[str, torch.Tensor]:
+        metrics = original(self, *args, **options)
         if self.step == 5:
             with torch.no_grad():
                 next(self.model.energy.parameters()).fill_(math.inf)
@@ -685,3 +686,17 @@ def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path
         own.sample(0)
     with pytest.raises(TypeError, match=r"key must be a Key, .* or None, got int"):
         own.sample(2, 1)  # type: ignore[arg-type]
+
+
+def test_cuda_graph_is_auto_or_a_switch() -> None:
+    assert [tiny(cuda_graph=how).cuda_graph for how in ("auto", True, False)] == [
+        "auto",
+        True,
+        False,
+    ]
+    for bad in ("true", None, 1):
+        with pytest.raises(TypeError, match=r"cuda_graph must be bool \| Literal"):
+            tiny(cuda_graph=bad)
+    assert TrainConfig.from_json(tiny(cuda_graph=False).to_json()).cuda_graph is False
+    parse = SettingType.of("bool | Literal['auto']").parse
+    assert [parse(word) for word in ("auto", "true", "False")] == ["auto", True, False]

@@ -99,9 +99,9 @@ def test_two_ranks_make_the_chains_and_gradients_of_one(tmp_path: Path) -> None:
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     chains = torch.cat([part["chains"] for part in parts])
     torch.testing.assert_close(chains, whole["chains"], rtol=0, atol=1e-5)
-    # One message for each model's gradient, and the flag: what docs/scaling.md says.
+    # Whether a chain stopped, each model's gradient, and the flag: what docs/scaling.md says.
     sizes = [4 * sum(whole[n].numel() for n in whole if n.startswith(m)) for m in ("energ", "flow")]
-    assert parts[0]["sent"].tolist() == [*sizes, 4]
+    assert parts[0]["sent"].tolist() == [4, *sizes, 4]
     for name in whole:
         if name != "chains":
             assert torch.equal(parts[0][name], parts[1][name])

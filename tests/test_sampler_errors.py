@@ -318,6 +318,7 @@ def test_a_chain_keeps_its_last_finite_state(noise_first, several, differentiabl
     out = sampler(x0, key=key)
     x = last(out.x)
     assert x.isfinite().all()
+    assert out.frozen_at.tolist() == [6, 6, 2, 6]
     assert torch.equal(x[..., 2, :], last(two.x)[..., 2, :])
     trajectory = last(out.trajectory)
     assert torch.equal(trajectory[..., -1, 2, :], x[..., 2, :])
@@ -341,3 +342,4 @@ def test_ignore_lets_a_chain_go():
     out = LangevinSampler(BlowsUp(), n_steps=6, step_size=0.1, on_nonfinite="ignore")(X0)
     assert out.x[2].isnan().all()
     assert out.x[[0, 1, 3]].isfinite().all()
+    assert out.frozen_at is None

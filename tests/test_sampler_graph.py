@@ -296,7 +296,10 @@ def test_the_step_of_a_chain_that_stops_is_the_chain_s(recorded):
             sampler(x0)
         assert e.value.step == 20
         assert e.value.x.flatten().tolist() == [21, 21, 21, -59]
-    assert recorded.made == 1
+        frozen = stepwise(score=score, n_steps=40, drift=1.0, noise=0.0, cuda_graph=cuda_graph,
+                          on_nonfinite="freeze")  # fmt: skip
+        assert frozen(x0).frozen_at.tolist() == [30, 20, 21, 40]
+    assert recorded.made == 2
 
 
 def test_other_steps_and_coefficients_need_no_other_capture(recorded):

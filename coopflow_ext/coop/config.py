@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coopflow_ext import data
 from coopflow_ext.data import Dataset
@@ -112,6 +112,10 @@ class TrainConfig:
     precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
     flow_precision: str = _setting("float32", "of the flow's networks: float32 or bfloat16")
     compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
+    cuda_graph: bool | Literal["auto"] = _setting(
+        "auto",
+        "on a GPU a step as one CUDA graph: auto, true (an error where it cannot be), or false",
+    )
 
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")
     log_every: int = _setting(20, "steps between lines of metrics.jsonl")
@@ -250,6 +254,8 @@ class SettingType:
     @classmethod
     def of(cls, annotation: str) -> SettingType:
         """By the annotation of a field; with ``| None`` it may be None, "none" as a word."""
+        if annotation in _SETTING_TYPES:
+            return _SETTING_TYPES[annotation]
         name, _, optional = annotation.partition(" | ")
         required = _SETTING_TYPES[name]
         if not optional:
@@ -267,6 +273,11 @@ _SETTING_TYPES = {
     "int": SettingType(lambda v: isinstance(v, int) and not isinstance(v, bool), int, "INT"),
     "float": SettingType(_is_number, float, "FLOAT"),
     "bool": SettingType(lambda v: isinstance(v, bool), _switch, "true|false"),
+    "bool | Literal['auto']": SettingType(
+        lambda v: isinstance(v, bool) or v == "auto",
+        lambda text: text if text == "auto" else _switch(text),
+        "auto|true|false",
+    ),
     "dict[str, Any]": SettingType(lambda v: isinstance(v, dict), _json_object, "JSON-OBJECT"),
     "tuple[float, float]": SettingType(
         lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),

@@ -86,7 +86,8 @@ class Learner:
         if decayed:
             groups.append({"params": decayed, "weight_decay": weight_decay})
         self.parameters = others + decayed
-        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
+        on_cuda = self.parameters[0].is_cuda
+        self.optimizer = torch.optim.Adam(groups, betas=betas, fused=True, capturable=on_cuda)
         self.average = [p.detach().clone() for p in module.parameters()] if ema else []
         # On the device, because what they count depends on updates that are skipped there.
         self._updates = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
@@ -105,9 +106,9 @@ class Learner:
     def update(
         self,
         losses: Iterable[Tensor],
-        lr: float,
+        lr: float | Tensor,
         *,
-        iteration: int = 0,
+        iteration: int | Tensor = 0,
         may_skip: bool = True,
         skip: Tensor | None = None,
     ) -> Update:
@@ -118,8 +119,8 @@ class Learner:
 
         Args:
             losses: 0-d tensors.
-            lr: the rate after the warm-up.
-            iteration: number of this batch from 0, for ``warmup_by="batches"``.
+            lr: the rate after the warm-up; a number or a 0-d tensor.
+            iteration: number of this batch from 0, for ``warmup_by="batches"``; the same.
             may_skip: whether ``skip_norm`` applies.
             skip: 0-d bool, true to leave the update out whatever its gradient.
         """
@@ -145,10 +146,11 @@ class Learner:
         return norm
 
     @torch.no_grad()
-    def _step(self, lr: float, iteration: int, skipped: Tensor) -> None:
+    def _step(self, lr: float | Tensor, iteration: int | Tensor, skipped: Tensor) -> None:
         # Fused Adam takes a rate in float32 on CUDA, and in double precision on the CPU.
         dtype = torch.float64 if self._warmed.device.type == "cpu" else torch.float32
-        rate = torch.full_like(self._warmed, lr, dtype=dtype)
+        rate = torch.empty_like(self._warmed, dtype=dtype)
+        rate.copy_(lr) if isinstance(lr, Tensor) else rate.fill_(lr)
         if self.warmup:
             rate *= (self._warmed.to(dtype) / self.warmup).clamp(max=1)
         for group in self.optimizer.param_groups:

@@ -150,10 +150,7 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
     """One step, and what is due after it."""
     config = trainer.config
     begin = time.perf_counter()
-    try:
-        metrics = trainer.train_step()
-    except NonFiniteError as error:
-        raise RunError(f"training diverged at step {trainer.step}: {error}") from error
+    metrics = trainer.train_step()
     bar.update()
     last = trainer.step == config.total_steps
     if trainer.step % config.log_every == 0 or last:
@@ -167,6 +164,7 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
 
 
 def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm[Any]) -> None:
+    _check_chains(trainer)
     line: dict[str, Any] = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
     values = torch.stack([value.float() for value in metrics.values()])
     trainer.ranks.average([values])
@@ -199,7 +197,16 @@ def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
     run.log({"step": trainer.step, **distances})
 
 
+def _check_chains(trainer: Trainer) -> None:
+    """Waits for the device, so at what waits for it anyway."""
+    try:
+        trainer.divergence.check()
+    except NonFiniteError as error:
+        raise RunError(f"training diverged at step {error.step}: {error}") from error
+
+
 def _checkpoint(trainer: Trainer, run: RunFolder) -> None:
+    _check_chains(trainer)
     trainer.gather_moments()
     if trainer.ranks.is_first:
         run.save(trainer.step, trainer.tensors(), trainer.metadata())

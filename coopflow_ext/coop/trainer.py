@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from coopflow_ext.autocast import in_precision
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
 from coopflow_ext.coop.ranks import ALONE, Ranks
+from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
 from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
@@ -21,6 +23,14 @@ from coopflow_ext.rng import Key
 # At most so many for the data-dependent initialisation: enough for its statistics, and few enough
 # that attention over large images fits where a training step does.
 _INITIALISATION_IMAGES = 1024
+
+
+class StepKind(NamedTuple):
+    """What of a step is the same for many of them."""
+
+    pretrains: bool
+    flow_learns: bool
+    energy_may_skip: bool
 
 
 class Trainer:
@@ -50,16 +60,22 @@ class Trainer:
         self.device = torch.device(device)
         event = EventSpec(data.event_shape, data.levels)
         self.model = CoopFlow.from_config(config, event).to(self.device)
-        self.sampler = build_sampler(config, self.model.energy, event, training=True)
         self.key = Key(config.seed)
         self.step = 0
+        self._graphs = self._step_graphs(ranks)
+        # Within a graph of the whole step a chain needs none of its own.
+        chain_graphs: bool | Literal["auto"] = "auto" if self._graphs is None else False
+        self.sampler = build_sampler(
+            config, self.model.energy, event, training=True,
+            on_nonfinite="freeze", cuda_graph=chain_graphs,
+        )  # fmt: skip
         self.seconds = 0.0
         flip = config.flip and data.flip
         self.ranks = ranks
-        rows = ranks.rows(config.batch_size)
-        self.first_chain = rows.start
+        self.rows = ranks.rows(config.batch_size)
+        self.first_chain = self.rows.start
         batches = Batches(
-            data, config.batch_size, self.key, device=self.device, flip=flip, rows=rows
+            data, config.batch_size, self.key, device=self.device, flip=flip, rows=self.rows
         )
         # On the CPU a second thread would only take time from the first.
         self.batches = Prefetch(batches) if self.device.type == "cuda" else batches
@@ -93,6 +109,24 @@ class Trainer:
             self.data_moments.update(data.decode(rows).to(self.device))
         # Of this process's samples since the last line of the metrics.
         self.sample_moments = RunningMoments(data.dim, self.device)
+        self.divergence = Divergence(self.rows.stop - self.rows.start, self.device, ranks)
+        # What a captured step reads of the numbers that change from step to step.
+        self._step_number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._iteration_number = torch.zeros_like(self._step_number)
+        self._pretrain_lr = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _step_graphs(self, ranks: Ranks) -> StepGraphs | None:
+        wanted = self.config.cuda_graph
+        can = self.device.type == "cuda" and ranks.world == 1
+        if wanted is True and not can:
+            raise ValueError(
+                "cuda_graph=true needs one process on a CUDA device, got "
+                f"{ranks.world} on {self.device}"
+            )
+        if wanted is False or not can:
+            return None
+        keyed: list[HasKey] = [self] if self.model.buffer is None else [self, self.model.buffer]
+        return StepGraphs(self._take_step, keyed, self.device, required=wanted is True)
 
     def _initialize_flow(self) -> None:
         wanted = min(self.config.init_batches * self.config.batch_size, _INITIALISATION_IMAGES)
@@ -108,39 +142,57 @@ class Trainer:
 
     def train_step(self) -> dict[str, Tensor]:
         """The next step; returns its numbers as 0-d tensors, which are not waited for."""
+        config = self.config
+        if self.step == config.pretrain_steps and config.flow_restart:
+            self.flow.restart()
         x = self.batches[self.step]
         self.model.train()
-        metrics = self.pretrain(x) if self.pretraining else self.cooperate(x)
+        kind = StepKind(
+            self.pretraining,
+            flow_learns=self.pretraining or self._flow_learns(),
+            energy_may_skip=self.iteration >= config.energy_skip_from,
+        )
+        self._step_number.fill_(self.step)
+        self._iteration_number.fill_(self.iteration)
+        self._pretrain_lr.fill_(
+            (1 - self.step / max(config.pretrain_steps, 1)) * config.pretrain_lr
+        )
+        step = self._take_step if self._graphs is None else self._graphs.run
+        metrics = step(kind, x)
+        # A chain of no steps draws as well.
+        self.key = self.key.advance(1 if kind.pretrains else max(1, config.langevin_steps))
         self.step += 1
         return metrics
 
+    def _take_step(self, kind: StepKind, x: Tensor) -> dict[str, Tensor]:
+        """All that a step does on the device. What is a Python number in it is the same in all
+        steps of a kind."""
+        return self.pretrain(x) if kind.pretrains else self.cooperate(x, kind)
+
     def pretrain(self, x: Tensor) -> dict[str, Tensor]:
         """The flow learns the data by maximum likelihood, at a rate that falls linearly to 0."""
-        left = 1 - self.step / self.config.pretrain_steps
-        metrics = self.update_flow(x, left * self.config.pretrain_lr)
-        self.key = self.key.advance(1)
-        return metrics
+        return self.update_flow(x, self._pretrain_lr, may_skip=False)
 
-    def cooperate(self, x: Tensor) -> dict[str, Tensor]:
+    def cooperate(self, x: Tensor, kind: StepKind) -> dict[str, Tensor]:
         """One iteration of the paper's algorithm on the data batch x.
 
         The energy's update comes before the flow's, which is left out with it. Neither sees what
-        the other does to the weights, so the order is not otherwise felt.
+        the other does to the weights, so the order is not otherwise felt. Once a chain has met a
+        gradient that is not finite, nothing is learned any more.
         """
-        if self.step == self.config.pretrain_steps and self.config.flow_restart:
-            self.flow.restart()
         persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
         proposal = self.propose(len(x)) if persistent is None else persistent.x
         samples = self.run_chain(proposal)
         if self.model.buffer and persistent:
-            self.model.buffer.write(persistent.indices, samples)
+            before = self.model.buffer.states.index_select(0, persistent.indices)
+            kept = torch.where(self.divergence.flag, before, samples)
+            self.model.buffer.write(persistent.indices, kept)
         metrics = {"langevin_distance": (samples - proposal).square().mean().sqrt()}
-        metrics.update(self.update_energy(x, samples))
-        if self._flow_learns():
+        metrics.update(self.update_energy(x, samples, may_skip=kind.energy_may_skip))
+        if kind.flow_learns:
             skip = metrics["energy_skipped"]
             metrics.update(self.update_flow(samples, self.config.flow_lr, skip))
         self.sample_moments.update(samples)
-        self.key = self.key.advance(max(1, self.config.langevin_steps))
         return metrics
 
     def propose(self, n: int) -> Tensor:
@@ -149,11 +201,14 @@ class Trainer:
 
     def run_chain(self, proposal: Tensor) -> Tensor:
         """The Langevin flow: T steps from the proposals toward the energy's distribution."""
-        ends = []
+        ends, stops = [], []
         for x0, key in self._parts(proposal):
-            x = self.sampler(x0, key=key).x
-            assert isinstance(x, Tensor)
-            ends.append(x)
+            out = self.sampler(x0, key=key)
+            assert isinstance(out.x, Tensor)
+            assert out.frozen_at is not None
+            ends.append(out.x)
+            stops.append(out.frozen_at)
+        self.divergence.note(self._step_number, torch.cat(stops), self.config.langevin_steps)
         return torch.cat(ends)
 
     def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, Key]]:
@@ -174,10 +229,17 @@ class Trainer:
         """Number of the next step from 0, of the pre-training or of the iterations after it."""
         return self.step if self.pretraining else self.step - self.config.pretrain_steps
 
-    def update_flow(self, x: Tensor, lr: float, skip: Tensor | None = None) -> dict[str, Tensor]:
+    def update_flow(
+        self,
+        x: Tensor,
+        lr: float | Tensor,
+        skip: Tensor | None = None,
+        *,
+        may_skip: bool = True,
+    ) -> dict[str, Tensor]:
         """Flow step: the negative log-likelihood of x goes down; of the samples, not the data.
 
-        Without the step where ``skip`` is true, or because of its gradient (not in pre-training).
+        Without the step where ``skip`` is true, or, if it ``may_skip``, because of its gradient.
         """
         losses = []
 
@@ -190,7 +252,7 @@ class Trainer:
                 yield loss
 
         norm, skipped = self.flow.update(
-            parts(), lr, iteration=self.iteration, may_skip=not self.pretraining, skip=skip
+            parts(), lr, iteration=self._iteration_number, may_skip=may_skip, skip=skip
         )
         return {
             "flow_nll": torch.stack(losses).sum() / self.data.dim,
@@ -198,8 +260,14 @@ class Trainer:
             "flow_skipped": skipped,
         }
 
-    def update_energy(self, x: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        """EBM step: f = −U goes up on the data and down on the samples."""
+    def update_energy(
+        self, x: Tensor, samples: Tensor, *, may_skip: bool = True
+    ) -> dict[str, Tensor]:
+        """EBM step: f = −U goes up on the data and down on the samples.
+
+        Without the step after a chain that diverged, or, if it ``may_skip``, because of its
+        gradient.
+        """
         means = []
 
         def parts() -> Iterator[Tensor]:
@@ -215,8 +283,9 @@ class Trainer:
         norm, skipped = self.energy.update(
             parts(),
             self.config.energy_lr,
-            iteration=self.iteration,
-            may_skip=self.iteration >= self.config.energy_skip_from,
+            iteration=self._iteration_number,
+            may_skip=may_skip,
+            skip=self.divergence.flag,
         )
         on_data, on_samples = torch.stack(means).sum(0)
         return {

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,12 @@ from coopflow_ext.samplers.output import (
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Schedule, per_chain
 
-_Result = tuple[Tensors, Tensors | None, ChainStatistics | None]
+
+class _Result(NamedTuple):
+    xs: Tensors
+    trajectory: Tensors | None
+    stats: ChainStatistics | None
+    frozen_at: Tensor | None
 
 
 def _check_clamp(clamp: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -324,10 +329,10 @@ class LangevinSampler:
                 result = self._run_differentiable(plan, inputs, xs)
             else:
                 result = self._run_captured(plan, inputs) or self._run(plan, inputs)
-        x, trajectory, stats = result
-        return SamplerOutput(
-            pack(x, x0), after, None if trajectory is None else pack(trajectory, x0), stats
-        )
+        trajectory = None if result.trajectory is None else pack(result.trajectory, x0)
+        out = SamplerOutput(pack(result.xs, x0), after, trajectory, result.stats)
+        out.frozen_at = result.frozen_at
+        return out
 
     def _plan_for(
         self, n_steps: int | None, given: Mapping[str, Schedule]
@@ -359,13 +364,13 @@ class LangevinSampler:
         if self.cuda_graph is True:
             self._can_capture(inputs.xs[0])  # the same promise, kept without a graph
         chain = KernelChain(plan, inputs, kernel)
-        self._check_finite(chain, chain.last)
-        return chain.last, chain.trajectory, chain.statistics()
+        stops = self._check_finite(chain, chain.last)
+        return _Result(chain.last, chain.trajectory, chain.statistics(), stops)
 
     def _run(self, plan: Plan, inputs: Inputs) -> _Result:
         chain = _ran(plan, inputs)
-        self._check_finite(chain, chain.last)
-        return chain.last, chain.records.trajectory, chain.statistics()
+        stops = self._check_finite(chain, chain.last)
+        return _Result(chain.last, chain.records.trajectory, chain.statistics(), stops)
 
     def _run_captured(self, plan: Plan, inputs: Inputs) -> _Result | None:
         """The same as CUDA graphs; None where there are none to be had."""
@@ -374,8 +379,9 @@ class LangevinSampler:
         with self._graphs.replayed(plan, inputs) as chain:
             if chain is None:
                 return None
-            self._check_finite(chain, chain.last)
-            return clones(chain.last), chain.records.trajectory, chain.statistics()
+            stops = self._check_finite(chain, chain.last)
+            records = chain.records
+            return _Result(clones(chain.last), records.trajectory, chain.statistics(), stops)
 
     def _can_capture(self, x: Tensor) -> bool:
         if self.cuda_graph is True and not x.is_cuda:
@@ -398,13 +404,16 @@ class LangevinSampler:
         steps = DifferentiableChain(chain, self.checkpoint_every)
         with constant(parameters_of(plan.gradient.module)):
             ends = steps.run(starts, plan.fast_steps)
-        self._check_finite(chain, ends)
-        return ends, steps.trajectory(), chain.statistics()
+        stops = self._check_finite(chain, ends)
+        return _Result(ends, steps.trajectory(), chain.statistics(), stops)
 
-    def _check_finite(self, chain: Chain | Replayed | KernelChain, xs: Tensors) -> None:
-        """The one read of the mask, after the chain that ended in ``xs``."""
-        if self.on_nonfinite != "raise" or not chain.stopped():
-            return
+    def _check_finite(self, chain: Chain | Replayed | KernelChain, xs: Tensors) -> Tensor | None:
+        """The steps at which chains stopped, if these are to be handed on; else the one read of
+        the mask, after the chain that ended in ``xs``."""
+        if self.on_nonfinite == "freeze":
+            return chain.frozen_at
+        if self.on_nonfinite == "ignore" or not chain.stopped():
+            return None
         active, frozen_at = chain.active, chain.frozen_at
         assert active is not None
         assert frozen_at is not None

@@ -70,20 +70,26 @@ def chain_statistics(sums: Tensor, energy: Tensor | None, *, n_elements: int) ->
     )
 
 
-class SamplerOutput(NamedTuple):
-    """Result of a chain.
+class _Output(NamedTuple):
+    x: State
+    key: Key
+    trajectory: State | None
+    stats: ChainStatistics | None
+
+
+class SamplerOutput(_Output):
+    """Result of a chain: (x, key, trajectory, stats), and beside these ``frozen_at``.
 
     Attributes:
         x: the last state, shape, dtype and structure of x0.
         key: the key advanced by the number of steps: pass it to continue the same path.
         trajectory: (T // thin, *x.shape), the states after steps thin, 2·thin, …; or None.
         stats: :class:`ChainStatistics` with ``stats=True``, else None.
+        frozen_at: int64 (B,) with ``on_nonfinite="freeze"``, else None: the step at which a chain
+            stopped, T where it did not.
     """
 
-    x: State
-    key: Key
-    trajectory: State | None
-    stats: ChainStatistics | None
+    frozen_at: Tensor | None = None
 
 
 class Trajectory:

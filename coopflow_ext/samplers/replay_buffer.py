@@ -52,6 +52,9 @@ class ReplayBuffer:
         key: where the draws come from; None draws a seed from torch's default generator.
         device, dtype: of the states.
 
+    Attributes:
+        key: of the next draw.
+
     Raises:
         ValueError, TypeError: for an argument out of range, by name.
     """
@@ -77,7 +80,7 @@ class ReplayBuffer:
         if not callable(init) and init not in ("uniform", "normal"):
             raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
         self._init = init
-        self._key = Key.or_default(key).fold_in(USE_BUFFER)
+        self.key = Key.or_default(key).fold_in(USE_BUFFER)
         shape = _check_shape(shape)
         self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
         self.states.copy_(self._fresh(self.size, _FILL))
@@ -98,7 +101,7 @@ class ReplayBuffer:
         anew = ops.uniform((n,), self._rng(_REINIT)) < self.reinit_probability
         fresh = self._fresh(n, _FRESH).to(device, x.dtype)
         x = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), fresh, x)
-        self._key = self._key.advance(1)
+        self.key = self.key.advance(1)
         return BufferDraw(x, indices)
 
     @_as_plain_tensors
@@ -123,12 +126,13 @@ class ReplayBuffer:
         self.states.index_copy_(0, indices, x.detach().to(self.states))
 
     def _rng(self, use: int) -> Tensor:
-        return self._key.fold_in(use).tensor(self.states.device)
+        return self.key.fold_in(use).tensor(self.states.device)
 
     def _fresh(self, n: int, use: int) -> Tensor:
         shape = (n, *self.states.shape[1:])
         if callable(self._init):
-            fresh = self._init(shape, self._key.fold_in(use))
+            with self.states.device:  # where what does not say otherwise is made
+                fresh = self._init(shape, self.key.fold_in(use))
             if not isinstance(fresh, Tensor):
                 raise TypeError(f"init must return a tensor, got {type(fresh).__name__}")
             if fresh.shape != shape:
@@ -141,7 +145,7 @@ class ReplayBuffer:
     @_as_plain_tensors
     def state_dict(self) -> dict[str, Any]:
         """The states and the key: a tensor and three integers."""
-        return {"states": self.states.clone(), **self._key.state_dict()}
+        return {"states": self.states.clone(), **self.key.state_dict()}
 
     @_as_plain_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,7 +162,7 @@ class ReplayBuffer:
                 f"got {tuple(state['states'].shape)}"
             )
         self.states.copy_(state["states"])
-        self._key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
+        self.key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
 
 
 def _check_shape(shape: object) -> tuple[int, ...]:

@@ -1,0 +1,129 @@
+"""Steps of a training as CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from coopflow_ext._recording import CaptureError, Recording
+from coopflow_ext.recorded_key import Derivation, Streams, derived
+from coopflow_ext.rng import Key
+
+_EAGER = 3  # steps of a kind before its capture: they allocate, compile, and choose algorithms
+
+
+class HasKey(Protocol):
+    """What draws from a key of its own."""
+
+    key: Key
+
+
+class _Captured(NamedTuple):
+    """What a replay of a kind of step leaves behind.
+
+    Attributes:
+        metrics: its results, in memory that the next replay of any kind overwrites.
+        derivations: how each key has moved on.
+    """
+
+    metrics: dict[str, Tensor]
+    derivations: list[Derivation]
+
+
+class StepGraphs:
+    """Runs steps: the first few of each kind one operator after the other, then as one CUDA graph.
+
+    Args:
+        step: (kind, batch) → results by name, 0-d tensors. What varies from step to step within a
+            kind must come from the batch, from the keys, or from tensors changed in place.
+        keyed: everything whose ``key`` a step draws from.
+        device: where it runs.
+        required: raise where a kind cannot be captured; otherwise warn once and run without.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Any, Tensor], dict[str, Tensor]],
+        keyed: Sequence[HasKey],
+        device: torch.device,
+        *,
+        required: bool,
+    ) -> None:
+        self._step, self._keyed, self._required = step, keyed, required
+        self._streams = [Streams() for _ in keyed]
+        self._recording = Recording(device)
+        self._seen: Counter[Hashable] = Counter()
+        self._captured: dict[Hashable, _Captured] = {}
+        self._batch: Tensor | None = None
+        self._refused = False
+
+    def run(self, kind: Hashable, batch: Tensor) -> dict[str, Tensor]:
+        """One step.
+
+        Raises:
+            RuntimeError: the kind cannot be captured and must be; says why.
+        """
+        self._seen[kind] += 1
+        if self._refused or self._seen[kind] < _EAGER:
+            return self._step(kind, batch)
+        if self._batch is None:
+            self._batch = batch.clone()
+        self._batch.copy_(batch)
+        if self._seen[kind] == _EAGER:
+            with self._recorded_keys():  # so that their streams are there before the capture
+                return self._step(kind, self._batch)
+        if kind not in self._captured and not self._capture(kind):
+            return self._step(kind, batch)
+        return self._replay(kind)
+
+    def _capture(self, kind: Hashable) -> bool:
+        metrics: dict[str, Tensor] = {}
+        assert self._batch is not None
+        batch = self._batch
+        before = [owner.key for owner in self._keyed]
+        try:
+            with self._recorded_keys() as derivations:
+                self._recording.add(
+                    kind, lambda: metrics.update(self._step(kind, batch)), warm_up=lambda: None
+                )
+        except CaptureError as error:
+            message = f"a step of the training cannot be captured in a CUDA graph: {error}"
+            if self._required:
+                raise RuntimeError(f"cuda_graph=true: {message}") from error
+            self._refused = True
+            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=5)
+            return False
+        finally:
+            for owner, key in zip(self._keyed, before, strict=True):  # no step was made
+                owner.key = key
+        self._captured[kind] = _Captured(metrics, derivations)
+        return True
+
+    def _replay(self, kind: Hashable) -> dict[str, Tensor]:
+        captured = self._captured[kind]
+        for owner, streams in zip(self._keyed, self._streams, strict=True):
+            streams.fill(owner.key)
+        self._recording.replay(kind)
+        for owner, derivation in zip(self._keyed, captured.derivations, strict=True):
+            owner.key = derived(owner.key, derivation)
+        return {name: value.clone() for name, value in captured.metrics.items()}
+
+    @contextmanager
+    def _recorded_keys(self) -> Iterator[list[Derivation]]:
+        """Inside, what is drawn comes from tensors that stay. Afterwards the list says how each key
+        has moved on."""
+        derivations: list[Derivation] = []
+        for owner, streams in zip(self._keyed, self._streams, strict=True):
+            owner.key = streams.record(owner.key)
+        try:
+            yield derivations
+        finally:
+            for owner in self._keyed:
+                derivations.append(getattr(owner.key, "derivation", ()))
+                owner.key = Key(owner.key.seed, owner.key.time, owner.key.chain)
