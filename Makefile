@@ -15,6 +15,7 @@ BUILD := build/dev
 LIBRARY := coopflow_ext/libcoopflow_ext.so
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
   $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
@@ -32,7 +33,7 @@ help:
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make wheel  dist/*.whl for every Python >= 3.10 and torch >= 2.10;  make sdist: dist/*.tar.gz"
 	@echo "make clean  remove build/, dist/ and .venv"
-	@echo "Variables: PYTHON=python3 TORCH=torch==2.13.0 COOPFLOW_CUDA=auto|0|1 PYTEST_ARGS=..."
+	@echo "Variables: PYTHON=python3 TORCH=torch==2.13.0 COOPFLOW_CUDA=auto|0|1 JOBS=2 PYTEST_ARGS=..."
 
 # --- set-up -------------------------------------------------------------------------------------------
 # The first stamp also says, in one line each, what the machine lacks.
@@ -98,7 +99,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 test: lint $(LIBRARY)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 sanitize: lint $(LIBRARY)
 	tests/sanitize.sh $(BIN)/python

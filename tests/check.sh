@@ -43,7 +43,7 @@ print(cf.build_info())" | sed "s|$work|…|g"
   echo "=== $2: right, $((SECONDS - started)) s"
 }
 
-part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider; }
+part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -n 2 --dist loadfile; }
 
 part_sanitize() { tests/sanitize.sh "$python"; }
 

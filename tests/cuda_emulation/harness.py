@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import re
@@ -69,11 +70,21 @@ def build(
         f"-DCOOPFLOW_CSRC={csrc}",
         f"-DCOOPFLOW_KERNELS={kernels}",
     ]  # fmt: skip
-    for command in (configure, [cmake, "--build", str(folder), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise BuildFailedError(done.stdout + done.stderr)
+    with _alone(folder):
+        for command in (configure, [cmake, "--build", str(folder), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise BuildFailedError(done.stdout + done.stderr)
     return folder / f"lib{target}.so"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time builds in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sanitizer_environment(*, threads: bool = False) -> dict[str, str]:
