@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from coopflow_ext.errors import reason
+
+_T = TypeVar("_T")
 
 _WARM_UPS = 2  # libraries choose algorithms and allocate workspaces before the capture
 
@@ -21,6 +25,40 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 class CaptureError(RuntimeError):
     """The work runs, but cannot be captured in a CUDA graph."""
+
+
+class GraphOption:
+    """What ``cuda_graph=True`` and ``"auto"`` do where a capture turns out to be impossible.
+
+    Args:
+        what: is captured, for the message.
+        required: raise; otherwise warn once, and capture nothing from then on.
+
+    Attributes:
+        refused: whether that has happened.
+    """
+
+    def __init__(self, what: str, *, required: bool) -> None:
+        self._what, self._required = what, required
+        self.refused = False
+
+    def attempt(self, capture: Callable[[], _T]) -> _T | None:
+        """What ``capture`` returns; None where there is no graph to be had.
+
+        Raises:
+            RuntimeError: it is impossible and required; says why.
+        """
+        if self.refused:
+            return None
+        try:
+            return capture()
+        except CaptureError as error:
+            message = f"{self._what} cannot be captured in a CUDA graph: {error}"
+            if self._required:
+                raise RuntimeError(f"cuda_graph=True: {message}") from error
+            self.refused = True
+            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=2)
+            return None
 
 
 class Recording:
@@ -98,6 +136,11 @@ class Recording:
             raise
         return graph
 
+    def forget(self, name: Hashable) -> None:
+        """Drop a recorded piece; waits for it on the host."""
+        self.finish()
+        del self._graphs[name]
+
     def wait(self) -> None:
         """The memory belongs to one call at a time, whatever stream the calls are made on."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
@@ -113,6 +156,18 @@ class Recording:
     def finish(self) -> None:
         """Wait on the host until the memory is not in use."""
         self._done.synchronize()
+
+
+def kind_of_module(module: nn.Module | None) -> Hashable:
+    """What of a module a capture depends on: its modes, the precision that it runs in, and where
+    its weights are, so that changes in place need no new capture."""
+    modules = [] if module is None else list(module.modules())
+    weights = [] if module is None else [*module.parameters(), *module.buffers()]
+    return (
+        tuple(m.training for m in modules),
+        tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),
+        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+    )
 
 
 @contextmanager

@@ -99,6 +99,9 @@ class RecordedOps:
                 if _storage(mine) not in known:
                     mine.copy_(new)
 
+    def forget(self, name: Any) -> None:
+        del self.pieces[name]
+
     def wait(self) -> None: ...
 
     def release(self) -> None: ...

@@ -29,7 +29,7 @@ LAYERS = [
     ("_extension", "_info"),
     ("reference",),
     ("ops",),
-    ("rng", "recorded_key"),
+    ("rng", "recorded_key", "graphed_calls"),
     ("samplers", "energies", "flows", "data", "diagnostics"),
     ("presets", "metrics"),
     ("integrations",),

@@ -154,7 +154,7 @@ def test_a_step_that_must_be_captured_says_why_it_cannot(monkeypatch: pytest.Mon
     run = trainer(monkeypatch, pretrain_steps=0)
     reads_the_host(run)
     take_steps(3, run)
-    with pytest.raises(RuntimeError, match=r"cuda_graph=true: a step .*reads a value on the host"):
+    with pytest.raises(RuntimeError, match=r"cuda_graph=True: a step .*reads a value on the host"):
         run.train_step()
     with pytest.raises(ValueError, match="cuda_graph=true needs one process on a CUDA device"):
         trainer(cuda_graph=True)

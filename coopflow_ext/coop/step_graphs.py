@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from coopflow_ext._recording import CaptureError, Recording
+from coopflow_ext._recording import GraphOption, Recording
 from coopflow_ext.recorded_key import Derivation, Streams, derived
 from coopflow_ext.rng import Key
 
@@ -55,13 +55,13 @@ class StepGraphs:
         *,
         required: bool,
     ) -> None:
-        self._step, self._keyed, self._required = step, keyed, required
+        self._step, self._keyed = step, keyed
+        self._option = GraphOption("a step of the training", required=required)
         self._streams = [Streams() for _ in keyed]
         self._recording = Recording(device)
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, _Captured] = {}
         self._batch: Tensor | None = None
-        self._refused = False
 
     def run(self, kind: Hashable, batch: Tensor) -> dict[str, Tensor]:
         """One step.
@@ -70,7 +70,7 @@ class StepGraphs:
             RuntimeError: the kind cannot be captured and must be; says why.
         """
         self._seen[kind] += 1
-        if self._refused or self._seen[kind] < _EAGER:
+        if self._option.refused or self._seen[kind] < _EAGER:
             return self._step(kind, batch)
         if self._batch is None:
             self._batch = batch.clone()
@@ -78,32 +78,25 @@ class StepGraphs:
         if self._seen[kind] == _EAGER:
             with self._recorded_keys():  # so that their streams are there before the capture
                 return self._step(kind, self._batch)
-        if kind not in self._captured and not self._capture(kind):
-            return self._step(kind, batch)
+        if kind not in self._captured:
+            captured = self._option.attempt(partial(self._capture, kind, self._batch))
+            if captured is None:
+                return self._step(kind, batch)
+            self._captured[kind] = captured
         return self._replay(kind)
 
-    def _capture(self, kind: Hashable) -> bool:
+    def _capture(self, kind: Hashable, batch: Tensor) -> _Captured:
         metrics: dict[str, Tensor] = {}
-        assert self._batch is not None
-        batch = self._batch
         before = [owner.key for owner in self._keyed]
         try:
             with self._recorded_keys() as derivations:
                 self._recording.add(
                     kind, lambda: metrics.update(self._step(kind, batch)), warm_up=lambda: None
                 )
-        except CaptureError as error:
-            message = f"a step of the training cannot be captured in a CUDA graph: {error}"
-            if self._required:
-                raise RuntimeError(f"cuda_graph=true: {message}") from error
-            self._refused = True
-            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=5)
-            return False
         finally:
             for owner, key in zip(self._keyed, before, strict=True):  # no step was made
                 owner.key = key
-        self._captured[kind] = _Captured(metrics, derivations)
-        return True
+        return _Captured(metrics, derivations)
 
     def _replay(self, kind: Hashable) -> dict[str, Tensor]:
         captured = self._captured[kind]

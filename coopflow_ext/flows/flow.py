@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from coopflow_ext.flows.folding import folding
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
+from coopflow_ext.graphed_calls import GraphedCalls
 from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key, stream
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -53,6 +55,11 @@ class Flow(nn.Module):
 
     x, z, eps and context have the parameters' dtype, or any floating-point dtype under autocast;
     TypeError for another, and for what is no tensor.
+
+    On CUDA ``sample``, and ``log_prob`` under no_grad, are captured as a CUDA graph at the second
+    call of a kind (batch size, dtypes, modes, memory of the weights) and replayed with other keys
+    and values; the four kinds used last are kept, with the memory of the largest. Changes of the
+    weights in place are seen. ``flow.cuda_graph = False`` turns it off.
 
     ``torch.compile(flow.sample, fullgraph=True)``, and the same of ``log_prob``, is one graph that
     takes the key as an input: another key needs no other graph.
@@ -98,6 +105,8 @@ class Flow(nn.Module):
         for index, dropout in enumerate(dropouts):
             dropout.index = index
         self._has_dropout = bool(dropouts)
+        self.cuda_graph = True
+        self._graphs = GraphedCalls("a pass of the flow", required=False)
 
     @property
     def is_image_flow(self) -> bool:
@@ -205,7 +214,18 @@ class Flow(nn.Module):
         context: Tensor | None = None,
     ) -> Tensor:
         """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
-        z, ladj = self.call_and_ladj(x, key=key, eps=eps, context=context)
+        self._check_events("x", x)
+        given = {"eps": eps, "context": context}
+        beside = {name: t for name, t in given.items() if t is not None}
+        names = tuple(beside)
+        return self._run(
+            ("log_prob", names), partial(self._log_prob, names), len(x), key, x, *beside.values()
+        )
+
+    def _log_prob(
+        self, names: Sequence[str], key: Key | None, x: Tensor, *beside: Tensor
+    ) -> Tensor:
+        z, ladj = self.call_and_ladj(x, key=key, **dict(zip(names, beside, strict=True)))
         wide = z if z.dtype == torch.float64 else z.float()
         log_prior = -0.5 * (wide.flatten(1).square().sum(1) + self.dim * _LOG_2PI)
         log_cells = 0.0 if self.dequantize is None else self.dim * math.log(self.dequantize.levels)
@@ -249,6 +269,10 @@ class Flow(nn.Module):
         if n < 0:
             raise ValueError(f"n must be ≥ 0, got {n}")
         aux = self._aux(context, n)
+        given = () if aux is None else (aux,)
+        return self._run(("sample", n), partial(self._sample, n), n, key, *given)
+
+    def _sample(self, n: int, key: Key | None, aux: Tensor | None = None) -> Tensor:
         like = next(self.parameters())
         rng = stream(key, USE_PRIOR, device=like.device, batch=n)
         z = ops.normal((n, *self.event_shape), rng, dtype=like.dtype)
@@ -257,6 +281,28 @@ class Flow(nn.Module):
             inner = self._context(aux, key, z, USE_PRIOR)
         y, _ = self.transform.inverse_and_ladj(z, inner)
         return self.to_data(y)
+
+    def _run(
+        self,
+        name: Hashable,
+        function: Callable[..., Tensor],
+        batch: int,
+        key: Key | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        """``function(key, *tensors)``, by a CUDA graph where that is possible and wanted."""
+        plain = all(isinstance(t, Tensor) for t in tensors)
+        if torch.compiler.is_compiling() or not plain or not self._can_capture(batch):
+            return function(key, *tensors)
+        key = Key.or_default(key)
+        key.check_batch(batch)
+        return self._graphs.call(name, function, self, key, *tensors)
+
+    def _can_capture(self, batch: int) -> bool:
+        if not self.cuda_graph or batch == 0 or torch.is_grad_enabled():
+            return False
+        on_cuda = next(self.parameters()).is_cuda
+        return on_cuda and not torch.cuda.is_current_stream_capturing()
 
     def folded(self) -> AbstractContextManager[None]:
         """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.

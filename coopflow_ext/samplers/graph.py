@@ -8,7 +8,6 @@ coefficients and of supplied normals are copied to where the recorded steps read
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coopflow_ext._recording import CaptureError, Recording
+from coopflow_ext._recording import CaptureError, GraphOption, Recording, kind_of_module
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
 from coopflow_ext.samplers.model_state import ModelState
@@ -204,8 +203,8 @@ class ChainGraphs:
 
     def __init__(self, *, required: bool) -> None:
         self._required = required
+        self._option = GraphOption("the chain", required=required)
         self._captured: OrderedDict[Hashable, CapturedChain] = OrderedDict()
-        self._refused = False
         self._in_use = threading.Lock()
 
     def __reduce__(self) -> Any:
@@ -221,8 +220,10 @@ class ChainGraphs:
             RuntimeError: the capture is impossible and required; says why.
         """
         with self._in_use:  # the buffers belong to one thread at a time
-            captured = None if self._refused else self._find(plan, inputs)
+            captured = self._option.attempt(partial(self._find, plan, inputs))
             if captured is None:
+                while self._captured:
+                    self._drop_oldest()
                 yield None
                 return
             try:
@@ -230,21 +231,11 @@ class ChainGraphs:
             finally:
                 captured.release()
 
-    def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain | None:
-        try:
-            kind = _kind(plan, inputs)
-            if kind not in self._captured:
-                self._captured[kind] = CapturedChain(plan, inputs)
-            self._captured[kind].prepare(plan)
-        except CaptureError as error:
-            while self._captured:
-                self._drop_oldest()
-            message = f"the chain cannot be captured in a CUDA graph: {error}"
-            if self._required:
-                raise RuntimeError(f"cuda_graph=True: {message}") from error
-            self._refused = True
-            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=6)
-            return None
+    def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain:
+        kind = _kind(plan, inputs)
+        if kind not in self._captured:
+            self._captured[kind] = CapturedChain(plan, inputs)
+        self._captured[kind].prepare(plan)
         self._captured.move_to_end(kind)
         while len(self._captured) > _MAX_CHAINS:
             self._drop_oldest()
@@ -260,20 +251,14 @@ def _new_graphs(required: bool) -> ChainGraphs:
 
 
 def _kind(plan: Plan, inputs: Inputs) -> Hashable:
-    """What a captured chain depends on. Parameters count by their place in memory, so that
-    changes in place need no new capture; coefficients by what their rows are like."""
-    module = plan.gradient.module
-    model = [] if module is None else list(module.modules())
-    weights = [] if module is None else [*module.parameters(), *module.buffers()]
+    """What a captured chain depends on; of coefficients, what their rows are like."""
     kind = (
         type(inputs.like),
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs.constants()),
         tuple((name, is_off(v), columns(v)) for name, v in plan.coefficients.items()),
         (inputs.x_refs is None, inputs.xis is None),
         structure_of(inputs.model_kwargs),
-        tuple(m.training for m in model),
-        tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),
-        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+        kind_of_module(plan.gradient.module),
     )
     try:
         hash(kind)

@@ -1,0 +1,152 @@
+"""Sampling and likelihood of a flow as graphs, with a recording of operators in CUDA's place."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from recorded_ops import RecordedOps
+
+from coopflow_ext import flows, graphed_calls
+from coopflow_ext.flows import Flow
+from coopflow_ext.rng import Key
+
+IMAGE = (1, 8, 8)
+FLOWS = {
+    "vectors, context": lambda: flows.realnvp(3, widths=(16,), couplings=2, context_dim=2),
+    "images": lambda: flows.realnvp(image_shape=IMAGE, widths=(16,), couplings=2, dropout=0.2),
+    "Flow++": lambda: flows.flowpp(IMAGE, channels=8, blocks=1, components=2, dropout=0.2),
+    "sampling dropout": lambda: flows.flowpp(
+        IMAGE, channels=8, blocks=1, components=2, dropout=0.2, sampling_dropout=True
+    ),
+}
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed_calls, "Recording", RecordedOps)
+    monkeypatch.setattr(
+        Flow, "_can_capture", lambda self, n: self.cuda_graph and not torch.is_grad_enabled()
+    )
+
+
+def initialised(name: str) -> Flow:
+    torch.manual_seed(0)
+    flow = FLOWS[name]()
+    flow.initialize(torch.rand(16, *flow.event_shape) * 2 - 1, **context_for(flow, 16))
+    return flow
+
+
+def context_for(flow: Flow, n: int) -> dict[str, Any]:
+    return {"context": torch.randn(n, 2)} if flow.context_dim else {}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_replays_are_calls(captured: None, name: str, training: bool) -> None:
+    flow = initialised(name).train(training)
+    plain = copy.deepcopy(flow)
+    plain.cuda_graph = False
+    for seed in range(4):
+        key = Key(seed, time=seed, chain=5 * seed)
+        given = context_for(flow, 5)
+        assert torch.equal(flow.sample(5, key, **given), plain.sample(5, key, **given))
+        x = torch.rand(5, *flow.event_shape) * 2 - 1
+        with torch.no_grad():
+            ours = flow.log_prob(x, key=key, **given)
+            assert torch.equal(ours, plain.log_prob(x, key=key, **given))
+            for one, other in zip(flow.parameters(), plain.parameters(), strict=True):
+                other.copy_(one.mul_(1.01))
+    assert len(flow._graphs._captured) == 2
+
+
+def test_results_stay_when_the_next_call_is_made(captured: None) -> None:
+    flow = initialised("images")
+    samples = [flow.sample(3, Key(seed)) for seed in range(4)]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(samples))
+
+
+def test_what_is_captured(captured: None) -> None:
+    flow = initialised("images")
+    x = torch.rand(4, *IMAGE)
+
+    def kinds() -> int:
+        return len(flow._graphs._captured)
+
+    flow.sample(4)
+    assert kinds() == 0  # what is called once
+    flow.sample(4)
+    flow.sample(4, Key(1))
+    assert kinds() == 1
+    flow.log_prob(x), flow.log_prob(x), flow.log_prob(x)
+    assert kinds() == 1  # with gradients
+    with torch.no_grad():
+        flow.log_prob(x), flow.log_prob(x)
+        assert kinds() == 2
+        flow.log_prob(x, eps=torch.rand(4, *IMAGE)), flow.log_prob(x, eps=torch.rand(4, *IMAGE))
+        assert kinds() == 3
+    flow.eval()
+    for n in (2, 3):
+        flow.sample(n), flow.sample(n)
+    assert kinds() == 4  # the oldest was dropped
+    assert flow._graphs._recording is not None
+    assert len(flow._graphs._recording.pieces) == 4
+    for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert len(other._graphs._captured) == 0
+        assert torch.equal(other.sample(3, Key(2)), flow.sample(3, Key(2)))
+    flow.cuda_graph = False
+    flow.sample(7), flow.sample(7)
+    assert kinds() == 4
+
+
+def test_inference_mode_and_bad_input(captured: None) -> None:
+    flow = initialised("images").eval()
+    x = torch.rand(4, *IMAGE)
+    with torch.inference_mode():
+        inside = [flow.log_prob(x, key=Key(1)) for _ in range(3)]
+    with torch.no_grad():
+        outside = flow.log_prob(x, key=Key(1))
+    assert all(torch.equal(a, outside) for a in inside)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="x must have shape"):
+            flow.log_prob(torch.rand(4, 2))
+        with pytest.raises(TypeError, match="eps must be a tensor"):
+            flow.log_prob(x, eps=[0.5])
+    with pytest.raises(ValueError, match=r"key.chain must be at most"):
+        flow.sample(4, Key(1, chain=2**63 - 1))
+
+
+def test_a_flow_that_cannot_be_captured_says_so_once(captured: None) -> None:
+    flow = initialised("images").eval()
+    flow.transform.register_forward_hook(lambda *_: None)
+    original = flow.to_data
+    flow.to_data = lambda y: original(y) * float(y.sum() != 0.123)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="a pass of the flow cannot be captured.*on the host"):
+        samples = [flow.sample(3, Key(1)) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samples.append(flow.sample(3, Key(1)))
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLOWS)
+def test_gpu_replays_are_calls(name: str) -> None:
+    flow = initialised(name).cuda().eval()
+    plain = copy.deepcopy(flow)
+    plain.cuda_graph = False
+    for seed in range(4):
+        given = {name: t.cuda() for name, t in context_for(flow, 5).items()}
+        a, b = (f.sample(5, Key(seed), **given) for f in (flow, plain))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        x = torch.rand(5, *flow.event_shape, device="cuda") * 2 - 1
+        with torch.no_grad():
+            a, b = (f.log_prob(x, key=Key(seed), **given) for f in (flow, plain))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+    assert len(flow._graphs._captured) == 2
