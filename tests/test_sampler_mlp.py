@@ -7,8 +7,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -96,6 +98,24 @@ def test_trajectory_statistics_and_key_are_those_of_the_loop() -> None:
     for name, expected in vars(loop.stats).items():
         mine = getattr(ours.stats, name)
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_long_chains_have_the_law_of_the_energy() -> None:
+    """In one dimension, where quadrature knows it: exp(−U) under a Gaussian, with two modes."""
+    torch.manual_seed(5)
+    energy = MLPEnergy(1, (32, 32), "tanh")
+    with torch.no_grad():
+        for layer in energy.layers:
+            layer.weight.mul_(3)
+    grid = torch.linspace(-8, 8, 4001)
+    with torch.no_grad():
+        density = (-energy(grid[:, None]) - grid.square() / 8).double().exp()
+    peaks = (density[1:-1] > density[:-2]) & (density[1:-1] > density[2:])
+    assert int(peaks.sum()) >= 2
+    cdf = torch.cumulative_trapezoid(density, grid.double())
+    x = sample(energy, True, 2 * start(4000, 1), n_steps=2000, step_size=0.2, reference_std=2.0).x
+    at = np.interp(x[:, 0].numpy(), grid[1:].numpy(), (cdf / cdf[-1]).numpy())
+    assert stats.kstest(at, "uniform").pvalue > 1e-3
 
 
 def test_training_between_calls_is_seen() -> None:
