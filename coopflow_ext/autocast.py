@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,24 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def tensor_float32(allowed: bool | None) -> Iterator[None]:
+    """Whether products and convolutions in float32 may round their factors to TF32 on CUDA; None
+    leaves torch's flags, which are the process's, as they are. They are restored afterwards."""
+    backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    if allowed is None:
+        yield
+        return
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, flag in zip(backends, before, strict=True):
+            backend.allow_tf32 = flag
 
 
 def as_it_is(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

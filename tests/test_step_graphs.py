@@ -160,6 +160,20 @@ def test_a_step_that_must_be_captured_says_why_it_cannot(monkeypatch: pytest.Mon
         trainer(cuda_graph=True)
 
 
+@pytest.mark.parametrize("allowed", [None, True, False])
+def test_tf32_holds_within_a_step(allowed: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    run, seen = trainer(pretrain_steps=0, tf32=allowed), []
+    run.model.energy.register_forward_hook(
+        lambda *_: seen.append([flag.allow_tf32 for flag in flags])
+    )
+    run.train_step()
+    assert seen
+    assert all(inside == (before if allowed is None else [allowed] * 2) for inside in seen)
+    assert [flag.allow_tf32 for flag in flags] == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_gpu_graphs_make_the_weights_of_steps(changes: dict[str, Any]) -> None:

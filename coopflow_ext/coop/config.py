@@ -111,6 +111,9 @@ class TrainConfig:
     accumulate: int = _setting(1, "parts of a batch that are handled one after the other")
     precision: str = _setting("float32", "of the energy: float32 or bfloat16 (autocast)")
     flow_precision: str = _setting("float32", "of the flow's networks: float32 or bfloat16")
+    tf32: bool | None = _setting(
+        None, "on a GPU round the factors of float32 products to TF32; none: as torch's flags say"
+    )
     compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
     cuda_graph: bool | Literal["auto"] = _setting(
         "auto",

@@ -166,6 +166,8 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
 def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm[Any]) -> None:
     _check_chains(trainer)
     line: dict[str, Any] = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
+    if trainer.device.type == "cuda":  # with what graphs and torch's allocator keep
+        line["peak_memory_mib"] = torch.cuda.max_memory_reserved(trainer.device) >> 20
     values = torch.stack([value.float() for value in metrics.values()])
     trainer.ranks.average([values])
     line.update(zip(metrics, values.tolist(), strict=True))

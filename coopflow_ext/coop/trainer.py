@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from coopflow_ext.autocast import in_precision
+from coopflow_ext.autocast import in_precision, tensor_float32
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
@@ -167,7 +167,8 @@ class Trainer:
     def _take_step(self, kind: StepKind, x: Tensor) -> dict[str, Tensor]:
         """All that a step does on the device. What is a Python number in it is the same in all
         steps of a kind."""
-        return self.pretrain(x) if kind.pretrains else self.cooperate(x, kind)
+        with tensor_float32(self.config.tf32):
+            return self.pretrain(x) if kind.pretrains else self.cooperate(x, kind)
 
     def pretrain(self, x: Tensor) -> dict[str, Tensor]:
         """The flow learns the data by maximum likelihood, at a rate that falls linearly to 0."""
