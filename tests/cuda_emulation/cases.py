@@ -394,6 +394,59 @@ def affine_coupling_mixed(inputs: Inputs) -> Results:
     return results
 
 
+MOST_POSITIONS = 70  # one more tile of scores, in float64 two
+
+
+def _attention(
+    inputs: Inputs,
+    dim: int,
+    p: float,
+    spoil: Callable[[tuple[Tensor, ...]], None] | None = None,
+    **options: float,
+) -> Results:
+    """Two heads of as many positions as the inputs' chains have elements. Narrow results are sums
+    that were rounded."""
+    shape = (min(inputs.shape[0], 3), 2, min(inputs.shape[1], MOST_POSITIONS), dim)
+    given = tuple(inputs.normal(*shape) for _ in range(3))
+    if spoil is not None:
+        spoil(given)
+    q, k, v = (t.requires_grad_() for t in given)
+    out = cf.ops.attention(q, k, v, inputs.rng, p, **options)
+    out.backward(inputs.normal(*shape))
+    results = {"out": out, "q.grad": q.grad, "k.grad": k.grad, "v.grad": v.grad}
+    how = "(after a sum)" if inputs.dtype.itemsize == 2 else "(sum)"
+    return {f"{dim}, {p}: {name} {how}": t.detach() for name, t in results.items() if t is not None}
+
+
+def attention(inputs: Inputs) -> Results:
+    """Vectors of both lengths that kernels are made for, full and with room."""
+    if inputs.shape[1] > MOST_POSITIONS and inputs.shape != (2, 16391):
+        return {}
+    return {
+        **_attention(inputs, 20, 0.3, step=3),
+        **_attention(inputs, 64, 0.9, scale=-0.7),
+    }
+
+
+def attention_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in a row of queries, keys, values; a row whose scores are all the same."""
+    one_shape = _one_shape(inputs, len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+    one_shape.shape = (len(NOT_FINITE), 5)
+    results = {}
+    for which in range(3):
+
+        def spoil(given: tuple[Tensor, ...], which: int = which) -> None:
+            for chain, value in enumerate(NOT_FINITE):
+                given[which][chain, 0, 2, 1] = value
+            given[0][:, 1, 3] = 0
+
+        found = _attention(one_shape, 8, 0.3, spoil)
+        results |= {f"{which}: {name}": value for name, value in found.items()}
+    return results
+
+
 def _mixture(
     inputs: Inputs,
     name: str,
@@ -632,6 +685,8 @@ CASES: dict[str, Case] = {
         affine_coupling_inverse,
         affine_coupling_not_finite,
         affine_coupling_mixed,
+        attention,
+        attention_not_finite,
         mixture_logistic_coupling,
         mixture_logistic_options,
         mixture_logistic_not_finite,
