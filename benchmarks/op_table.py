@@ -213,11 +213,13 @@ MOST_POSITIONS = 70  # of a chain of many elements: more than a tile of every ba
 
 
 def attention_of(dim: int) -> Callable[[Draw], Arguments]:
-    """Two heads of so many positions as the chains of the drawn shape have elements."""
+    """Two heads with a position for each element of the drawn shape's chains, and one more: of a
+    single one the score has no gradient. None where there are no elements."""
 
     def arguments(draw: Draw) -> Arguments:
         batch, *others = draw.shape
-        shape = (batch, 2, min(math.prod(others), MOST_POSITIONS), dim)
+        elements = math.prod(others)
+        shape = (batch, 2, min(elements + 1, MOST_POSITIONS) if elements else 0, dim)
         q, k, v = (draw.normal(*shape).to(draw.device, draw.dtype) for _ in range(3))
         return {"q": q, "k": k, "v": v, "rng": draw.rng(), "p": 0.3, "step": 2}
 

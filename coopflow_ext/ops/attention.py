@@ -59,6 +59,9 @@ def attention(
     check_tensors(q=q, k=k, v=v, rng=rng)
     if p == 0:
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    if torch.compiler.is_compiling():
+        # Dynamo does not see that an argument of func.grad requires grad; of a view it does.
+        q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
     try:
         out, _ = _call.apply(_ATTENTION, q, k, v, rng, p, step, scale)
     except RuntimeError as error:
