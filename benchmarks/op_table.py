@@ -1,11 +1,12 @@
-"""The ops of random numbers, steps and couplings, once: arguments to call them with, and how far
-their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs the laws
-over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole chains, whose
-reference is a loop, have tests of their own.
+"""The ops of random numbers, steps, couplings and attention, once: arguments to call them with, and
+how far their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs
+the laws over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole
+chains, whose reference is a loop, have tests of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -101,6 +102,10 @@ class Op:
     @property
     def is_coupling(self) -> bool:
         return self.inverse is not None
+
+    @property
+    def takes_any_strides(self) -> bool:
+        return self.is_coupling or self.name == "attention"
 
     @property
     def in_place(self) -> bool:
@@ -202,6 +207,25 @@ def plain_numbers(
     return torch.tensor(numbers, dtype=F64)
 
 
+# --- attention ------------------------------------------------------------------------------------
+
+MOST_POSITIONS = 70  # of a chain of many elements: more than a tile of every back end
+
+
+def attention_of(dim: int) -> Callable[[Draw], Arguments]:
+    """Two heads with a position for each element of the drawn shape's chains, and one more: of a
+    single one the score has no gradient. None where there are no elements."""
+
+    def arguments(draw: Draw) -> Arguments:
+        batch, *others = draw.shape
+        elements = math.prod(others)
+        shape = (batch, 2, min(elements + 1, MOST_POSITIONS) if elements else 0, dim)
+        q, k, v = (draw.normal(*shape).to(draw.device, draw.dtype) for _ in range(3))
+        return {"q": q, "k": k, "v": v, "rng": draw.rng(), "p": 0.3, "step": 2}
+
+    return arguments
+
+
 # --- couplings ------------------------------------------------------------------------------------
 
 
@@ -251,6 +275,11 @@ def coupling(
 
 
 _STEP = {"bounds": (Bounds(2e-6, 1e-15),), "gradient_bounds": Bounds(5e-7, 1e-15, half=1)}
+_ATTENTION: dict[str, Any] = {
+    "bounds": (Bounds(1e-6, 2e-15),),
+    "gradient_bounds": Bounds(2e-6, 1e-14, half=1),
+    "differentiable": ("q", "k", "v"),
+}
 _AFFINE = Bounds(4e-7, 1e-15), Bounds(1e-5, 1e-13), Bounds(4e-7, 1e-15, half=1)
 _MIXTURE = "mixture_logistic_coupling"
 _MIXTURE_BOUNDS = (
@@ -267,6 +296,9 @@ OPS: tuple[Op, ...] = (
     Op("langevin_step_", _full_step, **_STEP, variant="full"),
     Op("langevin_step_", _model_gradient, **_STEP, variant="gradient"),
     Op("langevin_noise_", _noise, **_STEP),
+    # Vectors of two lengths for which a GPU has kernels, with room left in them.
+    Op("attention", attention_of(9), **_ATTENTION, variant="d9"),
+    Op("attention", attention_of(40), **_ATTENTION, variant="d40"),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.
     *coupling(_MIXTURE, mixture_params(3), *_MIXTURE_BOUNDS, "K3"),

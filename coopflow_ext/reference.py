@@ -327,6 +327,27 @@ def affine_coupling_inverse(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     return ((y.to(work) - b) * (-a).exp()).to(y.dtype), -flat(a).sum(1)
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rng: Tensor,
+    p: float,
+    *,
+    step: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """dropout(softmax(scale·q·kᵀ))·v over (B, H, L, d); scale is d^{−1/2} where None is given.
+
+    Of the weights (B, H, L, L) those are kept, and divided by 1 − p, whose uniforms are ≥ p.
+    """
+    work = arithmetic_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (q.to(work) @ k.to(work).transpose(-1, -2) * scale).softmax(-1)
+    kept = uniform(weights.shape, rng, step=step) >= p
+    return (weights * (kept.to(work) / (1 - p)) @ v.to(work)).to(q.dtype)
+
+
 MIN_LOG_SCALE = -7.0
 LEGACY_LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 

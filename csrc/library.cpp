@@ -120,6 +120,15 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "mixture_logistic_coupling_inverse_backward(Tensor grad_x, Tensor grad_ladj, Tensor y, "
       "Tensor x, Tensor params, bool affine=True, bool legacy_cdf_clamp=False) -> "
       "(Tensor, Tensor)");
+  // Self-attention over (B, H, L, d) whose weights are dropped where the uniforms (B, H, L, L) of
+  // (rng, step) are below p, with the log-sum-exp of each row of scores (B, H, L); and what its
+  // backward pass needs. scale None: d^-1/2.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor rng, float p, SymInt step=0, "
+      "float? scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rng, Tensor out, "
+      "Tensor lse, float p, SymInt step=0, float? scale=None) -> (Tensor, Tensor, Tensor)");
   // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
   // layers, needs on CUDA.
   m.def("mlp_shared_bytes(int[] sizes) -> int");

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import DTYPES, OPS, Arguments, Draw, Op, as_tuple, plain_numbers
+from op_table import (
+    DTYPES,
+    OPS,
+    Arguments,
+    Draw,
+    Op,
+    as_tuple,
+    attention_of,
+    plain_numbers,
+)
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.library import opcheck
@@ -25,8 +34,8 @@ SHAPES = (
 )  # fmt: skip
 FACES = tuple({op.name: op for op in reversed(OPS)}.values())  # the first call of each
 # For what is slow: components in registers are another kernel, but the same path to it.
-COMPILED = [op for op in OPS if not op.variant.startswith(("K4", "K32"))]
-DIFFERENTIABLE = [op for op in OPS if op.differentiable and op.variant != "K32"]
+COMPILED = [op for op in OPS if not op.variant.startswith(("K4", "K32", "d40"))]
+DIFFERENTIABLE = [op for op in OPS if op.differentiable and op.variant not in ("K32", "d40")]
 COUPLINGS = [op for op in OPS if op.is_coupling]
 
 
@@ -96,7 +105,7 @@ def test_matches_the_reference(
     arguments = op.arguments(Draw(shape, dtype, params_dtype, device))
     results = op(arguments)
     op.assert_close(results, op.reference(arguments))
-    assert results[0].shape == shape
+    assert results[0].shape == (arguments["q"].shape if op.name == "attention" else shape)
     assert results[0].dtype == dtype
     for ladj in results[1:]:
         assert ladj.shape == shape[:1]
@@ -115,9 +124,12 @@ def test_misaligned_and_strided_arguments(device: torch.device, op: Op, dtype: t
     def strided(t: Tensor) -> Tensor:
         return torch.stack((t, t), dim=-1)[..., 0]
 
-    layouts = (shifted, strided) if op.is_coupling else (shifted,)
+    layouts = (shifted, strided) if op.takes_any_strides else (shifted,)
     for layout in layouts:
-        given = {n: layout(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        given = {
+            name: layout(v) if isinstance(v, Tensor) and (name, layout) != ("rng", strided) else v
+            for name, v in arguments.items()
+        }
         for ours, plain in zip(op(given), expected, strict=True):
             assert torch.equal(ours, plain)
 
@@ -209,7 +221,11 @@ def test_gradients_of_first_and_second_order(device: torch.device, op: Op) -> No
 @pytest.mark.parametrize(
     ("op", "shape", "dtype", "params_dtype"),
     # Of many elements some lie within rounding of a limit, where the derivative jumps.
-    [c for c in cases() if c[0].differentiable and (c[0].is_coupling or math.prod(c[1]) < 10_000)],
+    [
+        c
+        for c in cases()
+        if c[0].differentiable and (c[0].takes_any_strides or math.prod(c[1]) < 10_000)
+    ],
     ids=ids,
 )
 def test_gradients_match_the_reference(
@@ -371,6 +387,7 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
                 {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
             ),
         ],
+        **attention_calls(draw),
         "langevin_step": [((x, grad, rng, 0.1), {}), ((x, grad, rng, 0.0, table, 0.2), {})],
     }
     for op in COUPLINGS:
@@ -386,6 +403,16 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
         given = (grad, sums, *[state] * states, params)
         calls.setdefault(backward, []).append((given, options))
     return calls
+
+
+def attention_calls(draw: Draw) -> dict[str, list[RawCall]]:
+    q, k, v, rng, p, step = attention_of(9)(draw).values()
+    out, lse = native().attention(q, k, v, rng, p, step)
+    options = {"step": step, "scale": 0.4}
+    return {
+        "attention": [((q, k, v, rng, p), {}), ((q, k, v, rng, p), options)],
+        "attention_backward": [((q, q, k, v, rng, out, lse, p), options)],
+    }
 
 
 def tensor_ops() -> list[str]:
@@ -425,7 +452,7 @@ def test_opcheck(device: torch.device, name: str, dtype: torch.dtype, requires_g
 def test_what_is_no_tensor_is_named(device: torch.device, op: Op) -> None:
     arguments = op.arguments(Draw((3, 4), device=device))
     for name, value in arguments.items():
-        if name in ("x", "y", "grad", "rng", "params", "x_ref"):
+        if name in ("x", "y", "grad", "rng", "params", "x_ref", "q", "k", "v"):
             for other in (value.tolist(), value.cpu().double().numpy(), None):
                 if name == "x_ref" and other is None:
                     continue

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context
 from coopflow_ext.flows.nets import Conditioner, Dropout, conditioning
 from coopflow_ext.flows.weight_norm import WeightNormedConv2d, WeightNormedLinear
@@ -70,6 +71,11 @@ class GatedAttention(nn.Module):
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
+        most = N_HEADS * ops.ATTENTION_MAX_DIM
+        if dropout > 0 and channels > most:
+            raise ValueError(
+                f"channels must be at most {most} for attention with dropout, got {channels}"
+            )
         self.project = WeightNormedLinear(channels, 3 * channels, bias=False)
         self.dropout = Dropout(dropout)
         self.gate = WeightNormedLinear(channels, 2 * channels, bias=True)
@@ -77,13 +83,14 @@ class GatedAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         B, L, C = x.shape
         heads = self.project(x + positions).view(B, L, 3, N_HEADS, C // N_HEADS)
-        keys, values, queries = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        if context.dropout_rng is None or self.dropout.p == 0:
+        keys, values, queries = (of.transpose(1, 2) for of in heads.unbind(2))
+        if context.dropout_rng is None:
             mixed = F.scaled_dot_product_attention(queries, keys, values)
         else:
-            # The mask comes from our own key, which the fused attention cannot take.
-            scores = queries @ keys.transpose(-1, -2) * (C // N_HEADS) ** -0.5
-            mixed = self.dropout(scores.softmax(-1), context) @ values
+            # The mask comes from our own key, which torch's fused attention cannot take.
+            mixed = ops.attention(
+                queries, keys, values, context.dropout_rng, self.dropout.p, step=self.dropout.index
+            )
         return _gate(self.gate(mixed.transpose(1, 2).reshape(B, L, C)), 2)
 
 
@@ -114,7 +121,8 @@ class FlowPPConditioner(Conditioner):
     Args:
         n_in, n_out: channels of the input and of the output.
         size: (H, W) of the input.
-        channels: hidden channels, a multiple of the 4 heads when there is attention.
+        channels: hidden channels, a multiple of the 4 heads when there is attention, and with
+            dropout at most 256 then.
         blocks: number of blocks.
         dropout: on channels behind the convolutions and on attention weights.
         aux_channels: channels of ``context.aux``; 0 for a network that is not conditioned. Every

@@ -109,16 +109,23 @@ class OpChecks {
     }
   }
 
-  void same_device(const char* argument, const Tensor& t, const Tensor& x) const {
+  // x_name is what the op calls x.
+  void same_device(const char* argument, const Tensor& t, const Tensor& x,
+                   const char* x_name = "x") const {
     if (t.is_cuda() != x.is_cuda() || t.get_device_index() != x.get_device_index()) {
-      fail(argument, "must be on the device of x, ", device_text(x), ", got ", device_text(t));
+      fail(argument, "must be on the device of ", x_name, ", ", device_text(x), ", got ",
+           device_text(t));
     }
   }
 
-  void same_shape(const char* argument, const Tensor& t, const Tensor& x) const {
+  void same_shape(const char* argument, const Tensor& t, const Tensor& x,
+                  const char* x_name = "x") const {
     bool same = t.dim() == x.dim();
     for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
-    if (!same) fail(argument, "must have the shape of x, ", shape_text(x), ", got ", shape_text(t));
+    if (!same) {
+      fail(argument, "must have the shape of ", x_name, ", ", shape_text(x), ", got ",
+           shape_text(t));
+    }
   }
 
   // Same shape and, where a dimension has more than one element, same strides.
@@ -160,14 +167,14 @@ class OpChecks {
   }
 
   // The base of the noise. Its numbers are on the device, so the host cannot check them.
-  void is_rng(const Tensor& rng, const Tensor& x) const {
+  void is_rng(const Tensor& rng, const Tensor& x, const char* x_name = "x") const {
     has_dtype("rng", rng, ScalarType::Long);
     if (rng.dim() != 1 || rng.size(0) != 3) {
       fail("rng", "must have shape (3,) = (seed, time, chain), as Key.tensor gives, got ",
            shape_text(rng));
     }
     is_contiguous("rng", rng);
-    same_device("rng", rng, x);
+    same_device("rng", rng, x, x_name);
   }
 
   void noise_fits(int64_t per_chain, int64_t step) const {

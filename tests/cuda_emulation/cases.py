@@ -394,6 +394,62 @@ def affine_coupling_mixed(inputs: Inputs) -> Results:
     return results
 
 
+# Empty; one position; rows of weights that begin with a block of words and such that do not; more
+# positions than a tile of scores has. A block computes whole tiles, which costs time here.
+ATTENTION_SHAPES = ((0, 5), (3, 0), (1, 1), (2, 7), (3, 5), (2, 16391))
+MOST_POSITIONS = 70
+
+
+def _attention(
+    inputs: Inputs,
+    shape: tuple[int, ...],
+    p: float,
+    spoil: Callable[[tuple[Tensor, ...]], None] | None = None,
+    **options: float,
+) -> Results:
+    """Narrow results are sums that were rounded."""
+    given = tuple(inputs.normal(*shape) for _ in range(3))
+    if spoil is not None:
+        spoil(given)
+    q, k, v = (t.requires_grad_() for t in given)
+    out = cf.ops.attention(q, k, v, inputs.rng, p, **options)
+    out.backward(inputs.normal(*shape))
+    results = {"out": out, "q.grad": q.grad, "k.grad": k.grad, "v.grad": v.grad}
+    how = "(after a sum)" if inputs.dtype.itemsize == 2 else "(sum)"
+    return {f"{shape}: {name} {how}": t.detach() for name, t in results.items() if t is not None}
+
+
+def attention(inputs: Inputs) -> Results:
+    """Vectors of both lengths that kernels are made for, with room and full. No kernel has accesses
+    that need alignment."""
+    if inputs.shape not in ATTENTION_SHAPES or not inputs.aligned:
+        return {}
+    batch, length = inputs.shape
+    if length > MOST_POSITIONS:
+        return _attention(inputs, (1, 1, MOST_POSITIONS, 20), 0.3)
+    results = _attention(inputs, (2 if batch == 3 else min(batch, 1), 2, length, 20), 0.3, step=3)
+    if batch < 3:
+        results |= _attention(inputs, (min(batch, 1), 1, length, 64), 0.6, scale=-0.1)
+    return results
+
+
+def attention_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in a row of queries, keys, values; a row whose scores are all the same."""
+    if _one_shape(inputs, 1) is None:
+        return {}
+    results = {}
+    for which in range(3):
+
+        def spoil(given: tuple[Tensor, ...], which: int = which) -> None:
+            for chain, value in enumerate(NOT_FINITE):
+                given[which][chain, 0, 2, 1] = value
+            given[0][:, :, 3] = 0
+
+        found = _attention(inputs, (len(NOT_FINITE), 1, 5, 8), 0.3, spoil)
+        results |= {f"{which}: {name}": value for name, value in found.items()}
+    return results
+
+
 def _mixture(
     inputs: Inputs,
     name: str,
@@ -632,6 +688,8 @@ CASES: dict[str, Case] = {
         affine_coupling_inverse,
         affine_coupling_not_finite,
         affine_coupling_mixed,
+        attention,
+        attention_not_finite,
         mixture_logistic_coupling,
         mixture_logistic_options,
         mixture_logistic_not_finite,

@@ -1,0 +1,143 @@
+"""Self-attention whose weights are dropped by a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coopflow_ext import reference
+from coopflow_ext._tensors import arithmetic_dtype, check_tensors
+from coopflow_ext.ops import _call
+
+ATTENTION_MAX_DIM = 64
+"""The largest d of :func:`attention` with dropout: what a block of a GPU holds."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rng: Tensor,
+    p: float,
+    *,
+    step: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention over the positions of every head, with dropout of the weights by a key.
+
+    Neither the L × L scores nor the mask are ever in memory: both passes walk through them in tiles
+    and draw the mask anew, so that memory grows as L·d. Sums are in float32 (float64 for double)
+    and in a fixed order. Second derivatives are the reference's, which has the weights in memory.
+
+    Equivalent to::
+
+        weights = (q @ k.mT * (scale or d**-0.5)).softmax(-1)
+        kept = ops.uniform((B, H, L, L), rng, step=step) >= p
+        return (weights * kept / (1 - p)) @ v
+
+    but for p = 0, which is :func:`torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        q, k, v: (B, H, L, d), d ≤ 64, of one floating dtype and any strides.
+        rng: (seed, time, chain), as ``Key.tensor`` gives it; dimension 0 counts the chains.
+        p: probability that a weight is dropped, 0 ≤ p < 1.
+        step: added to the key's time.
+        scale: of the scores; None: d^{−1/2}.
+
+    Returns:
+        (B, H, L, d) of q's dtype, which lies in memory as (B, L, H, d). A row whose scores are not
+        all finite or −∞ is NaN.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    check_tensors(q=q, k=k, v=v, rng=rng)
+    if p == 0:
+        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    if torch.compiler.is_compiling():
+        # Dynamo does not see that an argument of func.grad requires grad; of a view it does.
+        q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
+    try:
+        out, _ = _call.apply(_ATTENTION, q, k, v, rng, p, step, scale)
+    except RuntimeError as error:
+        raise _call.argument_error(error) from None
+    mixed: Tensor = out
+    return mixed
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, rng, p, step, scale) -> (out, log-sum-exp of the scores)."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _call.coopflow.attention(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, rng, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, rng, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        found: Gradients = _call.apply(
+            _ATTENTION_BACKWARD, grad_out, *ctx.saved_tensors, *ctx.options
+        )
+        return (*found, None, None, None, None)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """(grad_out, q, k, v, rng, out, lse, p, step, scale) -> gradients of q, k and v."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Gradients:
+        result: Gradients = _call.coopflow.attention_backward(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        grad_out, q, k, v, rng, _, _, *ctx.options = inputs
+        ctx.save_for_backward(grad_out, q, k, v, rng)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """`out` and `lse` are functions of q, k and v, and so are the gradients without them."""
+        *differentiable, rng = ctx.saved_tensors
+        p, step, scale = ctx.options
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.attention(q, k, v, rng, p, step=step, scale=scale)
+
+        def gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+            found: Gradients = torch.func.vjp(mix, q, k, v)[1](grad_out)
+            return found
+
+        pull_back = torch.func.vjp(gradients, *differentiable)[1]
+        return (*pull_back(grads), *[None] * 6)
+
+
+def _like(q: Tensor) -> Tensor:
+    B, H, L, d = q.shape
+    return q.new_empty(B, L, H, d).transpose(1, 2)
+
+
+def _shapes(q: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:-1], dtype=arithmetic_dtype(q.dtype))
+
+
+def _backward_shapes(grad_out: Tensor, q: Tensor, *others: Any, **options: Any) -> Gradients:
+    return _like(q), _like(q), _like(q)
+
+
+_call.register_autograd("attention", Attention)
+_call.register_fake("attention", _shapes)
+_ATTENTION = _call.positional("attention", Attention)
+_call.register_autograd("attention_backward", AttentionBackward)
+_call.register_fake("attention_backward", _backward_shapes)
+_ATTENTION_BACKWARD = _call.positional("attention_backward", AttentionBackward)

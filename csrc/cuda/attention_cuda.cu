@@ -1,0 +1,511 @@
+// attention and its derivative on CUDA. A block has a tile of scores: 64 x 64 (32 x 32 in float64),
+// four by four for each thread. Forward and the gradient of q walk along the keys, the gradients of
+// k and v along the rows, so that every result belongs to one block and sums have a fixed order.
+#include <string>
+
+#include "coopflow/attention.h"
+#include "coopflow/packed.h"
+#include "coopflow/reduction.h"
+#include "dynamic_shared.cuh"
+#include "launch.cuh"
+#include "ops/attention_op.h"
+
+namespace coopflow {
+namespace {
+
+// Scores of a thread in each direction.
+constexpr int kOwn = 4;
+
+// A block of threads, as many in each direction, and the shared memory of a tile. `kDim` is the
+// least of 32 and 64 that holds the vectors.
+template <typename A, int kDim>
+struct TileLayout {
+  static constexpr int kTile = sizeof(A) == 4 ? 64 : 32;
+  static constexpr int kSide = kTile / kOwn;
+  static constexpr int kThreads = kSide * kSide;
+  static constexpr int kColumns = kDim / kSide;  // of a thread, in sums of vectors
+  // Between rows of vectors that lie side by side; four more numbers keep off bank conflicts.
+  static constexpr int kStride = kTile + 4;
+  static constexpr int kSideBySide = kDim * kStride;  // tile of vectors, number k of all together
+  static constexpr int kInRows = kTile * kDim;        // tile of vectors, one after the other
+  static constexpr int kWeights = kTile * kStride;
+
+  static constexpr int64_t bytes(int count) {
+    return int64_t{count} * static_cast<int64_t>(sizeof(A));
+  }
+  static constexpr int kForward = 2 * kSideBySide + kInRows + kWeights;
+  static constexpr int kQueryGradient = 4 * kSideBySide + kInRows + kWeights + 2 * kTile;
+  static constexpr int kKeyGradient = 4 * kSideBySide + 2 * kInRows + kWeights + 2 * kTile;
+};
+
+// kCount neighbours in shared memory, in wide accesses.
+template <typename A, int kCount>
+__device__ __forceinline__ void store_shared(const A (&values)[kCount], A* to) {
+  using Layout = PackedLayout<A, kCount>;
+  typename Layout::Word words[Layout::kWords];
+  memcpy(words, values, sizeof(words));
+  COOPFLOW_UNROLL
+  for (int w = 0; w < Layout::kWords; ++w) {
+    reinterpret_cast<typename Layout::Word*>(to)[w] = words[w];
+  }
+}
+
+// What the threads of one block do together. Scores (r, c) of a thread are those of rows
+// first_own() + r and columns second_own() + c of its tile.
+template <typename T, int kDim>
+class Block {
+ public:
+  using A = arithmetic_t<T>;
+  using Layout = TileLayout<A, kDim>;
+  using Scores = A[kOwn][kOwn];
+  using Sums = A[kOwn][Layout::kColumns];
+  static constexpr int kTile = Layout::kTile, kStride = Layout::kStride;
+
+  __device__ __forceinline__ explicit Block(const AttentionShape& shape)
+      : shape_(shape),
+        free_(reinterpret_cast<A*>(dynamic_shared_floats())),
+        first_(static_cast<int>(threadIdx.x) / Layout::kSide * kOwn),
+        second_(static_cast<int>(threadIdx.x) % Layout::kSide) {}
+
+  __device__ __forceinline__ int first_own() const { return first_; }
+  __device__ __forceinline__ int second_own() const { return second_ * kOwn; }
+
+  // The next so many numbers of shared memory.
+  __device__ __forceinline__ A* take(int count) {
+    A* const taken = free_;
+    free_ += count;
+    return taken;
+  }
+
+  // Vectors [first, first + kTile) of a head, times a factor, zeros where there are none: side by
+  // side and one after the other, where a place is given for it. A barrier must follow.
+  __device__ __forceinline__ void load(const AttentionInput& from, int64_t head, int64_t first,
+                                       A factor, A* side_by_side, A* in_rows) const {
+    const T* const vectors = static_cast<const T*>(from.data) + from.head_offset(shape_, head);
+    for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += Layout::kThreads) {
+      const int row = i / kDim, k = i % kDim;
+      A value = A(0);
+      if (first + row < shape_.length && k < shape_.dim) {
+        value =
+            factor * to_arithmetic(vectors[(first + row) * from.row_stride + k * from.dim_stride]);
+      }
+      if (side_by_side != nullptr) side_by_side[k * kStride + row] = value;
+      if (in_rows != nullptr) in_rows[row * kDim + k] = value;
+    }
+  }
+
+  // scores = the products of a's vectors and b's, which lie side by side.
+  __device__ __forceinline__ void multiply(const A* a, const A* b, Scores& scores) const {
+    COOPFLOW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      COOPFLOW_UNROLL
+      for (int c = 0; c < kOwn; ++c) scores[r][c] = A(0);
+    }
+    COOPFLOW_UNROLL_4
+    for (int k = 0; k < static_cast<int>(shape_.dim); ++k) {
+      A x[kOwn], y[kOwn];
+      load_packed<A, kOwn>(a + k * kStride + first_own(), x);
+      load_packed<A, kOwn>(b + k * kStride + second_own(), y);
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kOwn; ++c) scores[r][c] = multiply_add(x[r], y[c], scores[r][c]);
+      }
+    }
+  }
+
+  // Puts the block's weights where accumulate reads them, transposed.
+  __device__ __forceinline__ void share(const Scores& weights, A* to) const {
+    COOPFLOW_UNROLL
+    for (int c = 0; c < kOwn; ++c) {
+      const A column[kOwn] = {weights[0][c], weights[1][c], weights[2][c], weights[3][c]};
+      store_shared(column, to + (second_own() + c) * kStride + first_own());
+    }
+  }
+
+  // Adds to the sums of the block's rows the vectors, one after the other, times shared weights.
+  __device__ __forceinline__ void accumulate(const A* weights, const A* in_rows, Sums& sums) const {
+    COOPFLOW_UNROLL_4
+    for (int j = 0; j < kTile; ++j) {
+      A w[kOwn], x[Layout::kColumns];
+      load_packed<A, kOwn>(weights + j * kStride + first_own(), w);
+      load_packed<A, Layout::kColumns>(in_rows + j * kDim + second_ * Layout::kColumns, x);
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
+        COOPFLOW_UNROLL
+        for (int c = 0; c < Layout::kColumns; ++c)
+          sums[r][c] = multiply_add(w[r], x[c], sums[r][c]);
+      }
+    }
+  }
+
+  // The sums of rows [first, first + kTile) of a head, times a factor for each of the thread's
+  // rows.
+  __device__ __forceinline__ void store(const Sums& sums, const A (&factors)[kOwn], int64_t head,
+                                        int64_t first, const AttentionOutput& to) const {
+    T* const vectors = static_cast<T*>(to.data) + to.head_offset(shape_, head);
+    COOPFLOW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const int64_t row = first + first_own() + r;
+      COOPFLOW_UNROLL
+      for (int c = 0; c < Layout::kColumns; ++c) {
+        const int k = second_ * Layout::kColumns + c;
+        if (row < shape_.length && k < shape_.dim) {
+          vectors[row * to.row_stride + k * to.dim_stride] =
+              from_arithmetic<T>(factors[r] * sums[r][c]);
+        }
+      }
+    }
+  }
+
+  // Over the threads that have the same rows; all of a warp must call.
+  template <typename F>
+  __device__ __forceinline__ A reduce_row(A value, const F& combine) const {
+    COOPFLOW_UNROLL
+    for (int threads = Layout::kSide / 2; threads > 0; threads /= 2) {
+      value = combine(value, __shfl_xor_sync(0xFFFFFFFFu, value, threads));
+    }
+    return value;
+  }
+
+ private:
+  const AttentionShape& shape_;
+  A* free_;
+  const int first_, second_;
+};
+
+// The mask of one head's weights.
+template <typename A>
+class HeadMask {
+ public:
+  __device__ __forceinline__ HeadMask(const AttentionDropout<A>& dropout,
+                                      const AttentionShape& shape, int64_t head)
+      : key_(make_philox_key(dropout.rng[0])),
+        time_(static_cast<uint32_t>(dropout.rng[1] + dropout.step)),
+        threshold_(dropout.threshold),
+        chain_(dropout.rng[2] + head / shape.heads),
+        first_row_(head % shape.heads * shape.length),
+        length_(shape.length) {}
+
+  // Bit i: whether the weight of key first_key + i is kept, i < 4.
+  __device__ __forceinline__ uint32_t kept(int64_t row, int64_t first_key) const {
+    return kept_of_four(key_, chain_, time_, (first_row_ + row) * length_ + first_key, threshold_);
+  }
+
+ private:
+  const PhiloxKey key_;
+  const uint32_t time_, threshold_;
+  const int64_t chain_, first_row_, length_;
+};
+
+template <typename A, int kCount>
+__device__ __forceinline__ void fill(A (&values)[kCount], A value) {
+  COOPFLOW_UNROLL
+  for (int i = 0; i < kCount; ++i) values[i] = value;
+}
+
+// --- forward
+// --------------------------------------------------------------------------------------
+
+// The softmax of a thread's rows on its way through the keys. The peak is that of the whole row,
+// the sum that of the thread's own columns.
+template <typename A>
+struct RunningSoftmax {
+  A peak[kOwn], sum[kOwn];
+};
+
+// Scores become terms of the softmax, and sums of vectors shrink with the largest score's growth.
+// `count` columns of the tile exist.
+template <typename T, int kDim>
+__device__ __forceinline__ void take_scores(const Block<T, kDim>& block, int64_t count,
+                                            RunningSoftmax<arithmetic_t<T>>& softmax,
+                                            typename Block<T, kDim>::Scores& scores,
+                                            typename Block<T, kDim>::Sums& sums) {
+  using A = arithmetic_t<T>;
+  COOPFLOW_UNROLL
+  for (int r = 0; r < kOwn; ++r) {
+    A largest = softmax.peak[r];
+    COOPFLOW_UNROLL
+    for (int c = 0; c < kOwn; ++c) {
+      if (block.second_own() + c < count) largest = larger_score(largest, scores[r][c]);
+    }
+    largest = block.reduce_row(largest, [](A a, A b) { return larger_score(a, b); });
+    const A shrink = softmax_term(softmax.peak[r], largest);
+    softmax.peak[r] = largest;
+    softmax.sum[r] *= shrink;
+    COOPFLOW_UNROLL
+    for (int c = 0; c < kOwn; ++c) {
+      const bool exists = block.second_own() + c < count;
+      scores[r][c] = exists ? softmax_term(scores[r][c], largest) : A(0);
+      softmax.sum[r] += scores[r][c];
+    }
+    COOPFLOW_UNROLL
+    for (int c = 0; c < TileLayout<A, kDim>::kColumns; ++c) sums[r][c] *= shrink;
+  }
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
+    attention_kernel(const __grid_constant__ AttentionArgs<arithmetic_t<T>> args) {
+  using A = arithmetic_t<T>;
+  using Layout = TileLayout<A, kDim>;
+  constexpr int kTile = Layout::kTile;
+  const AttentionShape& shape = args.shape;
+  Block<T, kDim> block(shape);
+  A* const queries = block.take(Layout::kSideBySide);
+  A* const keys = block.take(Layout::kSideBySide);
+  A* const values = block.take(Layout::kInRows);
+  A* const weights = block.take(Layout::kWeights);
+  const int64_t tiles = divide_up(shape.length, kTile);
+  for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
+    const int64_t head = unit / tiles, first_row = unit % tiles * kTile;
+    const HeadMask<A> mask(args.dropout, shape, head);
+    RunningSoftmax<A> softmax;
+    fill(softmax.peak, static_cast<A>(-INFINITY));
+    fill(softmax.sum, A(0));
+    typename Block<T, kDim>::Sums sums = {};
+    __syncthreads();  // the last unit's queries have been read
+    block.load(args.q, head, first_row, args.scale, queries, nullptr);
+    for (int64_t first_key = 0; first_key < shape.length; first_key += kTile) {
+      __syncthreads();  // the last tile's keys, values and weights have been read
+      block.load(args.k, head, first_key, A(1), keys, nullptr);
+      block.load(args.v, head, first_key, A(1), nullptr, values);
+      __syncthreads();
+      typename Block<T, kDim>::Scores scores;
+      block.multiply(queries, keys, scores);
+      take_scores<T, kDim>(block, shape.length - first_key, softmax, scores, sums);
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
+        const uint32_t kept =
+            mask.kept(first_row + block.first_own() + r, first_key + block.second_own());
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kOwn; ++c) scores[r][c] = kept >> c & 1 ? scores[r][c] : A(0);
+      }
+      block.share(scores, weights);
+      __syncthreads();
+      block.accumulate(weights, values, sums);
+    }
+    A factors[kOwn];
+    COOPFLOW_UNROLL
+    for (int r = 0; r < kOwn; ++r) {
+      const A sum = block.reduce_row(softmax.sum[r], [](A a, A b) { return a + b; });
+      factors[r] = args.dropout.factor / sum;
+      const int64_t row = first_row + block.first_own() + r;
+      if (block.second_own() == 0 && row < shape.length) {
+        args.lse[head * shape.length + row] = log_sum_exp(softmax.peak[r], sum);
+      }
+    }
+    block.store(sums, factors, head, first_row, args.out);
+  }
+}
+
+// --- backward
+// -------------------------------------------------------------------------------------
+
+// Of rows that exist: delta, and lse beside it, into shared memory; delta is kept for the gradients
+// of keys and values. A barrier must follow.
+template <typename T, int kTile>
+__device__ __forceinline__ void load_row_sums(const AttentionBackwardArgs<arithmetic_t<T>>& args,
+                                              int64_t head, int64_t first_row, arithmetic_t<T>* lse,
+                                              arithmetic_t<T>* delta, arithmetic_t<T>* deltas) {
+  using A = arithmetic_t<T>;
+  const AttentionShape& shape = args.shape;
+  const int64_t row = first_row + threadIdx.x;
+  if (threadIdx.x >= kTile) return;
+  A sum = A(0);
+  const int64_t at = head * shape.length + row;
+  if (row < shape.length) {
+    const T* const out = static_cast<const T*>(args.out.data) + args.out.head_offset(shape, head) +
+                         row * args.out.row_stride;
+    const T* const grad = static_cast<const T*>(args.grad_out.data) +
+                          args.grad_out.head_offset(shape, head) + row * args.grad_out.row_stride;
+    for (int64_t k = 0; k < shape.dim; ++k) {
+      sum = multiply_add(to_arithmetic(grad[k * args.grad_out.dim_stride]),
+                         to_arithmetic(out[k * args.out.dim_stride]), sum);
+    }
+    deltas[at] = sum;
+  }
+  delta[threadIdx.x] = sum;
+  lse[threadIdx.x] = row < shape.length ? args.lse[at] : A(0);
+}
+
+// Writes deltas, (batch, heads, length), too.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
+    attention_query_gradient_kernel(
+        const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
+        arithmetic_t<T>* deltas) {
+  using A = arithmetic_t<T>;
+  using Layout = TileLayout<A, kDim>;
+  constexpr int kTile = Layout::kTile;
+  const AttentionShape& shape = args.shape;
+  Block<T, kDim> block(shape);
+  A* const queries = block.take(Layout::kSideBySide);
+  A* const grad_out = block.take(Layout::kSideBySide);
+  A* const keys = block.take(Layout::kSideBySide);
+  A* const values = block.take(Layout::kSideBySide);
+  A* const key_rows = block.take(Layout::kInRows);
+  A* const weights = block.take(Layout::kWeights);
+  A* const lse = block.take(kTile);
+  A* const delta = block.take(kTile);
+  const int64_t tiles = divide_up(shape.length, kTile);
+  for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
+    const int64_t head = unit / tiles, first_row = unit % tiles * kTile;
+    const HeadMask<A> mask(args.dropout, shape, head);
+    typename Block<T, kDim>::Sums sums = {};
+    __syncthreads();  // the last unit's rows have been read
+    block.load(args.q, head, first_row, args.scale, queries, nullptr);
+    block.load(args.grad_out, head, first_row, A(1), grad_out, nullptr);
+    load_row_sums<T, kTile>(args, head, first_row, lse, delta, deltas);
+    for (int64_t first_key = 0; first_key < shape.length; first_key += kTile) {
+      __syncthreads();  // the last tile's keys, values and weights have been read
+      block.load(args.k, head, first_key, A(1), keys, key_rows);
+      block.load(args.v, head, first_key, A(1), values, nullptr);
+      __syncthreads();
+      typename Block<T, kDim>::Scores scores, grads;
+      block.multiply(queries, keys, scores);
+      block.multiply(grad_out, values, grads);
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kOwn; ++r) {
+        const int row = block.first_own() + r;
+        const uint32_t kept = mask.kept(first_row + row, first_key + block.second_own());
+        COOPFLOW_UNROLL
+        for (int c = 0; c < kOwn; ++c) {
+          const bool exists = first_key + block.second_own() + c < shape.length;
+          const A found = weight_gradients(scores[r][c], lse[row], (kept >> c & 1) != 0,
+                                           args.dropout.factor, grads[r][c], delta[row])
+                              .grad_score;
+          grads[r][c] = exists ? found : A(0);
+        }
+      }
+      block.share(grads, weights);
+      __syncthreads();
+      block.accumulate(weights, key_rows, sums);
+    }
+    A factors[kOwn];
+    fill(factors, args.scale);
+    block.store(sums, factors, head, first_row, args.grad_q);
+  }
+}
+
+// A block has a tile of keys and walks along the rows: its scores are transposed.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
+    attention_key_gradient_kernel(
+        const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
+        const arithmetic_t<T>* deltas) {
+  using A = arithmetic_t<T>;
+  using Layout = TileLayout<A, kDim>;
+  constexpr int kTile = Layout::kTile;
+  const AttentionShape& shape = args.shape;
+  Block<T, kDim> block(shape);
+  A* const keys = block.take(Layout::kSideBySide);
+  A* const values = block.take(Layout::kSideBySide);
+  A* const queries = block.take(Layout::kSideBySide);
+  A* const grad_out = block.take(Layout::kSideBySide);
+  A* const query_rows = block.take(Layout::kInRows);
+  A* const grad_out_rows = block.take(Layout::kInRows);
+  A* const weights = block.take(Layout::kWeights);
+  A* const lse = block.take(kTile);
+  A* const delta = block.take(kTile);
+  const int64_t tiles = divide_up(shape.length, kTile);
+  for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
+    const int64_t head = unit / tiles, first_key = unit % tiles * kTile;
+    const HeadMask<A> mask(args.dropout, shape, head);
+    typename Block<T, kDim>::Sums key_sums = {}, value_sums = {};
+    __syncthreads();  // the last unit's keys and values have been read
+    block.load(args.k, head, first_key, A(1), keys, nullptr);
+    block.load(args.v, head, first_key, A(1), values, nullptr);
+    for (int64_t first_row = 0; first_row < shape.length; first_row += kTile) {
+      __syncthreads();  // the last tile's rows and weights have been read
+      block.load(args.q, head, first_row, args.scale, queries, query_rows);
+      block.load(args.grad_out, head, first_row, A(1), grad_out, grad_out_rows);
+      if (threadIdx.x < kTile) {
+        const int64_t row = first_row + threadIdx.x, at = head * shape.length + row;
+        lse[threadIdx.x] = row < shape.length ? args.lse[at] : A(0);
+        delta[threadIdx.x] = row < shape.length ? deltas[at] : A(0);
+      }
+      __syncthreads();
+      typename Block<T, kDim>::Scores scores, grads;
+      block.multiply(keys, queries, scores);
+      block.multiply(values, grad_out, grads);
+      COOPFLOW_UNROLL
+      for (int c = 0; c < kOwn; ++c) {
+        const int row = block.second_own() + c;
+        const bool exists = first_row + row < shape.length;
+        const uint32_t kept = mask.kept(first_row + row, first_key + block.first_own());
+        COOPFLOW_UNROLL
+        for (int r = 0; r < kOwn; ++r) {
+          const WeightGradients<A> found =
+              weight_gradients(scores[r][c], lse[row], (kept >> r & 1) != 0, args.dropout.factor,
+                               grads[r][c], delta[row]);
+          scores[r][c] = exists ? found.dropped : A(0);
+          grads[r][c] = exists ? found.grad_score : A(0);
+        }
+      }
+      block.share(scores, weights);
+      __syncthreads();
+      block.accumulate(weights, grad_out_rows, value_sums);
+      __syncthreads();  // the weights have been read
+      block.share(grads, weights);
+      __syncthreads();
+      block.accumulate(weights, query_rows, key_sums);
+    }
+    A factors[kOwn];
+    fill(factors, A(1));
+    block.store(key_sums, factors, head, first_key, args.grad_k);
+    block.store(value_sums, factors, head, first_key, args.grad_v);
+  }
+}
+
+// --- launches
+// -------------------------------------------------------------------------------------
+
+// Calls f(std::integral_constant<int, kDim>()).
+template <typename F>
+void dispatch_dim(int64_t dim, const F& f) {
+  if (dim <= 32) return f(std::integral_constant<int, 32>());
+  f(std::integral_constant<int, 64>());
+}
+
+struct CudaAttention {
+  template <typename T>
+  static void run(const AttentionArgs<arithmetic_t<T>>& args, const Tensor& q) {
+    dispatch_dim(args.shape.dim, [&](auto dim) {
+      constexpr int kDim = decltype(dim)::value;
+      using Layout = TileLayout<arithmetic_t<T>, kDim>;
+      launch_with_memory<attention_kernel<T, kDim>>(q, units<Layout>(args.shape), Layout::kThreads,
+                                                    Layout::bytes(Layout::kForward), args);
+    });
+  }
+
+  template <typename T>
+  static void run_backward(const AttentionBackwardArgs<arithmetic_t<T>>& args, const Tensor& lse) {
+    using A = arithmetic_t<T>;
+    Tensor deltas = torch::stable::empty_like(lse);
+    A* const at = static_cast<A*>(deltas.mutable_data_ptr());
+    dispatch_dim(args.shape.dim, [&](auto dim) {
+      constexpr int kDim = decltype(dim)::value;
+      using Layout = TileLayout<A, kDim>;
+      const int64_t blocks = units<Layout>(args.shape);
+      launch_with_memory<attention_query_gradient_kernel<T, kDim>>(
+          lse, blocks, Layout::kThreads, Layout::bytes(Layout::kQueryGradient), args, at);
+      launch_with_memory<attention_key_gradient_kernel<T, kDim>>(
+          lse, blocks, Layout::kThreads, Layout::bytes(Layout::kKeyGradient), args, at);
+    });
+  }
+
+ private:
+  template <typename Layout>
+  static int64_t units(const AttentionShape& shape) {
+    return shape.batch * shape.heads * divide_up(shape.length, Layout::kTile);
+  }
+};
+
+}  // namespace
+}  // namespace coopflow
+
+STABLE_TORCH_LIBRARY_IMPL(coopflow, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&coopflow::attention<coopflow::CudaAttention>));
+  m.impl("attention_backward", TORCH_BOX(&coopflow::attention_backward<coopflow::CudaAttention>));
+}

@@ -1,0 +1,138 @@
+// Self-attention with dropout, out = dropout(softmax(scale * q k^T)) v, without the (L, L) weights
+// in memory: what one row of scores and one weight become. Whoever walks the scores in tiles keeps
+// a row's largest score and sum so far (online softmax: Milakov and Gimelshein 2018; with
+// recomputation in the backward pass: Dao et al. 2022).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "coopflow/elementary.h"
+#include "coopflow/macros.h"
+#include "coopflow/philox.h"
+#include "coopflow/reduction.h"
+
+namespace coopflow {
+
+constexpr int64_t kAttentionMaxDim = 64;
+
+struct AttentionShape {
+  int64_t batch, heads, length, dim;
+};
+
+// (batch, heads, length, dim), of any strides.
+template <typename Pointer>
+struct AttentionTensor {
+  Pointer data;
+  int64_t batch_stride, head_stride, row_stride, dim_stride;
+
+  // Of a head's first row; heads are counted through the batch.
+  COOPFLOW_HD int64_t head_offset(const AttentionShape& shape, int64_t head) const {
+    const int64_t chain = head / shape.heads;
+    return chain * batch_stride + (head - chain * shape.heads) * head_stride;
+  }
+};
+using AttentionInput = AttentionTensor<const void*>;
+using AttentionOutput = AttentionTensor<void*>;
+
+// Which weights are kept: where uniform((batch, heads, length, length), rng, step=step) >= p.
+template <typename A>
+struct AttentionDropout {
+  const int64_t* rng;  // seed, time, number of the first chain
+  int64_t step;
+  uint32_t threshold;  // see dropout_threshold
+  A factor;            // of what is kept, 1 / (1 - p)
+};
+
+template <typename A>
+struct AttentionArgs {
+  AttentionInput q, k, v;
+  AttentionOutput out;
+  A* lse;  // log-sum-exp of each row of scores, (batch, heads, length)
+  AttentionShape shape;
+  AttentionDropout<A> dropout;
+  A scale;
+};
+
+template <typename A>
+struct AttentionBackwardArgs {
+  AttentionInput grad_out, q, k, v, out;
+  const A* lse;
+  AttentionOutput grad_q, grad_k, grad_v;
+  AttentionShape shape;
+  AttentionDropout<A> dropout;
+  A scale;
+};
+
+// --- the mask ---
+
+// uniform >= p in integers: float32 uniforms are (n + 1/2) * 2^-23 with n the top 23 bits of a
+// word, and are compared with p as a float32.
+inline uint32_t dropout_threshold(double p) {
+  const double rounded = static_cast<float>(p);
+  return static_cast<uint32_t>(std::ceil(rounded * 0x1p23 - 0.5));
+}
+
+COOPFLOW_HD bool is_kept(uint32_t word, uint32_t threshold) { return (word >> 9) >= threshold; }
+
+COOPFLOW_HD uint32_t kept_of_block(PhiloxWords w, uint32_t threshold) {
+  return (is_kept(w.w0, threshold) ? 1u : 0u) | (is_kept(w.w1, threshold) ? 2u : 0u) |
+         (is_kept(w.w2, threshold) ? 4u : 0u) | (is_kept(w.w3, threshold) ? 8u : 0u);
+}
+
+// Bit i: whether element first + i of the chain's weights is kept, i < 4. Unless four elements
+// divide a row, they lie in two blocks of words.
+COOPFLOW_HD uint32_t kept_of_four(PhiloxKey key, int64_t chain, uint32_t time, int64_t first,
+                                  uint32_t threshold) {
+  const uint32_t block = static_cast<uint32_t>(first / 4);
+  const uint32_t shift = static_cast<uint32_t>(first % 4);
+  uint32_t kept = kept_of_block(noise_words(key, chain, time, block), threshold);
+  if (shift != 0) {
+    kept |= kept_of_block(noise_words(key, chain, time, block + 1), threshold) << 4;
+  }
+  return kept >> shift;
+}
+
+// --- softmax ---
+
+// NaN never becomes the largest score; its weight is NaN all the same.
+template <typename A>
+COOPFLOW_HD A larger_score(A a, A b) {
+  return a < b ? b : a;
+}
+
+// e^(score - peak), for a peak that is the largest score, or the log-sum-exp; also what sums are
+// multiplied by when the largest score grows. What cannot be seen beside 1 is 0, so that the
+// product of a weight that is 0 with an infinite value is NaN as it is in PyTorch.
+template <typename A>
+COOPFLOW_HD A softmax_term(A score, A peak) {
+  const A exponent = score - peak;
+  const A term = exponential_nonpositive(exponent);
+  return exponent < A(-87) ? A(0) : term;
+}
+
+// NaN where the sum is.
+template <typename A>
+COOPFLOW_HD A log_sum_exp(A peak, A sum) {
+  return is_finite(sum) ? peak + log_positive(sum) : sum;
+}
+
+// --- derivatives ---
+
+// What the backward pass makes of one weight, given the gradient of what it was multiplied into a
+// value as, and delta = the row's sum of grad_out * out.
+template <typename A>
+struct WeightGradients {
+  A dropped;     // the weight after dropout
+  A grad_score;  // before the scale
+};
+
+template <typename A>
+COOPFLOW_HD WeightGradients<A> weight_gradients(A score, A lse, bool kept, A factor, A grad_dropped,
+                                                A delta) {
+  const A weight = softmax_term(score, lse);
+  const A kept_factor = kept ? factor : A(0);
+  return {weight * kept_factor, weight * (grad_dropped * kept_factor - delta)};
+}
+
+}  // namespace coopflow
