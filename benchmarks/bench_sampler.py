@@ -1,4 +1,4 @@
-"""Whole Langevin chains: LangevinSampler beside loops on the same energy or score.
+"""Whole chains: LangevinSampler and MALASampler beside loops on the same energy or score.
 
     pytest benchmarks/bench_sampler.py --benchmark-only [--device cuda]
     python benchmarks/suite.py --case 'chain/*'
@@ -10,7 +10,8 @@ step by step runs as the graph that it captures by itself, and loops take part w
 
 Before anything is timed, every contestant takes the same supplied normals to the same state, or,
 where it draws its own and noise can be turned off, moves as the plain loop does without noise. A
-loop's graph ends where the loop ends from the same seed.
+loop's graph ends where the loop ends from the same seed. In the cases named MALA every contestant
+accepts the same proposals, given the normals and the uniforms of ours.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from harness import (
 )
 from torch import Tensor, nn
 
-from coopflow_ext import Key, LangevinSampler
+from coopflow_ext import Key, LangevinSampler, MALASampler, ops
 from coopflow_ext.energies import (
     DoubleWellEnergy,
     GaussianMixtureEnergy,
     MLPEnergy,
     ResEnergy,
 )
+from coopflow_ext.rng import USE_ACCEPT
 
-STEP_SIZE = 0.05
+STEP_SIZE, MALA_STEP_SIZE = 0.05, 0.3
 KEY = Key(0)
 TORCHEBM, JAX, COMPILED = "torchebm", "JAX scan", "compiled gradient"
 OURS_COMPILED, OURS_BY_STEPS = "ours, compile=True", "ours, kernel=False"
@@ -280,6 +282,82 @@ def case(
     return Case(f"chain/{name}", build, elements, steps, **kw)
 
 
+def mala_loop(
+    problem: Problem, n_steps: int, xi: Tensor | None = None, uniforms: Tensor | None = None
+) -> Tensor:
+    """MALA as it is written with torch: one evaluation a step, what is rejected kept by a mask."""
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        u = problem.function(leaf)
+        (grad,) = torch.autograd.grad(u.sum(), leaf)
+        return u.detach(), grad
+
+    drift = MALA_STEP_SIZE**2 / 2
+    x = problem.start()
+    u, grad = evaluate(x)
+    for k in range(n_steps):
+        noise = torch.randn_like(x) if xi is None else xi[k]
+        move = noise.mul(MALA_STEP_SIZE).sub_(grad, alpha=drift)
+        y = x + move
+        u_y, grad_y = evaluate(y)
+        forward = move.add(grad, alpha=drift).square_().sum(1)
+        backward = move.sub_(grad_y, alpha=drift).square_().sum(1)
+        log_ratio = u - u_y + (forward - backward) / (4 * drift)
+        uniform = torch.rand_like(u) if uniforms is None else uniforms[k]
+        accepted = uniform.log() < log_ratio
+        u = torch.where(accepted, u_y, u)
+        chains = accepted[:, None]
+        x, grad = torch.where(chains, y, x), torch.where(chains, grad_y, grad)
+    return x
+
+
+def mala_case(
+    name: str, make: Callable[[torch.device], Problem], elements: int, steps: int, **kw: Any
+) -> Case:
+    """Chains that accept their moves, in one kernel and step by step."""
+
+    def build(device: torch.device, with_compile: bool) -> Contest:
+        problem = make(device)
+        assert (problem.x0.numel(), problem.n_steps) == (elements, steps), name
+
+        def sampler(kernel: bool, n_steps: int = steps) -> MALASampler:
+            return MALASampler(
+                problem.function, n_steps=n_steps, step_size=MALA_STEP_SIZE, kernel=kernel
+            )
+
+        samplers = {OURS: sampler(True), OURS_BY_STEPS: sampler(False)}
+        runs: dict[str, Run] = {
+            n: lambda s=s: s(problem.x0, key=KEY).x for n, s in samplers.items()
+        }
+        runs["plain loop"] = lambda: mala_loop(problem, steps)
+        missing: dict[str, str] = {}
+        if device.type == "cuda":
+            add_graph(GRAPH, runs["plain loop"], runs, missing)
+
+        def check_few() -> None:
+            """So few steps that rounding does not change a decision."""
+            rng, accept_rng = (k.tensor(device) for k in (KEY, KEY.fold_in(USE_ACCEPT)))
+            few = range(5)
+            xi = torch.stack([ops.normal(problem.x0.shape, rng, step=k) for k in few])
+            uniforms = [ops.uniform((len(problem.x0),), accept_rng, step=k) for k in few]
+            end = mala_loop(problem, len(few), xi, torch.stack(uniforms))
+            assert not torch.equal(end, problem.x0)
+            for kernel in (True, False):
+                ended = sampler(kernel, len(few))(problem.x0, xi=xi, key=KEY).x
+                torch.testing.assert_close(ended, end, rtol=1e-4, atol=1e-4)
+
+        return Contest(
+            runs,
+            check_few,
+            missing=missing,
+            flops=(steps + 1) * counted_flops(lambda: problem.score()(problem.start())),
+            own_memory=frozenset({GRAPH} & runs.keys()),
+        )
+
+    return Case(f"chain/{name}, MALA", build, elements, steps, **kw)
+
+
 def jax_case(
     name: str, make: Callable[[torch.device], Problem], elements: int, steps: int, **kw: Any
 ) -> Case:
@@ -378,6 +456,9 @@ SUITE_CASES = (
         "paper's network, 128, bf16, compiled", convolutional(128, 128, 30, True), 128 * 3072, 30,
         compiled=True, devices=("cuda",),
     ),
+    mala_case("mixture", mixture, 2048, 50),
+    mala_case("MLP", mlp(1024), 2048, 100),
+    mala_case("MLP, 4096 chains", mlp(4096), 8192, 100, devices=("cuda",)),
     jax_case("mixture, autograd", mixture, 2048, 50),
     jax_case("mixture, closed form", closed_form, 2048, 50),
     jax_case("MLP", mlp(1024), 2048, 100),

@@ -101,6 +101,13 @@ def exercise_whole_chains(draw: Draw) -> None:
             stats=True, freeze_nonfinite=True,
         )  # fmt: skip
         assert torch.equal(plain.x, full.x), f"{name}: statistics change the chain"
+        options = {"energy": name, "numbers": numbers, "n_steps": 3, "step_size": 0.3}
+        plain = cf.ops.analytic_mala_chain(x0, rng, rng, tensors=given, **options)
+        full = cf.ops.analytic_mala_chain(
+            misaligned(x0), rng, rng, tensors=[misaligned(t) for t in given], **options, thin=2,
+            stats=True,
+        )  # fmt: skip
+        assert torch.equal(plain.x, full.x), f"{name}: statistics change the chain"
 
 
 def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
@@ -112,6 +119,12 @@ def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
             "weights": [draw.normal(n_out, n_in).to(device, dtype) for n_in, n_out in layers],
             "biases": [draw.normal(n_out).to(device, dtype) for _, n_out in layers],
         }
+        proposed = cf.ops.mlp_mala_chain(
+            draw.normal(), **network, rng=draw.rng(), accept_rng=draw.rng(), activation="tanh",
+            n_steps=2, step_size=0.3, thin=1, stats=True,
+        )  # fmt: skip
+        assert proposed.trajectory is not None
+        assert torch.equal(proposed.x, proposed.trajectory[-1])
         given = {"x0": draw.normal(), "rng": draw.rng(), "x_ref": draw.normal(), **network}
         options = {"activation": "tanh", "n_steps": 2, "drift": 0.1, "noise": 0.1, "pull": 0.1}
         x = cf.ops.mlp_langevin_chain(**given, **options, thin=1, stats=True).x

@@ -209,6 +209,70 @@ def langevin_chain(
     return x, torch.stack(kept) if kept else x.new_empty(0, *x.shape), frozen_at
 
 
+def mala_chain(
+    x0: Tensor,
+    rng: Tensor,
+    accept_rng: Tensor,
+    energy: Callable[[Tensor], Tensor],
+    *,
+    n_steps: int,
+    step_size: Coefficient,
+    temperature: float = 1.0,
+    adapt_steps: int = 0,
+    target_accept: float = 0.574,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(states after each step (T, B, D), statistics (T, B, 5), last step sizes (B,)) of whole
+    chains by the Metropolis-adjusted Langevin algorithm, of any energy, U or f = −U; the arguments
+    are those of ``ops.analytic_mala_chain`` and its like."""
+    sign = -1.0 if negative_energy else 1.0
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            u = sign * energy(leaf)
+            (grad,) = torch.autograd.grad(u.sum(), leaf)
+        return u.detach(), grad
+
+    def delta_at(k: int) -> Tensor:
+        row = table_row(step_size, k) if isinstance(step_size, Tensor) else step_size
+        return torch.as_tensor(row, dtype=x0.dtype, device=x0.device).expand(len(x0))
+
+    x, (u, grad) = x0, evaluate(x0)
+    delta = delta_at(step)
+    log_delta = delta.log()
+    logs: list[Tensor] = []
+    states: list[Tensor] = []
+    rows: list[Tensor] = []
+    for k in range(n_steps):
+        delta = delta if adapt_steps else delta_at(step + k)
+        drift, noise = delta[:, None].square() / 2, delta[:, None] * temperature**0.5
+        y = x - drift * grad + noise * _noise_like(x, rng, step + k, None if xi is None else xi[k])
+        u_y, grad_y = evaluate(y)
+        forward = (y - x + drift * grad).square().sum(1)
+        backward = (x - y + drift * grad_y).square().sum(1)
+        log_ratio = (u - u_y + (forward - backward) / (2 * delta.square())) / temperature
+        finite = u_y.isfinite() & grad_y.isfinite().all(1)
+        acceptance = torch.where(finite, log_ratio.clamp(max=0).exp().nan_to_num(0), 0.0)
+        accepted = uniform((len(x),), accept_rng, step=step + k) < acceptance
+        x = torch.where(accepted[:, None], y, x)
+        grad = torch.where(accepted[:, None], grad_y, grad)
+        u = torch.where(accepted, u_y, u)
+        rows.append(
+            torch.stack([u, grad.square().sum(1), acceptance, accepted.to(u), delta], dim=1)
+        )
+        states.append(x)
+        if k < adapt_steps:
+            log_delta = log_delta + (acceptance - target_accept) * (k + 1) ** -0.6
+            logs += [log_delta] if 2 * k + 1 >= adapt_steps else []
+            delta = (torch.stack(logs).mean(0) if k + 1 == adapt_steps else log_delta).exp()
+    if not n_steps:
+        return x0.new_empty(0, *x0.shape), x0.new_empty(0, len(x0), 5), delta
+    return torch.stack(states), torch.stack(rows), delta
+
+
 def langevin_noise(
     x: Tensor,
     rng: Tensor,

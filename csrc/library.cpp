@@ -67,6 +67,12 @@ std::string build_info() {
   "bool negative_energy=False, SymInt step=0, Tensor? xi=None, SymInt thin=0, bool stats=False, "  \
   "bool freeze_nonfinite=False"
 
+// Of chains that accept their moves; step_size is such a pair. See csrc/ops/mala_chain_op.h.
+#define COOPFLOW_MALA_CHAIN_ARGS                                                           \
+  "SymInt n_steps, float step_size=0.0, Tensor? step_size_t=None, float temperature=1.0, " \
+  "SymInt adapt_steps=0, float target_accept=0.574, bool negative_energy=False, "          \
+  "SymInt step=0, Tensor? xi=None, SymInt thin=0, bool stats=False"
+
 STABLE_TORCH_LIBRARY(coopflow, m) {
   // Standard normals and uniforms, a pure function of (seed, time, chain, element).
   m.def("normal_(Tensor(a!) out, Tensor rng, *, SymInt step=0) -> ()");
@@ -98,6 +104,16 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "mlp_langevin_chain(Tensor x0, Tensor rng, Tensor[] weights, Tensor[] biases, "
       "int activation, float activation_shape, float activation_threshold, "
       "*, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  // Chains of the same energies by the Metropolis-adjusted Langevin algorithm: x, trajectory,
+  // statistics, the last step size of each chain, and whether its start is finite.
+  m.def(
+      "analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, str energy, "
+      "Tensor[] tensors, float[] numbers, *, " COOPFLOW_MALA_CHAIN_ARGS
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, Tensor[] weights, "
+      "Tensor[] biases, int activation, float activation_shape, float activation_threshold, "
+      "*, " COOPFLOW_MALA_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // y = x * e^a + b with log|det|, its inverse, and what their backward passes need.
   m.def("affine_coupling(Tensor x, Tensor params) -> (Tensor, Tensor)");
   m.def("affine_coupling_inverse(Tensor y, Tensor params) -> (Tensor, Tensor)");

@@ -66,6 +66,10 @@ CAUGHT = {
         "checked", "mlp_cuda.cu", "mlp_chain",
         ("shared memory", "mlp_cuda.cu", "no barrier between them", "block ("),
     ),
+    "noise_before_the_acceptance": (
+        "checked", "mlp_cuda.cu", "mlp_mala_chain",
+        ("shared memory", "mlp_cuda.cu", "no barrier between them", "block ("),
+    ),
     "table_without_a_barrier": (
         "checked", "analytic_langevin_chain_cuda.cu", "analytic_chains",
         ("reads shared memory that no thread", "analytic_energies.h", "block (", "thread ("),

@@ -388,6 +388,23 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
             ),
         ],
         **attention_calls(draw),
+        "analytic_mala_chain": [  # float32 or float64
+            ((x.to(wide), rng, rng, "double_well", [], [1.0]), {"n_steps": 3, "step_size": 0.1}),
+            (
+                (x.to(wide), rng, rng, "gaussian_mixture", mixture, []),
+                {"n_steps": 2, "step_size_t": table, "stats": True, "thin": 2},
+            ),
+        ],
+        "mlp_mala_chain": [  # float32 or float64
+            (
+                (x.to(wide), rng, rng, *network, 0, 0.0, 0.0),
+                {"n_steps": 3, "step_size": 0.1, "adapt_steps": 2},
+            ),
+            (
+                (x.to(wide), rng, rng, *network, 5, 1.0, 20.0),
+                {"n_steps": 2, "step_size_t": table, "stats": True, "thin": 2},
+            ),
+        ],
         "langevin_step": [((x, grad, rng, 0.1), {}), ((x, grad, rng, 0.0, table, 0.2), {})],
     }
     for op in COUPLINGS:

@@ -140,8 +140,11 @@ def test_no_kernel_is_worse_than_its_limits() -> None:
 
 def _arrays_of_a_chain(name: str) -> int:
     """Bytes of local memory that a kernel is meant to have: a thread's chain, whose length the
-    compiler does not know, as state, gradient and noise, and a reference beside them."""
-    match = re.match(r"analytic_chain_kernel<.*, (true|false), 0l?, (float|double)>", name)
+    compiler does not know, as state, gradient and noise, and a reference beside them; or as state
+    and proposal with their gradients."""
+    match = re.match(
+        r"analytic_(?:chain_kernel<.*, (true|false), 0l?|mala_kernel<.*), (float|double)>", name
+    )
     if match is None:
         return 0
     arrays = 3 if match[1] == "true" else 4

@@ -1,4 +1,4 @@
-"""What the faces of whole Langevin chains share: their call and the shapes of their results."""
+"""What the faces of whole chains share: their call and the shapes of their results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import arithmetic_dtype
 from coopflow_ext.ops import _call
 from coopflow_ext.ops.langevin import raw_options
 
 _COLUMNS = 6  # of the statistics
+_MALA_COLUMNS = 5
 
 
 class ChainResult(NamedTuple):
@@ -32,10 +32,39 @@ class ChainResult(NamedTuple):
     frozen_at: Tensor
 
 
-def run_chain(
-    op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
-) -> ChainResult:
+class MALAResult(NamedTuple):
+    """What an op of whole chains that accept their moves returns.
+
+    Attributes:
+        x: the last state, like x0.
+        trajectory: (n_steps // thin, *x0.shape), the states after steps thin, 2·thin, …; or None.
+        stats: (n_steps, B, 5): U and Σ(∇U)² of the state after the step, the probability with which
+            the proposal was accepted, whether it was (0 or 1), and its step size; or None.
+        step_size: (B,), δ of each chain in the last step, after its adaptation.
+        finite: (B,) bool, whether U and ∇U are finite at x0.
+    """
+
+    x: Tensor
+    trajectory: Tensor | None
+    stats: Tensor | None
+    step_size: Tensor
+    finite: Tensor
+
+
+def run_chain(op: str, x0: Tensor, *energy: Any, **options: Any) -> ChainResult:
     """Calls the raw op of this name with what describes its energy, and a chain's options."""
+    return ChainResult(*_run(op, x0, *energy, **options))
+
+
+def run_mala_chain(op: str, x0: Tensor, *energy: Any, **options: Any) -> MALAResult:
+    """The same of an op whose chains accept their moves."""
+    return MALAResult(*_run(op, x0, *energy, **options))
+
+
+def _run(
+    op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
+) -> tuple[Any, ...]:
+    """(x, trajectory or None, statistics or None, …)."""
     if torch.is_grad_enabled() and isinstance(x0, Tensor) and x0.requires_grad:
         raise ValueError(
             f"{op}: x0 requires grad, but a whole chain has no derivative; call it under "
@@ -45,20 +74,38 @@ def run_chain(
         raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
     raw = raw_options(op, thin=thin, stats=stats, **options)
     try:
-        x, trajectory, sums, frozen_at = getattr(_call.coopflow, op)(x0, *energy, **raw)
+        x, trajectory, sums, *others = getattr(_call.coopflow, op)(x0, *energy, **raw)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
-    return ChainResult(x, None if thin is None else trajectory, sums if stats else None, frozen_at)
+    return x, None if thin is None else trajectory, sums if stats else None, *others
 
 
 def fake_results(
     x0: Tensor, *energy: Any, n_steps: int, thin: int = 0, stats: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results' shapes. What is not wanted has no rows."""
+    recorded = _fake_records(x0, n_steps, thin, stats, _COLUMNS)
+    return torch.empty_like(x0), *recorded, x0.new_empty(x0.shape[0], dtype=torch.int64)
+
+
+def fake_mala_results(
+    x0: Tensor, *energy: Any, n_steps: int, thin: int = 0, stats: bool = False, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    recorded = _fake_records(x0, n_steps, thin, stats, _MALA_COLUMNS)
     batch = x0.shape[0]
     return (
         torch.empty_like(x0),
+        *recorded,
+        x0.new_empty(batch),
+        x0.new_empty(batch, dtype=torch.bool),
+    )
+
+
+def _fake_records(
+    x0: Tensor, n_steps: int, thin: int, stats: bool, columns: int
+) -> tuple[Tensor, Tensor]:
+    """A trajectory and statistics."""
+    return (
         x0.new_empty(n_steps // thin if thin else 0, *x0.shape),
-        x0.new_empty(n_steps if stats else 0, batch, _COLUMNS, dtype=arithmetic_dtype(x0.dtype)),
-        x0.new_empty(batch, dtype=torch.int64),
+        x0.new_empty(n_steps if stats else 0, x0.shape[0], columns),
     )

@@ -1,4 +1,4 @@
-"""Whole Langevin chains of an energy in closed form, in one call."""
+"""Whole Langevin and MALA chains of an energy in closed form, in one call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.ops import _call
-from coopflow_ext.ops._langevin_chain import ChainResult, fake_results, run_chain
+from coopflow_ext.ops._langevin_chain import (
+    ChainResult,
+    MALAResult,
+    fake_mala_results,
+    fake_results,
+    run_chain,
+    run_mala_chain,
+)
 
 MOST_ELEMENTS_ON_CUDA = 64
 """Of a chain on CUDA, where a thread holds it; a CPU has no limit."""
@@ -112,4 +119,85 @@ def analytic_langevin_chain(
     )
 
 
+def analytic_mala_chain(
+    x0: Tensor,
+    rng: Tensor,
+    accept_rng: Tensor,
+    *,
+    energy: str,
+    tensors: Sequence[Tensor] = (),
+    numbers: Sequence[float] = (),
+    n_steps: int,
+    step_size: Coefficient,
+    temperature: float = 1.0,
+    adapt_steps: int = 0,
+    target_accept: float = 0.574,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+    thin: int | None = None,
+    stats: bool = False,
+) -> MALAResult:
+    """All the steps of chains by the Metropolis-adjusted Langevin algorithm, whose energy is known
+    in closed form.
+
+    Equivalent to, with the energy's U, δ the step size and τ the temperature::
+
+        x = x0
+        for k in range(n_steps):
+            y = langevin_step(x, grad U(x), rng, drift=δ²/2, noise=δ·√τ, step=step + k, xi=xi[k])
+            forward = ((y - x + δ²/2 * grad U(x)) ** 2).sum(1)
+            backward = ((x - y + δ²/2 * grad U(y)) ** 2).sum(1)
+            log_ratio = (U(x) - U(y) + (forward - backward) / (2 * δ²)) / τ
+            accepted = uniform((B,), accept_rng, step=step + k) < exp(log_ratio)
+            x = where(accepted, y, x)
+
+    up to rounding, see :func:`coopflow_ext.reference.mala_chain`. A proposal whose energy or
+    gradient is not finite is rejected. A chain's results do not depend on the others.
+
+    Args:
+        x0: (B, D), float32 or float64, contiguous; not changed. On CUDA D ≤ 64.
+        rng: int64[3] = (seed, time, number of the first chain), see :meth:`Key.tensor`.
+        accept_rng: the same, of the uniforms that accept.
+        energy, tensors, numbers: as in :func:`analytic_langevin_chain`.
+        n_steps: T ≥ 0.
+        step_size: δ > 0; a float, or a table (T or 1, B or 1) whose row ``step + k`` step k uses.
+        temperature: τ > 0.
+        adapt_steps: in the first so many steps, move each chain's own δ toward the target
+            acceptance, as :class:`MALASampler` does; the step size then has one row.
+        target_accept: between 0 and 1.
+        negative_energy: the energy is f = −U.
+        step: number of the first step, in the noise, in the uniforms and in tables.
+        xi: (T, B, D), standard normals in place of the key's.
+        thin: keep the states after steps thin, 2·thin, …; None keeps none.
+        stats: record the statistics of each step.
+
+    Returns:
+        (x, trajectory, stats, step_size, finite), see :class:`MALAResult`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    return run_mala_chain(
+        "analytic_mala_chain",
+        x0,
+        rng,
+        accept_rng,
+        energy,
+        list(tensors),
+        list(numbers),
+        n_steps=n_steps,
+        step_size=step_size,
+        temperature=temperature,
+        adapt_steps=adapt_steps,
+        target_accept=target_accept,
+        negative_energy=negative_energy,
+        step=step,
+        xi=xi,
+        thin=thin,
+        stats=stats,
+    )
+
+
 _call.register_fake("analytic_langevin_chain", fake_results)
+_call.register_fake("analytic_mala_chain", fake_mala_results)

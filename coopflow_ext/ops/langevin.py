@@ -13,7 +13,7 @@ from coopflow_ext import reference
 from coopflow_ext._tensors import Coefficient, arithmetic_dtype
 from coopflow_ext.ops import _call
 
-_COEFFICIENTS = ("drift", "noise", "decay", "pull")
+_COEFFICIENTS = ("drift", "noise", "decay", "pull", "step_size")
 _OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
 
 # Where the numbers of ``langevin_plain_step_`` stand in their tensor, and what is off.
@@ -62,6 +62,10 @@ _OFF = {
     "negative_energy": False,
     "n_steps": None,
     "thin": None,
+    "step_size": None,
+    "temperature": 1.0,
+    "adapt_steps": 0,
+    "target_accept": 0.574,
 }
 
 

@@ -1,4 +1,4 @@
-"""Whole Langevin chains of an energy that is a fully connected network."""
+"""Whole Langevin and MALA chains of an energy that is a fully connected network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.ops import _call
-from coopflow_ext.ops._langevin_chain import ChainResult, fake_results, run_chain
+from coopflow_ext.ops._langevin_chain import (
+    ChainResult,
+    MALAResult,
+    fake_mala_results,
+    fake_results,
+    run_chain,
+    run_mala_chain,
+)
 
 # Numbered as in csrc/include/coopflow/mlp.h; the parameters and what torch gives them.
 ACTIVATIONS: Mapping[str, Mapping[str, float]] = {
@@ -101,7 +108,7 @@ def mlp_langevin_chain(
             float64, and for networks that do not fit in a multiprocessor's memory: it says how
             many bytes they need (:func:`mlp_shared_bytes`) and how many there are.
     """
-    shape, threshold = _activation_numbers(activation, activation_args)
+    shape, threshold = _activation_numbers("mlp_langevin_chain", activation, activation_args)
     return run_chain(
         "mlp_langevin_chain",
         x0,
@@ -131,8 +138,71 @@ def mlp_langevin_chain(
     )
 
 
+def mlp_mala_chain(
+    x0: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rng: Tensor,
+    accept_rng: Tensor,
+    *,
+    activation: str,
+    n_steps: int,
+    step_size: Coefficient,
+    activation_args: Mapping[str, float] | None = None,
+    temperature: float = 1.0,
+    adapt_steps: int = 0,
+    target_accept: float = 0.574,
+    negative_energy: bool = False,
+    step: int = 0,
+    xi: Tensor | None = None,
+    thin: int | None = None,
+    stats: bool = False,
+) -> MALAResult:
+    """All steps of the chains of a fully connected energy by the Metropolis-adjusted Langevin
+    algorithm, in one kernel.
+
+    Equivalent to the loop of :func:`analytic_mala_chain` with U the energy of
+    :func:`mlp_langevin_chain`, to the rounding of U and its gradient. Results depend on neither the
+    batch nor the number of threads, bit for bit; the parameters are read anew at every call.
+
+    Args:
+        x0, weights, biases, rng, activation, activation_args: as in :func:`mlp_langevin_chain`.
+        accept_rng, n_steps, step_size, temperature, adapt_steps, target_accept, negative_energy,
+            step, xi, thin, stats: as in :func:`analytic_mala_chain`.
+
+    Returns:
+        (x, trajectory, stats, step_size, finite), see :class:`MALAResult`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; on CUDA also for what
+            :func:`mlp_langevin_chain` refuses there.
+    """
+    shape, threshold = _activation_numbers("mlp_mala_chain", activation, activation_args)
+    return run_mala_chain(
+        "mlp_mala_chain",
+        x0,
+        rng,
+        accept_rng,
+        _constants(weights),
+        _constants(biases),
+        _NUMBERS[activation],
+        shape,
+        threshold,
+        n_steps=n_steps,
+        step_size=step_size,
+        temperature=temperature,
+        adapt_steps=adapt_steps,
+        target_accept=target_accept,
+        negative_energy=negative_energy,
+        step=step,
+        xi=xi,
+        thin=thin,
+        stats=stats,
+    )
+
+
 def mlp_shared_bytes(sizes: Sequence[int]) -> int:
-    """Bytes of a multiprocessor's memory that :func:`mlp_langevin_chain` needs on CUDA.
+    """Bytes of a multiprocessor's memory that chains of a network need on CUDA.
 
     Args:
         sizes: (d, width, …) of the state and of 1 to 4 hidden layers, each from 1 to 128.
@@ -152,9 +222,10 @@ def _constants(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach() if isinstance(p, Tensor) else p for p in parameters]
 
 
-def _activation_numbers(name: str, given: Mapping[str, float] | None) -> tuple[float, float]:
+def _activation_numbers(
+    op: str, name: str, given: Mapping[str, float] | None
+) -> tuple[float, float]:
     """The parameters as the raw op takes them: (shape, threshold)."""
-    op = "mlp_langevin_chain"
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     defaults, given = ACTIVATIONS[name], given or {}
@@ -171,3 +242,4 @@ def _activation_numbers(name: str, given: Mapping[str, float] | None) -> tuple[f
 
 
 _call.register_fake("mlp_langevin_chain", fake_results)
+_call.register_fake("mlp_mala_chain", fake_mala_results)

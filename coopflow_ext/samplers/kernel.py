@@ -1,6 +1,6 @@
 """Energies whose whole chain is one call of an op: which they are, and how it is called.
 
-An energy gets in by a line of ``_FINDERS``: its exact type, and a function that says which op runs
+An energy gets in by a line of ``_FINDERS``: its exact type, and a function that says which ops run
 its chains, or why none does.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,11 @@ from coopflow_ext.samplers.schedule import place
 
 @dataclass(frozen=True)
 class Kernel:
-    """An op that runs whole chains, and the arguments that describe the energy to it."""
+    """The ops that run whole chains, Langevin's and MALA's, and the arguments that describe the
+    energy to them."""
 
-    op: Callable[..., ops.ChainResult]
+    langevin: Callable[..., ops.ChainResult]
+    mala: Callable[..., ops.MALAResult]
     energy: Mapping[str, Any]
 
 
@@ -61,7 +63,7 @@ class KernelChain:
     def __init__(self, plan: Plan, inputs: Inputs, kernel: Kernel) -> None:
         self.plan = plan
         (x0,) = inputs.xs
-        result = kernel.op(
+        result = kernel.langevin(
             x0,
             rng=inputs.rngs[0],
             **kernel.energy,
@@ -117,8 +119,45 @@ def refusal(plan: Plan, *, compile: bool, differentiable: object) -> str | None:
     return None
 
 
-def find_kernel(plan: Plan, x0: State, model_kwargs: Mapping[str, Any]) -> Found:
-    """The kernel for chains of a sampler from x0."""
+def no_kernel(reason: str) -> ValueError:
+    """What kernel=True raises."""
+    return ValueError(f"kernel=True: no kernel of whole chains can run this: {reason}")
+
+
+def kernel_for(
+    asked: bool | Literal["auto"],
+    gradient: Gradient,
+    x0: State,
+    model_kwargs: Mapping[str, Any],
+    *,
+    refused: str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Kernel | None:
+    """The kernel for chains of a sampler from x0, where there is one and it is not switched off.
+
+    Args:
+        asked: the sampler's option ``kernel``.
+        refused: why its other options rule a kernel out.
+
+    Raises:
+        ValueError: there is none, and True asks for it.
+    """
+    if asked is False:
+        return None
+    found = refused or _find_kernel(gradient, x0, model_kwargs, autocast)
+    if isinstance(found, Kernel):
+        return found
+    if asked is True:
+        raise no_kernel(found)
+    return None
+
+
+def _find_kernel(
+    gradient: Gradient,
+    x0: State,
+    model_kwargs: Mapping[str, Any],
+    autocast: torch.dtype | None,
+) -> Found:
     if not isinstance(x0, Tensor):
         return f"x0 must be one tensor, got a {type(x0).__name__}"
     if type(x0) not in (Tensor, nn.Parameter):
@@ -131,10 +170,10 @@ def find_kernel(plan: Plan, x0: State, model_kwargs: Mapping[str, Any]) -> Found
         return "torch.autocast is on"
     if model_kwargs:
         return "it takes no model_kwargs"
-    owner = _owner(plan.gradient)
+    owner = _owner(gradient)
     if isinstance(owner, str):
         return owner
-    return _FINDERS[type(owner)](owner, x0, plan)
+    return _FINDERS[type(owner)](owner, x0, autocast)
 
 
 def _owner(gradient: Gradient) -> nn.Module | str:
@@ -170,17 +209,18 @@ def changed_by_hand(module: nn.Module) -> str:
 def _analytic(
     energy: Any,
     x0: Tensor,
-    plan: Plan,
+    autocast: torch.dtype | None,
     *,
     name: str,
     tensors: tuple[str, ...] = (),
     numbers: tuple[str, ...] = (),
     least: int = 1,
 ) -> Found:
-    """An energy that ``ops.analytic_langevin_chain`` knows, by names of its attributes."""
+    """An energy that ``ops.analytic_langevin_chain`` and ``ops.analytic_mala_chain`` know, by names
+    of its attributes."""
     given = [getattr(energy, tensor).detach().contiguous() for tensor in tensors]
     dim = given[0].shape[-1] if given else getattr(energy, "dim", x0.shape[1])
-    if plan.autocast is not None:
+    if autocast is not None:
         return "autocast is for networks, and this energy is in closed form"
     if x0.shape[1] != dim or dim < least:
         return f"x0 does not fit the energy, got {tuple(x0.shape)}"
@@ -197,7 +237,9 @@ def _analytic(
         if not isinstance(value, Real) or not math.isfinite(value):
             return f"{number} must be a finite number, got {value!r}"
     return Kernel(
-        ops.analytic_langevin_chain, {"energy": name, "tensors": given, "numbers": values}
+        ops.analytic_langevin_chain,
+        ops.analytic_mala_chain,
+        {"energy": name, "tensors": given, "numbers": values},
     )
 
 
@@ -217,11 +259,11 @@ _MOST_UNITS, _MOST_HIDDEN = 128, 4
 _Activation = tuple[str, dict[str, float]]
 
 
-def _mlp_energy(energy: MLPEnergy, x0: Tensor, plan: Plan) -> Found:
-    return _network(list(energy.layers), (energy.activation, {}), x0, plan)
+def _mlp_energy(energy: MLPEnergy, x0: Tensor, autocast: torch.dtype | None) -> Found:
+    return _network(list(energy.layers), (energy.activation, {}), x0, autocast)
 
 
-def _sequential(energy: nn.Sequential, x0: Tensor, plan: Plan) -> Found:
+def _sequential(energy: nn.Sequential, x0: Tensor, autocast: torch.dtype | None) -> Found:
     """Linear and activation in turn; what changes nothing, a dropout that is off, may stand
     between them."""
     modules = [m for m in energy if not _is_identity(m)]
@@ -235,7 +277,7 @@ def _sequential(energy: nn.Sequential, x0: Tensor, plan: Plan) -> Found:
     if len(activations) != 1:
         return f"all activations must be alike, and one at least, got {len(activations)} kinds"
     ((name, parameters),) = activations
-    return _network(modules[0::2], (name, dict(parameters)), x0, plan)
+    return _network(modules[0::2], (name, dict(parameters)), x0, autocast)
 
 
 def _is_identity(module: nn.Module) -> bool:
@@ -252,9 +294,15 @@ def _activation_of(module: nn.Module) -> tuple[str, tuple[tuple[str, float], ...
     return name, tuple((p, float(getattr(module, p))) for p in parameters)
 
 
-def _network(layers: Sequence[nn.Module], activation: _Activation, x0: Tensor, plan: Plan) -> Found:
-    """The layers as ``ops.mlp_langevin_chain`` takes them; it reads the parameters at each call."""
-    if plan.autocast is not None:
+def _network(
+    layers: Sequence[nn.Module],
+    activation: _Activation,
+    x0: Tensor,
+    autocast: torch.dtype | None,
+) -> Found:
+    """The layers as ``ops.mlp_langevin_chain`` and ``ops.mlp_mala_chain`` take them; they read the
+    parameters at each call."""
+    if autocast is not None:
         return "its networks compute in the dtype of x0, without autocast"
     if not 2 <= len(layers) <= _MOST_HIDDEN + 1:
         return f"it takes networks of 1 to {_MOST_HIDDEN} hidden layers, got {len(layers) - 1}"
@@ -281,7 +329,9 @@ def _network(layers: Sequence[nn.Module], activation: _Activation, x0: Tensor, p
     if parameters.get("beta") == 0:
         return "beta of softplus must not be 0"
     network = {"weights": weights, "biases": biases, "activation": name}
-    return Kernel(ops.mlp_langevin_chain, {**network, "activation_args": parameters})
+    return Kernel(
+        ops.mlp_langevin_chain, ops.mlp_mala_chain, {**network, "activation_args": parameters}
+    )
 
 
 def _lack_on_cuda(sizes: Sequence[int], x0: Tensor) -> str:
@@ -311,7 +361,7 @@ def _unlike(layer: nn.Linear, x0: Tensor) -> str:
     return ""
 
 
-_FINDERS: dict[type, Callable[[Any, Tensor, Plan], Found]] = {
+_FINDERS: dict[type, Callable[[Any, Tensor, torch.dtype | None], Found]] = {
     DoubleWellEnergy: partial(_analytic, name="double_well", numbers=("barrier_height",)),
     FunnelEnergy: partial(_analytic, name="funnel", numbers=("scale",), least=2),
     GaussianEnergy: partial(_analytic, name="gaussian", tensors=("mean", "precision", "log_norm")),

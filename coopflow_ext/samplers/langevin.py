@@ -30,7 +30,7 @@ from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import ChainGraphs, Replayed
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
-from coopflow_ext.samplers.kernel import Kernel, KernelChain, find_kernel, refusal
+from coopflow_ext.samplers.kernel import Kernel, KernelChain, kernel_for, no_kernel, refusal
 from coopflow_ext.samplers.output import (
     ChainStatistics,
     SamplerOutput,
@@ -260,7 +260,7 @@ class LangevinSampler:
         self.kernel = kernel
         self._refusal = refusal(self.plan, compile=compile, differentiable=differentiable)
         if kernel is True and self._refusal:
-            raise _no_kernel(self._refusal)
+            raise no_kernel(self._refusal)
 
     def __call__(
         self,
@@ -309,7 +309,9 @@ class LangevinSampler:
         key.check_batch(len(xs[0]))
         after = key.advance(plan.n_steps)
         kwargs = check_kwargs(model_kwargs)
-        kernel = self._kernel_for(plan, x0, kwargs)
+        kernel = kernel_for(
+            self.kernel, plan.gradient, x0, kwargs, refused=self._refusal, autocast=plan.autocast
+        )
         # An energy needs autograd; a score runs as it would in the caller's own loop.
         needs_grad = kernel is None and (plan.gradient.has_energy or bool(plan.differentiable))
         grad_mode = needs_grad or torch.is_grad_enabled()
@@ -348,17 +350,6 @@ class LangevinSampler:
     def _starts(self, xs: Tensors) -> Tensors:
         """Copies for a chain to overwrite."""
         return tuple(state_copy(x, channels_last=self.plan.channels_last) for x in xs)
-
-    def _kernel_for(self, plan: Plan, x0: State, model_kwargs: Mapping[str, Any]) -> Kernel | None:
-        """The kernel of whole chains, where there is one and it is not switched off."""
-        if self.kernel is False:
-            return None
-        found = self._refusal or find_kernel(plan, x0, model_kwargs)
-        if isinstance(found, Kernel):
-            return found
-        if self.kernel is True:
-            raise _no_kernel(found)
-        return None
 
     def _run_kernel(self, plan: Plan, inputs: Inputs, kernel: Kernel) -> _Result:
         if self.cuda_graph is True:
@@ -451,10 +442,6 @@ def _ran(plan: Plan, inputs: Inputs) -> Chain:
 def _is_capturing(x: Tensor) -> bool:
     """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _no_kernel(reason: str) -> ValueError:
-    return ValueError(f"kernel=True: no kernel of whole chains can run this: {reason}")
 
 
 def _check_pull(

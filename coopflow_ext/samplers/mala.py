@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_
 from coopflow_ext.rng import USE_ACCEPT, Key
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
+    check_choice,
     check_count,
     check_flag,
     check_kwargs,
@@ -22,6 +23,7 @@ from coopflow_ext.samplers.checks import (
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.inputs import normals_like, state_copy
+from coopflow_ext.samplers.kernel import Kernel, kernel_for
 from coopflow_ext.samplers.output import Trajectory, nonfinite_error
 from coopflow_ext.samplers.schedule import Schedule, chain_counts, coefficient, place
 
@@ -75,6 +77,9 @@ class MALASampler:
         target_accept: acceptance to adapt to; 0.574 is optimal in high dimension.
         return_trajectory, thin, stats: as in :class:`LangevinSampler`; ``stats`` are
             :class:`MALAStatistics`.
+        kernel: "auto": where a kernel knows the energy, as in :class:`LangevinSampler`, one launch
+            makes all the steps. The random numbers are the same; the energy and its gradient differ
+            by rounding. True: a ValueError says why it cannot. False: step by step.
 
     Raises:
         ValueError, TypeError: for an option out of range, by name.
@@ -93,6 +98,7 @@ class MALASampler:
         return_trajectory: bool = False,
         thin: int = 1,
         stats: bool = False,
+        kernel: bool | Literal["auto"] = "auto",
     ) -> None:
         check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, None, negative_energy=negative_energy)
@@ -113,6 +119,8 @@ class MALASampler:
         self.return_trajectory = check_flag("return_trajectory", return_trajectory)
         self.thin = check_count("thin", thin, 1)
         self.stats = check_flag("stats", stats)
+        check_choice("kernel", kernel, (True, False, "auto"))
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -131,8 +139,42 @@ class MALASampler:
         check_chain_counts(self.chain_counts, len(x0))
         key = Key.or_default(key)
         key.check_batch(len(x0))
-        after = key.advance(self.n_steps)
         kwargs = check_kwargs(model_kwargs)
+        kernel = kernel_for(self.kernel, self.gradient, x0, kwargs)
+        if kernel is not None:
+            return self._run_kernel(kernel, x0, key, xi)
+        return self._run(x0, key, xi, kwargs)
+
+    def _run_kernel(self, kernel: Kernel, x0: Tensor, key: Key, xi: Tensor | None) -> MALAOutput:
+        """All the steps in one call."""
+        after = key.advance(self.n_steps)
+        with torch.inference_mode(False), torch.no_grad():
+            x0 = x0.detach().contiguous()
+            xis = normals_like(xi, (x0,), self.n_steps)
+            result = kernel.mala(
+                x0,
+                rng=key.tensor(x0.device),
+                accept_rng=key.fold_in(USE_ACCEPT).tensor(x0.device),
+                **kernel.energy,
+                n_steps=self.n_steps,
+                step_size=place(self.delta, x0),
+                temperature=self.temperature,
+                adapt_steps=self.adapt_steps,
+                target_accept=self.target_accept,
+                negative_energy=self.gradient.sign < 0,
+                xi=None if xis is None else xis[0],
+                thin=self.thin if self.return_trajectory else None,
+                stats=self.stats,
+            )
+            _check_start(x0, result.finite)
+            stats = None if result.stats is None else _statistics(result.stats)
+        return MALAOutput(result.x, after, result.trajectory, stats, result.step_size)
+
+    def _run(
+        self, x0: Tensor, key: Key, xi: Tensor | None, kwargs: Mapping[str, Any]
+    ) -> MALAOutput:
+        """Step by step."""
+        after = key.advance(self.n_steps)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -144,7 +186,7 @@ class MALASampler:
             steps = _StepSizes(self, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
             u, grad = self._evaluate(x, kwargs)
-            _check_start(x, u, grad)
+            _check_start(x, u.isfinite() & flat(grad).isfinite().all(1))
             stats = _empty_statistics(u, self.n_steps) if self.stats else None
             for step in range(self.n_steps):
                 ops.langevin_step_(
@@ -190,7 +232,8 @@ class MALASampler:
         forward = (move + drift * flat(grad)).square().sum(1)
         backward = (-move + drift * flat(grad_y)).square().sum(1)
         proposals = (forward - backward) / (2 * delta * delta)
-        return (u - u_y + proposals) / self.temperature
+        log_ratio = (u - u_y + proposals) / self.temperature
+        return torch.where(u_y.isfinite(), log_ratio, -torch.inf)
 
 
 class _StepSizes:
@@ -217,11 +260,11 @@ class _StepSizes:
     def adapt(self, step: int, acceptance: Tensor) -> None:
         """One step of stochastic approximation (Andrieu and Thoms, Stat. Comput. 2008)."""
         self._log += (acceptance - self._target) * (step + 1) ** -0.6
-        if 2 * step >= self._steps:
+        if 2 * step + 1 >= self._steps:
             self._sum += self._log
             self._count += 1
-        mean = self._sum / max(self._count, 1)
-        self.delta[0] = (mean if step + 1 == self._steps else self._log).exp()
+        last = step + 1 == self._steps
+        self.delta[0] = (self._sum / self._count if last else self._log).exp()
         self._derive()
 
 
@@ -231,8 +274,14 @@ def _empty_statistics(u: Tensor, n_steps: int) -> MALAStatistics:
     return MALAStatistics(energy, grad_norm, acceptance, accepted, step_size)
 
 
-def _check_start(x: Tensor, u: Tensor, grad: Tensor) -> None:
-    finite = u.isfinite() & flat(grad).isfinite().all(1)
+def _statistics(columns: Tensor) -> MALAStatistics:
+    """Those of a kernel, (T, B, 5)."""
+    energy, squares, acceptance, accepted, step_size = columns.unbind(-1)
+    return MALAStatistics(energy, squares.sqrt(), acceptance, accepted != 0, step_size)
+
+
+def _check_start(x: Tensor, finite: Tensor) -> None:
+    """``finite``: (B,), whether the energy and its gradient are finite at x."""
     if not bool(finite.all()):
         raise nonfinite_error(
             finite, torch.zeros_like(finite, dtype=torch.int64), (x,),

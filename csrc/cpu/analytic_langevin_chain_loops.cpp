@@ -21,27 +21,54 @@ void run_tiles_of(const LangevinChainArgs<A>& args, const void* energy, const A*
   });
 }
 
+template <typename Energy, typename A>
+void run_mala_tiles_of(const MalaChainArgs<A>& args, const void* energy, const A* table,
+                       int64_t begin, int64_t end) {
+  const Energy functor = *static_cast<const Energy*>(energy);
+  run_mala_tiles(args, begin, end, [&](TileLanes<A>& lanes) {
+    functor.template operator()<true>(table, args.per_chain, lanes);
+  });
+}
+
 // Chains of two elements, the most usual of all, have loops of their own.
 template <typename Energy, typename A>
-AnalyticLoop<A> choose_loop(bool plain, int64_t per_chain) {
+AnalyticLangevinLoop<A> choose_loop(bool plain, int64_t per_chain) {
   if (plain && per_chain == 2) return run_tiles_of<Energy, true, 2, A>;
   return plain ? run_tiles_of<Energy, true, 0, A> : run_tiles_of<Energy, false, 0, A>;
+}
+
+// Calls f(EnergyTag<Energy>()) with the energy of this name.
+template <typename F>
+void with_energy(const char* name, const F& f) {
+  AnalyticEnergies::for_each([&](auto tag) {
+    if (std::strcmp(name, decltype(tag)::template type<float>::kName) == 0) f(tag);
+  });
 }
 
 }  // namespace
 
 template <typename A>
-AnalyticLoop<A> analytic_loop(const char* energy, bool plain, int64_t per_chain) {
-  AnalyticLoop<A> found = nullptr;
-  AnalyticEnergies::for_each([&](auto tag) {
-    using Energy = typename decltype(tag)::template type<A>;
-    if (std::strcmp(energy, Energy::kName) == 0) found = choose_loop<Energy, A>(plain, per_chain);
+AnalyticLangevinLoop<A> analytic_langevin_loop(const char* energy, bool plain, int64_t per_chain) {
+  AnalyticLangevinLoop<A> found = nullptr;
+  with_energy(energy, [&](auto tag) {
+    found = choose_loop<typename decltype(tag)::template type<A>, A>(plain, per_chain);
   });
   return found;
 }
 
-template AnalyticLoop<float> analytic_loop<float>(const char*, bool, int64_t);
-template AnalyticLoop<double> analytic_loop<double>(const char*, bool, int64_t);
+template <typename A>
+AnalyticMalaLoop<A> analytic_mala_loop(const char* energy) {
+  AnalyticMalaLoop<A> found = nullptr;
+  with_energy(energy, [&](auto tag) {
+    found = run_mala_tiles_of<typename decltype(tag)::template type<A>, A>;
+  });
+  return found;
+}
+
+template AnalyticLangevinLoop<float> analytic_langevin_loop<float>(const char*, bool, int64_t);
+template AnalyticLangevinLoop<double> analytic_langevin_loop<double>(const char*, bool, int64_t);
+template AnalyticMalaLoop<float> analytic_mala_loop<float>(const char*);
+template AnalyticMalaLoop<double> analytic_mala_loop<double>(const char*);
 
 }  // namespace COOPFLOW_ISA
 }  // namespace coopflow

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "coopflow/langevin_chain.h"
+#include "coopflow/mala.h"
 #include "coopflow/reduction.h"
 #include "simd_words.h"
 
@@ -18,7 +19,7 @@ constexpr int kChainTile = 16;
 template <typename A>
 using TileLanes = ChainLanes<A, kChainTile>;
 
-// The normals of a tile's chains.
+// The random numbers of a tile's chains.
 class TileNoise {
  public:
   TileNoise(int64_t first_chain, int64_t per_chain) : per_chain_(per_chain) {
@@ -28,6 +29,7 @@ class TileNoise {
     }
   }
 
+  // Normals.
   template <typename A>
   void operator()(TileLanes<A>& lanes, PhiloxKey key, uint32_t time) const {
     for (int64_t first = 0; first < per_chain_; first += 4) {
@@ -37,6 +39,15 @@ class TileNoise {
       if (per_chain_ - first <= 2) continue;
       fill_pair(words[2], words[3], lanes.count, lanes.xi + (first + 2) * kChainTile);
     }
+  }
+
+  // A uniform of each.
+  template <typename A>
+  void operator()(PhiloxKey key, uint32_t time, A (&uniforms)[kChainTile]) const {
+    alignas(64) uint32_t words[4][kChainTile];
+    draw_words(0, key, time, words);
+    COOPFLOW_LANES
+    for (int l = 0; l < kChainTile; ++l) uniforms[l] = mala_uniform<A>(words[0][l]);
   }
 
  private:
@@ -95,18 +106,37 @@ class TileMemory {
   void* memory_;
 };
 
-// Tiles [begin, end) of the chains. gradient(lanes) sets grad and energy from x.
-template <bool kFull, int64_t kPerChain, typename A, typename Gradient>
-void run_tiles(const LangevinChainArgs<A>& args, int64_t begin, int64_t end,
-               const Gradient& gradient) {
+// Calls run(lanes) for the chains of each of the tiles [begin, end).
+template <typename A, typename Run>
+void for_each_tile(const ChainArgs<A>& args, int64_t begin, int64_t end, const Run& run) {
   TileMemory<A> memory(args.per_chain);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kChainTile, left = args.batch - first;
     memory.lanes.first = first;
     memory.lanes.count = static_cast<int>(left < kChainTile ? left : kChainTile);
-    const TileNoise noise(args.rng[2] + first, kPerChain == 0 ? args.per_chain : kPerChain);
-    run_lanes<kFull, kPerChain>(args, memory.lanes, gradient, noise);
+    run(memory.lanes);
   }
+}
+
+// Tiles [begin, end) of the chains. gradient(lanes) sets grad and energy from x.
+template <bool kFull, int64_t kPerChain, typename A, typename Gradient>
+void run_tiles(const LangevinChainArgs<A>& args, int64_t begin, int64_t end,
+               const Gradient& gradient) {
+  for_each_tile(args, begin, end, [&](TileLanes<A>& lanes) {
+    const TileNoise noise(args.rng[2] + lanes.first, kPerChain == 0 ? args.per_chain : kPerChain);
+    run_lanes<kFull, kPerChain>(args, lanes, gradient, noise);
+  });
+}
+
+// The same of chains that accept their moves.
+template <typename A, typename Gradient>
+void run_mala_tiles(const MalaChainArgs<A>& args, int64_t begin, int64_t end,
+                    const Gradient& gradient) {
+  for_each_tile(args, begin, end, [&](TileLanes<A>& lanes) {
+    const TileNoise noise(args.rng[2] + lanes.first, args.per_chain);
+    const TileNoise uniforms(args.accept_rng[2] + lanes.first, 1);
+    run_mala_lanes(args, lanes, gradient, noise, uniforms);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// mlp_langevin_chain on the CPU.
+// mlp_langevin_chain and mlp_mala_chain on the CPU.
 #include <vector>
 
 #include "mlp_loops.h"
@@ -48,7 +48,20 @@ constexpr int64_t kGrain = 1 << 17;
 
 struct CpuMlp {
   template <typename A>
-  static void run(const LangevinChainArgs<A>& args, const Mlp<A>& mlp, const Tensor& /*x0*/) {
+  static void run(const OpChecks& /*check*/, const LangevinChainArgs<A>& args, const Mlp<A>& mlp,
+                  const Tensor& /*x0*/) {
+    run_tiles(args, mlp, &MlpLoops<A>::run_tiles);
+  }
+
+  template <typename A>
+  static void run(const OpChecks& /*check*/, const MalaChainArgs<A>& args, const Mlp<A>& mlp,
+                  const Tensor& /*x0*/) {
+    run_tiles(args, mlp, &MlpLoops<A>::run_mala_tiles);
+  }
+
+ private:
+  template <typename Args, typename A, typename Loop>
+  static void run_tiles(const Args& args, const Mlp<A>& mlp, Loop MlpLoops<A>::* loop) {
     const MlpLoops<A> loops = COOPFLOW_SELECT_ISA(mlp_loops<A>());
     const MlpPacker<A> packer(mlp, loops.block_rows);
     int64_t products = 1;  // of a chain and a step
@@ -56,7 +69,7 @@ struct CpuMlp {
     const int64_t work = loops.tile * products * (args.n_steps + 1);
     torch::stable::parallel_for(
         0, divide_up(args.batch, loops.tile), divide_up(kGrain, work),
-        [&](int64_t begin, int64_t end) { loops.run_tiles(args, packer.packed, begin, end); });
+        [&](int64_t begin, int64_t end) { (loops.*loop)(args, packer.packed, begin, end); });
   }
 };
 
@@ -65,4 +78,5 @@ struct CpuMlp {
 
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CPU, m) {
   m.impl("mlp_langevin_chain", TORCH_BOX(&coopflow::mlp_langevin_chain<coopflow::CpuMlp>));
+  m.impl("mlp_mala_chain", TORCH_BOX(&coopflow::mlp_mala_chain<coopflow::CpuMlp>));
 }

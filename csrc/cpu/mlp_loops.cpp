@@ -133,16 +133,29 @@ void backward(const PackedMlp<A>& packed, A* hidden, MlpScratch<A>& scratch, A* 
   multiply<A>(packed.transposed[0], nullptr, mlp.sizes[0], mlp.sizes[1], from, grad);
 }
 
+// The gradient, and where they are wanted the energies, of a tile's chains.
+template <typename A>
+class MlpGradient {
+ public:
+  MlpGradient(const PackedMlp<A>& packed, bool wants_energies)
+      : packed_(packed), wants_energies_(wants_energies), scratch_(new MlpScratch<A>) {}
+
+  void operator()(TileLanes<A>& lanes) const {
+    A* const hidden = forward(packed_, lanes.x, *scratch_);
+    if (wants_energies_) energies(packed_.mlp, hidden, lanes.energy);
+    backward(packed_, hidden, *scratch_, lanes.grad);
+  }
+
+ private:
+  const PackedMlp<A>& packed_;
+  const bool wants_energies_;
+  const std::unique_ptr<MlpScratch<A>> scratch_;
+};
+
 template <typename A>
 void run_mlp_tiles(const LangevinChainArgs<A>& args, const PackedMlp<A>& packed, int64_t begin,
                    int64_t end) {
-  const std::unique_ptr<MlpScratch<A>> scratch(new MlpScratch<A>);
-  const bool wants_energies = args.stats != nullptr;
-  const auto gradient = [&](TileLanes<A>& lanes) {
-    A* const hidden = forward(packed, lanes.x, *scratch);
-    if (wants_energies) energies(packed.mlp, hidden, lanes.energy);
-    backward(packed, hidden, *scratch, lanes.grad);
-  };
+  const MlpGradient<A> gradient(packed, args.stats != nullptr);
   if (args.is_plain()) {
     run_tiles<false, 0>(args, begin, end, gradient);
   } else {
@@ -150,11 +163,17 @@ void run_mlp_tiles(const LangevinChainArgs<A>& args, const PackedMlp<A>& packed,
   }
 }
 
+template <typename A>
+void run_mlp_mala_tiles(const MalaChainArgs<A>& args, const PackedMlp<A>& packed, int64_t begin,
+                        int64_t end) {
+  run_mala_tiles(args, begin, end, MlpGradient<A>(packed, true));
+}
+
 }  // namespace
 
 template <typename A>
 MlpLoops<A> mlp_loops() {
-  return {kChainTile, kSimdRows, run_mlp_tiles<A>};
+  return {kChainTile, kSimdRows, run_mlp_tiles<A>, run_mlp_mala_tiles<A>};
 }
 
 template MlpLoops<float> mlp_loops<float>();

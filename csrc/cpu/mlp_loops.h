@@ -1,9 +1,10 @@
-// The CPU loops of mlp_langevin_chain, built once per instruction set.
+// The CPU loops of mlp_langevin_chain and mlp_mala_chain, built once per instruction set.
 #pragma once
 
 #include <cstdint>
 
 #include "coopflow/langevin_chain.h"
+#include "coopflow/mala.h"
 #include "coopflow/mlp.h"
 #include "isa.h"
 
@@ -26,6 +27,8 @@ struct MlpLoops {
   // All steps of tiles [begin, end).
   void (*run_tiles)(const LangevinChainArgs<A>& args, const PackedMlp<A>& mlp, int64_t begin,
                     int64_t end);
+  void (*run_mala_tiles)(const MalaChainArgs<A>& args, const PackedMlp<A>& mlp, int64_t begin,
+                         int64_t end);
 };
 
 COOPFLOW_DECLARE_PER_ISA(template <typename A> MlpLoops<A> mlp_loops())

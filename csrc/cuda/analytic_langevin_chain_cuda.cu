@@ -1,8 +1,9 @@
-// analytic_langevin_chain on CUDA: a thread a chain, whose state stays in registers, or in local
-// memory where its length is not known to the compiler.
+// analytic_langevin_chain and analytic_mala_chain on CUDA: a thread a chain, whose state stays in
+// registers, or in local memory where its length is not known to the compiler.
 #include <type_traits>
 
 #include "coopflow/analytic_energies.h"
+#include "coopflow/mala.h"
 #include "launch.cuh"
 #include "ops/analytic_langevin_chain_op.h"
 
@@ -15,12 +16,13 @@ constexpr int kChainBlocks = 8;        // resident ones, which leaves each threa
 constexpr int64_t kMostElements = 64;  // of a chain
 constexpr int kSharedTable = 1024;     // numbers that a block keeps for itself
 
-// The normals of one chain.
+// The random numbers of one chain.
 template <typename A>
 struct ThreadNoise {
   int64_t chain;  // its number in the noise
   int64_t per_chain;
 
+  // Normals.
   __device__ __forceinline__ void operator()(ChainLanes<A, 1>& lanes, PhiloxKey key,
                                              uint32_t time) const {
     COOPFLOW_UNROLL
@@ -32,6 +34,11 @@ struct ThreadNoise {
       lanes.xi[e + 2] = z.v2;
       lanes.xi[e + 3] = z.v3;
     }
+  }
+
+  // A uniform.
+  __device__ __forceinline__ void operator()(PhiloxKey key, uint32_t time, A (&uniforms)[1]) const {
+    uniforms[0] = mala_uniform<A>(noise_words(key, chain, time, 0).w0);
   }
 };
 
@@ -82,6 +89,26 @@ __global__ void __launch_bounds__(kChainThreads, kChainBlocks)
   }
 }
 
+// The same of chains that accept their moves, of any length: a variant for each energy.
+template <typename Energy, typename A>
+__global__ void __launch_bounds__(kChainThreads, kChainBlocks)
+    analytic_mala_kernel(const __grid_constant__ MalaChainArgs<A> args,
+                         const __grid_constant__ Energy energy, const A* given_table) {
+  const A* const table = table_of_block(energy, given_table);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t chain = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       chain < args.batch; chain += stride) {
+    A vectors[4][kMostElements];
+    const ChainLanes<A, 1> memory{chain, 1,  vectors[0], vectors[1], vectors[2], vectors[3], {},
+                                  {},    {}, {},         {},         {},         {}};
+    run_mala_lanes(
+        args, memory,
+        [&](ChainLanes<A, 1>& at) { energy.template operator()<true>(table, args.per_chain, at); },
+        ThreadNoise<A>{args.rng[2] + chain, args.per_chain},
+        ThreadNoise<A>{args.accept_rng[2] + chain, 1});
+  }
+}
+
 // A table that is too large for a block's own memory; null where it is not.
 template <typename Energy, typename A>
 const A* launch_table(const Energy& energy, const Tensor& x0, OptionalTensor* storage) {
@@ -98,7 +125,7 @@ const A* launch_table(const Energy& energy, const Tensor& x0, OptionalTensor* st
 }
 
 struct CudaAnalyticChain {
-  static void check_chains(const LangevinChainOp& op) {
+  static void check_chains(const ChainOp& op) {
     if (op.per_chain() > kMostElements) {
       op.check().fail("x0", "must have D <= ", kMostElements, " on CUDA, got ", op.per_chain());
     }
@@ -117,6 +144,14 @@ struct CudaAnalyticChain {
     }
   }
 
+  template <typename Energy, typename A>
+  static void run(const MalaChainArgs<A>& args, const Energy& energy, const Tensor& x0) {
+    OptionalTensor storage;
+    const A* const table = launch_table<Energy, A>(energy, x0, &storage);
+    launch<analytic_mala_kernel<Energy, A>>(x0, divide_up(args.batch, kChainThreads), kChainThreads,
+                                            args, energy, table);
+  }
+
  private:
   template <typename Energy, bool kPlain, int64_t kPerChain, typename A>
   static void launch_chains(const LangevinChainArgs<A>& args, const Energy& energy, const A* table,
@@ -132,4 +167,6 @@ struct CudaAnalyticChain {
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CUDA, m) {
   m.impl("analytic_langevin_chain",
          TORCH_BOX(&coopflow::analytic_langevin_chain<coopflow::CudaAnalyticChain>));
+  m.impl("analytic_mala_chain",
+         TORCH_BOX(&coopflow::analytic_mala_chain<coopflow::CudaAnalyticChain>));
 }

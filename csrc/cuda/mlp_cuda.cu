@@ -1,7 +1,8 @@
-// mlp_langevin_chain on CUDA: a block keeps the network and a tile of chains in its shared memory
-// for all steps.
+// mlp_langevin_chain and mlp_mala_chain on CUDA: a block keeps the network and a tile of chains in
+// its shared memory for all steps.
 #include <string>
 
+#include "coopflow/mala.h"
 #include "coopflow/mlp.h"
 #include "coopflow/mlp_tile.h"
 #include "coopflow/packed.h"
@@ -246,9 +247,8 @@ class BlockNetwork {
 };
 
 // The normals of step k for the tile of chains from `first` on, by all threads.
-__device__ __forceinline__ void fill_noise(const LangevinChainArgs<float>& args,
-                                           const MlpTile& tile, int64_t first, int64_t k,
-                                           float* xi) {
+__device__ __forceinline__ void fill_noise(const ChainArgs<float>& args, const MlpTile& tile,
+                                           int64_t first, int64_t k, float* xi) {
   const int per_chain = static_cast<int>(args.per_chain);
   if (args.noise_source == NoiseSource::kPhilox) {
     const PhiloxKey key = make_philox_key(args.rng[0]);
@@ -289,17 +289,20 @@ __device__ __forceinline__ ChainLanes<float, 1> thread_chain(const MlpTile& tile
   return lanes;
 }
 
-// The state, and zeros behind it up to a multiple of four, which the first layer reads; a chain
-// that does not exist is zero.
+// A chain's vector, and zeros behind it up to a multiple of four, which the first layer reads; that
+// of a chain that does not exist is zero.
+__device__ __forceinline__ void load_padded(const float* from, const ChainLanes<float, 1>& lanes,
+                                            int per_chain, float* to) {
+  for (int e = 0; e < round_up_4(per_chain); ++e) {
+    to[e] = lanes.count > 0 && e < per_chain ? from[lanes.first * per_chain + e] : 0.0f;
+  }
+}
+
 __device__ __forceinline__ void load_chain(const LangevinChainArgs<float>& args,
                                            const ChainLanes<float, 1>& lanes) {
   const int per_chain = static_cast<int>(args.per_chain);
-  for (int e = 0; e < round_up_4(per_chain); ++e) {
-    const bool exists = lanes.count > 0 && e < per_chain;
-    const int64_t i = lanes.first * args.per_chain + e;
-    lanes.x[e] = exists ? args.x0[i] : 0.0f;
-    lanes.x_ref[e] = exists && args.x_ref != nullptr ? args.x_ref[i] : 0.0f;
-  }
+  load_padded(args.x0, lanes, per_chain, lanes.x);
+  if (args.x_ref != nullptr) load_padded(args.x_ref, lanes, per_chain, lanes.x_ref);
   if (lanes.count > 0) args.frozen_at[lanes.first] = args.step + args.n_steps;
 }
 
@@ -336,38 +339,111 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <int kChains>
-void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
-                      const MlpTile& tile, const Tensor& x0) {
-  int widest = kMlpLeastTile;
-  for (int l = 0; l <= mlp.depth; ++l) widest = mlp.sizes[l] > widest ? mlp.sizes[l] : widest;
-  const int threads = kWarp * static_cast<int>(divide_up(widest, kWarpRows));
-  const int64_t blocks = divide_up(args.batch, tile.chains);
-  if (args.is_plain()) {
-    launch_with_memory<mlp_chain_kernel<false, kChains>>(x0, blocks, threads, tile.bytes(), args,
-                                                         mlp, tile);
-  } else {
-    launch_with_memory<mlp_chain_kernel<true, kChains>>(x0, blocks, threads, tile.bytes(), args,
-                                                        mlp, tile);
+// The uniform that accepts step k of a chain.
+__device__ __forceinline__ float uniform_of(const MalaChainArgs<float>& args, int64_t k,
+                                            int64_t chain) {
+  const PhiloxKey key = make_philox_key(args.accept_rng[0]);
+  return mala_uniform<float>(
+      noise_words(key, args.accept_rng[2] + chain, args.accept_time(k), 0).w0);
+}
+
+// All tiles of a block, of chains that accept their moves. Their proposals lie where the network
+// reads x.
+template <typename Network>
+__device__ __forceinline__ void run_mala_tiles(const MalaChainArgs<float>& args,
+                                               const MlpTile& tile, const Network& network) {
+  const bool has_chain = static_cast<int>(threadIdx.x) < tile.chains;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.chains;
+  network.load_parameters();
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * tile.chains; first < args.batch;
+       first += stride) {
+    MalaLanes<float, 1> lanes(thread_chain(tile, network.at(0), first, args.batch));
+    const bool moves = has_chain && lanes.proposal.count > 0;
+    if (has_chain) {
+      load_padded(args.x0, lanes.proposal, static_cast<int>(args.per_chain), lanes.proposal.x);
+    }
+    // Before the first step the start itself is evaluated.
+    for (int64_t k = -1; k < args.n_steps; ++k) {
+      if (k >= 0) {
+        __syncthreads();  // the proposals before were accepted or not
+        fill_noise(args, tile, first, k, network.at(tile.x));
+        __syncthreads();
+        if (moves) propose_lanes(args, k, args.per_chain, lanes);
+      }
+      __syncthreads();
+      network.gradient();
+      if (!moves) continue;
+      lanes.proposal.energy[0] = network.energy(static_cast<int>(threadIdx.x));
+      if (k < 0) {
+        start_lanes(args, args.per_chain, lanes);
+        continue;
+      }
+      const float uniform[1] = {uniform_of(args, k, lanes.proposal.first)};
+      accept_lanes(args, k, args.per_chain, uniform, lanes);
+      record_lanes(args, k, args.per_chain, lanes.proposal, lanes.x);
+    }
+    if (moves) finish_lanes(args, args.per_chain, lanes);
   }
 }
 
+template <int kChains>
+__global__ void __launch_bounds__(kMaxThreads)
+    mlp_mala_kernel(const __grid_constant__ MalaChainArgs<float> args,
+                    const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
+  run_mala_tiles(args, tile, BlockNetwork<kChains>(mlp, tile));
+}
+
+// Threads of a block, whose warps share the rows of the widest layer.
+int threads_for(const Mlp<float>& mlp) {
+  int widest = kMlpLeastTile;
+  for (int l = 0; l <= mlp.depth; ++l) widest = mlp.sizes[l] > widest ? mlp.sizes[l] : widest;
+  return kWarp * static_cast<int>(divide_up(widest, kWarpRows));
+}
+
+template <auto kKernel, typename Args>
+void launch_tiles(const Args& args, const Mlp<float>& mlp, const MlpTile& tile, const Tensor& x0) {
+  launch_with_memory<kKernel>(x0, divide_up(args.batch, tile.chains), threads_for(mlp),
+                              tile.bytes(), args, mlp, tile);
+}
+
+template <int kChains>
+void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                      const MlpTile& tile, const Tensor& x0) {
+  if (args.is_plain()) {
+    launch_tiles<mlp_chain_kernel<false, kChains>>(args, mlp, tile, x0);
+  } else {
+    launch_tiles<mlp_chain_kernel<true, kChains>>(args, mlp, tile, x0);
+  }
+}
+
+template <int kChains>
+void launch_mlp_chain(const MalaChainArgs<float>& args, const Mlp<float>& mlp, const MlpTile& tile,
+                      const Tensor& x0) {
+  launch_tiles<mlp_mala_kernel<kChains>>(args, mlp, tile, x0);
+}
+
+// The tile for a batch on the device of x0.
+MlpTile tile_for(const OpChecks& check, const Mlp<float>& mlp, int64_t batch, const Tensor& x0) {
+  const int device = x0.get_device_index();
+  const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const MlpTile tile =
+      choose_mlp_tile(mlp.sizes, mlp.depth, batch,
+                      device_attribute(cudaDevAttrMultiProcessorCount, device), available);
+  if (tile.bytes() > available) {
+    check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
+               " bytes of shared memory, and there are ", available);
+  }
+  return tile;
+}
+
 struct CudaMlp {
-  template <typename A>
-  static void run(const LangevinChainArgs<A>& args, const Mlp<A>& mlp, const Tensor& x0) {
-    const OpChecks check("mlp_langevin_chain");
+  // Chains of either kind.
+  template <typename Args, typename A>
+  static void run(const OpChecks& check, const Args& args, const Mlp<A>& mlp, const Tensor& x0) {
     if constexpr (std::is_same_v<A, double>) {
       check.fail_type("x0", "must have dtype float32 on CUDA, got dtype float64");
     } else {
-      const int device = x0.get_device_index();
-      const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      const MlpTile tile =
-          choose_mlp_tile(mlp.sizes, mlp.depth, args.batch,
-                          device_attribute(cudaDevAttrMultiProcessorCount, device), available);
-      if (tile.bytes() > available) {
-        check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
-                   " bytes of shared memory, and there are ", available);
-      }
+      const MlpTile tile = tile_for(check, mlp, args.batch, x0);
       if (tile.chains == 8) return launch_mlp_chain<1>(args, mlp, tile, x0);
       if (tile.chains == 16) return launch_mlp_chain<2>(args, mlp, tile, x0);
       launch_mlp_chain<4>(args, mlp, tile, x0);
@@ -380,4 +456,5 @@ struct CudaMlp {
 
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CUDA, m) {
   m.impl("mlp_langevin_chain", TORCH_BOX(&coopflow::mlp_langevin_chain<coopflow::CudaMlp>));
+  m.impl("mlp_mala_chain", TORCH_BOX(&coopflow::mlp_mala_chain<coopflow::CudaMlp>));
 }

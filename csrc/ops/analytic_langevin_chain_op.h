@@ -1,7 +1,9 @@
-// analytic_langevin_chain as the dispatcher calls it. A back end is a type with
+// analytic_langevin_chain and analytic_mala_chain as the dispatcher calls them. A back end is a
+// type with
 //   template <typename Energy, typename A>
 //   static void run(const LangevinChainArgs<A>& args, const Energy& energy, const Tensor& x0);
-//   static void check_chains(const LangevinChainOp& op);   what it has no memory for
+//   and the same of MalaChainArgs<A>
+//   static void check_chains(const ChainOp& op);   what it has no memory for
 // where x0 tells the device and gives scratch tensors.
 #pragma once
 
@@ -11,6 +13,7 @@
 
 #include "coopflow/analytic_energies.h"
 #include "ops/langevin_chain_op.h"
+#include "ops/mala_chain_op.h"
 
 namespace coopflow {
 
@@ -22,7 +25,7 @@ struct EnergyArguments {
 
 // The K of an energy's tensors, which all must fit.
 template <std::size_t kCount>
-int64_t check_energy_tensors(const LangevinChainOp& op, const Tensor& x0,
+int64_t check_energy_tensors(const ChainOp& op, const Tensor& x0,
                              const EnergyTensors<kCount>& wanted,
                              const std::vector<Tensor>& tensors) {
   const OpChecks& check = op.check();
@@ -63,7 +66,7 @@ void check_energy_numbers(const OpChecks& check, const EnergyNumbers<kCount>& wa
 }
 
 template <typename Energy>
-void check_energy(const LangevinChainOp& op, const Tensor& x0, const EnergyArguments& given,
+void check_energy(const ChainOp& op, const Tensor& x0, const EnergyArguments& given,
                   int64_t* count) {
   if (op.per_chain() < Energy::kLeastDim) {
     op.check().fail("x0", "must have D >= ", Energy::kLeastDim, " for this energy, got ",
@@ -97,6 +100,33 @@ EnergyParameters<A> energy_parameters(const EnergyArguments& given, int64_t per_
   check.fail("energy", "must be one of ", names, ", got '", energy, "'");
 }
 
+// Calls f(tag, K) with the EnergyTag of the energy of this name, to which what is given fits.
+template <typename F>
+void with_energy(const ChainOp& op, const Tensor& x0, const std::string& energy,
+                 const EnergyArguments& given, const F& f) {
+  bool found = false;
+  AnalyticEnergies::for_each([&](auto tag) {
+    using Energy = typename decltype(tag)::template type<float>;
+    if (energy != Energy::kName) return;
+    int64_t count = 0;
+    check_energy<Energy>(op, x0, given, &count);
+    found = true;
+    f(tag, count);
+  });
+  if (!found) fail_energy(op.check(), energy);
+}
+
+// Runs the chains of an energy, given as f(args) with args of either kind and of the state's type.
+template <typename Backend, typename Tag>
+auto chain_runner(const ChainOp& op, const Tensor& x0, const EnergyArguments& given,
+                  int64_t count) {
+  return [&op, &x0, &given, count](const auto& args) {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(args.x0)>>;
+    using Energy = typename Tag::template type<A>;
+    Backend::run(args, Energy(energy_parameters<A>(given, op.per_chain(), count)), x0);
+  };
+}
+
 template <typename Backend>
 LangevinChainResults analytic_langevin_chain(
     Tensor x0, Tensor rng, std::string energy, std::vector<Tensor> tensors,
@@ -117,18 +147,32 @@ LangevinChainResults analytic_langevin_chain(
   Backend::check_chains(op);
   const EnergyArguments given{std::move(tensors), std::move(numbers)};
   std::optional<LangevinChainResults> results;
-  AnalyticEnergies::for_each([&](auto tag) {
-    using Tag = decltype(tag);
-    if (energy != Tag::template type<float>::kName) return;
-    int64_t count = 0;
-    check_energy<typename Tag::template type<float>>(op, x0, given, &count);
-    results = run_langevin_chain(op, rng, o, [&](const auto& args) {
-      using A = std::remove_const_t<std::remove_pointer_t<decltype(args.x0)>>;
-      using Energy = typename Tag::template type<A>;
-      Backend::run(args, Energy(energy_parameters<A>(given, op.per_chain(), count)), x0);
-    });
+  with_energy(op, x0, energy, given, [&](auto tag, int64_t count) {
+    results =
+        run_langevin_chain(op, rng, o, chain_runner<Backend, decltype(tag)>(op, x0, given, count));
   });
-  if (!results) fail_energy(op.check(), energy);
+  return *results;
+}
+
+template <typename Backend>
+MalaChainResults analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, std::string energy,
+                                     std::vector<Tensor> tensors, std::vector<double> numbers,
+                                     int64_t n_steps, double step_size, OptionalTensor step_size_t,
+                                     double temperature, int64_t adapt_steps, double target_accept,
+                                     bool negative_energy, int64_t step, OptionalTensor xi,
+                                     int64_t thin, bool stats) {
+  const MalaChainOp op("analytic_mala_chain", x0);
+  const MalaChainOptions o{n_steps,       step_size,       step_size_t, temperature, adapt_steps,
+                           target_accept, negative_energy, step,        xi,          thin,
+                           stats};
+  op.check_options(rng, accept_rng, o);
+  Backend::check_chains(op);
+  const EnergyArguments given{std::move(tensors), std::move(numbers)};
+  std::optional<MalaChainResults> results;
+  with_energy(op, x0, energy, given, [&](auto tag, int64_t count) {
+    results = run_mala_chain(op, rng, accept_rng, o,
+                             chain_runner<Backend, decltype(tag)>(op, x0, given, count));
+  });
   return *results;
 }
 

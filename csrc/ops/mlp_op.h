@@ -1,7 +1,9 @@
-// mlp_langevin_chain as the dispatcher calls it: checks, a LangevinChainArgs and a Mlp, written
-// once. A back end is a type with
+// mlp_langevin_chain and mlp_mala_chain as the dispatcher calls them: checks, a LangevinChainArgs
+// or a MalaChainArgs, and a Mlp, written once. A back end is a type with
 //   template <typename A>
-//   static void run(const LangevinChainArgs<A>& args, const Mlp<A>& mlp, const Tensor& x0);
+//   static void run(const OpChecks& check, const LangevinChainArgs<A>& args, const Mlp<A>& mlp,
+//                   const Tensor& x0);
+//   and the same of MalaChainArgs<A>
 #pragma once
 
 #include <string>
@@ -9,12 +11,13 @@
 
 #include "coopflow/mlp.h"
 #include "ops/langevin_chain_op.h"
+#include "ops/mala_chain_op.h"
 
 namespace coopflow {
 
 class MlpOp {
  public:
-  MlpOp(const LangevinChainOp& op, const Tensor& x0, const std::vector<Tensor>& weights,
+  MlpOp(const ChainOp& op, const Tensor& x0, const std::vector<Tensor>& weights,
         const std::vector<Tensor>& biases, int64_t activation, double shape, double threshold)
       : check_(op.check()), x0_(x0), weights_(weights), biases_(biases) {
     const auto layers = static_cast<int64_t>(weights.size());
@@ -40,6 +43,8 @@ class MlpOp {
     shape_ = shape;
     threshold_ = threshold;
   }
+
+  const OpChecks& check() const { return check_; }
 
   template <typename A>
   Mlp<A> mlp() const {
@@ -97,6 +102,15 @@ class MlpOp {
   double shape_, threshold_;
 };
 
+// Runs the chains of a network, given as f(args) with args of either kind and of the state's type.
+template <typename Backend>
+auto network_runner(const MlpOp& network, const Tensor& x0) {
+  return [&](const auto& args) {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(args.x0)>>;
+    Backend::run(network.check(), args, network.template mlp<A>(), x0);
+  };
+}
+
 template <typename Backend>
 LangevinChainResults mlp_langevin_chain(
     Tensor x0, Tensor rng, std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -115,10 +129,24 @@ LangevinChainResults mlp_langevin_chain(
   const LangevinChainOp op("mlp_langevin_chain", x0);
   op.check_options(rng, o);
   const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold);
-  return run_langevin_chain(op, rng, o, [&](const auto& args) {
-    using A = std::remove_const_t<std::remove_pointer_t<decltype(args.x0)>>;
-    Backend::template run<A>(args, network.mlp<A>(), x0);
-  });
+  return run_langevin_chain(op, rng, o, network_runner<Backend>(network, x0));
+}
+
+template <typename Backend>
+MalaChainResults mlp_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng,
+                                std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                int64_t activation, double activation_shape,
+                                double activation_threshold, int64_t n_steps, double step_size,
+                                OptionalTensor step_size_t, double temperature, int64_t adapt_steps,
+                                double target_accept, bool negative_energy, int64_t step,
+                                OptionalTensor xi, int64_t thin, bool stats) {
+  const MalaChainOptions o{n_steps,       step_size,       step_size_t, temperature, adapt_steps,
+                           target_accept, negative_energy, step,        xi,          thin,
+                           stats};
+  const MalaChainOp op("mlp_mala_chain", x0);
+  op.check_options(rng, accept_rng, o);
+  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold);
+  return run_mala_chain(op, rng, accept_rng, o, network_runner<Backend>(network, x0));
 }
 
 }  // namespace coopflow

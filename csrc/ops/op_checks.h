@@ -167,14 +167,15 @@ class OpChecks {
   }
 
   // The base of the noise. Its numbers are on the device, so the host cannot check them.
-  void is_rng(const Tensor& rng, const Tensor& x, const char* x_name = "x") const {
-    has_dtype("rng", rng, ScalarType::Long);
+  void is_rng(const Tensor& rng, const Tensor& x, const char* x_name = "x",
+              const char* argument = "rng") const {
+    has_dtype(argument, rng, ScalarType::Long);
     if (rng.dim() != 1 || rng.size(0) != 3) {
-      fail("rng", "must have shape (3,) = (seed, time, chain), as Key.tensor gives, got ",
+      fail(argument, "must have shape (3,) = (seed, time, chain), as Key.tensor gives, got ",
            shape_text(rng));
     }
-    is_contiguous("rng", rng);
-    same_device("rng", rng, x, x_name);
+    is_contiguous(argument, rng);
+    same_device(argument, rng, x, x_name);
   }
 
   void noise_fits(int64_t per_chain, int64_t step) const {

@@ -270,17 +270,25 @@ def langevin_not_finite(inputs: Inputs) -> Results:
     return results
 
 
-def _mlp_chain(inputs: Inputs, batch: int, widths: tuple[int, ...], **options: object) -> Results:
+def _mlp_chain(
+    inputs: Inputs,
+    batch: int,
+    widths: tuple[int, ...],
+    op: str = "mlp_langevin_chain",
+    **options: object,
+) -> Results:
     """Chains of a network. `x_ref` and `xi` are drawn where they are named."""
     d = inputs.shape[1]
     sizes = (d, *widths, 1)
     weights = [inputs.normal(n, m).mul_(m**-0.5) for m, n in itertools.pairwise(sizes)]
     biases = [inputs.normal(n) for n in sizes[1:]]
-    given = {"activation": "silu", "n_steps": 3, "drift": 0.3, "noise": 0.1, **options}
+    moves = {"drift": 0.3, "noise": 0.1} if op == "mlp_langevin_chain" else {}
+    given = {"activation": "silu", "n_steps": 3, **moves, **options}
     shapes = {"x_ref": (batch, d), "xi": (3, batch, d)}
-    given |= {name: inputs.normal(*shapes[name]) for name in shapes.keys() & given.keys()}
+    drawn = [name for name in shapes if given.get(name) is True]
+    given |= {name: inputs.normal(*shapes[name]) for name in drawn}
     x0 = inputs.normal(batch, d)
-    result = cf.ops.mlp_langevin_chain(x0, weights, biases, inputs.rng, **given)
+    result = getattr(cf.ops, op)(x0, weights, biases, inputs.rng, **given)
     return {name: value for name, value in result._asdict().items() if value is not None}
 
 
@@ -590,7 +598,10 @@ def _energy(inputs: Inputs, name: str, dim: int, components: int) -> dict[str, o
 
 
 def _chains(
-    inputs: Inputs, components: int, options: Callable[[int], dict[str, object]]
+    inputs: Inputs,
+    components: int,
+    options: Callable[[int], dict[str, object]],
+    op: str = "analytic_langevin_chain",
 ) -> Results:
     """Of chains that a thread holds: one whose length the kernel knows, and the case's own."""
     if inputs.dtype not in CHAIN_DTYPES:
@@ -602,7 +613,7 @@ def _chains(
                 continue
             energy = _energy(inputs, name, dim, components)
             x0 = inputs.normal(inputs.shape[0], dim)
-            result = cf.ops.analytic_langevin_chain(
+            result = getattr(cf.ops, op)(
                 x0, inputs.rng, **energy, n_steps=3, step=1, **options(dim)
             )
             for key, value in result._asdict().items():
@@ -662,6 +673,75 @@ def analytic_chains_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+def _mala_options(inputs: Inputs, batch: int, dim: int, name: str) -> dict[str, object]:
+    """Of chains that accept their moves: with adapted steps, and with everything else."""
+    accept_rng = cf.Key(6, time=11, chain=7).tensor()
+    given: dict[str, object]
+    if name == "adapted":
+        given = {
+            "step_size": 1.2, "adapt_steps": 2, "target_accept": 0.6, "thin": 2, "stats": True
+        }  # fmt: skip
+    else:
+        given = {
+            "step_size": torch.linspace(0.1, 1.2, 4 * batch, dtype=torch.float64).view(4, batch),
+            "temperature": 1.7, "negative_energy": True, "xi": inputs.normal(3, batch, dim),
+            "thin": 1, "stats": True,
+        }  # fmt: skip
+    return {"accept_rng": accept_rng, **given}
+
+
+def analytic_mala_chains(inputs: Inputs) -> Results:
+    """With a mixture's table that a block keeps, and beyond it."""
+    results = {}
+    for name, components in (("adapted", 5), ("full", 400)):
+        results[name] = _chains(
+            inputs,
+            components,
+            lambda dim, name=name: _mala_options(inputs, inputs.shape[0], dim, name),
+            op="analytic_mala_chain",
+        )
+    return _joined(results)
+
+
+def analytic_mala_chains_not_finite(inputs: Inputs) -> Results:
+    """In the start: such chains stay where they are."""
+    if inputs.dtype not in CHAIN_DTYPES:
+        return {}
+    one_shape = _one_shape(inputs, 2 * len(NOT_FINITE))
+    if one_shape is None:
+        return {}
+    results: dict[str, Results] = {}
+    for name in _ENERGIES:
+        x0 = one_shape.normal()
+        for chain, value in enumerate(NOT_FINITE):
+            x0[chain, 0] = x0[len(NOT_FINITE) + chain, 1] = value
+        x, _, stats, step_size, finite = cf.ops.analytic_mala_chain(
+            x0, inputs.rng, **_energy(one_shape, name, 2, 3), n_steps=2,
+            **_mala_options(one_shape, len(x0), 2, "adapted"),
+        )  # fmt: skip
+        assert stats is not None
+        results[name] = {
+            "x": x,
+            "accepted": stats[..., 2:4],
+            "step_size": step_size,
+            "finite": finite,
+        }
+    return _joined(results)
+
+
+def mlp_mala_chain(inputs: Inputs) -> Results:
+    """Tiles of every size, one layer and two."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for batch, widths, name in zip(
+        MLP_BATCHES, ((5,), (20, 9), (33, 7)), ("full", "adapted", "full"), strict=True
+    ):
+        given = _mala_options(inputs, batch, inputs.shape[1], name)
+        results[str(batch)] = _mlp_chain(inputs, batch, widths, op="mlp_mala_chain", **given)
+    return _joined(results)
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -680,10 +760,13 @@ CASES: dict[str, Case] = {
         analytic_chains,
         analytic_chains_with_everything,
         analytic_chains_not_finite,
+        analytic_mala_chains,
+        analytic_mala_chains_not_finite,
         mlp_chain,
         mlp_chain_options,
         mlp_chain_activations,
         mlp_chain_not_finite,
+        mlp_mala_chain,
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_not_finite,

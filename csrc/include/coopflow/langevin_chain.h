@@ -1,6 +1,6 @@
 // Whole Langevin chains: the plain description of a launch over all steps of all chains, and the
 // loop of a few chains that move side by side, given their gradient and their noise. The update of
-// an element is langevin.h's.
+// an element is langevin.h's; chains of the same lanes whose moves are proposals are mala.h's.
 #pragma once
 
 #include <cstdint>
@@ -34,31 +34,46 @@ COOPFLOW_HD Coefficient<A> coefficient_row(const CoefficientTable<A>& table, int
   return row;
 }
 
-// Everything a back end needs for the chains of one call, beside their energy. The state is float
-// or double and (batch, per_chain) in memory; k counts the steps of the call from 0.
+// What a back end is told of the chains of one call, whatever moves them. The state is float or
+// double and (batch, per_chain) in memory; k counts the steps of the call from 0.
 template <typename A>
-struct LangevinChainArgs {
+struct ChainArgs {
   const A* x0;
   A* x_out;
-  const A* x_ref;      // may be null, as may all below
-  const A* xi;         // (n_steps, batch, per_chain)
+  const A* xi;         // (n_steps, batch, per_chain), may be null, as may both below
   A* trajectory;       // (n_steps / thin, batch, per_chain)
-  A* stats;            // (n_steps, batch, kChainStatistics)
-  int64_t* frozen_at;  // (batch), never null
+  A* stats;            // (n_steps, batch, columns)
   const int64_t* rng;  // seed, time, number of the first chain
+  int64_t batch, per_chain, n_steps;
+  int64_t thin;
+  int64_t step;  // number of the first step: in the noise and in tables
+  NoiseSource noise_source;
+
+  // The trajectory's row that the state after step k goes into; -1 for none.
+  COOPFLOW_HD int64_t trajectory_row(int64_t k) const {
+    return trajectory != nullptr && (k + 1) % thin == 0 ? (k + 1) / thin - 1 : -1;
+  }
+
+  COOPFLOW_HD uint32_t noise_time(int64_t k) const {
+    return static_cast<uint32_t>(rng[1] + step + k);
+  }
+};
+
+// Everything a back end needs for Langevin chains, beside their energy; the statistics have
+// kChainStatistics columns, and frozen_at counts steps from `step` on.
+template <typename A>
+struct LangevinChainArgs : ChainArgs<A> {
+  const A* x_ref;      // may be null
+  int64_t* frozen_at;  // (batch), never null
   CoefficientTable<A> drift, noise, decay, pull;
   LangevinLimits<A> limits, last_limits;  // of the steps; of the last one, the clamp alone differs
   A grad_norm;                            // infinite: none
-  int64_t batch, per_chain, n_steps;
-  int64_t thin;
-  int64_t step;  // number of the first step: in the noise, in the tables, in frozen_at
-  NoiseSource noise_source;
-  bool negate_drift;      // the energy given is f = -U
-  bool freeze_nonfinite;  // a chain stops at its first gradient that is not finite
+  bool negate_drift;                      // the energy given is f = -U
+  bool freeze_nonfinite;                  // a chain stops at its first gradient that is not finite
 
   // Whether the plain path of langevin_update is enough, and no statistics are wanted.
   COOPFLOW_HD bool is_plain() const {
-    return stats == nullptr && x_ref == nullptr && decay.first.row == nullptr &&
+    return this->stats == nullptr && x_ref == nullptr && decay.first.row == nullptr &&
            decay.first.value == A(0) && !has_norm_limit();
   }
 
@@ -72,18 +87,9 @@ struct LangevinChainArgs {
 
   // Chosen value by value: between two structs a GPU would choose by their place on its stack.
   COOPFLOW_HD LangevinLimits<A> limits_of(int64_t k) const {
-    const bool last = k + 1 == n_steps;
+    const bool last = k + 1 == this->n_steps;
     return {limits.grad_clip, limits.step_clip, last ? last_limits.clamp_low : limits.clamp_low,
             last ? last_limits.clamp_high : limits.clamp_high};
-  }
-
-  // The trajectory's row that the state after step k goes into; -1 for none.
-  COOPFLOW_HD int64_t trajectory_row(int64_t k) const {
-    return trajectory != nullptr && (k + 1) % thin == 0 ? (k + 1) / thin - 1 : -1;
-  }
-
-  COOPFLOW_HD uint32_t noise_time(int64_t k) const {
-    return static_cast<uint32_t>(rng[1] + step + k);
   }
 };
 
@@ -227,13 +233,32 @@ COOPFLOW_HD void move_lanes(const LangevinChainArgs<A>& args, int64_t k, int64_t
   }
 }
 
+// Sets xi for step k, at this time of the noise: by noise(lanes, key, time), or to what is given.
+// Without noise it stays as it is.
+template <int kLanes, typename A, typename Noise>
+COOPFLOW_HD void fill_xi(const ChainArgs<A>& args, int64_t k, int64_t per_chain, PhiloxKey key,
+                         uint32_t time, const Noise& noise, ChainLanes<A, kLanes>& lanes) {
+  if (args.noise_source == NoiseSource::kPhilox) {
+    noise(lanes, key, time);
+  } else if (args.noise_source == NoiseSource::kGiven) {
+    load_lanes(args.xi + k * (args.batch * per_chain), lanes, per_chain, lanes.xi);
+  }
+}
+
+// Keeps x, the states of the chains after step k, if they are wanted.
+template <int kLanes, typename A>
+COOPFLOW_HD void record_lanes(const ChainArgs<A>& args, int64_t k, int64_t per_chain,
+                              const ChainLanes<A, kLanes>& lanes, const A* x) {
+  const int64_t row = args.trajectory_row(k);
+  if (row >= 0) store_lanes(x, lanes, per_chain, args.trajectory + row * (args.batch * per_chain));
+}
+
 // All steps of a few chains. gradient(lanes) sets grad and energy from x; noise(lanes, key, time)
 // sets xi. kPerChain is the number of elements where it is known when the code is compiled, else 0.
 template <bool kFull, int64_t kPerChain, int kLanes, typename A, typename Gradient, typename Noise>
 COOPFLOW_HD void run_lanes(const LangevinChainArgs<A>& args, ChainLanes<A, kLanes>& lanes,
                            const Gradient& gradient, const Noise& noise) {
   const int64_t per_chain = kPerChain == 0 ? args.per_chain : kPerChain;
-  const int64_t state_size = args.batch * per_chain;
   const PhiloxKey key = make_philox_key(args.rng[0]);
   const uint32_t first_time = args.noise_time(0);
   load_lanes(args.x0, lanes, per_chain, lanes.x);
@@ -248,14 +273,9 @@ COOPFLOW_HD void run_lanes(const LangevinChainArgs<A>& args, ChainLanes<A, kLane
   for (int64_t k = 0; k < args.n_steps; ++k) {
     if (k == 0 || args.coefficients_vary()) load_coefficients(args, k, lanes);
     gradient(lanes);
-    if (args.noise_source == NoiseSource::kPhilox) {
-      noise(lanes, key, first_time + static_cast<uint32_t>(k));
-    } else if (args.noise_source == NoiseSource::kGiven) {
-      load_lanes(args.xi + k * state_size, lanes, per_chain, lanes.xi);
-    }
+    fill_xi(args, k, per_chain, key, first_time + static_cast<uint32_t>(k), noise, lanes);
     move_lanes<kFull>(args, k, per_chain, lanes);
-    const int64_t row = args.trajectory_row(k);
-    if (row >= 0) store_lanes(lanes.x, lanes, per_chain, args.trajectory + row * state_size);
+    record_lanes(args, k, per_chain, lanes, lanes.x);
   }
   store_lanes(lanes.x, lanes, per_chain, args.x_out);
 }
