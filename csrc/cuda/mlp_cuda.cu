@@ -4,10 +4,11 @@
 
 #include "coopflow/mlp.h"
 #include "coopflow/mlp_tile.h"
-#include "coopflow/packed.h"
 #include "dynamic_shared.cuh"
 #include "launch.cuh"
+#include "mlp_bfloat16.cuh"
 #include "ops/mlp_op.h"
+#include "shared_access.cuh"
 
 namespace coopflow {
 namespace {
@@ -19,31 +20,10 @@ constexpr int kRowGroups = 4;
 constexpr int kChainGroups = kWarp / kRowGroups;
 constexpr int kWarpRows = kRows * kRowGroups;
 constexpr int kMaxThreads = kWarp * static_cast<int>(kMlpMaxSize) / kWarpRows;
+// With tensor cores a warp has at most 16 chains.
+constexpr int kMaxTensorCoreThreads = 2 * kMaxThreads;
 
-// kCount neighbours in one access.
-template <int kCount>
-__device__ __forceinline__ void load_shared(const float* from, float (&values)[kCount]) {
-  if constexpr (kCount == 1) {
-    values[0] = from[0];
-  } else {
-    load_packed<float, kCount>(from, values);
-  }
-}
-
-// store_word is for global memory alone.
-template <int kCount>
-__device__ __forceinline__ void store_shared(const float (&values)[kCount], float* to) {
-  if constexpr (kCount == 1) {
-    to[0] = values[0];
-  } else {
-    using Word = typename PackedLayout<float, kCount>::Word;
-    Word word;
-    memcpy(&word, values, sizeof(word));
-    *reinterpret_cast<Word*>(to) = word;
-  }
-}
-
-// The network and the chains of one block.
+// The network and the chains of one block, in float32.
 template <int kChains>
 class BlockNetwork {
  public:
@@ -247,7 +227,7 @@ class BlockNetwork {
 
 // The normals of step k for the tile of chains from `first` on, by all threads.
 __device__ __forceinline__ void fill_noise(const LangevinChainArgs<float>& args,
-                                           const MlpTile& tile, int64_t first, int64_t k,
+                                           const ChainTile& tile, int64_t first, int64_t k,
                                            float* xi) {
   const int per_chain = static_cast<int>(args.per_chain);
   if (args.noise_source == NoiseSource::kPhilox) {
@@ -275,7 +255,7 @@ __device__ __forceinline__ void fill_noise(const LangevinChainArgs<float>& args,
 
 // The chains of a tile, as one of its first threads sees its own: which exist is in `count`, 1 or
 // 0.
-__device__ __forceinline__ ChainLanes<float, 1> thread_chain(const MlpTile& tile, float* memory,
+__device__ __forceinline__ ChainLanes<float, 1> thread_chain(const ChainTile& tile, float* memory,
                                                              int64_t first, int64_t batch) {
   const int own = static_cast<int>(threadIdx.x), offset = own * tile.chain_stride;
   ChainLanes<float, 1> lanes{};
@@ -303,12 +283,10 @@ __device__ __forceinline__ void load_chain(const LangevinChainArgs<float>& args,
   if (lanes.count > 0) args.frozen_at[lanes.first] = args.step + args.n_steps;
 }
 
-// One thread a chain of the tile moves it; all compute its gradient.
-template <bool kFull, int kChains>
-__global__ void __launch_bounds__(kMaxThreads)
-    mlp_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
-                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
-  const BlockNetwork<kChains> network(mlp, tile);
+// All tiles of a block. One thread a chain of the tile moves it; all compute its gradient.
+template <bool kFull, typename Network>
+__device__ __forceinline__ void run_tiles(const LangevinChainArgs<float>& args,
+                                          const ChainTile& tile, const Network& network) {
   const bool moves = static_cast<int>(threadIdx.x) < tile.chains;
   const int64_t state_size = args.batch * args.per_chain;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.chains;
@@ -336,20 +314,67 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <int kChains>
-void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
-                      const MlpTile& tile, const Tensor& x0) {
-  int widest = kMlpLeastTile;
-  for (int l = 0; l <= mlp.depth; ++l) widest = mlp.sizes[l] > widest ? mlp.sizes[l] : widest;
-  const int threads = kWarp * static_cast<int>(divide_up(widest, kWarpRows));
+template <bool kFull, int kChains>
+__global__ void __launch_bounds__(kMaxThreads)
+    mlp_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
+                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
+  run_tiles<kFull>(args, tile, BlockNetwork<kChains>(mlp, tile));
+}
+
+template <bool kFull, int kColumns>
+__global__ void __launch_bounds__(kMaxTensorCoreThreads)
+    mlp_bfloat16_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
+                              const __grid_constant__ Mlp<float> mlp,
+                              const __grid_constant__ MlpBfloat16Tile tile) {
+  run_tiles<kFull>(args, tile, TensorCoreNetwork<kColumns>(mlp, tile));
+}
+
+// Of the hidden layers and the state.
+int widest(const Mlp<float>& mlp) {
+  const int hidden = widest_hidden(mlp.sizes, mlp.depth);
+  return mlp.sizes[0] > hidden ? mlp.sizes[0] : hidden;
+}
+
+template <auto kPlain, auto kFull, typename Tile>
+void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp, const Tile& tile,
+                      int warps, const Tensor& x0) {
   const int64_t blocks = divide_up(args.batch, tile.chains);
   if (args.is_plain()) {
-    launch_with_memory<mlp_chain_kernel<false, kChains>>(x0, blocks, threads, tile.bytes(), args,
-                                                         mlp, tile);
+    launch_with_memory<kPlain>(x0, blocks, kWarp * warps, tile.bytes(), args, mlp, tile);
   } else {
-    launch_with_memory<mlp_chain_kernel<true, kChains>>(x0, blocks, threads, tile.bytes(), args,
-                                                        mlp, tile);
+    launch_with_memory<kFull>(x0, blocks, kWarp * warps, tile.bytes(), args, mlp, tile);
   }
+}
+
+template <int kChains>
+void launch_float32(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                    const MlpTile& tile, const Tensor& x0) {
+  const int warps = static_cast<int>(divide_up(widest(mlp), kWarpRows));
+  launch_mlp_chain<mlp_chain_kernel<false, kChains>, mlp_chain_kernel<true, kChains>>(
+      args, mlp, tile, warps, x0);
+}
+
+template <int kColumns>
+void launch_bfloat16(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                     const MlpBfloat16Tile& tile, const Tensor& x0) {
+  const int warps = TensorCoreNetwork<kColumns>::warps(widest(mlp), tile);
+  launch_mlp_chain<mlp_bfloat16_chain_kernel<false, kColumns>,
+                   mlp_bfloat16_chain_kernel<true, kColumns>>(args, mlp, tile, warps, x0);
+}
+
+// The tile for a batch on the device of x0.
+template <typename Tile>
+Tile tile_for(const OpChecks& check, const Mlp<float>& mlp, int64_t batch, const Tensor& x0) {
+  const int device = x0.get_device_index();
+  const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const Tile tile =
+      choose_mlp_tile<Tile>(mlp.sizes, mlp.depth, batch,
+                            device_attribute(cudaDevAttrMultiProcessorCount, device), available);
+  if (tile.bytes() > available) {
+    check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
+               " bytes of shared memory, and there are ", available);
+  }
+  return tile;
 }
 
 struct CudaMlp {
@@ -358,19 +383,15 @@ struct CudaMlp {
     const OpChecks check("mlp_langevin_chain");
     if constexpr (std::is_same_v<A, double>) {
       check.fail_type("x0", "must have dtype float32 on CUDA, got dtype float64");
+    } else if (has_bfloat16_products(mlp.bfloat16, mlp.depth)) {
+      const auto tile = tile_for<MlpBfloat16Tile>(check, mlp, args.batch, x0);
+      if (tile.chains == 8) return launch_bfloat16<1>(args, mlp, tile, x0);
+      launch_bfloat16<2>(args, mlp, tile, x0);
     } else {
-      const int device = x0.get_device_index();
-      const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      const MlpTile tile =
-          choose_mlp_tile(mlp.sizes, mlp.depth, args.batch,
-                          device_attribute(cudaDevAttrMultiProcessorCount, device), available);
-      if (tile.bytes() > available) {
-        check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
-                   " bytes of shared memory, and there are ", available);
-      }
-      if (tile.chains == 8) return launch_mlp_chain<1>(args, mlp, tile, x0);
-      if (tile.chains == 16) return launch_mlp_chain<2>(args, mlp, tile, x0);
-      launch_mlp_chain<4>(args, mlp, tile, x0);
+      const auto tile = tile_for<MlpTile>(check, mlp, args.batch, x0);
+      if (tile.chains == 8) return launch_float32<1>(args, mlp, tile, x0);
+      if (tile.chains == 16) return launch_float32<2>(args, mlp, tile, x0);
+      launch_float32<4>(args, mlp, tile, x0);
     }
   }
 };

@@ -15,8 +15,9 @@ namespace coopflow {
 class MlpOp {
  public:
   MlpOp(const LangevinChainOp& op, const Tensor& x0, const std::vector<Tensor>& weights,
-        const std::vector<Tensor>& biases, int64_t activation, double shape, double threshold)
-      : check_(op.check()), x0_(x0), weights_(weights), biases_(biases) {
+        const std::vector<Tensor>& biases, int64_t activation, double shape, double threshold,
+        bool bfloat16)
+      : check_(op.check()), x0_(x0), weights_(weights), biases_(biases), bfloat16_(bfloat16) {
     const auto layers = static_cast<int64_t>(weights.size());
     if (layers < 2 || layers > kMlpMaxDepth + 1) {
       check_.fail("weights", "must be 2 to ", kMlpMaxDepth + 1, " matrices, for 1 to ",
@@ -52,6 +53,7 @@ class MlpOp {
     }
     mlp.activation = activation_;
     mlp.parameters = {static_cast<A>(shape_), static_cast<A>(threshold_)};
+    mlp.bfloat16 = bfloat16_;
     return mlp;
   }
 
@@ -95,6 +97,7 @@ class MlpOp {
   std::vector<int> sizes_;  // of the state and of every layer
   Activation activation_;
   double shape_, threshold_;
+  bool bfloat16_;
 };
 
 template <typename Backend>
@@ -106,7 +109,7 @@ LangevinChainResults mlp_langevin_chain(
     std::optional<double> grad_clip, std::optional<double> grad_norm,
     std::optional<double> step_clip, std::optional<double> clamp_low,
     std::optional<double> clamp_high, bool clamp_end, bool negative_energy, int64_t step,
-    OptionalTensor xi, int64_t thin, bool stats, bool freeze_nonfinite) {
+    OptionalTensor xi, int64_t thin, bool stats, bool freeze_nonfinite, bool bfloat16) {
   const LangevinChainOptions o{n_steps,   drift,           drift_t,   noise,     noise_t,
                                decay,     decay_t,         pull,      pull_t,    x_ref,
                                grad_clip, grad_norm,       step_clip, clamp_low, clamp_high,
@@ -114,7 +117,8 @@ LangevinChainResults mlp_langevin_chain(
                                stats,     freeze_nonfinite};
   const LangevinChainOp op("mlp_langevin_chain", x0);
   op.check_options(rng, o);
-  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold);
+  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold,
+                      bfloat16);
   return run_langevin_chain(op, rng, o, [&](const auto& args) {
     using A = std::remove_const_t<std::remove_pointer_t<decltype(args.x0)>>;
     Backend::template run<A>(args, network.mlp<A>(), x0);
