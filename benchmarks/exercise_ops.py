@@ -109,7 +109,9 @@ def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
         draw = Draw((batch, sizes[0]), dtype, device=device)
         layers = tuple(itertools.pairwise((*sizes, 1)))
         network = {
-            "weights": [draw.normal(n_out, n_in).to(device, dtype) for n_in, n_out in layers],
+            "weights": [
+                (draw.normal(n_out, n_in) / n_in**0.5).to(device, dtype) for n_in, n_out in layers
+            ],
             "biases": [draw.normal(n_out).to(device, dtype) for _, n_out in layers],
         }
         given = {"x0": draw.normal(), "rng": draw.rng(), "x_ref": draw.normal(), **network}

@@ -203,7 +203,7 @@ def test_tiles_of_an_emulation_give_the_same_bits() -> None:
 
 def test_moments_are_those_of_chains_in_float32(run: Run) -> None:
     """Of numbers and their products, within their standard error."""
-    given = chain(512, 2, (20, 16), n_steps=60, drift=0.1, noise=math.sqrt(0.2), decay=0.1)
+    given = chain(256, 2, (20, 16), n_steps=40, drift=0.1, noise=math.sqrt(0.2), decay=0.1)
     given["x0"] *= 3
     moments = []
     for x in (run(given).x, cf.ops.mlp_langevin_chain(**given).x):

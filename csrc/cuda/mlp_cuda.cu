@@ -20,8 +20,6 @@ constexpr int kRowGroups = 4;
 constexpr int kChainGroups = kWarp / kRowGroups;
 constexpr int kWarpRows = kRows * kRowGroups;
 constexpr int kMaxThreads = kWarp * static_cast<int>(kMlpMaxSize) / kWarpRows;
-// With tensor cores a warp has at most 16 chains.
-constexpr int kMaxTensorCoreThreads = 2 * kMaxThreads;
 
 // The network and the chains of one block, in float32.
 template <int kChains>
@@ -321,8 +319,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   run_tiles<kFull>(args, tile, BlockNetwork<kChains>(mlp, tile));
 }
 
+// kColumns is 1 for tiles of 8 chains and 2 for others, where two warps may have the same rows.
+// Shared memory has room for few blocks: told so, ptxas does not spill to save registers.
+template <int kColumns>
+constexpr int kMaxTensorCoreThreads = kMaxThreads * kColumns;
+
 template <bool kFull, int kColumns>
-__global__ void __launch_bounds__(kMaxTensorCoreThreads)
+__global__ void __launch_bounds__(kMaxTensorCoreThreads<kColumns>, 1)
     mlp_bfloat16_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
                               const __grid_constant__ Mlp<float> mlp,
                               const __grid_constant__ MlpBfloat16Tile tile) {

@@ -361,14 +361,17 @@ def mlp_chain_bfloat16(inputs: Inputs) -> Results:
     and that fill fragments, plain steps and all that stands beside them."""
     if _mlp_inputs(inputs) is None:
         return {}
-    results = {}
-    shapes = ((5, 3), (20, 9), (16, 17, 33, 7))
-    for batch, widths in zip(MLP_BATCHES, shapes, strict=True):
-        results[f"{batch}"] = _mlp_chain(inputs, batch, widths, thin=2, bfloat16=True)
-        results[f"{batch}, options"] = _mlp_chain(
-            inputs, batch, widths, grad_norm=0.7, decay=0.1, pull=0.2, x_ref=True, xi=True,
-            thin=1, stats=True, freeze_nonfinite=True, bfloat16=True,
-        )  # fmt: skip
+    plain = {"thin": 2, "bfloat16": True}
+    options = {
+        "grad_norm": 0.7, "decay": 0.1, "pull": 0.2, "x_ref": True, "xi": True, "thin": 1,
+        "stats": True, "freeze_nonfinite": True, "bfloat16": True,
+    }  # fmt: skip
+    results = {
+        "8": _mlp_chain(inputs, 3, (16, 5, 17, 7), **plain),
+        "16": _mlp_chain(inputs, 20, (20, 9), **plain),
+        "8, options": _mlp_chain(inputs, 3, (5, 3, 16), **options),
+        "32, options": _mlp_chain(inputs, 57, (9, 7), **options),
+    }
     return {f"{name} (bfloat16)": value for name, value in _joined(results).items()}
 
 
