@@ -116,7 +116,9 @@ def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
         draw = Draw((batch, sizes[0]), dtype, device=device)
         layers = tuple(itertools.pairwise((*sizes, 1)))
         network = {
-            "weights": [draw.normal(n_out, n_in).to(device, dtype) for n_in, n_out in layers],
+            "weights": [
+                (draw.normal(n_out, n_in) / n_in**0.5).to(device, dtype) for n_in, n_out in layers
+            ],
             "biases": [draw.normal(n_out).to(device, dtype) for _, n_out in layers],
         }
         proposed = cf.ops.mlp_mala_chain(
@@ -127,10 +129,13 @@ def exercise_networks(dtype: torch.dtype, device: torch.device) -> None:
         assert torch.equal(proposed.x, proposed.trajectory[-1])
         given = {"x0": draw.normal(), "rng": draw.rng(), "x_ref": draw.normal(), **network}
         options = {"activation": "tanh", "n_steps": 2, "drift": 0.1, "noise": 0.1, "pull": 0.1}
-        x = cf.ops.mlp_langevin_chain(**given, **options, thin=1, stats=True).x
         on_cpu = tree_map(lambda v: v.cpu().double() if v.is_floating_point() else v.cpu(), given)
         expected, *_ = cf.reference.mlp_langevin_chain(**on_cpu, **options)
-        torch.testing.assert_close(x.cpu().double(), expected, rtol=2e-3, atol=2e-3)
+        for bfloat16, bound in ((False, 2e-3), (True, 5e-2)):
+            x = cf.ops.mlp_langevin_chain(
+                **given, **options, thin=1, stats=True, bfloat16=bfloat16
+            ).x
+            torch.testing.assert_close(x.cpu().double(), expected, rtol=bound, atol=bound)
 
 
 def exercise_large(device: torch.device) -> None:

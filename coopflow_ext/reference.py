@@ -341,6 +341,11 @@ def _activation(name: str, **parameters: float) -> Callable[[Tensor], Tensor]:
     return partial(functions[name], **parameters)
 
 
+def _to_bfloat16(x: Tensor) -> Tensor:
+    """Rounded to bfloat16, in x's dtype; with the derivative of the identity."""
+    return x + (x.detach().bfloat16().to(x.dtype) - x.detach())
+
+
 def mlp_energy(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -348,12 +353,23 @@ def mlp_energy(
     *,
     activation: str,
     activation_args: Mapping[str, float] | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """U(x) of Linear - activation - … - Linear(·, 1), (B,); weights (out, in)."""
+    """U(x) of Linear - activation - … - Linear(·, 1), (B,); weights (out, in).
+
+    bfloat16: factors of the products between hidden layers, also of those of U's gradient, are
+    rounded to it.
+    """
     act = _activation(activation, **(activation_args or {}))
     h = x
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        h = act(functional.linear(h, weight, bias))
+    for layer, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
+        if bfloat16 and layer > 0:
+            h = functional.linear(_to_bfloat16(h), _to_bfloat16(weight), bias)
+            if h.requires_grad:
+                h.register_hook(_to_bfloat16)
+        else:
+            h = functional.linear(h, weight, bias)
+        h = act(h)
     return functional.linear(h, weights[-1], biases[-1]).squeeze(1)
 
 
@@ -365,14 +381,16 @@ def mlp_langevin_chain(
     *,
     activation: str,
     activation_args: Mapping[str, float] | None = None,
+    bfloat16: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """:func:`langevin_chain` of :func:`mlp_energy`."""
 
     def energy(x: Tensor) -> Tensor:
         return mlp_energy(
-            x, weights, biases, activation=activation, activation_args=activation_args
-        )
+            x, weights, biases, activation=activation, activation_args=activation_args,
+            bfloat16=bfloat16,
+        )  # fmt: skip
 
     return langevin_chain(x0, rng, energy, **options)
 

@@ -22,7 +22,7 @@ int64_t fold_in_op(int64_t seed, int64_t data) {
   return static_cast<int64_t>(fold_in(static_cast<uint64_t>(seed), static_cast<uint64_t>(data)));
 }
 
-int64_t mlp_shared_bytes(std::vector<int64_t> sizes) {
+int64_t mlp_shared_bytes(std::vector<int64_t> sizes, bool bfloat16) {
   const int depth = static_cast<int>(sizes.size()) - 1;
   int given[kMlpMaxDepth + 1] = {};
   if (depth < 1 || depth > kMlpMaxDepth) {
@@ -34,7 +34,9 @@ int64_t mlp_shared_bytes(std::vector<int64_t> sizes) {
     }
     given[l] = static_cast<int>(sizes[l]);
   }
-  return make_mlp_tile(given, depth, kMlpLeastTile).bytes();
+  return has_bfloat16_products(bfloat16, depth)
+             ? MlpBfloat16Tile::make(given, depth, kMlpLeastTile).bytes()
+             : MlpTile::make(given, depth, kMlpLeastTile).bytes();
 }
 
 // JSON, so that it needs no type of its own.
@@ -100,10 +102,12 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   // Chains of an energy that is a fully connected network, Linear - activation - ... -
   // Linear(., 1): x, trajectory, statistics, and the step at which each chain stopped. Weights
   // are (out, in); the activations are numbered in csrc/include/coopflow/mlp.h.
+  // bfloat16: on CUDA the factors of products between hidden layers are rounded to it.
   m.def(
       "mlp_langevin_chain(Tensor x0, Tensor rng, Tensor[] weights, Tensor[] biases, "
       "int activation, float activation_shape, float activation_threshold, "
-      "*, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
+      "*, " COOPFLOW_LANGEVIN_CHAIN_ARGS
+      ", bool bfloat16=False) -> (Tensor, Tensor, Tensor, Tensor)");
   // Chains of the same energies by the Metropolis-adjusted Langevin algorithm: x, trajectory,
   // statistics, the last step size of each chain, and whether its start is finite.
   m.def(
@@ -146,8 +150,8 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rng, Tensor out, "
       "Tensor lse, float p, SymInt step=0, float? scale=None) -> (Tensor, Tensor, Tensor)");
   // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
-  // layers, needs on CUDA.
-  m.def("mlp_shared_bytes(int[] sizes) -> int");
+  // layers, needs on CUDA, as mlp_langevin_chain takes it with this `bfloat16`.
+  m.def("mlp_shared_bytes(int[] sizes, bool bfloat16=False) -> int");
   // The seed of a separate use.
   m.def("fold_in(int seed, int data) -> int");
   // Versions, architectures and instruction set, as JSON.

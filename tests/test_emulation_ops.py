@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import harness
-from cuda_emulation.cases import CASES, COVERING_SHAPES, DTYPES, SHAPES, Inputs, Results
+from cuda_emulation.cases import (
+    BFLOAT16_TOLERANCE,
+    CASES,
+    COVERING_SHAPES,
+    DTYPES,
+    SHAPES,
+    Inputs,
+    Results,
+)
 
 import coopflow_ext as cf
 
@@ -55,6 +63,8 @@ def _assert_agrees(results: Results, expected: Results, what: object) -> None:
         exact = expected[key]
         ulps = 64.0 if "(sum)" in key else 2.0 if "(after a sum)" in key else 0.0
         tolerance = ulps * torch.finfo(value.dtype).eps if ulps else 0.0
+        if "(bfloat16)" in key:
+            tolerance = BFLOAT16_TOLERANCE
         if "(small terms)" in key:
             # 2^-110 over a sum of 2^-55, times factors of at most 2^10 that the element's other
             # gradients have as well: where these are larger, that is nothing.

@@ -25,6 +25,7 @@ def emulation() -> harness.Emulation:
         "exchange_in_the_block",
         "exchange_in_dynamic_memory",
         "elementary_functions",
+        "matrix_products",
     ],
 )
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -48,6 +49,11 @@ def test_primitive_indices_visit_each_thread_once(emulation: harness.Emulation) 
         ),
         ("shuffle_from_outside", ("reads from a lane outside its mask at primitives.cpp",)),
         ("shuffle_of_three", ("width is not a power of two", "primitives.cpp")),
+        (
+            "matrix_not_on_16_bytes",
+            ("ldmatrix reads a row that does not begin on 16 bytes at primitives.cpp",),
+        ),
+        ("product_of_half_a_warp", ("mma at primitives.cpp", "thread (16, 0, 0), which has")),
         ("warp_not_complete", ("__syncwarp at", "thread (40, 0, 0), which has finished")),
     ],
 )

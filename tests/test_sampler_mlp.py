@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coopflow_ext as cf
+from coopflow_ext import ops
 from coopflow_ext.energies import MLPEnergy
 from coopflow_ext.samplers import kernel
 
@@ -231,25 +232,50 @@ def test_auto_goes_step_by_step_where_there_is_no_kernel(name: str) -> None:
     assert torch.equal(sample(energy, "auto", n_steps=3).x, sample(energy, False, n_steps=3).x)
 
 
-def test_autocast_is_not_taken() -> None:
-    with pytest.raises(ValueError, match="without autocast"):
-        sample(network(), True, autocast=torch.bfloat16)
+TOO_LARGE = "needs .* bytes of shared memory, .* 166912"
+
+
+@pytest.mark.parametrize("energy", [network(), MLPEnergy(3, (20, 9))])
+def test_autocast_to_bfloat16_is_the_ops_option(device: torch.device, energy: nn.Module) -> None:
+    energy, x0 = energy.to(device), start().to(device)
+    ours, plain = (
+        sample(energy, True, x0, autocast=dtype, drift=0.5, step_size=None, noise=0.1)
+        for dtype in (torch.bfloat16, None)
+    )
+    linear = [m for m in energy.modules() if isinstance(m, nn.Linear)]
+    expected = ops.mlp_langevin_chain(
+        x0, [m.weight for m in linear], [m.bias for m in linear], KEY.tensor(device),
+        activation="silu", n_steps=1, drift=0.5, noise=0.1, freeze_nonfinite=True, bfloat16=True,
+    )  # fmt: skip
+    assert torch.equal(ours.x, expected.x)
+    assert torch.equal(ours.x, plain.x) == (device.type == "cpu")
+    torch.testing.assert_close(ours.x, plain.x, rtol=5e-3, atol=5e-3)
+
+
+def test_autocast_to_float16_goes_step_by_step() -> None:
+    with pytest.raises(ValueError, match=r"x0 or in bfloat16, not in torch\.float16"):
+        sample(network(), True, autocast=torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "reason"),
+    ("sizes", "dtype", "reasons"),
     [
-        ((2, 64, 64, 64), torch.float32, ""),
-        ((2, 128, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
-        ((64, 128, 128, 128), torch.float32, "needs .* bytes of shared memory, .* 166912"),
-        ((2, 8), torch.float64, "float32 on CUDA, got torch.float64"),
+        ((2, 64, 64, 64), torch.float32, ("", "")),
+        ((2, 128, 128, 128, 128), torch.float32, (TOO_LARGE, "")),
+        ((64, 128, 128, 128), torch.float32, (TOO_LARGE, "")),
+        ((128, 128, 128, 128, 128), torch.float32, (TOO_LARGE, TOO_LARGE)),
+        ((2, 8), torch.float64, ("float32 on CUDA, got torch.float64",) * 2),
     ],
 )
 def test_what_a_gpu_does_not_hold(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], dtype: torch.dtype, reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    reasons: tuple[str, str],
 ) -> None:
     """As sm_80 answers; there is no GPU to ask."""
     a100 = SimpleNamespace(shared_memory_per_block_optin=166_912)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: a100)
-    lack = kernel._lack_on_cuda(sizes, torch.zeros(3, 2, dtype=dtype))
-    assert re.search(reason, lack) if reason else lack == ""
+    for bfloat16, reason in zip((False, True), reasons, strict=True):
+        lack = kernel._lack_on_cuda(sizes, torch.zeros(3, 2, dtype=dtype), bfloat16=bfloat16)
+        assert re.search(reason, lack) if reason else lack == ""

@@ -60,6 +60,7 @@ _OFF = {
     "freeze_nonfinite": False,
     "clamp_end": False,
     "negative_energy": False,
+    "bfloat16": False,
     "n_steps": None,
     "thin": None,
     "step_size": None,

@@ -302,8 +302,9 @@ def _network(
 ) -> Found:
     """The layers as ``ops.mlp_langevin_chain`` and ``ops.mlp_mala_chain`` take them; they read the
     parameters at each call."""
-    if autocast is not None:
-        return "its networks compute in the dtype of x0, without autocast"
+    bfloat16 = autocast is torch.bfloat16
+    if autocast is not None and not bfloat16:
+        return f"its networks compute in the dtype of x0 or in bfloat16, not in {autocast}"
     if not 2 <= len(layers) <= _MOST_HIDDEN + 1:
         return f"it takes networks of 1 to {_MOST_HIDDEN} hidden layers, got {len(layers) - 1}"
     sizes = [x0.shape[1]]
@@ -323,22 +324,24 @@ def _network(
         return f"its networks end in one number, got {sizes[-1]}"
     if max(sizes) > _MOST_UNITS:
         return f"D and layers must be at most {_MOST_UNITS} wide, got {max(sizes)}"
-    if x0.is_cuda and (lack := _lack_on_cuda(sizes[:-1], x0)):
+    if x0.is_cuda and (lack := _lack_on_cuda(sizes[:-1], x0, bfloat16=bfloat16)):
         return lack
     name, parameters = activation
     if parameters.get("beta") == 0:
         return "beta of softplus must not be 0"
     network = {"weights": weights, "biases": biases, "activation": name}
     return Kernel(
-        ops.mlp_langevin_chain, ops.mlp_mala_chain, {**network, "activation_args": parameters}
+        partial(ops.mlp_langevin_chain, bfloat16=bfloat16),
+        ops.mlp_mala_chain,
+        {**network, "activation_args": parameters},
     )
 
 
-def _lack_on_cuda(sizes: Sequence[int], x0: Tensor) -> str:
+def _lack_on_cuda(sizes: Sequence[int], x0: Tensor, *, bfloat16: bool) -> str:
     """Why a GPU does not hold a network of these sizes; empty where it does."""
     if x0.dtype != torch.float32:
         return f"its networks are in float32 on CUDA, got {x0.dtype}"
-    needed = ops.mlp_shared_bytes(sizes)
+    needed = ops.mlp_shared_bytes(sizes, bfloat16=bfloat16)
     properties: Any = torch.cuda.get_device_properties(x0.device)  # whose stub lacks a line
     there = properties.shared_memory_per_block_optin
     if needed > there:

@@ -117,6 +117,8 @@ class LangevinSampler:
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
             made once per chain; the state keeps its dtype. Weights can be copied where the energy
             or score is an nn.Module or a method of one; the caller's module is left as it is.
+            Where one kernel makes all the steps (``kernel``), bfloat16 is what tensor cores take
+            of its products between hidden layers, and a CPU computes in the dtype of x0.
         channels_last: the state and 4-D weights (of such a module) are laid out as channels_last.
         compile: compile the gradient with torch.compile at the first call; where that fails, one
             warning says why and the chain runs without.
@@ -126,9 +128,10 @@ class LangevinSampler:
             float64 (on CUDA D ≤ 64); MLPEnergy, and nn.Sequential of Linear and SiLU, ReLU,
             LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
             ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
-            subclasses, nor with hooks, compile, differentiable, noise_before_gradient, autocast,
-            channels_last or model_kwargs. The noise is the same, the gradient differs by rounding.
-            True: a ValueError says why it cannot. False: step by step.
+            subclasses, nor with hooks, compile, differentiable, noise_before_gradient,
+            channels_last or model_kwargs, nor with autocast but for a network's to bfloat16
+            (:func:`ops.mlp_langevin_chain` tells its error). The noise is the same, the gradient
+            differs by rounding. True: a ValueError says why it cannot. False: step by step.
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already

@@ -5,10 +5,11 @@
 #include "coopflow/mala.h"
 #include "coopflow/mlp.h"
 #include "coopflow/mlp_tile.h"
-#include "coopflow/packed.h"
 #include "dynamic_shared.cuh"
 #include "launch.cuh"
+#include "mlp_bfloat16.cuh"
 #include "ops/mlp_op.h"
+#include "shared_access.cuh"
 
 namespace coopflow {
 namespace {
@@ -21,30 +22,7 @@ constexpr int kChainGroups = kWarp / kRowGroups;
 constexpr int kWarpRows = kRows * kRowGroups;
 constexpr int kMaxThreads = kWarp * static_cast<int>(kMlpMaxSize) / kWarpRows;
 
-// kCount neighbours in one access.
-template <int kCount>
-__device__ __forceinline__ void load_shared(const float* from, float (&values)[kCount]) {
-  if constexpr (kCount == 1) {
-    values[0] = from[0];
-  } else {
-    load_packed<float, kCount>(from, values);
-  }
-}
-
-// store_word is for global memory alone.
-template <int kCount>
-__device__ __forceinline__ void store_shared(const float (&values)[kCount], float* to) {
-  if constexpr (kCount == 1) {
-    to[0] = values[0];
-  } else {
-    using Word = typename PackedLayout<float, kCount>::Word;
-    Word word;
-    memcpy(&word, values, sizeof(word));
-    *reinterpret_cast<Word*>(to) = word;
-  }
-}
-
-// The network and the chains of one block.
+// The network and the chains of one block, in float32.
 template <int kChains>
 class BlockNetwork {
  public:
@@ -247,7 +225,7 @@ class BlockNetwork {
 };
 
 // The normals of step k for the tile of chains from `first` on, by all threads.
-__device__ __forceinline__ void fill_noise(const ChainArgs<float>& args, const MlpTile& tile,
+__device__ __forceinline__ void fill_noise(const ChainArgs<float>& args, const ChainTile& tile,
                                            int64_t first, int64_t k, float* xi) {
   const int per_chain = static_cast<int>(args.per_chain);
   if (args.noise_source == NoiseSource::kPhilox) {
@@ -275,7 +253,7 @@ __device__ __forceinline__ void fill_noise(const ChainArgs<float>& args, const M
 
 // The chains of a tile, as one of its first threads sees its own: which exist is in `count`, 1 or
 // 0.
-__device__ __forceinline__ ChainLanes<float, 1> thread_chain(const MlpTile& tile, float* memory,
+__device__ __forceinline__ ChainLanes<float, 1> thread_chain(const ChainTile& tile, float* memory,
                                                              int64_t first, int64_t batch) {
   const int own = static_cast<int>(threadIdx.x), offset = own * tile.chain_stride;
   ChainLanes<float, 1> lanes{};
@@ -306,12 +284,10 @@ __device__ __forceinline__ void load_chain(const LangevinChainArgs<float>& args,
   if (lanes.count > 0) args.frozen_at[lanes.first] = args.step + args.n_steps;
 }
 
-// One thread a chain of the tile moves it; all compute its gradient.
-template <bool kFull, int kChains>
-__global__ void __launch_bounds__(kMaxThreads)
-    mlp_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
-                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
-  const BlockNetwork<kChains> network(mlp, tile);
+// All tiles of a block. One thread a chain of the tile moves it; all compute its gradient.
+template <bool kFull, typename Network>
+__device__ __forceinline__ void run_tiles(const LangevinChainArgs<float>& args,
+                                          const ChainTile& tile, const Network& network) {
   const bool moves = static_cast<int>(threadIdx.x) < tile.chains;
   const int64_t state_size = args.batch * args.per_chain;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.chains;
@@ -351,7 +327,7 @@ __device__ __forceinline__ float uniform_of(const MalaChainArgs<float>& args, in
 // reads x.
 template <typename Network>
 __device__ __forceinline__ void run_mala_tiles(const MalaChainArgs<float>& args,
-                                               const MlpTile& tile, const Network& network) {
+                                               const ChainTile& tile, const Network& network) {
   const bool has_chain = static_cast<int>(threadIdx.x) < tile.chains;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * tile.chains;
   network.load_parameters();
@@ -386,6 +362,26 @@ __device__ __forceinline__ void run_mala_tiles(const MalaChainArgs<float>& args,
   }
 }
 
+template <bool kFull, int kChains>
+__global__ void __launch_bounds__(kMaxThreads)
+    mlp_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
+                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
+  run_tiles<kFull>(args, tile, BlockNetwork<kChains>(mlp, tile));
+}
+
+// kColumns is 1 for tiles of 8 chains and 2 for others, where two warps may have the same rows.
+// Shared memory has room for few blocks: told so, ptxas does not spill to save registers.
+template <int kColumns>
+constexpr int kMaxTensorCoreThreads = kMaxThreads * kColumns;
+
+template <bool kFull, int kColumns>
+__global__ void __launch_bounds__(kMaxTensorCoreThreads<kColumns>, 1)
+    mlp_bfloat16_chain_kernel(const __grid_constant__ LangevinChainArgs<float> args,
+                              const __grid_constant__ Mlp<float> mlp,
+                              const __grid_constant__ MlpBfloat16Tile tile) {
+  run_tiles<kFull>(args, tile, TensorCoreNetwork<kColumns>(mlp, tile));
+}
+
 template <int kChains>
 __global__ void __launch_bounds__(kMaxThreads)
     mlp_mala_kernel(const __grid_constant__ MalaChainArgs<float> args,
@@ -393,42 +389,54 @@ __global__ void __launch_bounds__(kMaxThreads)
   run_mala_tiles(args, tile, BlockNetwork<kChains>(mlp, tile));
 }
 
-// Threads of a block, whose warps share the rows of the widest layer.
-int threads_for(const Mlp<float>& mlp) {
-  int widest = kMlpLeastTile;
-  for (int l = 0; l <= mlp.depth; ++l) widest = mlp.sizes[l] > widest ? mlp.sizes[l] : widest;
-  return kWarp * static_cast<int>(divide_up(widest, kWarpRows));
+// Of the hidden layers and the state.
+int widest(const Mlp<float>& mlp) {
+  const int hidden = widest_hidden(mlp.sizes, mlp.depth);
+  return mlp.sizes[0] > hidden ? mlp.sizes[0] : hidden;
 }
 
-template <auto kKernel, typename Args>
-void launch_tiles(const Args& args, const Mlp<float>& mlp, const MlpTile& tile, const Tensor& x0) {
-  launch_with_memory<kKernel>(x0, divide_up(args.batch, tile.chains), threads_for(mlp),
-                              tile.bytes(), args, mlp, tile);
+template <auto kKernel, typename Args, typename Tile>
+void launch_tiles(const Args& args, const Mlp<float>& mlp, const Tile& tile, int warps,
+                  const Tensor& x0) {
+  launch_with_memory<kKernel>(x0, divide_up(args.batch, tile.chains), kWarp * warps, tile.bytes(),
+                              args, mlp, tile);
 }
 
 template <int kChains>
-void launch_mlp_chain(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
-                      const MlpTile& tile, const Tensor& x0) {
+void launch_float32(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                    const MlpTile& tile, int warps, const Tensor& x0) {
   if (args.is_plain()) {
-    launch_tiles<mlp_chain_kernel<false, kChains>>(args, mlp, tile, x0);
+    launch_tiles<mlp_chain_kernel<false, kChains>>(args, mlp, tile, warps, x0);
   } else {
-    launch_tiles<mlp_chain_kernel<true, kChains>>(args, mlp, tile, x0);
+    launch_tiles<mlp_chain_kernel<true, kChains>>(args, mlp, tile, warps, x0);
   }
 }
 
 template <int kChains>
-void launch_mlp_chain(const MalaChainArgs<float>& args, const Mlp<float>& mlp, const MlpTile& tile,
-                      const Tensor& x0) {
-  launch_tiles<mlp_mala_kernel<kChains>>(args, mlp, tile, x0);
+void launch_float32(const MalaChainArgs<float>& args, const Mlp<float>& mlp, const MlpTile& tile,
+                    int warps, const Tensor& x0) {
+  launch_tiles<mlp_mala_kernel<kChains>>(args, mlp, tile, warps, x0);
+}
+
+template <int kColumns>
+void launch_bfloat16(const LangevinChainArgs<float>& args, const Mlp<float>& mlp,
+                     const MlpBfloat16Tile& tile, const Tensor& x0) {
+  const int warps = TensorCoreNetwork<kColumns>::warps(widest(mlp), tile);
+  if (args.is_plain()) {
+    launch_tiles<mlp_bfloat16_chain_kernel<false, kColumns>>(args, mlp, tile, warps, x0);
+  } else {
+    launch_tiles<mlp_bfloat16_chain_kernel<true, kColumns>>(args, mlp, tile, warps, x0);
+  }
 }
 
 // The tile for a batch on the device of x0.
-MlpTile tile_for(const OpChecks& check, const Mlp<float>& mlp, int64_t batch, const Tensor& x0) {
+template <typename Tile>
+Tile tile_for(const OpChecks& check, const Mlp<float>& mlp, int64_t batch, const Tensor& x0) {
   const int device = x0.get_device_index();
   const int64_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const MlpTile tile =
-      choose_mlp_tile(mlp.sizes, mlp.depth, batch,
-                      device_attribute(cudaDevAttrMultiProcessorCount, device), available);
+  const Tile tile =
+      choose_mlp_tile<Tile>(mlp.sizes, mlp.depth, batch,
+                            device_attribute(cudaDevAttrMultiProcessorCount, device), available);
   if (tile.bytes() > available) {
     check.fail("weights", "a tile of ", tile.chains, " chains needs ", tile.bytes(),
                " bytes of shared memory, and there are ", available);
@@ -443,10 +451,18 @@ struct CudaMlp {
     if constexpr (std::is_same_v<A, double>) {
       check.fail_type("x0", "must have dtype float32 on CUDA, got dtype float64");
     } else {
-      const MlpTile tile = tile_for(check, mlp, args.batch, x0);
-      if (tile.chains == 8) return launch_mlp_chain<1>(args, mlp, tile, x0);
-      if (tile.chains == 16) return launch_mlp_chain<2>(args, mlp, tile, x0);
-      launch_mlp_chain<4>(args, mlp, tile, x0);
+      if constexpr (std::is_same_v<Args, LangevinChainArgs<float>>) {  // MALA's are in float32
+        if (has_bfloat16_products(mlp.bfloat16, mlp.depth)) {
+          const auto tile = tile_for<MlpBfloat16Tile>(check, mlp, args.batch, x0);
+          if (tile.chains == 8) return launch_bfloat16<1>(args, mlp, tile, x0);
+          return launch_bfloat16<2>(args, mlp, tile, x0);
+        }
+      }
+      const auto tile = tile_for<MlpTile>(check, mlp, args.batch, x0);
+      const int warps = static_cast<int>(divide_up(widest(mlp), kWarpRows));
+      if (tile.chains == 8) return launch_float32<1>(args, mlp, tile, warps, x0);
+      if (tile.chains == 16) return launch_float32<2>(args, mlp, tile, warps, x0);
+      launch_float32<4>(args, mlp, tile, warps, x0);
     }
   }
 };

@@ -18,8 +18,9 @@ namespace coopflow {
 class MlpOp {
  public:
   MlpOp(const ChainOp& op, const Tensor& x0, const std::vector<Tensor>& weights,
-        const std::vector<Tensor>& biases, int64_t activation, double shape, double threshold)
-      : check_(op.check()), x0_(x0), weights_(weights), biases_(biases) {
+        const std::vector<Tensor>& biases, int64_t activation, double shape, double threshold,
+        bool bfloat16)
+      : check_(op.check()), x0_(x0), weights_(weights), biases_(biases), bfloat16_(bfloat16) {
     const auto layers = static_cast<int64_t>(weights.size());
     if (layers < 2 || layers > kMlpMaxDepth + 1) {
       check_.fail("weights", "must be 2 to ", kMlpMaxDepth + 1, " matrices, for 1 to ",
@@ -57,6 +58,7 @@ class MlpOp {
     }
     mlp.activation = activation_;
     mlp.parameters = {static_cast<A>(shape_), static_cast<A>(threshold_)};
+    mlp.bfloat16 = bfloat16_;
     return mlp;
   }
 
@@ -100,6 +102,7 @@ class MlpOp {
   std::vector<int> sizes_;  // of the state and of every layer
   Activation activation_;
   double shape_, threshold_;
+  bool bfloat16_;
 };
 
 // Runs the chains of a network, given as f(args) with args of either kind and of the state's type.
@@ -120,7 +123,7 @@ LangevinChainResults mlp_langevin_chain(
     std::optional<double> grad_clip, std::optional<double> grad_norm,
     std::optional<double> step_clip, std::optional<double> clamp_low,
     std::optional<double> clamp_high, bool clamp_end, bool negative_energy, int64_t step,
-    OptionalTensor xi, int64_t thin, bool stats, bool freeze_nonfinite) {
+    OptionalTensor xi, int64_t thin, bool stats, bool freeze_nonfinite, bool bfloat16) {
   const LangevinChainOptions o{n_steps,   drift,           drift_t,   noise,     noise_t,
                                decay,     decay_t,         pull,      pull_t,    x_ref,
                                grad_clip, grad_norm,       step_clip, clamp_low, clamp_high,
@@ -128,7 +131,8 @@ LangevinChainResults mlp_langevin_chain(
                                stats,     freeze_nonfinite};
   const LangevinChainOp op("mlp_langevin_chain", x0);
   op.check_options(rng, o);
-  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold);
+  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold,
+                      bfloat16);
   return run_langevin_chain(op, rng, o, network_runner<Backend>(network, x0));
 }
 
@@ -145,7 +149,8 @@ MalaChainResults mlp_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng,
                            stats};
   const MalaChainOp op("mlp_mala_chain", x0);
   op.check_options(rng, accept_rng, o);
-  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold);
+  const MlpOp network(op, x0, weights, biases, activation, activation_shape, activation_threshold,
+                      /*bfloat16=*/false);
   return run_mala_chain(op, rng, accept_rng, o, network_runner<Backend>(network, x0));
 }
 

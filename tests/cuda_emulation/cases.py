@@ -4,7 +4,8 @@ A case makes its inputs of a dtype and a shape, aligned or not, calls `cf.ops`, 
 results by name. The same call runs on the CPU ops and on the emulated CUDA kernels. Results are
 equal bit by bit, unless their name says that they are sums, or depend on one: those agree to
 rounding; or that small terms are in them: an exponential below 2^-110 is anything up to that on the
-CPU, and on a GPU zero where it underflows.
+CPU, and on a GPU zero where it underflows; or that they are taken in bfloat16, which a CPU does not
+do: those agree to the error of a few steps, which tests of the op measure.
 """
 
 from __future__ import annotations
@@ -292,6 +293,8 @@ def _mlp_chain(
     return {name: value for name, value in result._asdict().items() if value is not None}
 
 
+BFLOAT16_TOLERANCE = 0.02  # absolute and relative
+
 # A tile of 8, 16 and 32 chains on the emulation's devices of few blocks, the last with a tail.
 MLP_BATCHES = (3, 20, 57)
 
@@ -359,6 +362,44 @@ def mlp_chain_not_finite(inputs: Inputs) -> Results:
                 name: t for name, t in result._asdict().items() if t is not None
             }
     return _joined(results)
+
+
+def mlp_chain_bfloat16(inputs: Inputs) -> Results:
+    """Products on tensor cores: tiles of every size, two layers to four, widths that fill nothing
+    and that fill fragments, plain steps and all that stands beside them."""
+    if _mlp_inputs(inputs) is None:
+        return {}
+    plain = {"thin": 2, "bfloat16": True}
+    options = {
+        "grad_norm": 0.7, "decay": 0.1, "pull": 0.2, "x_ref": True, "xi": True, "thin": 1,
+        "stats": True, "freeze_nonfinite": True, "bfloat16": True,
+    }  # fmt: skip
+    results = {
+        "8": _mlp_chain(inputs, 3, (16, 5, 17, 7), **plain),
+        "16": _mlp_chain(inputs, 20, (20, 9), **plain),
+        "8, options": _mlp_chain(inputs, 3, (5, 3, 16), **options),
+        "32, options": _mlp_chain(inputs, 57, (9, 7), **options),
+    }
+    return {f"{name} (bfloat16)": value for name, value in _joined(results).items()}
+
+
+def mlp_chain_bfloat16_not_finite(inputs: Inputs) -> Results:
+    """NaN and infinity in the state and in each layer: each chain's are its own."""
+    if inputs.shape != (3, 5) or _mlp_inputs(inputs) is None:
+        return {}
+    results = {}
+    for layer, value in itertools.product(range(3), NOT_FINITE):
+        weights = [inputs.normal(9, 5), inputs.normal(17, 9), inputs.normal(1, 17)]
+        biases = [inputs.normal(9), inputs.normal(17), inputs.normal(1)]
+        x0 = inputs.normal(9, 5)
+        x0[3, 1] = value
+        weights[layer][0, 0] = value if layer < 2 else 0.0
+        result = cf.ops.mlp_langevin_chain(
+            x0, weights, biases, inputs.rng, activation="relu", n_steps=1, drift=0.01,
+            freeze_nonfinite=layer == 2, bfloat16=True,
+        )  # fmt: skip
+        results[f"{layer}, {value}"] = {"x": result.x, "frozen_at": result.frozen_at}
+    return {f"{name} (bfloat16)": value for name, value in _joined(results).items()}
 
 
 def _joined(results: dict[str, Results]) -> Results:
@@ -767,6 +808,8 @@ CASES: dict[str, Case] = {
         mlp_chain_activations,
         mlp_chain_not_finite,
         mlp_mala_chain,
+        mlp_chain_bfloat16,
+        mlp_chain_bfloat16_not_finite,
         affine_coupling,
         affine_coupling_inverse,
         affine_coupling_not_finite,

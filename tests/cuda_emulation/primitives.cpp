@@ -8,6 +8,7 @@
 
 #include "coopflow/elementary.h"
 #include "emulation.h"
+#include "warp_matrix.cuh"
 
 namespace {
 
@@ -78,6 +79,53 @@ void exchange_in_dynamic_memory() {
   values[threadIdx.x] = static_cast<int>(threadIdx.x);
   __syncthreads();
   expect("the other warp's value", values[63 - threadIdx.x], static_cast<int>(63 - threadIdx.x));
+}
+
+// Small whole numbers, whose products and sums are exact; (16, 16), (8, 16) and a transpose.
+constexpr int kStride = 24;
+alignas(16) __shared__ coopflow::bfloat16 matrix[16 * kStride], transpose[16 * kStride],
+    columns[8 * kStride];
+
+float entry(int i, int k) { return static_cast<float>((7 * i + 5 * k) % 23 - 11); }
+
+void write_matrices() {
+  using coopflow::from_arithmetic;
+  for (int at = static_cast<int>(threadIdx.x); at < 256; at += 64) {
+    const int i = at / 16, k = at % 16;
+    matrix[i * kStride + k] = from_arithmetic<coopflow::bfloat16>(entry(i, k));
+    transpose[k * kStride + i] = from_arithmetic<coopflow::bfloat16>(entry(i, k));
+    if (i < 8) columns[i * kStride + k] = from_arithmetic<coopflow::bfloat16>(entry(3 * i, k + 1));
+  }
+  __syncthreads();
+}
+
+void matrix_products() {
+  write_matrices();
+  const auto multiply = [](const coopflow::MatrixA& a, const char* what) {
+    const coopflow::FragmentPlace place = coopflow::fragment_place(this_lane());
+    coopflow::MatrixSums sums = {1.0f, 2.0f, 3.0f, 4.0f};
+    coopflow::multiply_accumulate(a, coopflow::load_b(columns, kStride, this_lane()), sums);
+    for (int at = 0; at < 4; ++at) {
+      float expected = 1.0f + static_cast<float>(at);
+      for (int k = 0; k < 16; ++k) {
+        expected += entry(place.row + at / 2 * 8, k) * entry(3 * (place.column + at % 2), k + 1);
+      }
+      expect(what, sums[at], expected);
+    }
+  };
+  multiply(coopflow::load_a<false>(matrix, kStride, this_lane()), "a product");
+  multiply(coopflow::load_a<true>(transpose, kStride, this_lane()), "a transposed product");
+}
+
+void matrix_not_on_16_bytes() {
+  write_matrices();
+  uint32_t words[4];
+  coopflow::load_quarters<false>(matrix + 4, words);
+}
+
+void product_of_half_a_warp() {
+  coopflow::MatrixSums sums = {};
+  if (this_lane() < 16) coopflow::multiply_accumulate({}, {}, sums);
 }
 
 // NaN is NaN, and zeros have signs.
@@ -185,6 +233,9 @@ constexpr Primitive kPrimitives[] = {
     {"exchange_in_the_block", exchange_in_the_block},
     {"exchange_in_dynamic_memory", exchange_in_dynamic_memory},
     {"elementary_functions", elementary_functions},
+    {"matrix_products", matrix_products},
+    {"matrix_not_on_16_bytes", matrix_not_on_16_bytes},
+    {"product_of_half_a_warp", product_of_half_a_warp},
     {"race_in_the_block", race_in_the_block},
     {"race_in_dynamic_memory", race_in_dynamic_memory},
     {"dynamic_memory_unwritten", dynamic_memory_unwritten},

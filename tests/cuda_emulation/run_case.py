@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cuda_emulation.cases import CASES, COVERING_SHAPES, Inputs
+from cuda_emulation.cases import BFLOAT16_TOLERANCE, CASES, COVERING_SHAPES, Inputs
 from cuda_emulation.harness import FAR_BLOCKS, Emulation
 
 
@@ -32,7 +32,8 @@ def main(library: str, case: str) -> str:
             with emulation.ops():
                 results = CASES[case](inputs())
             for key, expected in CASES[case](inputs()).items():
-                if not torch.allclose(results[key], expected, equal_nan=True):
+                tolerances = (BFLOAT16_TOLERANCE,) * 2 if "(bfloat16)" in key else (1e-5, 1e-8)
+                if not torch.allclose(results[key], expected, *tolerances, equal_nan=True):
                     return f"{case}, {shape}: {key}: {results[key]} is not {expected}"
     return ""
 

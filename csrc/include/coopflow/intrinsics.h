@@ -1,5 +1,6 @@
 // Instructions that only a GPU has, each beside a host path of the same meaning. Nothing else in
-// csrc uses inline assembly or approximate-math instructions.
+// csrc uses inline assembly or approximate-math instructions, but for those that a warp executes
+// together (cuda/warp_matrix.cuh).
 #pragma once
 
 #include <cmath>

@@ -159,6 +159,10 @@ struct Mlp {
   int depth;
   Activation activation;
   ActivationParameters<A> parameters;
+  bool bfloat16;  // whether a GPU may take the products between hidden layers in bfloat16
 };
+
+// One hidden layer has no such product.
+COOPFLOW_HD bool has_bfloat16_products(bool allowed, int depth) { return allowed && depth > 1; }
 
 }  // namespace coopflow
