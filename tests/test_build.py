@@ -161,6 +161,15 @@ def test_unknown_option_value_is_refused(configure: Configure) -> None:
     assert "COOPFLOW_CUDA must be auto, 0 or 1; got 'maybe'" in " ".join(done.stderr.split())
 
 
+@in_source_tree
+def test_architecture_without_bfloat16_is_refused(configure: Configure) -> None:
+    done = configure("-DCOOPFLOW_CUDA_ARCHITECTURES=80-real;75")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "COOPFLOW_CUDA_ARCHITECTURES must be 80 or later" in message
+    assert "got '80-real;75'" in message
+
+
 def _copy_tree(destination: Path) -> Path:
     """The source tree as a checkout has it, without what was built in it."""
     shutil.copytree(
