@@ -1,7 +1,8 @@
-// attention and its derivative on CUDA. A block has a tile of scores: 64 x 64 (32 x 32 in float64),
-// four by four for each thread. Forward and the gradient of q walk along the keys, the gradients of
-// k and v along the rows, so that every result belongs to one block and sums have a fixed order.
-#include <string>
+// attention and its derivative on CUDA. A block has a tile of scores, 64 x 64 (32 x 32 in float64),
+// of which a thread has 4 x 4 (2 x 2). Forward and the gradient of q walk along the keys, the
+// gradients of k and v along the rows, so that every result belongs to one block and sums have a
+// fixed order.
+#include <type_traits>
 
 #include "coopflow/attention.h"
 #include "coopflow/packed.h"
@@ -13,16 +14,17 @@
 namespace coopflow {
 namespace {
 
-// Scores of a thread in each direction.
-constexpr int kOwn = 4;
+// A block has so many threads in each direction.
+constexpr int kSide = 16;
+constexpr int kThreads = kSide * kSide;
+static_assert(kThreads == kBlockThreads && kWarp % kSide == 0);
 
-// A block of threads, as many in each direction, and the shared memory of a tile. `kDim` is the
-// least of 32 and 64 that holds the vectors.
+// A tile of scores and the shared memory that it takes. `kDim` is the least of 32 and 64 that holds
+// the vectors.
 template <typename A, int kDim>
 struct TileLayout {
-  static constexpr int kTile = sizeof(A) == 4 ? 64 : 32;
-  static constexpr int kSide = kTile / kOwn;
-  static constexpr int kThreads = kSide * kSide;
+  static constexpr int kOwn = sizeof(A) == 4 ? 4 : 2;  // scores of a thread in each direction
+  static constexpr int kTile = kSide * kOwn;
   static constexpr int kColumns = kDim / kSide;  // of a thread, in sums of vectors
   // Between rows of vectors that lie side by side; four more numbers keep off bank conflicts.
   static constexpr int kStride = kTile + 4;
@@ -57,15 +59,16 @@ class Block {
  public:
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
+  static constexpr int kOwn = Layout::kOwn;
+  static constexpr int kTile = Layout::kTile, kStride = Layout::kStride;
   using Scores = A[kOwn][kOwn];
   using Sums = A[kOwn][Layout::kColumns];
-  static constexpr int kTile = Layout::kTile, kStride = Layout::kStride;
 
   __device__ __forceinline__ explicit Block(const AttentionShape& shape)
       : shape_(shape),
         free_(reinterpret_cast<A*>(dynamic_shared_floats())),
-        first_(static_cast<int>(threadIdx.x) / Layout::kSide * kOwn),
-        second_(static_cast<int>(threadIdx.x) % Layout::kSide) {}
+        first_(static_cast<int>(threadIdx.x) / kSide * kOwn),
+        second_(static_cast<int>(threadIdx.x) % kSide) {}
 
   __device__ __forceinline__ int first_own() const { return first_; }
   __device__ __forceinline__ int second_own() const { return second_ * kOwn; }
@@ -82,7 +85,7 @@ class Block {
   __device__ __forceinline__ void load(const AttentionInput& from, int64_t head, int64_t first,
                                        A factor, A* side_by_side, A* in_rows) const {
     const T* const vectors = static_cast<const T*>(from.data) + from.head_offset(shape_, head);
-    for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += Layout::kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += kThreads) {
       const int row = i / kDim, k = i % kDim;
       A value = A(0);
       if (first + row < shape_.length && k < shape_.dim) {
@@ -118,7 +121,9 @@ class Block {
   __device__ __forceinline__ void share(const Scores& weights, A* to) const {
     COOPFLOW_UNROLL
     for (int c = 0; c < kOwn; ++c) {
-      const A column[kOwn] = {weights[0][c], weights[1][c], weights[2][c], weights[3][c]};
+      A column[kOwn];
+      COOPFLOW_UNROLL
+      for (int r = 0; r < kOwn; ++r) column[r] = weights[r][c];
       store_shared(column, to + (second_own() + c) * kStride + first_own());
     }
   }
@@ -162,7 +167,7 @@ class Block {
   template <typename F>
   __device__ __forceinline__ A reduce_row(A value, const F& combine) const {
     COOPFLOW_UNROLL
-    for (int threads = Layout::kSide / 2; threads > 0; threads /= 2) {
+    for (int threads = kSide / 2; threads > 0; threads /= 2) {
       value = combine(value, __shfl_xor_sync(0xFFFFFFFFu, value, threads));
     }
     return value;
@@ -180,22 +185,25 @@ class HeadMask {
  public:
   __device__ __forceinline__ HeadMask(const AttentionDropout<A>& dropout,
                                       const AttentionShape& shape, int64_t head)
-      : key_(make_philox_key(dropout.rng[0])),
+      : dropout_(dropout),
+        length_(shape.length),
+        key_(make_philox_key(dropout.rng[0])),
         time_(static_cast<uint32_t>(dropout.rng[1] + dropout.step)),
-        threshold_(dropout.threshold),
         chain_(dropout.rng[2] + head / shape.heads),
-        first_row_(head % shape.heads * shape.length),
-        length_(shape.length) {}
+        first_(head % shape.heads * shape.length * shape.length) {}
 
   // Bit i: whether the weight of key first_key + i is kept, i < 4.
   __device__ __forceinline__ uint32_t kept(int64_t row, int64_t first_key) const {
-    return kept_of_four(key_, chain_, time_, (first_row_ + row) * length_ + first_key, threshold_);
+    return kept_of_four(key_, chain_, time_, first_ + row * length_ + first_key,
+                        dropout_.threshold);
   }
 
  private:
+  const AttentionDropout<A>& dropout_;
+  const int64_t& length_;
   const PhiloxKey key_;
-  const uint32_t time_, threshold_;
-  const int64_t chain_, first_row_, length_;
+  const uint32_t time_;
+  const int64_t chain_, first_;
 };
 
 template <typename A, int kCount>
@@ -209,7 +217,7 @@ __device__ __forceinline__ void fill(A (&values)[kCount], A value) {
 
 // The softmax of a thread's rows on its way through the keys. The peak is that of the whole row,
 // the sum that of the thread's own columns.
-template <typename A>
+template <typename A, int kOwn>
 struct RunningSoftmax {
   A peak[kOwn], sum[kOwn];
 };
@@ -217,11 +225,12 @@ struct RunningSoftmax {
 // Scores become terms of the softmax, and sums of vectors shrink with the largest score's growth.
 // `count` columns of the tile exist.
 template <typename T, int kDim>
-__device__ __forceinline__ void take_scores(const Block<T, kDim>& block, int64_t count,
-                                            RunningSoftmax<arithmetic_t<T>>& softmax,
-                                            typename Block<T, kDim>::Scores& scores,
-                                            typename Block<T, kDim>::Sums& sums) {
+__device__ __forceinline__ void take_scores(
+    const Block<T, kDim>& block, int64_t count,
+    RunningSoftmax<arithmetic_t<T>, Block<T, kDim>::kOwn>& softmax,
+    typename Block<T, kDim>::Scores& scores, typename Block<T, kDim>::Sums& sums) {
   using A = arithmetic_t<T>;
+  constexpr int kOwn = Block<T, kDim>::kOwn;
   COOPFLOW_UNROLL
   for (int r = 0; r < kOwn; ++r) {
     A largest = softmax.peak[r];
@@ -245,11 +254,11 @@ __device__ __forceinline__ void take_scores(const Block<T, kDim>& block, int64_t
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     attention_kernel(const __grid_constant__ AttentionArgs<arithmetic_t<T>> args) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile;
+  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
   A* const queries = block.take(Layout::kSideBySide);
@@ -260,7 +269,7 @@ __global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
   for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
     const int64_t head = unit / tiles, first_row = unit % tiles * kTile;
     const HeadMask<A> mask(args.dropout, shape, head);
-    RunningSoftmax<A> softmax;
+    RunningSoftmax<A, kOwn> softmax;
     fill(softmax.peak, static_cast<A>(-INFINITY));
     fill(softmax.sum, A(0));
     typename Block<T, kDim>::Sums sums = {};
@@ -331,13 +340,11 @@ __device__ __forceinline__ void load_row_sums(const AttentionBackwardArgs<arithm
 
 // Writes deltas, (batch, heads, length), too.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
-    attention_query_gradient_kernel(
-        const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
-        arithmetic_t<T>* deltas) {
+__global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
+    const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args, arithmetic_t<T>* deltas) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile;
+  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
   A* const queries = block.take(Layout::kSideBySide);
@@ -388,15 +395,15 @@ __global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
   }
 }
 
-// A block has a tile of keys and walks along the rows: its scores are transposed.
+// A block has a tile of keys and walks along the rows: its scores are transposed. Of long vectors a
+// multiprocessor has shared memory for one block alone.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(TileLayout<arithmetic_t<T>, kDim>::kThreads)
-    attention_key_gradient_kernel(
-        const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
-        const arithmetic_t<T>* deltas) {
+__global__ void __launch_bounds__(kThreads, kDim == 32 ? 2 : 1) attention_key_gradient_kernel(
+    const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
+    const arithmetic_t<T>* deltas) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile;
+  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
   A* const keys = block.take(Layout::kSideBySide);
@@ -474,7 +481,7 @@ struct CudaAttention {
     dispatch_dim(args.shape.dim, [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
       using Layout = TileLayout<arithmetic_t<T>, kDim>;
-      launch_with_memory<attention_kernel<T, kDim>>(q, units<Layout>(args.shape), Layout::kThreads,
+      launch_with_memory<attention_kernel<T, kDim>>(q, units<Layout>(args.shape), kThreads,
                                                     Layout::bytes(Layout::kForward), args);
     });
   }
@@ -489,9 +496,9 @@ struct CudaAttention {
       using Layout = TileLayout<A, kDim>;
       const int64_t blocks = units<Layout>(args.shape);
       launch_with_memory<attention_query_gradient_kernel<T, kDim>>(
-          lse, blocks, Layout::kThreads, Layout::bytes(Layout::kQueryGradient), args, at);
+          lse, blocks, kThreads, Layout::bytes(Layout::kQueryGradient), args, at);
       launch_with_memory<attention_key_gradient_kernel<T, kDim>>(
-          lse, blocks, Layout::kThreads, Layout::bytes(Layout::kKeyGradient), args, at);
+          lse, blocks, kThreads, Layout::bytes(Layout::kKeyGradient), args, at);
     });
   }
 
