@@ -108,13 +108,16 @@ class Kernel:
 
     @property
     def instructions_per_evaluation(self) -> int | None:
-        """Fewest instructions once round the loop that has a reciprocal for each component.
+        """Fewest instructions of an element once round the loop that evaluates its mixture.
 
-        Only for ``mixture_coupling_kernel<P, K, inverse>`` with K components in registers.
+        That loop has a reciprocal for each component which a thread holds. Only for
+        ``mixture_coupling_kernel<P, K, threads of an element, inverse>`` with K > 0 components in
+        registers; the threads' instructions are added up.
         """
-        match = re.search(r"mixture_coupling_kernel<[\w:]+, (\d+), true>", self.name)
+        match = re.search(r"mixture_coupling_kernel<[\w:]+, (\d+), (\d+), true>", self.name)
         if not match or match[1] == "0":
             return None
+        components, threads = int(match[1]), int(match[2])
         loops = [
             [i for i in self.instructions if begin <= i.address <= end]
             for begin, end in self.loop_spans
@@ -122,9 +125,9 @@ class Kernel:
         evaluating = [
             loop
             for loop in loops
-            if sum(i.opcode.startswith("MUFU.RCP") for i in loop) >= int(match[1])
+            if sum(i.opcode.startswith("MUFU.RCP") for i in loop) >= components // threads
         ]
-        return shortest_way(min(evaluating, key=len)) if evaluating else None
+        return threads * shortest_way(min(evaluating, key=len)) if evaluating else None
 
     @property
     def main_loop(self) -> list[Instruction]:

@@ -172,20 +172,16 @@ class Mixture {
 
   // From the middle of the exact bracket, which takes more evaluations than the kernels' start.
   A solve(A target) const {
-    coopflow::RootSearch<A> s{
-        coopflow::root_tolerance(target), A(0), INFINITY, -INFINITY, A(0), A(0),
-        coopflow::is_finite(target)};
-    for (const auto& c : components_) {
-      const A quantile = coopflow::component_quantile(c, target);
-      s.low = coopflow::smaller_of(s.low, quantile);
-      s.high = coopflow::larger_of(s.high, quantile);
-    }
+    coopflow::Quantiles<A> quantiles;
+    for (const auto& c : components_) add(quantiles, target, c);
+    coopflow::RootSearch<A> s = coopflow::begin_search(quantiles, target);
     s.x = A(0.5) * (s.low + s.high);
-    s.step = s.step_before = A(2) * (s.high - s.low);
+    coopflow::MixtureLogit<A> logit{};
     for (int n = 0; s.pending && n < coopflow::MixtureConstants<A>::kMaxEvaluations; ++n) {
-      advance(s, target, at(s.x).logit);
+      logit = at(s.x).logit;
+      advance(s, target, logit);
     }
-    return s.x;
+    return last_step(s, target, logit);
   }
 
  private:

@@ -81,6 +81,14 @@ CAUGHT = {
         "checked", "mixture_logistic_*.cu", "mixture_logistic_not_finite",
         ("mixture_logistic_coupling_inverse, 3 x torch.float32", ": out: tensor(", "is not"),
     ),
+    "search_left_alone": (
+        "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
+        ("__shfl_xor_sync at parts.cuh", "is not reached by thread", "block ("),
+    ),
+    "sums_of_one_part": (
+        "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
+        ("32 x torch.float32", "(sum): tensor(", "is not"),
+    ),
 }  # fmt: skip
 
 

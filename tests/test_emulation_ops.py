@@ -166,6 +166,36 @@ def test_grid_depends_on_the_threads_of_a_block(emulation: harness.Emulation) ->
     assert blocks == [8, 4, 8]
 
 
+@pytest.mark.parametrize("components", [4, 32, 33])
+def test_an_element_of_a_mixture_does_not_depend_on_its_place(
+    emulation: harness.Emulation, components: int
+) -> None:
+    """Bit by bit, whichever elements share its warp: alone, in the last and not full warp of a
+    chain, and beside others whose searches take longer or whose inputs are not finite."""
+    inputs = Inputs(torch.float32, (3, 37))
+    x, params = 3 * inputs.normal(), inputs.normal(3, 2 + 3 * components, 37)
+    params[:, 2 + components : 2 + 2 * components] *= 2
+    params[:, 2 + 2 * components :] -= 1
+    x[1, 5], params[1, 7, 9] = torch.nan, torch.inf
+
+    def run(x: torch.Tensor, params: torch.Tensor) -> list[torch.Tensor]:
+        results = []
+        for op in (cf.ops.mixture_logistic_coupling, cf.ops.mixture_logistic_coupling_inverse):
+            leaves = (x.clone().requires_grad_(), params.clone().requires_grad_())
+            out, ladj = op(*leaves)
+            results += [out.detach(), *torch.autograd.grad(out.sum() + ladj.sum(), leaves)]
+        return results
+
+    with emulation.settings(), emulation.ops():
+        together = run(x, params)
+        alone = run(x.reshape(-1, 1), params.movedim(1, 2).reshape(-1, params.shape[1], 1))
+    for one, other in zip(alone, together, strict=True):
+        expected = other if other.ndim == 2 else other.movedim(1, 2)
+        torch.testing.assert_close(
+            one.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True
+        )
+
+
 ONE_LAUNCH: dict[str, dict[str, Any]] = {
     "mask": {},
     "limits": {"grad_clip": 0.5, "step_clip": 0.1, "clamp": (-1.0, 1.0), "is_score": True},

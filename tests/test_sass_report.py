@@ -176,10 +176,40 @@ def test_plain_langevin_update_stays_memory_bound(dtype_and_width: str) -> None:
         assert kernel.instructions_per_element <= 40, (kernel.arch, kernel.name)
 
 
+def _mixtures(dtype: str) -> list[Any]:
+    """Forward, inverse and backward with 32 components."""
+    return _named(f"mixture_coupling_kernel<{dtype}, 32,") + _named(
+        f"mixture_coupling_backward_kernel<{dtype}, 32,"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
+def test_mixture_kernels_with_32_components_leave_room_for_16_warps(dtype: str) -> None:
+    """A quarter of those that fit on sm_90; 222 registers had let in an eighth."""
+    for kernel in _mixtures(dtype):
+        assert kernel.registers <= 128, (kernel.arch, kernel.name)
+        assert not kernel.stack_bytes, (kernel.arch, kernel.name)
+
+
+@pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
+def test_mixture_backward_reads_nothing_between_its_writes(dtype: str) -> None:
+    """The gradients of 16 components in registers, three writes each, wait for no read."""
+    for kernel in _named(f"mixture_coupling_backward_kernel<{dtype}, 32,"):
+        memory = "".join(
+            "r" if i.is_a("LDG", "LD") else "w"
+            for i in kernel.instructions
+            if i.is_a("LDG", "LD", "STG", "ST")
+        )
+        assert "w" * 48 in memory, (kernel.arch, kernel.name)
+
+
 @pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
 def test_mixture_inverse_with_32_components_is_arithmetic_alone(dtype: str) -> None:
-    for kernel in _named(f"mixture_coupling_kernel<{dtype}, 32, true>"):
-        assert 32 * 10 < kernel.instructions_per_evaluation <= 500, (kernel.arch, kernel.name)
+    """One thread took 499 instructions; two share the components, not the search."""
+    for kernel in _named(f"mixture_coupling_kernel<{dtype}, 32, 2, true>"):
+        assert 32 * 10 < kernel.instructions_per_evaluation <= 1.12 * 499, (
+            kernel.arch, kernel.name,
+        )  # fmt: skip
 
 
 def test_the_shortest_way_skips_what_a_branch_jumps_over() -> None:

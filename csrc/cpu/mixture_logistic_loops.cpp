@@ -245,30 +245,27 @@ void finish(const Components<A>& m, const A* x, const Sums<A>& sums, A* logit, A
 // Where logit F = target, and the direct sums there. Elements with a NaN target are not searched.
 template <typename A>
 void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
-  alignas(64) A low[kWidth], high[kWidth], step[kWidth], step_before[kWidth], total[kWidth];
+  alignas(64) A tolerance[kWidth], low[kWidth], high[kWidth], step[kWidth], step_before[kWidth];
+  alignas(64) A weight[kWidth];
   int32_t pending[kWidth];
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    A least = INFINITY, greatest = -INFINITY, weighted = A(0), weights = A(0);
-    for_each_component(m.count, [&](int64_t k) {
-      const Component<A> c = m.at(k, i);
-      const A quantile = component_quantile(c, target[i]);
-      least = smaller_of(least, quantile);
-      greatest = larger_of(greatest, quantile);
-      weighted = multiply_add(c.weight, quantile, weighted);
-      weights += c.weight;
-    });
-    low[i] = least;
-    high[i] = greatest;
-    x[i] = weighted;
-    total[i] = weights;
+    Quantiles<A> quantiles;
+    for_each_component(m.count, [&](int64_t k) { add(quantiles, target[i], m.at(k, i)); });
+    low[i] = quantiles.low;
+    high[i] = quantiles.high;
+    x[i] = quantiles.weighted;
+    weight[i] = quantiles.weight;
     sums.set(i, MixtureSums<A>());
   }
   COOPFLOW_INDEPENDENT
   for (int64_t i = 0; i < kWidth; ++i) {
-    x[i] = clamp_keep_nan(x[i] / total[i], low[i], high[i]);
-    step[i] = step_before[i] = A(2) * (high[i] - low[i]);
-    pending[i] = is_finite(target[i]) ? 1 : 0;
+    const RootSearch<A> s = begin_search(Quantiles<A>{low[i], high[i], x[i], weight[i]}, target[i]);
+    tolerance[i] = s.tolerance;
+    x[i] = s.x;
+    step[i] = s.step;
+    step_before[i] = s.step_before;
+    pending[i] = s.pending ? 1 : 0;
   }
   Logits<A> logits;
   Sums<A> at_x;
@@ -283,15 +280,11 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
     }
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
-      RootSearch<A> s{root_tolerance(target[i]),
-                      x[i],
-                      low[i],
-                      high[i],
-                      step[i],
-                      step_before[i],
-                      pending[i] != 0};
+      RootSearch<A> s{tolerance[i], x[i],           low[i],         high[i],
+                      step[i],      step_before[i], pending[i] != 0};
       advance(s, target[i], logits.at(i));
-      x[i] = s.x;
+      const bool ends = (pending[i] != 0) & !s.pending;
+      x[i] = ends ? last_step(s, target[i], logits.at(i)) : s.x;
       low[i] = s.low;
       high[i] = s.high;
       step[i] = s.step;
@@ -479,10 +472,11 @@ void component_gradients(const Components<A>& m, const Scaling<A>& scaling,
       const Logistic<A> at{block.t[i], below, above, larger_of(below, above)};
       const MixtureTerms<A> of = terms<kAnyScaled>(m, k, i, at, scaling);
       const ComponentGradient<A> g =
-          component_gradient(at, c.inv_scale, c.weight, of, per.at(i), grad_u[i], grad_l[i]);
+          component_gradient(at, c.inv_scale, c.weight, log_scale_is_clamped(block.log_scale[i]),
+                             of, per.at(i), grad_u[i], grad_l[i]);
       block.log_weight[i] = g.logit;
       block.mean[i] = g.mean;
-      block.log_scale[i] = clamp_log_scale_gradient(block.log_scale[i], g.log_scale);
+      block.log_scale[i] = g.log_scale;
     });
   }
 }

@@ -1,12 +1,15 @@
-// Kernels of the mixture-of-logistics coupling: one thread an element. Up to a number of components
-// an element's parameters stay in registers, so that the root search reads memory once; beyond it
-// each evaluation reads them again, mostly from cache.
+// Kernels of the mixture-of-logistics coupling. Up to a number of components an element's
+// parameters stay in registers, so that the root search reads memory once; beyond it each
+// evaluation reads them again, mostly from cache. An element has one thread, or several with a part
+// of the components each, which merge their sums and then all know the element's: registers decide
+// how many warps there can be, and warps hide what memory and dependent arithmetic let one wait.
 #pragma once
 
 #include "coopflow/mixture_logistic.h"
 #include "coopflow/scalar_types.h"
 #include "launch.cuh"
 #include "mixture_logistic_launch.h"
+#include "parts.cuh"
 #include "reduce.cuh"
 
 namespace coopflow {
@@ -44,50 +47,67 @@ struct ParamRows {
   }
 };
 
-// kComponents > 0: that many components in registers. 0: any number, from memory at each use.
-// poison becomes NaN where a parameter is not finite.
-template <typename P, int kComponents>
+// kComponents > 0: that many components in registers, those of this thread's part. 0: any number,
+// from memory at each use. poison becomes NaN where a parameter of the element is not finite.
+template <typename P, int kComponents, int kParts>
 class MixtureParams {
  public:
   using A = arithmetic_t<P>;
+  static_assert(kComponents % kParts == 0 && kComponents / kParts <= 32);
 
   __device__ __forceinline__ MixtureParams(const ParamRows<P>& memory, A* poison) : rows(memory) {
     const int64_t stride = rows.shape.per_chain;
-    const P* value = rows.row + rows.shape.first_row() * stride;
+    const P* weight = rows.row + (rows.shape.first_row() + first()) * stride;
+    const P* mean = weight + kComponents * stride;
+    const P* log_scale = mean + kComponents * stride;
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k, value += stride) list_[k].weight = to_arithmetic(*value);
+    for (int k = 0; k < kHeld; ++k, weight += stride) list_[k].weight = to_arithmetic(*weight);
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k, value += stride) list_[k].mean = to_arithmetic(*value);
+    for (int k = 0; k < kHeld; ++k, mean += stride) list_[k].mean = to_arithmetic(*mean);
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k, value += stride) {
-      list_[k].inv_scale = to_arithmetic(*value);
+    for (int k = 0; k < kHeld; ++k, log_scale += stride) {
+      list_[k].inv_scale = to_arithmetic(*log_scale);
     }
     A peak = list_[0].weight;
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       peak = larger_of(peak, list_[k].weight);
       *poison = component_poison(*poison, list_[k].weight, list_[k].mean, list_[k].inv_scale);
+      clamped_ |= log_scale_is_clamped(list_[k].inv_scale) ? 1u << k : 0u;
     }
+    peak = Parts<kParts>::merged(peak, [](A a, A b) { return larger_of(a, b); });
+    *poison = Parts<kParts>::merged(*poison, [](A a, A b) { return a + b; });
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       list_[k] = make_component(list_[k].weight - peak, list_[k].mean, list_[k].inv_scale);
     }
   }
 
+  // The part: components first(), ..., first() + count() - 1.
+  __device__ __forceinline__ int first() const { return Parts<kParts>::part() * kHeld; }
+  __device__ __forceinline__ int count() const { return kHeld; }
+
+  // Calls f(k, component) for the k-th of the part.
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
     COOPFLOW_UNROLL
-    for (int k = 0; k < kComponents; ++k) f(k, list_[k]);
+    for (int k = 0; k < kHeld; ++k) f(k, list_[k]);
   }
+
+  // Whether the log-scale of the part's k-th is. Kept, since a read would wait for the writes
+  // before it.
+  __device__ __forceinline__ bool is_clamped(int k) const { return (clamped_ >> k & 1u) != 0u; }
 
   const ParamRows<P> rows;
 
  private:
-  Component<A> list_[kComponents];
+  static constexpr int kHeld = kComponents / kParts;
+  Component<A> list_[kHeld];
+  uint32_t clamped_ = 0;
 };
 
 template <typename P>
-class MixtureParams<P, 0> {
+class MixtureParams<P, 0, 1> {
  public:
   using A = arithmetic_t<P>;
 
@@ -98,9 +118,16 @@ class MixtureParams<P, 0> {
     }
   }
 
+  __device__ __forceinline__ int first() const { return 0; }
+  __device__ __forceinline__ int count() const { return rows.components(); }
+
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
     for (int k = 0; k < rows.components(); ++k) f(k, rows.component(k, peak_));
+  }
+
+  __device__ __forceinline__ bool is_clamped(int k) const {
+    return log_scale_is_clamped(rows.log_scale(k));
   }
 
   const ParamRows<P> rows;
@@ -111,14 +138,15 @@ class MixtureParams<P, 0> {
 
 // --- sums over the components ---
 
-template <typename Params, typename A = typename Params::A>
+template <int kParts, typename Params, typename A = typename Params::A>
 __device__ __forceinline__ MixtureSums<A> direct_sums(const Params& params, A x) {
   MixtureSums<A> sums;
   params.for_each([&](int, const Component<A>& c) { add(sums, x, c); });
-  return sums;
+  return Parts<kParts>::merged(sums, [](const auto& a, const auto& b) { return merge(a, b); });
 }
 
-// The scaled form, read from memory.
+// The scaled form, read from memory. It is seldom needed: every thread goes through all components
+// of its element.
 template <typename A>
 struct ScaledEvaluation {
   ScaledSums<A> sums;
@@ -146,7 +174,7 @@ __device__ __forceinline__ ScaledEvaluation<A> scaled_sums(const ParamRows<P>& r
   return of;
 }
 
-// logit F and the logarithm of its slope, from the direct sums at x.
+// logit F and the logarithm of its slope, from the direct sums at x and the logit that they give.
 template <typename A>
 struct LogitAndLogSlope {
   A logit, log_slope;
@@ -154,42 +182,47 @@ struct LogitAndLogSlope {
 
 template <typename Params, typename A = typename Params::A>
 __device__ __forceinline__ LogitAndLogSlope<A> finish(const Params& params, A x,
-                                                      const MixtureSums<A>& sums) {
-  if (all_is_direct(sums)) {
-    const MixtureLogit<A> at = direct_logit(sums);
-    return {at.value, direct_log_slope(at)};
-  }
+                                                      const MixtureSums<A>& sums,
+                                                      const MixtureLogit<A>& direct) {
+  if (all_is_direct(sums)) return {direct.value, direct_log_slope(direct)};
   const ScaledEvaluation<A> scaled = scaled_sums(params.rows, x);
   const MixtureLogit<A> at = scaled_logit(scaled.sums, scaled.peaks);
   return {at.value, scaled_log_slope(at, scaled.sums, scaled.peaks)};
 }
 
-// Where logit F = target, and the direct sums at the last evaluation.
-template <typename Params, typename A = typename Params::A>
-__device__ __forceinline__ A solve(const Params& params, A target, MixtureSums<A>* sums) {
-  RootSearch<A> search{root_tolerance(target), A(0), INFINITY, -INFINITY, A(0), A(0),
-                       is_finite(target)};
-  A total = A(0);
-  params.for_each([&](int, const Component<A>& c) {
-    const A quantile = component_quantile(c, target);
-    search.low = smaller_of(search.low, quantile);
-    search.high = larger_of(search.high, quantile);
-    search.x = multiply_add(c.weight, quantile, search.x);
-    total += c.weight;
-  });
-  search.x = clamp_keep_nan(search.x / total, search.low, search.high);
-  search.step = search.step_before = A(2) * (search.high - search.low);
+// Where logit F = target, and what the last evaluation gave.
+template <typename A>
+struct Root {
+  A x;
+  MixtureSums<A> sums;
+  MixtureLogit<A> logit;
+};
+
+// Sums need all threads of a warp, so that one whose search is over goes on at its last x until the
+// others' are.
+template <int kParts, typename Params, typename A = typename Params::A>
+__device__ __forceinline__ Root<A> solve(const Params& params, A target) {
+  Quantiles<A> quantiles;
+  params.for_each([&](int, const Component<A>& c) { add(quantiles, target, c); });
+  quantiles =
+      Parts<kParts>::merged(quantiles, [](const auto& a, const auto& b) { return merge(a, b); });
+  RootSearch<A> search = begin_search(quantiles, target);
+  MixtureSums<A> sums;
+  MixtureLogit<A> logit{};
   COOPFLOW_NO_UNROLL
-  for (int n = 0; search.pending && n < MixtureConstants<A>::kMaxEvaluations; ++n) {
-    *sums = direct_sums(params, search.x);
-    MixtureLogit<A> logit = direct_logit(*sums);
-    if (!logit_is_direct(*sums)) {
+  for (int left = MixtureConstants<A>::kMaxEvaluations;
+       Parts<kParts>::any(search.pending) && left > 0; --left) {
+    sums = direct_sums<kParts>(params, search.x);
+    const MixtureLogit<A> of_sums = direct_logit(sums);
+    const bool direct = logit_is_direct(sums);
+    if (direct) logit = of_sums;
+    if (!direct && search.pending) {
       const ScaledEvaluation<A> scaled = scaled_sums(params.rows, search.x);
       logit = scaled_logit(scaled.sums, scaled.peaks);
     }
     advance(search, target, logit);
   }
-  return search.x;
+  return {last_step(search, target, logit), sums, logit};
 }
 
 // --- forward and inverse ---
@@ -214,16 +247,27 @@ __device__ __forceinline__ void store_state(arithmetic_t<P> value, int64_t offse
 
 constexpr int kMixtureThreads = 128;
 
-// Threads of a block, an element for each; a chunk of ladj is a block's elements.
-inline int mixture_threads(int64_t per_chain) {
-  return static_cast<int>(std::min<int64_t>(kMixtureThreads, divide_up(per_chain, kWarp) * kWarp));
+// Threads of an element. Each does what is done once an element, a fifth of an evaluation's work
+// for two of them and 32 components; 16 components leave enough registers to one.
+template <int kComponents>
+constexpr int kMixtureParts = kComponents == 32 ? 2 : 1;
+
+// Threads of a block; a chunk of ladj is a block's elements.
+template <int kParts>
+int mixture_threads(int64_t per_chain) {
+  const int64_t needed = divide_up(per_chain, Parts<kParts>::kElements) * kWarp;
+  return static_cast<int>(std::min<int64_t>(kMixtureThreads, needed));
 }
 
-// Resident blocks that a kernel's registers must allow: 4 leave a thread 128, 3 leave 168 and 2 all
-// 255. A parameter in registers takes one, or two for double; 32 components take 96.
-template <typename P, int kComponents, bool kBackward>
-constexpr int kMixtureMinBlocks =
-    sizeof(arithmetic_t<P>) == 8 ? 2 : (kComponents < 32 ? 4 : (kBackward ? 2 : 3));
+// Resident blocks that a kernel's registers must allow: 6 leave a thread 80, 5 leave 96, 4 leave
+// 128. A parameter in registers takes one.
+template <typename P, int kComponents>
+struct MixtureBlocks {
+  static constexpr bool kFew = sizeof(arithmetic_t<P>) == 8 || kComponents == 16;
+  static constexpr int kForward = kFew ? 4 : 6;
+  static constexpr int kInverse = kFew ? 4 : (kComponents == 32 ? 5 : 6);
+  static constexpr int kBackward = kFew || kComponents == 32 ? 4 : 5;
+};
 
 template <typename A>
 struct Affine {
@@ -238,66 +282,84 @@ __device__ __forceinline__ Affine<arithmetic_t<P>> load_affine(const MixtureShap
   return {to_arithmetic(row[0]), to_arithmetic(row[shape.per_chain])};
 }
 
-template <typename P, int kComponents, typename A = arithmetic_t<P>>
+template <typename P, int kComponents, int kParts, typename A = arithmetic_t<P>>
 __device__ __forceinline__ CouplingResult<A> forward_element(const MixtureShape& shape,
                                                              const P* row, A x) {
   const Affine<A> affine = load_affine(shape, row);
   A poison = coupling_poison(x, affine.a, affine.b);
-  const MixtureParams<P, kComponents> params({shape, row}, &poison);
-  const LogitAndLogSlope<A> at = finish(params, x, direct_sums(params, x));
+  const MixtureParams<P, kComponents, kParts> params({shape, row}, &poison);
+  const MixtureSums<A> sums = direct_sums<kParts>(params, x);
+  const LogitAndLogSlope<A> at = finish(params, x, sums, direct_logit(sums));
   return mixture_forward_result(at.logit, at.log_slope, affine.a, affine.b, poison);
 }
 
-template <typename P, int kComponents, typename A = arithmetic_t<P>>
+template <typename P, int kComponents, int kParts, typename A = arithmetic_t<P>>
 __device__ __forceinline__ CouplingResult<A> inverse_element(const MixtureShape& shape,
                                                              const P* row, const void* state,
                                                              int64_t offset, bool arithmetic_state,
                                                              bool legacy_cdf_clamp) {
-  const auto load_y = [&] { return load_state<P>(state, offset, arithmetic_state); };
   const Affine<A> affine = load_affine(shape, row);
-  const A y = load_y();
+  const A y = load_state<P>(state, offset, arithmetic_state);
   A target = inverse_target(y, affine.a, affine.b);
   A poison = poisoned(coupling_poison(y, affine.a, affine.b), target);
-  const MixtureParams<P, kComponents> params({shape, row}, &poison);
+  const MixtureParams<P, kComponents, kParts> params({shape, row}, &poison);
   target += poison;
-  if (legacy_cdf_clamp) target = legacy_clamp(target);
-  MixtureSums<A> sums;
-  const A x = solve(params, target, &sums);
-  const A log_slope = finish(params, x, sums).log_slope;
-  // What the search does not need is not kept beside it: registers are short.
-  forget_reads();
-  const Affine<A> again = load_affine(shape, row);
   A correction = A(0);
   if (legacy_cdf_clamp) {
-    correction = legacy_correction(inverse_target(load_y(), again.a, again.b), target);
+    const A clamped = legacy_clamp(target);
+    correction = legacy_correction(target, clamped);
+    target = clamped;
   }
-  return mixture_inverse_result(x, log_slope, again.a, correction, poisoned(A(0), target));
+  const Root<A> root = solve<kParts>(params, target);
+  const A log_slope = finish(params, root.x, root.sums, root.logit).log_slope;
+  return mixture_inverse_result(root.x, log_slope, affine.a, correction, poison);
 }
 
-template <typename P, int kComponents, bool kInverse>
-__global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kComponents, false>)
+// The element of a thread, counted in its chain. Where the chain ends threads may have none; they
+// stand in for its last one, as the others of their warp need them.
+struct MixtureElement {
+  int64_t index;
+  bool exists;
+};
+
+template <int kParts>
+__device__ __forceinline__ MixtureElement mixture_element(int64_t per_chain, int64_t chunk) {
+  const int elements = static_cast<int>(blockDim.x) / kParts;
+  const int64_t begin = chunk * elements;
+  const int64_t left = per_chain - begin;
+  const int there = left < elements ? static_cast<int>(left) : elements;
+  const int e = Parts<kParts>::element();
+  return {begin + (e < there ? e : there - 1), e < there};
+}
+
+template <typename P, int kComponents, int kParts, bool kInverse>
+__global__ void __launch_bounds__(kMixtureThreads, kInverse
+                                                       ? MixtureBlocks<P, kComponents>::kInverse
+                                                       : MixtureBlocks<P, kComponents>::kForward)
     mixture_coupling_kernel(const __grid_constant__ MixtureCouplingArgs<arithmetic_t<P>> args,
                             int64_t chunks, bool arithmetic_state, arithmetic_t<P>* partial_sums) {
   using A = arithmetic_t<P>;
   const MixtureShape& shape = args.shape;
   for (int64_t index = blockIdx.x; index < shape.batch * chunks; index += gridDim.x) {
     const int64_t chain = index / chunks;
-    const int64_t e = (index - chain * chunks) * blockDim.x + threadIdx.x;
+    const MixtureElement e = mixture_element<kParts>(shape.per_chain, index - chain * chunks);
     A sums[1] = {A(0)};
-    if (e < shape.per_chain) {
-      const int64_t offset = chain * shape.per_chain + e;
+    if (Parts<kParts>::any(e.exists)) {
+      const int64_t offset = chain * shape.per_chain + e.index;
       const P* row =
-          static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e;
+          static_cast<const P*>(args.params) + chain * shape.rows() * shape.per_chain + e.index;
       CouplingResult<A> result;
       if constexpr (kInverse) {
-        result = inverse_element<P, kComponents>(shape, row, args.in, offset, arithmetic_state,
-                                                 args.legacy_cdf_clamp);
+        result = inverse_element<P, kComponents, kParts>(shape, row, args.in, offset,
+                                                         arithmetic_state, args.legacy_cdf_clamp);
       } else {
-        result = forward_element<P, kComponents>(shape, row,
-                                                 load_state<P>(args.in, offset, arithmetic_state));
+        result = forward_element<P, kComponents, kParts>(
+            shape, row, load_state<P>(args.in, offset, arithmetic_state));
       }
-      store_state<P>(result.out, offset, arithmetic_state, args.out);
-      sums[0] = result.ladj;
+      if (e.exists && Parts<kParts>::part() == 0) {
+        store_state<P>(result.out, offset, arithmetic_state, args.out);
+        sums[0] = result.ladj;
+      }
     }
     block_sum(sums);
     if (threadIdx.x == 0) partial_sums[index] = sums[0];
@@ -306,21 +368,15 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
 
 // --- backward ---
 
-// Writes the gradients of component k's three parameters.
+// Writes the gradients of a component's three parameters, the logit's at `to`.
 template <typename P, typename A = arithmetic_t<P>>
-__device__ __forceinline__ void store_component_gradient(const ParamRows<P>& rows, int k,
-                                                         const Logistic<A>& at, A inv_scale,
-                                                         A weight, const MixtureTerms<A>& terms,
-                                                         const Reciprocals<A>& per, A grad_u,
-                                                         A grad_l, P* grad_logits) {
-  const ComponentGradient<A> g =
-      component_gradient(at, inv_scale, weight, terms, per, grad_u, grad_l);
-  const A log_scale = rows.log_scale(k);
-  const int64_t stride = rows.shape.per_chain;
-  grad_logits[k * stride] = from_arithmetic<P>(g.logit);
-  grad_logits[(rows.components() + k) * stride] = from_arithmetic<P>(g.mean);
-  grad_logits[(2 * rows.components() + k) * stride] =
-      from_arithmetic<P>(clamp_log_scale_gradient(log_scale, g.log_scale));
+__device__ __forceinline__ void store_component_gradient(const MixtureShape& shape,
+                                                         const ComponentGradient<A>& gradient,
+                                                         P* to) {
+  const int64_t kind = shape.components * shape.per_chain;
+  to[0] = from_arithmetic<P>(gradient.logit);
+  to[kind] = from_arithmetic<P>(gradient.mean);
+  to[2 * kind] = from_arithmetic<P>(gradient.log_scale);
 }
 
 // Gradients of the coupling's own arguments, from what the sums gave.
@@ -335,30 +391,28 @@ __device__ __forceinline__ CouplingGradient<A> coupling_gradient(
              : mixture_forward_gradient(grad_out, grad_ladj, slopes, logit, affine.a, affine.b);
 }
 
-template <typename P, int kComponents>
-__global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kComponents, true>)
+template <typename P, int kComponents, int kParts>
+__global__ void __launch_bounds__(kMixtureThreads, MixtureBlocks<P, kComponents>::kBackward)
     mixture_coupling_backward_kernel(
         const __grid_constant__ MixtureCouplingBackwardArgs<arithmetic_t<P>> args, int64_t chunks,
         bool arithmetic_state) {
   using A = arithmetic_t<P>;
-  const int64_t stride = args.shape.per_chain;
-  for (int64_t index = blockIdx.x; index < args.shape.batch * chunks; index += gridDim.x) {
+  const MixtureShape& shape = args.shape;
+  const int64_t stride = shape.per_chain;
+  for (int64_t index = blockIdx.x; index < shape.batch * chunks; index += gridDim.x) {
     const int64_t chain = index / chunks;
-    const int64_t e = (index - chain * chunks) * blockDim.x + threadIdx.x;
-    if (e >= stride) continue;
-    const int64_t offset = chain * stride + e;
-    const int64_t param = chain * args.shape.rows() * stride + e;
-    P* grad_row = static_cast<P*>(args.grad_params) + param;
+    const MixtureElement e = mixture_element<kParts>(stride, index - chain * chunks);
+    if (!Parts<kParts>::any(e.exists)) continue;
+    const int64_t offset = chain * stride + e.index;
+    const int64_t param = chain * shape.rows() * stride + e.index;
     const P* row = static_cast<const P*>(args.params) + param;
     const A x = load_state<P>(args.x, offset, arithmetic_state);
     const A grad_out = load_state<P>(args.grad_out, offset, arithmetic_state);
     const A y = args.inverse() ? load_state<P>(args.y, offset, arithmetic_state) : A(0);
-    const Affine<A> affine = load_affine(args.shape, row);
+    const Affine<A> affine = load_affine(shape, row);
     A poison = coupling_poison(x, affine.a, affine.b);
     poison = poisoned(poisoned(poison, grad_out), y);
-    const MixtureParams<P, kComponents> params({args.shape, row}, &poison);
-    const ParamRows<P>& rows = params.rows;
-    P* grad_logits = grad_row + args.shape.first_row() * stride;
+    const MixtureParams<P, kComponents, kParts> params({shape, row}, &poison);
     const A grad_ladj = args.grad_ladj[chain];
 
     GradientSums<A> sums;
@@ -366,22 +420,16 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
       const Logistic<A> at = logistic(x, c);
       add(sums, at, c, direct_terms(at, c));
     });
+    sums = Parts<kParts>::merged(sums, [](const auto& a, const auto& b) { return merge(a, b); });
+    const ParamRows<P>& rows = params.rows;
     const MixtureSums<A> main_sums{sums.cdf, sums.survival, sums.density};
-    CouplingGradient<A> g;
-    if (all_is_direct(main_sums)) {
-      g = coupling_gradient(args, sums, direct_logit(main_sums).value, grad_out, grad_ladj, y,
-                            affine);
-      const A grad_u = g.u + poison;
-      const Reciprocals<A> per = reciprocals(sums);
-      const A same_x = computed_again(x);
-      params.for_each([&](int k, const Component<A>& c) {
-        const Logistic<A> at = logistic(same_x, c);
-        store_component_gradient(rows, k, at, c.inv_scale, c.weight, direct_terms(at, c), per,
-                                 grad_u, g.l, grad_logits);
-      });
-    } else {
-      const A peak = rows.largest_logit();
-      const MixturePeaks<A> peaks = find_peaks(rows, x, peak);
+    const bool direct = all_is_direct(main_sums);
+    A logit = direct_logit(main_sums).value;
+    A peak = A(0);
+    MixturePeaks<A> peaks;
+    if (!direct) {
+      peak = rows.largest_logit();
+      peaks = find_peaks(rows, x, peak);
       sums = GradientSums<A>();
       COOPFLOW_NO_UNROLL
       for (int k = 0; k < rows.components(); ++k) {
@@ -389,45 +437,65 @@ __global__ void __launch_bounds__(kMixtureThreads, kMixtureMinBlocks<P, kCompone
         const Logistic<A> at = logistic(x, c);
         add(sums, at, c, scaled_terms(at, rows.log_component(k, peak), peaks));
       }
-      g = coupling_gradient(args, sums, scaled_logit_value(sums.cdf, sums.survival, peaks),
-                            grad_out, grad_ladj, y, affine);
-      const A grad_u = g.u + poison;
-      const Reciprocals<A> per = reciprocals(sums);
-      COOPFLOW_NO_UNROLL
-      for (int k = 0; k < rows.components(); ++k) {
-        const Component<A> c = rows.component(k, peak);
-        const Logistic<A> at = logistic(x, c);
-        store_component_gradient(rows, k, at, c.inv_scale, c.weight,
-                                 scaled_terms(at, rows.log_component(k, peak), peaks), per, grad_u,
-                                 g.l, grad_logits);
+      logit = scaled_logit_value(sums.cdf, sums.survival, peaks);
+    }
+
+    const CouplingGradient<A> g =
+        coupling_gradient(args, sums, logit, grad_out, grad_ladj, y, affine);
+    P* grad_row = static_cast<P*>(args.grad_params) + param;
+    if (Parts<kParts>::part() == 0) {
+      store_state<P>(g.input + poison, offset, arithmetic_state, args.grad_in);
+      if (shape.affine) {
+        grad_row[0] = from_arithmetic<P>(g.a + poison);
+        grad_row[stride] = from_arithmetic<P>(g.b + poison);
       }
     }
-    store_state<P>(g.input + poison, offset, arithmetic_state, args.grad_in);
-    if (args.shape.affine) {
-      grad_row[0] = from_arithmetic<P>(g.a + poison);
-      grad_row[stride] = from_arithmetic<P>(g.b + poison);
+    P* grad_logits = grad_row + (shape.first_row() + params.first()) * stride;
+    const A grad_u = g.u + poison;
+    const Reciprocals<A> per = reciprocals(sums);
+    if (direct) {
+      const A same_x = computed_again(x);
+      params.for_each([&](int k, const Component<A>& c) {
+        const Logistic<A> at = logistic(same_x, c);
+        store_component_gradient(shape,
+                                 component_gradient(at, c.inv_scale, c.weight, params.is_clamped(k),
+                                                    direct_terms(at, c), per, grad_u, g.l),
+                                 grad_logits + k * stride);
+      });
+    } else {
+      COOPFLOW_NO_UNROLL
+      for (int k = 0; k < params.count(); ++k) {
+        const int own = params.first() + k;
+        const Component<A> c = rows.component(own, peak);
+        const Logistic<A> at = logistic(x, c);
+        store_component_gradient(
+            shape,
+            component_gradient(at, c.inv_scale, c.weight, log_scale_is_clamped(rows.log_scale(own)),
+                               scaled_terms(at, rows.log_component(own, peak), peaks), per, grad_u,
+                               g.l),
+            grad_logits + k * stride);
+      }
     }
   }
 }
 
 // --- launches ---
 
-template <typename P, int kComponents, bool kInverse, typename A = arithmetic_t<P>>
+template <typename P, int kComponents, int kParts, bool kInverse, typename A = arithmetic_t<P>>
 void launch_mixture_coupling(const MixtureCouplingArgs<A>& args, bool arithmetic_state,
                              const Tensor& state) {
-  const int threads = mixture_threads(args.shape.per_chain);
+  constexpr auto kKernel = mixture_coupling_kernel<P, kComponents, kParts, kInverse>;
+  const int threads = mixture_threads<kParts>(args.shape.per_chain);
   const int64_t batch = args.shape.batch;
-  const int64_t chunks = divide_up(args.shape.per_chain, threads);
+  const int64_t chunks = divide_up(args.shape.per_chain, threads / kParts);
   if (chunks == 1) {
-    launch<mixture_coupling_kernel<P, kComponents, kInverse>>(state, batch, threads, args, chunks,
-                                                              arithmetic_state, args.ladj);
+    launch<kKernel>(state, batch, threads, args, chunks, arithmetic_state, args.ladj);
     return;
   }
   const Tensor storage = torch::stable::new_empty(
       state, {batch * chunks}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* partial_sums = static_cast<A*>(storage.mutable_data_ptr());
-  launch<mixture_coupling_kernel<P, kComponents, kInverse>>(state, batch * chunks, threads, args,
-                                                            chunks, arithmetic_state, partial_sums);
+  launch<kKernel>(state, batch * chunks, threads, args, chunks, arithmetic_state, partial_sums);
   launch<sum_chunks_kernel<A>>(state, divide_up(batch, kBlockThreads), kBlockThreads,
                                static_cast<const A*>(partial_sums), args.ladj, batch, chunks, 1);
 }
@@ -457,8 +525,9 @@ void run_mixture_coupling_kernel(const MixtureCouplingArgs<arithmetic_t<P>>& arg
                                  bool arithmetic_state, const Tensor& state) {
   dispatch_components<P>(args.shape.components, [&](auto components) {
     constexpr int kComponents = decltype(components)::value;
-    const auto run = args.inverse ? launch_mixture_coupling<P, kComponents, true>
-                                  : launch_mixture_coupling<P, kComponents, false>;
+    constexpr int kParts = kMixtureParts<kComponents>;
+    const auto run = args.inverse ? launch_mixture_coupling<P, kComponents, kParts, true>
+                                  : launch_mixture_coupling<P, kComponents, kParts, false>;
     run(args, arithmetic_state, state);
   });
 }
@@ -468,9 +537,10 @@ void run_mixture_coupling_backward_kernel(const MixtureCouplingBackwardArgs<arit
                                           bool arithmetic_state, const Tensor& state) {
   dispatch_components<P>(args.shape.components, [&](auto components) {
     constexpr int kComponents = decltype(components)::value;
-    const int threads = mixture_threads(args.shape.per_chain);
-    const int64_t chunks = divide_up(args.shape.per_chain, threads);
-    launch<mixture_coupling_backward_kernel<P, kComponents>>(
+    constexpr int kParts = kMixtureParts<kComponents>;
+    const int threads = mixture_threads<kParts>(args.shape.per_chain);
+    const int64_t chunks = divide_up(args.shape.per_chain, threads / kParts);
+    launch<mixture_coupling_backward_kernel<P, kComponents, kParts>>(
         state, args.shape.batch * chunks, threads, args, chunks, arithmetic_state);
   });
 }

@@ -165,13 +165,6 @@ COOPFLOW_HD T computed_again(T x) {
   return x;
 }
 
-// Makes the compiler read again what it has read before, rather than keep it in registers.
-COOPFLOW_HD void forget_reads() {
-#if COOPFLOW_DEVICE_CODE
-  asm volatile("" ::: "memory");
-#endif
-}
-
 // Plain words of 16 and 8 bytes, which compilers move in one access.
 struct alignas(16) Word16 {
   uint32_t a, b, c, d;

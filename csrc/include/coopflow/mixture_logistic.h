@@ -19,6 +19,7 @@
 #include "coopflow/elementary.h"
 #include "coopflow/intrinsics.h"
 #include "coopflow/macros.h"
+#include "coopflow/reduction.h"
 
 namespace coopflow {
 
@@ -73,14 +74,13 @@ COOPFLOW_HD A component_poison(A poison, A logit, A mean, A log_scale) {
 
 // Log-scales are clamped from below; they have no gradient there.
 template <typename A>
-COOPFLOW_HD A clamp_log_scale(A log_scale) {
-  return log_scale < A(-7) ? A(-7) : log_scale;
+COOPFLOW_HD bool log_scale_is_clamped(A log_scale) {
+  return log_scale < A(-7);
 }
 
-// The gradient of a log-scale, from that of the clamped one.
 template <typename A>
-COOPFLOW_HD A clamp_log_scale_gradient(A log_scale, A grad) {
-  return log_scale < A(-7) ? A(0) : grad;
+COOPFLOW_HD A clamp_log_scale(A log_scale) {
+  return log_scale_is_clamped(log_scale) ? A(-7) : log_scale;
 }
 
 // One component as every evaluation needs it.
@@ -148,6 +148,12 @@ COOPFLOW_HD void add(MixtureSums<A>& sums, A x, const Component<A>& c) {
   sums.cdf += below;
   sums.survival = multiply_add(c.weight, at.above, sums.survival);
   sums.density = multiply_add(below * at.above, c.inv_scale, sums.density);
+}
+
+// Of two parts of the components.
+template <typename A>
+COOPFLOW_HD MixtureSums<A> merge(const MixtureSums<A>& a, const MixtureSums<A>& b) {
+  return {a.cdf + b.cdf, a.survival + b.survival, a.density + b.density};
 }
 
 template <typename A>
@@ -279,45 +285,92 @@ struct RootSearch {
   bool pending;
 };
 
-// Of one component: mean + scale * target.
+// The components' quantiles of the target: their range, and their weighted sum.
 template <typename A>
-COOPFLOW_HD A component_quantile(const Component<A>& c, A target) {
-  return c.mean + target * (MixtureConstants<A>::kUnit * reciprocal(c.inv_scale));
+struct Quantiles {
+  A low = INFINITY, high = -INFINITY;
+  A weighted = A(0), weight = A(0);
+};
+
+template <typename A>
+COOPFLOW_HD void add(Quantiles<A>& quantiles, A target, const Component<A>& c) {
+  // mean + scale * target
+  const A quantile = c.mean + target * (MixtureConstants<A>::kUnit * reciprocal(c.inv_scale));
+  quantiles.low = smaller_of(quantiles.low, quantile);
+  quantiles.high = larger_of(quantiles.high, quantile);
+  quantiles.weighted = multiply_add(c.weight, quantile, quantiles.weighted);
+  quantiles.weight += c.weight;
+}
+
+// Of two parts of the components.
+template <typename A>
+COOPFLOW_HD Quantiles<A> merge(const Quantiles<A>& a, const Quantiles<A>& b) {
+  return {smaller_of(a.low, b.low), larger_of(a.high, b.high), a.weighted + b.weighted,
+          a.weight + b.weight};
+}
+
+// From the mean of the quantiles.
+template <typename A>
+COOPFLOW_HD RootSearch<A> begin_search(const Quantiles<A>& quantiles, A target) {
+  const A low = quantiles.low, high = quantiles.high;
+  const A tolerance = A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(target));
+  const A step = A(2) * (high - low);
+  return {tolerance,
+          clamp_keep_nan(quantiles.weighted / quantiles.weight, low, high),
+          low,
+          high,
+          step,
+          step,
+          is_finite(target)};
 }
 
 template <typename A>
-COOPFLOW_HD A root_tolerance(A target) {
-  return A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(target));
+COOPFLOW_HD bool is_solved(const RootSearch<A>& s, A error) {
+  return !(absolute(error) > s.tolerance);
 }
 
-// One evaluation's progress. The step that ends the search is Newton's too where it is short: it
-// costs no evaluation. A long one, where F is flat, would bring x to where log|det| is another than
-// at the evaluation. NaN ends the search.
+template <typename A>
+COOPFLOW_HD A newton_step(A error, const MixtureLogit<A>& logit) {
+  return error * MixtureConstants<A>::kUnit * reciprocal(logit.slope);
+}
+
+// One evaluation's progress; x stays where the search ends. NaN ends it. Once it has ended, another
+// evaluation at x changes nothing.
 template <typename A>
 COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
-  const bool solved = !(absolute(error) > s.tolerance);
-  const A low = error < A(0) ? s.x : s.low;
-  const A high = error > A(0) ? s.x : s.high;
+  const bool solved = is_solved(s, error);
+  const bool beyond = error > A(0);
+  const A low = beyond ? s.low : s.x;
+  const A high = beyond ? s.x : s.high;
   const A half = A(0.5) * (high - low);
   const A ulp = MixtureConstants<A>::kEpsilon * absolute(s.x);
   const bool closed = !(half > ulp);
   // At least one ulp, so that a root next to x is bracketed from both sides.
-  const A newton = error * MixtureConstants<A>::kUnit * reciprocal(logit.slope);
-  const A length = larger_of(absolute(newton), ulp);
-  const A guess = error > A(0) ? s.x - length : s.x + length;
+  const A length = larger_of(absolute(newton_step(error, logit)), ulp);
+  const A guess = beyond ? s.x - length : s.x + length;
   const bool take = (guess > low) & (guess < high) & (length <= A(0.5) * s.step_before);
   const bool move = s.pending & !solved & !closed;
   s.low = low;
   s.high = high;
   s.step_before = s.step;
   s.step = take ? length : half;
+  s.x = move ? (take ? guess : low + half) : s.x;
+  s.pending = move;
+}
+
+// x when the search is over, with the logit of its last evaluation. Where that ended it, Newton's
+// step is taken too if it is short: it costs no evaluation. A long one, where F is flat, would
+// bring x to where log|det| is another than at the evaluation.
+template <typename A>
+COOPFLOW_HD A last_step(const RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
+  const A error = logit.value - target;
+  const A newton = newton_step(error, logit);
   const A last = s.x - newton;
   const A reach = A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(s.x));
-  const bool finish = (last >= low) & (last <= high) & (absolute(newton) <= reach);
-  const A end = s.pending & solved & finish ? last : s.x;
-  s.x = move ? (take ? guess : low + half) : end;
-  s.pending = move;
+  const bool take = !s.pending & is_solved(s, error) & (last >= s.low) & (last <= s.high) &
+                    (absolute(newton) <= reach);
+  return take ? last : s.x;
 }
 
 // The logit that the inverse solves for. An element where it overflows has no root and is NaN.
@@ -397,6 +450,14 @@ COOPFLOW_HD void add(GradientSums<A>& sums, const Logistic<A>& at, const Compone
   sums.bend = multiply_add(terms.density * c.inv_scale, at.above - at.below, sums.bend);
 }
 
+// Of two parts of the components.
+template <typename A>
+COOPFLOW_HD GradientSums<A> merge(const GradientSums<A>& a, const GradientSums<A>& b) {
+  return {a.cdf + b.cdf,       a.survival + b.survival,   a.density + b.density,
+          a.weight + b.weight, a.cdf_slope + b.cdf_slope, a.survival_slope + b.survival_slope,
+          a.bend + b.bend};
+}
+
 template <typename A>
 struct MixtureSlopes {
   A logit, log_slope;  // du/dx and dl/dx
@@ -428,10 +489,10 @@ struct ComponentGradient {
   A logit, mean, log_scale;
 };
 
-// From the gradients of u and of l.
+// From the gradients of u and of l. `clamped`: the log-scale is.
 template <typename A>
 COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv_scale, A weight,
-                                                    const MixtureTerms<A>& terms,
+                                                    bool clamped, const MixtureTerms<A>& terms,
                                                     const Reciprocals<A>& per, A grad_u, A grad_l) {
   constexpr A kPerUnit = MixtureConstants<A>::kPerUnit;
   const MixtureTerms<A> share{terms.cdf * per.cdf, terms.survival * per.survival,
@@ -443,7 +504,8 @@ COOPFLOW_HD ComponentGradient<A> component_gradient(const Logistic<A>& at, A inv
   const A grad_t =
       grad_cdf * at.above + grad_survival * at.below + grad_density * (at.above - at.below);
   return {grad_cdf - grad_survival + (grad_density + grad_l * weight_share),
-          -grad_t * (inv_scale * kPerUnit), -grad_t * (at.t * kPerUnit) - grad_density};
+          -grad_t * (inv_scale * kPerUnit),
+          clamped ? A(0) : -grad_t * (at.t * kPerUnit) - grad_density};
 }
 
 // Gradients of u and l, and of the coupling's own arguments.
