@@ -382,8 +382,9 @@ __global__ void __launch_bounds__(kMaxTensorCoreThreads<kColumns>, 1)
   run_tiles<kFull>(args, tile, TensorCoreNetwork<kColumns>(mlp, tile));
 }
 
+// Two blocks leave each thread 128 registers; without this number some would be spilled.
 template <int kChains>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     mlp_mala_kernel(const __grid_constant__ MalaChainArgs<float> args,
                     const __grid_constant__ Mlp<float> mlp, const __grid_constant__ MlpTile tile) {
   run_mala_tiles(args, tile, BlockNetwork<kChains>(mlp, tile));

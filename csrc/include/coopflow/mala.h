@@ -36,6 +36,10 @@ struct MalaChainArgs : ChainArgs<A> {
   int64_t adapt_steps;  // d is adapted in the first so many
   A target_accept;      // to this acceptance
 
+  // Coefficients of a proposal, for the gradient of the energy given.
+  COOPFLOW_HD A drift(A size) const { return sign * (size * size / A(2)); }
+  COOPFLOW_HD A noise(A size) const { return size * root_temperature; }
+
   COOPFLOW_HD uint32_t accept_time(int64_t k) const {
     return static_cast<uint32_t>(accept_rng[1] + this->step + k);
   }
@@ -70,7 +74,7 @@ COOPFLOW_HD A mala_uniform(uint32_t word) {
 // A few chains: their states, and the proposals, which an energy's functor takes for chains.
 template <typename A, int kLanes>
 struct MalaLanes {
-  ChainLanes<A, kLanes> proposal;  // with the coefficients of its step
+  ChainLanes<A, kLanes> proposal;  // without coefficients
   A *x, *grad;                     // of the states
   A energy[kLanes];
   A step_size[kLanes];
@@ -84,23 +88,12 @@ struct MalaLanes {
 };
 
 template <int kLanes, typename A>
-COOPFLOW_HD void set_step_sizes(const MalaChainArgs<A>& args, MalaLanes<A, kLanes>& lanes) {
-  COOPFLOW_LANES
-  for (int l = 0; l < kLanes; ++l) {
-    const A size = lanes.step_size[l];
-    lanes.proposal.drift[l] = args.sign * (size * size / A(2));
-    lanes.proposal.noise[l] = size * args.root_temperature;
-  }
-}
-
-template <int kLanes, typename A>
 COOPFLOW_HD void load_step_sizes(const MalaChainArgs<A>& args, int64_t k,
                                  MalaLanes<A, kLanes>& lanes) {
   for (int l = 0; l < kLanes; ++l) {
     lanes.step_size[l] =
         coefficient_at(coefficient_row(args.step_size, k), lanes.proposal.chain(l));
   }
-  set_step_sizes(args, lanes);
 }
 
 // The states are the proposals' x, their energy and gradient are known.
@@ -141,8 +134,8 @@ COOPFLOW_HD void propose_lanes(const MalaChainArgs<A>& args, int64_t k, int64_t 
     A* const y = lanes.proposal.x + e * kLanes;
     COOPFLOW_LANES
     for (int l = 0; l < kLanes; ++l) {
-      const LangevinChain<A> chain{lanes.proposal.drift[l], lanes.proposal.noise[l], A(0), A(0),
-                                   A(1)};
+      const LangevinChain<A> chain{args.drift(lanes.step_size[l]), args.noise(lanes.step_size[l]),
+                                   A(0), A(0), A(1)};
       y[l] = langevin_update<false>(limits, chain, false, x[l], grad[l], y[l], A(0), false).x;
     }
   }
@@ -163,7 +156,6 @@ COOPFLOW_HD void adapt_lanes(const MalaChainArgs<A>& args, int64_t k, const A (&
     lanes.sum_of_logs[l] += share * lanes.log_size[l];
     lanes.step_size[l] = exponential(last ? lanes.sum_of_logs[l] / count : lanes.log_size[l]);
   }
-  set_step_sizes(args, lanes);
 }
 
 template <int kLanes, typename A>
@@ -194,7 +186,8 @@ COOPFLOW_HD void accept_lanes(const MalaChainArgs<A>& args, int64_t k, int64_t p
   for (int64_t i = 0; i < per_chain * kLanes; i += kLanes) {
     COOPFLOW_LANES
     for (int l = 0; l < kLanes; ++l) {
-      const A move = lanes.proposal.x[i + l] - lanes.x[i + l], drift = lanes.proposal.drift[l];
+      const A move = lanes.proposal.x[i + l] - lanes.x[i + l];
+      const A drift = args.drift(lanes.step_size[l]);
       const A from_x = multiply_add(drift, lanes.grad[i + l], move);
       const A from_y = multiply_add(drift, lanes.proposal.grad[i + l], -move);
       forward[l] += from_x * from_x;
@@ -228,8 +221,8 @@ template <int kLanes, typename A>
 COOPFLOW_HD void finish_lanes(const MalaChainArgs<A>& args, int64_t per_chain,
                               const MalaLanes<A, kLanes>& lanes) {
   store_lanes(lanes.x, lanes.proposal, per_chain, args.x_out);
-  for (int l = 0; l < lanes.proposal.count; ++l) {
-    args.step_size_out[lanes.proposal.chain(l)] = lanes.step_size[l];
+  for (int l = 0; l < kLanes; ++l) {
+    if (l < lanes.proposal.count) args.step_size_out[lanes.proposal.chain(l)] = lanes.step_size[l];
   }
 }
 
