@@ -4,8 +4,8 @@
     python benchmarks/suite.py --case 'attention/*'
 
 "scores in memory" is the formula with the same mask, drawn by `ops.uniform`: what the flows did
-before there was an op. "torch's dropout" is torch's own attention with its own generator, so that
-another mask is drawn at each call, for orientation: on a CPU it has the scores in memory, too.
+before there was an op. "torch's dropout" is torch's own attention with its own generator, which
+draws another mask at each call, for orientation; on a CPU it has the scores in memory, too.
 
 Floating-point operations are those of the products that both passes need: two forward, and in the
 backward pass the scores again and four more.
@@ -124,10 +124,12 @@ def case(
     return Case(title, build, batch * heads * length * dim, **kw)
 
 
-# Of the presets' flows: digits-flowpp, patches-flowpp, and the paper's networks on CIFAR-10.
+# Of the presets' flows digits-flowpp and patches-flowpp, of the paper's networks on CIFAR-10, and
+# of the longest vectors.
 SUITE_CASES = (
-    case("forward", 32, 4, 32, 12),
-    case("forward+backward", 32, 4, 32, 12, quick=True),
+    case("forward", 64, 4, 32, 8),
+    case("forward+backward", 64, 4, 32, 8, quick=True),
+    case("forward+backward", 16, 4, 128, 6),
     case("forward", 4, 4, 512, 24, devices=("cpu",)),
     case("forward+backward", 4, 4, 512, 24, devices=("cpu",)),
     case("forward+backward", 4, 4, 512, 24, torch.bfloat16, devices=("cpu",)),

@@ -207,6 +207,28 @@ def test_strides_do_not_change_a_bit(device: torch.device, dtype: torch.dtype) -
     )
 
 
+def test_gradients_do_not_know_their_batch_nor_the_threads(device: torch.device) -> None:
+    given, before = inputs(70, 12, torch.float32, batch=5, device=device), torch.get_num_threads()
+
+    def of(first: int, last: int) -> tuple[Tensor, ...]:
+        part = leaves(*(t[first:last] for t in given))
+        rng = KEY.at_chain(KEY.chain + first).tensor(device)
+        return torch.autograd.grad(ops.attention(*part, rng, 0.2).square().sum(), part)
+
+    whole = of(0, 5)
+    for first, last in ((2, 3), (1, 4)):
+        assert all(
+            torch.equal(one, other[first:last])
+            for one, other in zip(of(first, last), whole, strict=True)
+        )
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, of(0, 5), whole))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_grad_out_of_any_strides(device: torch.device) -> None:
     given, rng = leaves(*inputs(33, 12, torch.float32, device=device)), KEY.tensor(device)
     out = ops.attention(*given, rng, 0.2)

@@ -23,7 +23,7 @@ import merge  # noqa: E402
 import report  # noqa: E402
 import suite  # noqa: E402
 
-from coopflow_ext import cli, ops  # noqa: E402
+from coopflow_ext import Key, cli, ops  # noqa: E402
 
 CPU = torch.device("cpu")
 LIMITS = {
@@ -178,6 +178,27 @@ def test_the_checks_find_wrong_couplings() -> None:
         mixture.check_inverse({"wrong": lambda y, p: (inverse(y, p)[0], y.sum(1))}, y, params)
 
 
+def test_the_checks_find_wrong_attention() -> None:
+    import bench_attention as bench
+
+    given, rng = bench.inputs(2, 2, 9, 8, CPU, torch.float32), Key(0).tensor()
+
+    def right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.attention(q, k, v, rng, bench.P)
+
+    def other_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.attention(q, k, v, rng, bench.P, step=1)
+
+    def bad_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return right(q, k, v) + 1e-3 * (k - k.detach())
+
+    bench.check({"right": right}, given, rng, True)
+    with pytest.raises(AssertionError, match="wrong, result 0"):
+        bench.check({"wrong": other_mask}, given, rng, False)
+    with pytest.raises(AssertionError, match="wrong, result 2"):
+        bench.check({"wrong": bad_gradient}, given, rng, True)
+
+
 def test_the_checks_find_wrong_chains() -> None:
     import bench_sampler
 
@@ -218,6 +239,7 @@ FAST = [
     "mixture_logistic/inverse/fp32/K32/512",
     "mixture_logistic/forward+backward/fp32/K32/16384",
     "mixture_logistic/forward/bf16/K32/16384",
+    "attention/forward+backward/fp32/64x4x32x8",
     "chain/mixture, closed form",
     "chain/cheap score, one chain",
     "chain/ResEnergy",
@@ -258,7 +280,7 @@ def test_names_are_unique_and_cover_every_family() -> None:
     names = [c.name for c in suite.all_cases()]
     assert len(set(names)) == len(names)
     assert {n.partition("/")[0] for n in names} >= {
-        "langevin", "affine_coupling", "mixture_logistic", "chain", "flowpp", "coop",
+        "langevin", "affine_coupling", "mixture_logistic", "attention", "chain", "flowpp", "coop",
     }  # fmt: skip
 
 
