@@ -302,6 +302,20 @@ def test_chains_of_a_network_are_one_launch(emulation: harness.Emulation) -> Non
     ]
 
 
+def test_chains_that_accept_their_moves_are_one_launch(emulation: harness.Emulation) -> None:
+    rng, network = Inputs(torch.float32, (3, 2)).rng, _network(2, 64)
+    options = {"accept_rng": rng, "n_steps": 7, "step_size": 0.5, "adapt_steps": 3, "stats": True}
+    emulation.take_launches()
+    with emulation.settings(), emulation.ops():
+        cf.ops.analytic_mala_chain(
+            torch.zeros(3, 2), rng, energy="double_well", numbers=[1.0], **options
+        )
+        cf.ops.mlp_mala_chain(torch.zeros(17, 2), **network, rng=rng, activation="elu", **options)
+    assert emulation.take_launches() == [
+        ("analytic_mala_kernel<DoubleWell<float>, float>", 1), ("mlp_mala_kernel<2>", 2),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("sizes", [(2, 64, 64, 64), (128, 64), (64, 128, 128, 128), (7, 1, 127)])
 def test_wide_networks_agree_with_the_cpu_op(
     emulation: harness.Emulation, sizes: tuple[int, ...]
