@@ -3,7 +3,11 @@ bad input. The laws of every op are in test_ops.py."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -227,6 +231,39 @@ def test_gradients_do_not_know_their_batch_nor_the_threads(device: torch.device)
             assert all(map(torch.equal, of(0, 5), whole))
     finally:
         torch.set_num_threads(before)
+
+
+_FINGERPRINT = """
+import hashlib, torch
+import coopflow_ext as cf
+digest, rng = hashlib.sha256(), cf.Key(5, 3, 7).tensor()
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for length, dim in ((70, 20), (5, 9)):
+        g = torch.Generator().manual_seed(0)
+        leaves = [torch.randn((2, 3, length, dim), generator=g).to(dtype) for _ in range(3)]
+        leaves = [t.requires_grad_() for t in leaves]
+        out = cf.ops.attention(*leaves, rng, 0.2)
+        for t in (out, *torch.autograd.grad(out.sin().sum(), leaves)):
+            digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_instruction_sets_give_the_same_bits() -> None:
+    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
+    names = ["baseline", "avx2", "avx512"]
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", _FINGERPRINT],
+            env={**os.environ, "COOPFLOW_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for isa in names[: names.index(best) + 1]
+    }
+    assert len(digests) == 1
 
 
 def test_a_grad_out_of_any_strides(device: torch.device) -> None:
