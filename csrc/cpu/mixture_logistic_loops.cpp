@@ -283,8 +283,7 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
       RootSearch<A> s{tolerance[i], x[i],           low[i],         high[i],
                       step[i],      step_before[i], pending[i] != 0};
       advance(s, target[i], logits.at(i));
-      const bool ends = (pending[i] != 0) & !s.pending;
-      x[i] = ends ? last_step(s, target[i], logits.at(i)) : s.x;
+      x[i] = pending[i] != 0 ? last_step(s, target[i], logits.at(i)) : s.x;
       low[i] = s.low;
       high[i] = s.high;
       step[i] = s.step;

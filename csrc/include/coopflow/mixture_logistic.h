@@ -359,17 +359,17 @@ COOPFLOW_HD void advance(RootSearch<A>& s, A target, const MixtureLogit<A>& logi
   s.pending = move;
 }
 
-// x when the search is over, with the logit of its last evaluation. Where that ended it, Newton's
-// step is taken too if it is short: it costs no evaluation. A long one, where F is flat, would
-// bring x to where log|det| is another than at the evaluation.
+// x after an evaluation that may have ended the search. Where it was solved there, Newton's step is
+// taken too if it is short: it costs no evaluation. A long one, where F is flat, would bring x to
+// where log|det| is another than at the evaluation.
 template <typename A>
 COOPFLOW_HD A last_step(const RootSearch<A>& s, A target, const MixtureLogit<A>& logit) {
   const A error = logit.value - target;
   const A newton = newton_step(error, logit);
   const A last = s.x - newton;
   const A reach = A(4) * MixtureConstants<A>::kEpsilon * larger_of(A(1), absolute(s.x));
-  const bool take = !s.pending & is_solved(s, error) & (last >= s.low) & (last <= s.high) &
-                    (absolute(newton) <= reach);
+  const bool take =
+      is_solved(s, error) & (last >= s.low) & (last <= s.high) & (absolute(newton) <= reach);
   return take ? last : s.x;
 }
 
