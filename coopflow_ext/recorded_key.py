@@ -19,10 +19,15 @@ class Streams:
 
     Recorded work takes its key from :meth:`record`. Before it is replayed, :meth:`fill` gives the
     tensors the values that another key would have given them.
+
+    Attributes:
+        closed: whether a stream that was not drawn before is an error. One that a capture makes
+            would be made again, with its old numbers, by every replay.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[Derivation, torch.device], Tensor] = {}
+        self.closed = False
 
     def record(self, key: Key) -> RecordedKey:
         """``key``, whose streams are this object's tensors."""
@@ -33,7 +38,8 @@ class Streams:
         """The streams of ``key`` in all tensors that there are; nothing waits for the device."""
         for device in {device for _, device in self._tensors}:
             mine = {how: t for (how, where), t in self._tensors.items() if where == device}
-            rows = torch.stack([derived(key, how).tensor("cpu") for how in mine])
+            plain = Key(key.seed, key.time, key.chain)
+            rows = torch.stack([derived(plain, how).tensor("cpu") for how in mine])
             new = rows.to(device, non_blocking=True).unbind(0)
             torch._foreach_copy_(list(mine.values()), list(new))
 
@@ -41,6 +47,8 @@ class Streams:
         """The one tensor of a stream."""
         name = key.derivation, device
         if name not in self._tensors:
+            if self.closed:
+                raise RuntimeError(f"the stream {key.derivation} was not drawn before the capture")
             plain = Key(key.seed, key.time, key.chain)
             self._tensors[name] = plain.tensor(device)
         return self._tensors[name]

@@ -14,6 +14,7 @@ from recorded_ops import RecordedOps
 
 from coopflow_ext import flows, graphed_calls
 from coopflow_ext.flows import Flow
+from coopflow_ext.recorded_key import Streams
 from coopflow_ext.rng import Key
 
 IMAGE = (1, 8, 8)
@@ -102,6 +103,14 @@ def test_what_is_captured(captured: None) -> None:
     flow.cuda_graph = False
     flow.sample(7), flow.sample(7)
     assert kinds() == 4
+
+
+def test_with_a_recorded_key_the_pass_is_the_caller_s_to_record(captured: None) -> None:
+    flow = initialised("images").eval()
+    streams = Streams()
+    samples = [flow.sample(3, streams.record(Key(1))) for _ in range(3)]
+    assert not flow._graphs._captured
+    assert torch.equal(samples[2], flow.sample(3, Key(1)))
 
 
 def test_inference_mode_and_bad_input(captured: None) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from recorded_ops import RecordedOps
 
+from coopflow_ext import graphed_calls
 from coopflow_ext._recording import CaptureError
 from coopflow_ext.coop import step_graphs
 from coopflow_ext.coop.config import TrainConfig
@@ -15,6 +16,7 @@ from coopflow_ext.coop.step_graphs import StepGraphs
 from coopflow_ext.coop.trainer import Trainer
 from coopflow_ext.data import load
 from coopflow_ext.errors import NonFiniteError
+from coopflow_ext.flows import Flow
 
 SETTINGS: dict[str, Any] = {
     "data": "digits",
@@ -76,6 +78,31 @@ def test_graphs_make_the_weights_of_steps(
     assert graphed._graphs._captured
     if "energy_skip_norm" in changes:
         assert skipped == {True, False}
+
+
+def test_a_flow_has_no_graphs_of_its_own_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the steps before the capture it would, and its streams would be missing in the capture."""
+    plain, graphed = trainer(pretrain_steps=0), trainer(monkeypatch, pretrain_steps=0)
+    monkeypatch.setattr(graphed_calls, "Recording", RecordedOps)
+    monkeypatch.setattr(Flow, "_can_capture", lambda self, n: not torch.is_grad_enabled())
+    take_steps(8, plain, graphed)
+    for name, tensor in plain.tensors().items():
+        torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_a_stream_that_only_the_capture_draws_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(monkeypatch, pretrain_steps=0)
+    propose = run.propose
+
+    def propose_otherwise(n: int) -> torch.Tensor:
+        if run.step == 3:
+            run.key.fold_in(99).tensor(run.device)
+        return propose(n)
+
+    monkeypatch.setattr(run, "propose", propose_otherwise)
+    take_steps(3, run)
+    with pytest.raises(RuntimeError, match="was not drawn before the capture"):
+        run.train_step()
 
 
 def test_the_recording_of_these_tests_is_as_blind_as_a_graph() -> None:

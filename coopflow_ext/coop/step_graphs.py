@@ -89,7 +89,7 @@ class StepGraphs:
         metrics: dict[str, Tensor] = {}
         before = [owner.key for owner in self._keyed]
         try:
-            with self._recorded_keys() as derivations:
+            with self._recorded_keys(closed=True) as derivations:
                 self._recording.add(
                     kind, lambda: metrics.update(self._step(kind, batch)), warm_up=lambda: None
                 )
@@ -108,15 +108,16 @@ class StepGraphs:
         return {name: value.clone() for name, value in captured.metrics.items()}
 
     @contextmanager
-    def _recorded_keys(self) -> Iterator[list[Derivation]]:
-        """Inside, what is drawn comes from tensors that stay. Afterwards the list says how each key
-        has moved on."""
+    def _recorded_keys(self, *, closed: bool = False) -> Iterator[list[Derivation]]:
+        """Inside, what is drawn comes from tensors that stay; ``closed``: from those that there
+        are. Afterwards the list says how each key has moved on."""
         derivations: list[Derivation] = []
         for owner, streams in zip(self._keyed, self._streams, strict=True):
-            owner.key = streams.record(owner.key)
+            owner.key, streams.closed = streams.record(owner.key), closed
         try:
             yield derivations
         finally:
-            for owner in self._keyed:
+            for owner, streams in zip(self._keyed, self._streams, strict=True):
+                streams.closed = False
                 derivations.append(getattr(owner.key, "derivation", ()))
                 owner.key = Key(owner.key.seed, owner.key.time, owner.key.chain)

@@ -18,6 +18,7 @@ from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
 from coopflow_ext.graphed_calls import GraphedCalls
+from coopflow_ext.recorded_key import RecordedKey
 from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key, stream
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -291,8 +292,10 @@ class Flow(nn.Module):
         *tensors: Tensor,
     ) -> Tensor:
         """``function(key, *tensors)``, by a CUDA graph where that is possible and wanted."""
-        plain = all(isinstance(t, Tensor) for t in tensors)
-        if torch.compiler.is_compiling() or not plain or not self._can_capture(batch):
+        if torch.compiler.is_compiling() or not self._can_capture(batch):
+            return function(key, *tensors)
+        # With such a key the pass is part of what somebody else records.
+        if isinstance(key, RecordedKey) or not all(isinstance(t, Tensor) for t in tensors):
             return function(key, *tensors)
         key = Key.or_default(key)
         key.check_batch(batch)
