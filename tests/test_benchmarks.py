@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +69,10 @@ def test_equal_functions_have_ratio_one() -> None:
     assert ratio["p80"] >= 1 - harness.RESOLUTION
 
 
-def test_a_slower_function_is_seen() -> None:
+def test_a_slower_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the processor's time of this thread, which other processes do not lengthen.
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)
+
     def build(device: torch.device, with_compile: bool) -> Any:
         a = torch.rand(64, 64)
         runs = {"ours": lambda: work(a), "slow": lambda: [work(a) for _ in range(10)]}
