@@ -65,6 +65,18 @@ def test_no_steps(energy):
     assert out.trajectory.shape == (0, 4, 2)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("sampler", [LangevinSampler, cf.MALASampler])
+def test_no_steps_of_a_schedule(energy, sampler, kernel):
+    x0 = torch.randn(4, 2)
+    out = sampler(energy, n_steps=0, step_size=lambda k: 0.1 / (k + 1), kernel=kernel)(x0)
+    assert torch.equal(out.x, x0)
+    steps = LangevinSampler(energy, n_steps=5, step_size=lambda k: 0.1, kernel=kernel)
+    assert torch.equal(steps(x0, n_steps=0).x, x0)
+    empty = LangevinSampler(energy, n_steps=0, step_size=[], kernel=kernel)
+    assert torch.equal(empty(x0).x, x0)
+
+
 @pytest.mark.parametrize(
     ("options", "call", "error", "message"),
     [

@@ -22,8 +22,8 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
 
     Args:
         name: the option's name, for messages.
-        value: see :data:`Schedule`; a callable is evaluated at steps 0 … n_steps − 1 and may
-            return a float or a (B,) tensor.
+        value: see :data:`Schedule`; a callable is evaluated at steps 0 … n_steps − 1, at least at
+            0, and may return a float or a (B,) tensor.
         n_steps: T.
 
     Raises:
@@ -47,6 +47,8 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
     table = table.to("cpu", torch.float64, copy=True)
     if table.ndim == 0:
         return check_number(name, table.item(), minimum=0.0)
+    if table.numel() == n_steps == 0:
+        return 0.0
     if table.ndim == 1:
         table = table[:, None]
     if table.ndim != 2 or table.shape[0] not in (1, n_steps) or table.shape[1] == 0:
@@ -74,7 +76,7 @@ def _table(name: str, value: float | Tensor | Sequence[float]) -> Tensor:
 def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) -> Tensor:
     """The values of a callable of the step, (T, B or 1)."""
     rows = []
-    for step in range(n_steps):
+    for step in range(max(n_steps, 1)):  # a chain of no steps has a constant that none uses
         value = function(step)
         if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
             raise TypeError(
@@ -93,7 +95,7 @@ def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) 
             f"{' and '.join(map(str, sorted(widths)))}"
         )
     width = max(widths, default=1)
-    return torch.stack([row.expand(width) for row in rows]) if rows else torch.zeros(0, 1)
+    return torch.stack([row.expand(width) for row in rows])
 
 
 def per_chain(name: str, value: float | Tensor | Sequence[float]) -> Coefficient:
