@@ -247,20 +247,20 @@ class Chain:
             n_steps: how many.
             ends: whether the chain is over after them.
         """
-        plan = self.plan
+        noise_first = noise_to_come = self.plan.noise_first
+        records = self.plan.keep_stats or self.plan.keep_trajectory
         with constant(parameters_of(self.gradient.module)), self.autocast():
-            noise_to_come = plan.noise_first
             for step in range(n_steps):
                 if noise_to_come:
                     self._add_noise(step)
                 grads, u = self.bound_gradient()
                 is_last = step + 1 == n_steps
-                when = self.noise_when(step, pauses=is_last)
+                when = self.noise_when(step, pauses=is_last) if noise_first else 0
                 self.update(step, grads, noise_when=when, ends=ends and is_last)
                 noise_to_come = when == 2
                 if self.settled is not None:
                     self._settle()
-                if plan.keep_stats or plan.keep_trajectory:
+                if records:
                     self.records.keep(step, self.last, u)
 
     def begin(self) -> None:
