@@ -85,7 +85,8 @@ check_thread() {
   preloaded=$(runtime libtsan.so)\ $(runtime libstdc++.so)
   preloaded+=\ $(realpath "$build-thread")/libparallel_for.so
   # The sanitizer of gcc 12 cannot live with much randomness in the address space.
-  local checked=(env "LD_PRELOAD=$preloaded" TSAN_OPTIONS=halt_on_error=1
+  local options=halt_on_error=1:suppressions=$PWD/tests/sanitizers/thread.supp
+  local checked=(env "LD_PRELOAD=$preloaded" "TSAN_OPTIONS=$options"
     setarch --addr-no-randomize "$python")
   must_find share_an_element "data race" -fsanitize=thread "${checked[@]}"
   "${checked[@]}" -m pytest -q -p no:cacheprovider -m "$select" -k "thread and not instruction" \
