@@ -42,8 +42,11 @@ class GraphOption:
         self._what, self._required = what, required
         self.refused = False
 
-    def attempt(self, capture: Callable[[], _T]) -> _T | None:
+    def attempt(self, capture: Callable[[], _T], *, stacklevel: int) -> _T | None:
         """What ``capture`` returns; None where there is no graph to be had.
+
+        Args:
+            stacklevel: of the warning, counted from this method, so that it names the user's line.
 
         Raises:
             RuntimeError: it is impossible and required; says why.
@@ -57,7 +60,7 @@ class GraphOption:
             if self._required:
                 raise RuntimeError(f"cuda_graph=True: {message}") from error
             self.refused = True
-            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=2)
+            warnings.warn(f"cuda_graph='auto': {message}; it runs without", stacklevel=stacklevel)
             return None
 
 

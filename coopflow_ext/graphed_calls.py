@@ -16,7 +16,6 @@ from coopflow_ext.recorded_key import Streams
 from coopflow_ext.rng import Key
 
 _MAX_CALLS = 4  # each keeps a graph; their activations lie in the same memory
-
 _MOST_KINDS = 64  # to remember
 
 _Function = Callable[..., Tensor]
@@ -68,24 +67,27 @@ class GraphedCalls:
         Raises:
             RuntimeError: it cannot be captured and must be; says why.
         """
-        with self._in_use:
-            kind = (
-                name,
-                tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
-                kind_of_module(module),
-            )
-            device = next(module.parameters()).device
-            if kind not in self._captured and kind not in self._called:
-                self._called.append(kind)
-                return function(key, *tensors)
-            if kind not in self._captured:
+        if self._option.refused:
+            return function(key, *tensors)
+        kind = (
+            name,
+            tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
+            kind_of_module(module),
+        )
+        device = next(module.parameters()).device
+        with self._in_use:  # the memory belongs to one thread at a time
+            called = kind in self._called
+            if called and kind not in self._captured:
                 captured = self._option.attempt(
-                    partial(self._capture, kind, function, device, key, tensors)
+                    partial(self._capture, kind, function, device, key, tensors), stacklevel=5
                 )
-                if captured is None:
-                    return function(key, *tensors)
-                self._captured[kind] = captured
-            return self._replay(kind, key, tensors)
+                if captured is not None:
+                    self._captured[kind] = captured
+            if kind in self._captured:
+                return self._replay(kind, key, tensors)
+            if not called:
+                self._called.append(kind)
+        return function(key, *tensors)
 
     def _capture(
         self,
@@ -96,6 +98,8 @@ class GraphedCalls:
         tensors: tuple[Tensor, ...],
     ) -> _Captured:
         if self._recording is None or self._device != device:
+            if self._recording is not None:
+                self._recording.finish()
             self._captured.clear()
             self._recording, self._device = Recording(device), device
 

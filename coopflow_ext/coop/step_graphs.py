@@ -79,7 +79,7 @@ class StepGraphs:
             with self._recorded_keys():  # so that their streams are there before the capture
                 return self._step(kind, self._batch)
         if kind not in self._captured:
-            captured = self._option.attempt(partial(self._capture, kind, self._batch))
+            captured = self._option.attempt(partial(self._capture, kind, self._batch), stacklevel=4)
             if captured is None:
                 return self._step(kind, batch)
             self._captured[kind] = captured

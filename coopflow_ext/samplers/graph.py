@@ -220,7 +220,7 @@ class ChainGraphs:
             RuntimeError: the capture is impossible and required; says why.
         """
         with self._in_use:  # the buffers belong to one thread at a time
-            captured = self._option.attempt(partial(self._find, plan, inputs))
+            captured = self._option.attempt(partial(self._find, plan, inputs), stacklevel=6)
             if captured is None:
                 while self._captured:
                     self._drop_oldest()
@@ -233,13 +233,16 @@ class ChainGraphs:
 
     def _find(self, plan: Plan, inputs: Inputs) -> CapturedChain:
         kind = _kind(plan, inputs)
-        if kind not in self._captured:
-            self._captured[kind] = CapturedChain(plan, inputs)
-        self._captured[kind].prepare(plan)
-        self._captured.move_to_end(kind)
+        captured = self._captured.pop(kind, None) or CapturedChain(plan, inputs)
+        try:
+            captured.prepare(plan)
+        except CaptureError:  # what it has recorded so far is of no use, and may be wrong
+            captured.finish()
+            raise
+        self._captured[kind] = captured  # the last one used
         while len(self._captured) > _MAX_CHAINS:
             self._drop_oldest()
-        return self._captured[kind]
+        return captured
 
     def _drop_oldest(self) -> None:
         _, dropped = self._captured.popitem(last=False)
