@@ -112,12 +112,15 @@ def timed(
         yield
 
 
-def _by_the_face(self: ops.BoundStep, x: torch.Tensor, rng: torch.Tensor) -> Callable[..., None]:
+def _by_the_face(
+    self: ops.BoundStep, x: torch.Tensor, rng: torch.Tensor, **replaced: Any
+) -> Callable[[torch.Tensor, int], None]:
     """The sampler's bound step as calls of ``ops.langevin_step_``, whatever stands there."""
 
-    def move(grad: torch.Tensor, step: int, **kw: Any) -> None:
-        given = {name: value for name, value in {**self.options, **kw}.items() if value is not None}
-        ops.langevin_step_(x, grad, rng, step=step, **given)
+    def move(grad: torch.Tensor, step: int) -> None:
+        options = self.at(step, **replaced).items()
+        given = {name: value for name, value in options if value is not None}
+        ops.langevin_step_(x, grad, rng, **given)
 
     return move
 

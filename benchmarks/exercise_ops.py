@@ -16,7 +16,7 @@ import itertools
 from typing import Any
 
 import torch
-from op_table import DTYPES, OPS, Arguments, Draw, Op, plain_numbers
+from op_table import DTYPES, OPS, Arguments, Draw, Op
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -57,17 +57,20 @@ def exercise_outputs_of_a_step(draw: Draw) -> None:
     stats = torch.empty(batch, 5, dtype=work, device=device)
     active = torch.ones(batch, dtype=torch.bool, device=device)
     frozen_at = torch.zeros(batch, dtype=torch.int64, device=device)
-    options = {"drift": 0.3, "noise": 0.1, "clamp": (-1.0, 1.0), "step_clip": 0.2, "step": 2}
+    options = {"drift": 0.3, "noise": 0.1, "clamp": (-1.0, 1.0), "step_clip": 0.2}
+    step = 2
+    masked = {"active": active, "freeze_nonfinite": True}
     expected = cf.ops.langevin_step_(
-        x.clone(), grad, rng, **options, stats=stats, active=active, freeze_nonfinite=True
+        x.clone(), grad, rng, **options, **masked, step=step, stats=stats
     )
     squares = grad.cpu().to(work).flatten(1).square().sum(1)
     torch.testing.assert_close(stats[:, 0].cpu(), squares, rtol=1e-5, atol=1e-5)
     moved = x.clone()
-    torch.ops.coopflow.langevin_plain_step_(
-        moved, grad, rng, plain_numbers(**options), 2, active, frozen_at
-    )
-    assert torch.equal(moved, expected), "langevin_plain_step_ is another step"
+    rows = torch.empty(4, *stats.shape, dtype=work, device=device)
+    bound = cf.ops.BoundStep(**options, **masked, stats=rows, frozen_at=frozen_at)
+    bound.in_place(moved, rng)(grad, step)
+    assert torch.equal(moved, expected), "langevin_bound_step_ is another step"
+    assert torch.equal(rows[step], stats), "langevin_bound_step_ writes other statistics"
 
 
 def energies_of(dim: int) -> dict[str, tuple[list[Tensor], list[float]]]:

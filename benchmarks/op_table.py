@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -189,22 +188,6 @@ def _model_gradient(draw: Draw) -> Arguments:
 
 def _noise(draw: Draw) -> Arguments:
     return {"x": draw.normal(), "rng": draw.rng(), "noise": 0.1, "step": 1}
-
-
-def plain_numbers(
-    drift: float = 0.0,
-    noise: float = 0.0,
-    decay: float = 0.0,
-    is_score: bool = False,
-    grad_clip: float = inf,
-    grad_norm: float = inf,
-    step_clip: float = inf,
-    clamp: tuple[float, float] = (-inf, inf),
-    **_others: Any,
-) -> Tensor:
-    """The numbers among a step's options, as the raw op ``langevin_plain_step_`` takes them."""
-    numbers = [drift, noise, decay, is_score, grad_clip, grad_norm, step_clip, *clamp]
-    return torch.tensor(numbers, dtype=F64)
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -83,12 +83,13 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
         "bool freeze_nonfinite=False, Tensor(e!)? frozen_at=None) -> ()");
-  // The same for the loop of a chain: scalar coefficients, limits and a mask that clears itself.
-  // Its numbers stand in one tensor, because torch takes longer to look 24 arguments up by
-  // name than a small step takes to run.
+  // The same for the loop of a chain: its options stand in one tensor and two lists, because torch
+  // takes longer to look 24 arguments up by name than a small step takes to run. xi and stats have
+  // a row for each step. See BoundNumber and BoundTensor in csrc/ops/langevin_op.h.
   m.def(
-      "langevin_plain_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, SymInt step, "
-      "Tensor(b!)? active, Tensor(c!)? frozen_at) -> ()");
+      "langevin_bound_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, "
+      "SymInt step, Tensor(b!)? active=None, Tensor(c!)? frozen_at=None, "
+      "Tensor[]? constants=None, Tensor(d!)[]? outputs=None) -> ()");
   m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
   // The noise of one step alone.
   m.def(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_table import plain_numbers
 from torch import Tensor
 
 import coopflow_ext as cf
@@ -93,38 +92,76 @@ def test_every_option_matches_the_oracle(
         assert torch.equal(x, out)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name, options in OPTIONS.items() if options.keys().isdisjoint(
-        {"pull", "xi", "noise_when"})],
-)  # fmt: skip
+def in_rows(row: Tensor, step: int) -> Tensor:
+    """The tensor as the row of a step among others, each laid out like it, that are not numbers."""
+    rows = torch.full((step + 2, *row.shape), math.nan, dtype=row.dtype, device=row.device)
+    rows[step] = row
+    return rows
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "far chain"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_plain_step_is_the_same_step(
+def test_the_bound_step_is_the_same_step(
     device: torch.device, dtype: torch.dtype, name: str
 ) -> None:
     x, grad, rng, options = arguments((5, 13), dtype, device, OPTIONS[name])
-    step = options.get("step", 0)
-    plain = torch.ops.coopflow.langevin_plain_step_.default
-    for mask in (None, torch.tensor([True, False, True, True, True], device=device)):
+    step = options.pop("step", 3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    grads = grad.clone()
+    grads[3, 7] = math.nan
+
+    def outputs() -> dict[str, Tensor]:
+        return {
+            "stats": torch.empty(5, 5, dtype=wide, device=device),
+            "x_low": torch.empty_like(x, dtype=torch.bfloat16),
+            "active": torch.tensor([True, False, True, True, True], device=device),
+            "frozen_at": torch.full((5,), 99, device=device),
+        }
+
+    for gradient, written in ((grad, {}), (grads, outputs())):
         expected, ours = x.clone(), x.clone()
-        masks: list[Tensor | None] = [None, None]
-        grads = grad
-        if mask is not None:
-            grads = grad.clone()
-            grads[3, 7] = math.nan
-            masks = [mask.clone(), torch.full((5,), 99, device=device)]
-        active, frozen_at = (None if m is None else m.clone() for m in masks)
-        cf.ops.langevin_step_(
-            expected, grads, rng, **options, active=active, frozen_at=frozen_at,
-            freeze_nonfinite=mask is not None,
-        )  # fmt: skip
-        plain(ours, grads, rng, plain_numbers(**options), step, *masks)
+        bound = {**options, **{n: t.clone() for n, t in written.items()}}
+        if written:
+            options["freeze_nonfinite"] = bound["freeze_nonfinite"] = True
+            bound["stats"] = in_rows(written["stats"], step)
+        if bound.get("xi") is not None:
+            bound["xi"] = in_rows(bound["xi"], step)
+        cf.ops.langevin_step_(expected, gradient, rng, **options, **written, step=step)
+        cf.ops.BoundStep(**bound).in_place(ours, rng)(gradient, step)
         assert torch.equal(ours, expected)
-        if mask is not None:
-            assert active is not None
-            assert frozen_at is not None
-            assert active.tolist() == masks[0].tolist() == [True, False, True, False, True]
-            assert frozen_at.tolist() == masks[1].tolist() == [99, 99, 99, step, 99]
+        if written:
+            assert written["active"].tolist() == [True, False, True, False, True]
+            assert bound["frozen_at"].tolist() == [99, 99, 99, step, 99]
+            torch.testing.assert_close(bound["stats"][step], written["stats"], equal_nan=True)
+            assert bound["stats"][[step - 1, step + 1]].isnan().all()
+            for name in ("active", "frozen_at"):
+                assert torch.equal(bound[name], written[name])
+            torch.testing.assert_close(
+                bound["x_low"], written["x_low"], rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_a_bound_step_takes_the_normals_of_its_own_step(device: torch.device) -> None:
+    x, grad, rng, _ = arguments((5, 13), torch.float32, device, {})
+    xi = random_like((4, 5, 13), torch.float32, device, 3)
+    bound = cf.ops.BoundStep(drift=0.1, noise=0.2, xi=xi)
+    for step, noise_when in ((0, 0), (3, 0), (0, 1), (2, 1)):
+        ours = x.clone()
+        bound.in_place(ours, rng, noise_when=noise_when)(grad, step)
+        own = xi[step + noise_when]
+        options = {"drift": 0.1, "noise": 0.2, "noise_when": noise_when, "step": step}
+        assert torch.equal(ours, cf.ops.langevin_step(x, grad, rng, **options, xi=own))
+        assert bound.at(step, noise_when=noise_when)["xi"].equal(own)
+        other = bound.functional(x, grad, rng, step, noise_when=noise_when)
+        assert torch.equal(other, ours)
+
+
+def test_statistics_of_chains_without_elements_are_zero(device: torch.device) -> None:
+    x, rng = torch.zeros(3, 0, device=device), KEY.tensor(device)
+    stats = torch.full((2, 3, 5), math.nan, device=device)
+    cf.ops.BoundStep(drift=0.1, stats=stats).in_place(x, rng)(x.clone(), 1)
+    assert (stats[1] == 0).all()
+    assert stats[0].isnan().all()
 
 
 @pytest.mark.parametrize("shape", SIZES)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import plain_numbers
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import coopflow_ext as cf
+from coopflow_ext.ops.langevin import bound_arguments
 
 KEY = cf.Key(5)
 
@@ -134,28 +135,66 @@ def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str)
     assert torch.equal(x, before)
 
 
+def bound_call(numbers: Tensor, device: Any = "cpu", **given: Any) -> tuple[Any, ...]:
+    """Arguments of the raw op of a bound step, of which some are given."""
+    tensors = {
+        "x": torch.ones(4, 6, device=device),
+        "grad": torch.ones(4, 6, device=device),
+        "rng": KEY.tensor(device),
+        "numbers": numbers,
+        "step": 0,
+        "active": None,
+        "frozen_at": None,
+        "constants": None,
+        "outputs": None,
+    }
+    return tuple({**tensors, **given}.values())
+
+
+def numbers_of(**options: Any) -> Tensor:
+    return bound_arguments(**{"drift": 0.1, **options})[0]
+
+
+XI, STATS = torch.ones(2, 4, 6), torch.ones(2, 4, 5)
+
+
 @pytest.mark.parametrize(
-    ("numbers", "message"),
+    ("numbers", "given", "message"),
     [
-        (torch.zeros(9), "numbers: must have dtype float64"),
-        (torch.zeros(8, dtype=torch.float64), r"numbers: must have shape \(9,\), got \(8,\)"),
-        (torch.zeros(18, dtype=torch.float64)[::2], "numbers: must be contiguous"),
-        (plain_numbers(drift=math.nan), "drift: must be finite"),
-        (plain_numbers(noise=-1.0), "noise: must not be negative"),
-        (plain_numbers(grad_clip=0.0), "grad_clip: must be"),
-        (plain_numbers(clamp=(1.0, -1.0)), "clamp: must be"),
+        (torch.zeros(13), {}, "numbers: must have dtype float64"),
+        (torch.zeros(8).double(), {}, r"numbers: must have shape \(13,\), got \(8,\)"),
+        (torch.zeros(26).double()[::2], {}, "numbers: must be contiguous"),
+        (torch.full((13,), math.nan).double(), {}, "noise_when: must be in"),
+        (numbers_of(drift=math.nan), {}, "drift: must be finite"),
+        (numbers_of(noise=-1.0), {}, "noise: must not be negative"),
+        (numbers_of(grad_clip=0.0), {}, "grad_clip: must be"),
+        (numbers_of(clamp=(1.0, -1.0)), {}, "clamp: must be"),
+        (numbers_of(noise_when=3), {}, r"noise_when: must be in \[0, 3\), got 3"),
+        (numbers_of(pull=0.1), {}, "pull: needs x_ref"),
+        (numbers_of(freeze_nonfinite=True), {}, "freeze_nonfinite: needs active"),
+        (numbers_of(xi=XI), {}, "constants: must be 1 tensors by numbers, got 0"),
+        (numbers_of(), {"constants": [XI]}, "constants: must be 0 tensors by numbers, got 1"),
+        (numbers_of(stats=STATS), {}, "outputs: must be 1 tensors by numbers, got 0"),
+        (numbers_of(xi=XI), {"constants": [XI[0]]}, "xi: must have a row of the shape of x"),
+        (numbers_of(xi=XI), {"constants": [XI[:, :3]]}, "xi: must have a row of the shape of x"),
+        (numbers_of(xi=XI), {"constants": [XI.double()]}, "xi: must have dtype float32"),
+        (numbers_of(xi=XI), {"constants": [XI.mT.contiguous().mT]}, "xi: must have the strides"),
+        (numbers_of(xi=XI), {"constants": [XI], "step": 2}, "xi: row 2 was asked of a tensor with"),
+        (numbers_of(xi=XI, noise_when=1), {"constants": [XI], "step": 1}, "xi: row 2 was asked"),
+        (numbers_of(stats=STATS), {"outputs": [STATS[0]]}, r"stats: must have shape \(T, 4, 5\)"),
+        (numbers_of(stats=STATS), {"outputs": [STATS], "step": 2}, "stats: row 2 was asked"),
+        (numbers_of(), {"step": -1}, "step: must be in"),
     ],
 )
-def test_bad_numbers_of_the_plain_step(device: torch.device, numbers: Tensor, message: str) -> None:
-    x, grad, rng = (
-        torch.ones(4, 6, device=device),
-        torch.ones(4, 6, device=device),
-        KEY.tensor(device),
-    )
-    before = x.clone()
-    with pytest.raises(RuntimeError, match=f"coopflow::langevin_plain_step_: {message}"):
-        torch.ops.coopflow.langevin_plain_step_(x, grad, rng, numbers, 0, None, None)
-    assert torch.equal(x, before)
+def test_bad_arguments_of_the_bound_step(
+    device: torch.device, numbers: Tensor, given: dict[str, Any], message: str
+) -> None:
+    given = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, given)
+    arguments = bound_call(numbers, device, **given)
+    before = arguments[0].clone()
+    with pytest.raises(RuntimeError, match=f"coopflow::langevin_bound_step_: {message}"):
+        torch.ops.coopflow.langevin_bound_step_(*arguments)
+    assert torch.equal(arguments[0], before)
 
 
 def test_a_lazily_negated_state_is_named(device: torch.device) -> None:
@@ -199,20 +238,15 @@ def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None
     assert_a_foreign_tensor_is_named(name, device, "meta")
 
 
-def test_the_numbers_of_a_plain_step_stay_on_the_cpu(device: torch.device) -> None:
+def test_the_numbers_of_a_bound_step_stay_on_the_cpu(device: torch.device) -> None:
     """Beside tensors of another device, here without data, and as the only ones without data."""
-    plain, numbers = torch.ops.coopflow.langevin_plain_step_, plain_numbers(drift=0.1)
-    x, grad, rng = (
-        torch.ones(4, 6, device=device),
-        torch.ones(4, 6, device=device),
-        KEY.tensor(device),
-    )
-    shapes = [t.to("meta") for t in (x, grad, rng)]
-    plain(*shapes, numbers, 0, None, None)
-    before = x.clone()
+    step, numbers = torch.ops.coopflow.langevin_bound_step_, numbers_of()
+    step(*bound_call(numbers, "meta"))
+    arguments = bound_call(numbers.to("meta"), device)
+    before = arguments[0].clone()
     with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
-        plain(x, grad, rng, numbers.to("meta"), 0, None, None)
-    assert torch.equal(x, before)
+        step(*arguments)
+    assert torch.equal(arguments[0], before)
 
 
 @pytest.mark.gpu

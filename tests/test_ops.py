@@ -19,7 +19,6 @@ from op_table import (
     Op,
     as_tuple,
     attention_of,
-    plain_numbers,
 )
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 import coopflow_ext as cf
 from coopflow_ext._extension import native
+from coopflow_ext.ops.langevin import bound_arguments
 
 SHAPES = (
     (0, 3), (3, 0), (1, 1), (2, 3), (3, 4), (5, 5), (7,), (4, 127), (2, 16411), (3, 2, 5, 7),
@@ -350,11 +350,13 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
     x, grad, rng = draw.normal(), draw.normal(), draw.rng()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.rand(2, 3, device=device)
-    numbers = plain_numbers(drift=0.1, noise=0.2, clamp=(-1.0, 1.0))
     active, frozen_at = torch.ones(3, device=device).bool(), torch.zeros(3, device=device).long()
     masked = {"active": active, "freeze_nonfinite": True, "frozen_at": frozen_at}
     limits = {"drift": 0.1, "noise": 0.2, "clamp_low": -1.0, "clamp_high": 1.0}
     stats = torch.empty(3, 5, dtype=wide, device=device)
+    plain, _ = bound_arguments(drift=0.1, noise=0.2, clamp=(-1.0, 1.0))
+    rows = {"stats": stats.new_empty(2, 3, 5), "xi": draw.normal(2, 3, 8).to(device, dtype)}
+    whole, tensors = bound_arguments(drift=0.1, noise=0.2, **masked, **rows)
     mixture = [torch.ones(2, 8).to(device, wide) for _ in range(2)]
     mixture.append(mixture[0][:, 0].contiguous())
     network = tuple(
@@ -368,9 +370,9 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
             ((x, grad, rng), limits),
             ((x, grad, rng), {**limits, **masked, "stats": stats, "grad_norm": 0.5}),
         ],
-        "langevin_plain_step_": [
-            ((x, grad, rng, numbers, 2, None, None), {}),
-            ((x, grad, rng, numbers, 2, active, frozen_at), {}),
+        "langevin_bound_step_": [
+            ((x, grad, rng, plain, 2), {}),
+            ((x, grad, rng, whole, 1, *tensors), {}),
         ],
         "langevin_noise_": [((x, rng), {"noise": 0.2})],
         "analytic_langevin_chain": [  # float32 or float64

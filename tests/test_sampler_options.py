@@ -11,7 +11,6 @@ from torch import Tensor
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.ops import _call
 from coopflow_ext.samplers import LangevinSampler
 
 B, D, T = 5, 6, 8
@@ -99,37 +98,26 @@ def test_options_together(x0, xi, noise_first, on_nonfinite):
             assert out.stats is None
 
 
-PLAIN_OPTIONS = {
+EVERY_STEP = {
     "nothing": {},
     "every limit": {"grad_clip": 1.2, "grad_norm": 2.0, "step_clip": 0.3, "clamp": (-1.0, 1.5)},
     "decay, freeze": {"reference_std": 0.7, "on_nonfinite": "freeze"},
     "no mask": {"on_nonfinite": "ignore", "temperature": 0.5},
+    "tables": {"temperature": torch.linspace(0.5, 1.0, T)},
+    "pull": {"pull": (torch.zeros(16, 5), 0.1)},
+    "statistics": {"stats": True},
+    "noise first": {"noise_before_gradient": True, "on_nonfinite": "ignore"},
+    "noise first, clamped": {"noise_before_gradient": True, "clamp": (-1.0, 1.0)},
+    "clamp at the end": {"clamp": (-1.0, 1.0), "clamp_when": "end"},
+    "autocast": {"autocast": torch.bfloat16},
 }
 
 
-@pytest.fixture
-def called(monkeypatch) -> list[str]:
-    """Names of the raw ops as they are called."""
-    names: list[str] = []
-    native = _call.coopflow
-
-    class Listed:
-        def __getattr__(self, name):
-            def call(*args, **kwargs):
-                names.append(name)
-                return getattr(native, name)(*args, **kwargs)
-
-            call.default = call
-            return call
-
-    monkeypatch.setattr(_call, "coopflow", Listed())
-    return names
-
-
-@pytest.mark.parametrize("name", PLAIN_OPTIONS)
+@pytest.mark.parametrize("name", EVERY_STEP)
 @pytest.mark.parametrize("kind", ["energy", "score"])
-def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, called, name, kind):
-    options = {"n_steps": T, "step_size": 0.4, **PLAIN_OPTIONS[name]}
+def test_the_bound_steps_of_a_chain_are_steps_of_the_face(monkeypatch, name, kind):
+    """Also one call of an op for each step, whatever the options."""
+    options = {"n_steps": T, "step_size": 0.4, **EVERY_STEP[name]}
     breaks_at = 1.5 if "on_nonfinite" in options else math.inf
 
     def score(x):
@@ -139,36 +127,29 @@ def test_the_op_of_plain_chains_makes_the_same_chain(monkeypatch, called, name, 
         return (torch.where(x > breaks_at, math.nan, 1.0) * (0.5 * x * x - x.cos())).sum(1)
 
     sampler = LangevinSampler(**{kind: {"energy": energy, "score": score}[kind]}, **options)
-    x0 = cf.ops.normal((16, 5), cf.Key(5).tensor())
-    called.clear()
-    ours = sampler(x0, key=cf.Key(6)).x
-    assert called == ["langevin_plain_step_"] * T
-    assert ours.isnan().any() == (options.get("on_nonfinite") == "ignore")
-    called.clear()
-    monkeypatch.setattr(cf.ops.BoundStep, "_plain_numbers", lambda _: None)
-    whole = sampler(x0, key=cf.Key(6)).x
-    assert called == ["langevin_step_"] * T
-    assert torch.equal(ours.nan_to_num(9.0), whole.nan_to_num(9.0))
-    assert not torch.equal(ours, x0)
+    x0, xi = cf.ops.normal((16, 5), cf.Key(5).tensor()), torch.randn(T, 16, 5)
+    called: list[int] = []
 
+    def by_the_face(self, x, rng, **replaced):
+        def move(grad, step):
+            called.append(step)
+            cf.ops.langevin_step_(x, grad, rng, **self.at(step, **replaced))
 
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"noise": torch.linspace(0, 1, T)}, T),
-        ({"temperature": [0.5, 1.0] * (T // 2)}, T),
-        ({"pull": (torch.zeros(2, 3), 0.1)}, T),
-        ({"stats": True}, T),
-        ({"noise_before_gradient": True}, T),
-        ({"clamp": (-1, 1), "clamp_when": "end"}, 1),
-        ({"autocast": torch.bfloat16}, T),
-    ],
-)
-def test_steps_that_need_the_whole_op(called, options, steps):
-    options = {"step_size": 0.1} | options if "noise" not in options else {"drift": 0.1} | options
-    LangevinSampler(lambda x: x.sum(1), n_steps=T, **options)(torch.zeros(2, 3))
-    assert called.count("langevin_step_") == steps
-    assert called.count("langevin_plain_step_") == T - steps
+        return move
+
+    for noise in ({"key": cf.Key(6)}, {"xi": xi}):
+        ours = sampler(x0, **noise)
+        with monkeypatch.context() as patched:
+            patched.setattr(cf.ops.BoundStep, "in_place", by_the_face)
+            called.clear()
+            expected = sampler(x0, **noise)
+        assert called == list(range(T))
+        assert ours.x.isnan().any() == (options.get("on_nonfinite") == "ignore")
+        assert torch.equal(ours.x.nan_to_num(9.0), expected.x.nan_to_num(9.0))
+        assert not torch.equal(ours.x, x0)
+        if ours.stats is not None:
+            kept, told = vars(ours.stats), vars(expected.stats)
+            torch.testing.assert_close(kept, told, rtol=0, atol=0, equal_nan=True)
 
 
 def test_schedules_in_every_form(x0, xi):

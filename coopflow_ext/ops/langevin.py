@@ -16,18 +16,24 @@ from coopflow_ext.ops import _call
 _COEFFICIENTS = ("drift", "noise", "decay", "pull", "step_size")
 _OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
 
-# Where the numbers of ``langevin_plain_step_`` stand in their tensor, and what is off.
-_PLAIN_NUMBERS = {
+# Where the numbers of ``langevin_bound_step_`` stand in their tensor, and what is off; after them
+# stands which tensors its lists hold, a bit for each, those that are read before those written.
+_BOUND_NUMBERS = {
     "drift": 0.0,
     "noise": 0.0,
     "decay": 0.0,
+    "pull": 0.0,
     "is_score": 0.0,
     "grad_clip": math.inf,
     "grad_norm": math.inf,
     "step_clip": math.inf,
     "clamp_low": -math.inf,
     "clamp_high": math.inf,
+    "noise_when": 0.0,
+    "freeze_nonfinite": 0.0,
 }
+_BOUND_CONSTANTS = ("drift_t", "noise_t", "decay_t", "pull_t", "x_ref", "xi")
+_BOUND_OUTPUTS = ("x_low", "stats")
 
 
 class _Options(NamedTuple):
@@ -301,52 +307,61 @@ def langevin_step(
     return out
 
 
+def bound_arguments(**options: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """The options of a step as ``langevin_bound_step_`` takes them: its numbers before the step,
+    and the tensors behind it as far as there are any, since every argument costs time."""
+    raw = raw_options("langevin_step_", **options)
+    numbers = [float(raw.get(name, off)) for name, off in _BOUND_NUMBERS.items()]
+    in_lists = (*_BOUND_CONSTANTS, *_BOUND_OUTPUTS)
+    numbers.append(sum(1 << i for i, name in enumerate(in_lists) if name in raw))
+    lists = [
+        [raw[name] for name in names if name in raw] for names in (_BOUND_CONSTANTS, _BOUND_OUTPUTS)
+    ]
+    tensors = [raw.get("active"), raw.get("frozen_at"), *(tensors or None for tensors in lists)]
+    while tensors and tensors[-1] is None:
+        tensors.pop()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu"), tuple(tensors)
+
+
 class BoundStep:
     """The options of :func:`langevin_step_`, bound once for the loop of a chain.
 
-    The loop knows what the face asks at each call: that x and the gradient have one layout, need no
-    gradients and are seen by no other graph.
+    xi and stats have a row for each step: (T, *x.shape), each row laid out like x, and (T, B, 5).
+    The loop knows what the face asks at each call: that x and the gradient need no gradients and
+    are seen by no other graph.
     """
 
     def __init__(self, *, drift: Coefficient, **options: Any) -> None:
-        self.drift = drift
         self.options = {"drift": drift, **options}
-        self._constant = raw_options("langevin_step_", **self.options)
-        self._numbers = self._plain_numbers()
 
-    def _plain_numbers(self) -> Tensor | None:
-        """The numbers of ``langevin_plain_step_``; None where a step needs more than numbers."""
-        beside = self._constant.keys() - _PLAIN_NUMBERS.keys()
-        masked = {"active", "freeze_nonfinite", "frozen_at"}
-        if beside and beside != masked:
-            return None
-        numbers = [self._constant.get(name, off) for name, off in _PLAIN_NUMBERS.items()]
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    def in_place(self, x: Tensor, rng: Tensor, **replaced: Any) -> Callable[[Tensor, int], None]:
+        """The step of a state, as a function of (grad, step); options that are given here replace
+        the bound ones."""
+        numbers, tensors = bound_arguments(**{**self.options, **replaced})
+        op = _call.coopflow.langevin_bound_step_.default
 
-    def in_place(self, x: Tensor, rng: Tensor) -> Callable[..., None]:
-        """The step of a state, as a function of (grad, step); ``varying`` options that are given
-        beside replace the bound ones."""
-        numbers, constant = self._numbers, self._constant
-        active, frozen_at = constant.get("active"), constant.get("frozen_at")
-        plain = _call.coopflow.langevin_plain_step_.default
-        general = _call.coopflow.langevin_step_.default
-
-        def move(grad: Tensor, step: int, **varying: Any) -> None:
-            if numbers is not None and not varying:
-                plain(x, grad, rng, numbers, step, active, frozen_at)
-                return
-            if varying.keys() & self.options.keys():
-                arguments = raw_options("langevin_step_", **{**self.options, **varying})
-            else:
-                arguments = {**constant, **raw_options("langevin_step_", **varying)}
-            general(x, grad, rng, **arguments, step=step)
+        def move(grad: Tensor, step: int) -> None:
+            op(x, grad, rng, numbers, step, *tensors)
 
         return move
 
-    def functional(self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **varying: Any) -> Tensor:
-        """One step as :func:`langevin_step`, whose options ``varying`` replace the bound ones."""
-        options = {k: v for k, v in {**self.options, **varying}.items() if k not in _OUTPUTS}
-        return langevin_step(x, grad, rng, step=step, **options)
+    def at(self, step: int, **replaced: Any) -> dict[str, Any]:
+        """The options of :func:`langevin_step_` at a step, some of them replaced."""
+        options = {**self.options, **replaced, "step": step}
+        if options.get("xi") is not None:
+            options["xi"] = options["xi"][step + (options.get("noise_when", 0) == 1)]
+        if options.get("stats") is not None:
+            options["stats"] = options["stats"][step]
+        return options
+
+    def functional(
+        self, x: Tensor, grad: Tensor, rng: Tensor, step: int, **replaced: Any
+    ) -> Tensor:
+        """One step as :func:`langevin_step`, some of its options replaced."""
+        options = self.at(step, **replaced)
+        return langevin_step(
+            x, grad, rng, **{name: v for name, v in options.items() if name not in _OUTPUTS}
+        )
 
 
 def _bounds_of(o: _Options) -> tuple[float, float] | None:
@@ -421,5 +436,5 @@ _call.positional("langevin_step", _LangevinStep)
 _call.register_autograd("langevin_step", _LangevinStep)
 _call.register_fake("langevin_step", lambda x, *args, **kwargs: torch.empty_like(x))
 _call.register_fake("langevin_step_", _call.no_result)
-_call.register_fake("langevin_plain_step_", _call.no_result, on_host="numbers")
+_call.register_fake("langevin_bound_step_", _call.no_result, on_host="numbers")
 _call.register_fake("langevin_noise_", _call.no_result)

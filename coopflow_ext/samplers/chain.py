@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -177,12 +177,11 @@ class Chain:
         )
         self.coefficients = {name: place(v, *xs) for name, v in plan.coefficients.items()}
         self.steps = [self._bound_step(j) for j in range(len(xs))]
-        self.moves = [
-            step.in_place(x, rng) for step, x, rng in zip(self.steps, xs, self.rngs, strict=True)
-        ]
-        self.varies = bool(
-            plan.noise_first or plan.keep_stats or plan.end_clamp or inputs.xis is not None
-        )
+        self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
+        # The drift of all tensors times the factor that shrinks their joint gradient.
+        self.shrunk_drift: Tensor | None = None
+        if len(xs) > 1 and "grad_norm" in plan.clips:
+            self.shrunk_drift = first.new_empty(1, batch, dtype=torch.float64)
 
     @property
     def last(self) -> Tensors:
@@ -199,7 +198,7 @@ class Chain:
         return 2 if pauses or apart else 1
 
     def _bound_step(self, j: int) -> ops.BoundStep:
-        """What every step of tensor j has. Most chains have nothing else."""
+        """What every step of tensor j has."""
         plan = self.plan
         several = len(self.xs) > 1  # which stop as one, before any of them moves
         return ops.BoundStep(
@@ -208,30 +207,34 @@ class Chain:
             x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
             is_score=plan.gradient.is_score,
             clamp=plan.step_clamp,
+            xi=None if self.inputs.xis is None else self.inputs.xis[j],
+            stats=self.records.sums[j] if plan.keep_stats else None,
             x_low=self.lows[j] if self.lows else None,
             active=self.active,
             freeze_nonfinite=plan.masked and not several,
             frozen_at=None if several else self.frozen_at,
         )
 
-    def _varying(self, j: int, step: int, noise_when: int, *, ends: bool) -> dict[str, Any]:
-        """What a step of tensor j has beside; ``ends``: it is the chain's last."""
-        plan, xis = self.plan, self.inputs.xis
-        varying: dict[str, Any] = {}
-        if plan.noise_first:
-            varying["noise_when"] = noise_when
-        if xis is not None:
-            varying["xi"] = xis[j][step + (noise_when == 1)]
-        if plan.keep_stats:
-            varying["stats"] = self.records.sums[j][step]
-        if plan.end_clamp is not None and ends:
-            varying["clamp"] = plan.end_clamp
-        return varying
+    def _varying(self, noise_when: int, *, ends: bool) -> dict[str, Any]:
+        """What differs between steps; ``ends``: it is the chain's last."""
+        end_clamp = self.plan.end_clamp
+        clamp = {"clamp": end_clamp} if ends and end_clamp is not None else {}
+        return {"noise_when": noise_when, **clamp}
+
+    def _bind(self, noise_when: int, *, ends: bool) -> list[Callable[[Tensor, int], None]]:
+        """The steps of this kind in place, one for each tensor."""
+        varying = self._varying(noise_when, ends=ends)
+        if self.shrunk_drift is not None:
+            varying.update(drift=self.shrunk_drift, grad_norm=None)
+        tensors = zip(self.steps, self.xs, self.rngs, strict=True)
+        moves = [step.in_place(x, rng, **varying) for step, x, rng in tensors]
+        self.moves[noise_when, ends] = moves
+        return moves
 
     def functional_step(self, j: int, step: int, x: Tensor, grad: Tensor, **given: Any) -> Tensor:
         """Tensor j after a step, as a function of x and grad; its noise is the step's own."""
         when = self.noise_when(step, pauses=True)
-        varying = self._varying(j, step, when, ends=step + 1 == self.plan.n_steps)
+        varying = self._varying(when, ends=step + 1 == self.plan.n_steps)
         return self.steps[j].functional(x, grad, self.rngs[j], step, **{**varying, **given})
 
     def noise_arguments(self, j: int, step: int) -> dict[str, Any]:
@@ -294,26 +297,21 @@ class Chain:
 
     def update(self, step: int, grads: Tensors, *, noise_when: int, ends: bool) -> None:
         """Move ``xs`` by one step, given the gradients."""
+        moves = self.moves.get((noise_when, ends)) or self._bind(noise_when, ends=ends)
         if len(grads) == 1:  # nearly every chain, and a call of it costs what its calls cost
-            x, grad = self.xs[0], grads[0]
-            if grad.dtype != x.dtype:
-                grad = _in_a_dtype_for(grad, x)
-            if self.varies:
-                self.moves[0](grad, step, **self._varying(0, step, noise_when, ends=ends))
-            else:
-                self.moves[0](grad, step)
+            grad, x = grads[0], self.xs[0]
+            moves[0](grad if grad.dtype == x.dtype else _in_a_dtype_for(grad, x), step)
             return
         grads = tuple(map(_in_a_dtype_for, grads, self.xs))
         if self.active is not None and self.frozen_at is not None:
             mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
-        for j, grad in enumerate(grads):
-            given = self._varying(j, step, noise_when, ends=ends)
-            if shrink is not None:  # the drift takes the factor: a table of one row
-                drift = self.coefficients["drift"]
-                row = table_row(drift, step) if isinstance(drift, Tensor) else drift
-                given.update(drift=(row * shrink)[None], grad_norm=None)
-            self.moves[j](grad, step, **given)
+        if shrink is not None and self.shrunk_drift is not None:
+            drift = self.coefficients["drift"]
+            row = table_row(drift, step) if isinstance(drift, Tensor) else drift
+            self.shrunk_drift.copy_(row * shrink)
+        for move, grad in zip(moves, grads, strict=True):
+            move(grad, step)
 
     def _settle(self) -> None:
         assert self.active is not None

@@ -85,7 +85,7 @@ struct CpuLangevin {
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CPU, m) {
   using coopflow::CpuLangevin;
   m.impl("langevin_step_", TORCH_BOX(&coopflow::langevin_step_<CpuLangevin>));
-  m.impl("langevin_plain_step_", TORCH_BOX(&coopflow::langevin_plain_step_<CpuLangevin>));
+  m.impl("langevin_bound_step_", TORCH_BOX(&coopflow::langevin_bound_step_<CpuLangevin>));
   m.impl("langevin_step", TORCH_BOX(&coopflow::langevin_step<CpuLangevin>));
   m.impl("langevin_noise_", TORCH_BOX(&coopflow::langevin_noise_<CpuLangevin>));
 }

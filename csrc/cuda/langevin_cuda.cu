@@ -21,7 +21,7 @@ struct CudaLangevin {
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CUDA, m) {
   using coopflow::CudaLangevin;
   m.impl("langevin_step_", TORCH_BOX(&coopflow::langevin_step_<CudaLangevin>));
-  m.impl("langevin_plain_step_", TORCH_BOX(&coopflow::langevin_plain_step_<CudaLangevin>));
+  m.impl("langevin_bound_step_", TORCH_BOX(&coopflow::langevin_bound_step_<CudaLangevin>));
   m.impl("langevin_step", TORCH_BOX(&coopflow::langevin_step<CudaLangevin>));
   m.impl("langevin_noise_", TORCH_BOX(&coopflow::langevin_noise_<CudaLangevin>));
 }

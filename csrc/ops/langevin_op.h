@@ -7,6 +7,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "coopflow/langevin.h"
 #include "ops/op_checks.h"
@@ -30,20 +31,41 @@ struct LangevinOptions {
   OptionalTensor xi, x_low, stats, active;
   bool freeze_nonfinite;
   OptionalTensor frozen_at = std::nullopt;
+  bool has_rows = false;  // xi and stats are those of many steps, a row for each
 };
 
-// Where the numbers of a plain step stand in their tensor. Limits that are off are infinite.
-enum PlainNumber {
+using OptionalTensors = std::optional<std::vector<Tensor>>;
+
+// Where the numbers of a bound step stand in their tensor. Limits that are off are infinite.
+enum BoundNumber {
   kDrift,
   kNoise,
   kDecay,
+  kPull,
   kIsScore,
   kGradClip,
   kGradNorm,
   kStepClip,
   kClampLow,
   kClampHigh,
-  kPlainNumbers
+  kNoiseWhen,
+  kFreezeNonfinite,
+  kTensors,  // which are given, a bit for each of BoundTensor
+  kBoundNumbers
+};
+
+// The tensors of a bound step in the order of its two lists: those it reads, those it writes.
+enum BoundTensor {
+  kDriftTable,
+  kNoiseTable,
+  kDecayTable,
+  kPullTable,
+  kXRef,
+  kXi,
+  kXLow,
+  kStats,
+  kBoundTensors,
+  kFirstWritten = kXLow
 };
 
 class LangevinOp {
@@ -67,6 +89,14 @@ class LangevinOp {
     check_.same_layout(argument, t, x_);
   }
 
+  // The same, with a row for each step.
+  void check_state_rows(const char* argument, const Tensor& t, int64_t row) const {
+    check_.has_dtype(argument, t, x_.scalar_type());
+    check_.same_device(argument, t, x_);
+    check_.rows_have_layout(argument, t, x_);
+    check_has_row(argument, t, row);
+  }
+
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_gradient(grad);
     check_update(rng, o);
@@ -75,7 +105,8 @@ class LangevinOp {
 
   // What steps and whole chains are given alike.
   void check_update(const Tensor& rng, const LangevinOptions& o) const {
-    check_noise(rng, o.noise, o.noise_t, o.step, o.xi);
+    check_noise(rng, o.noise, o.noise_t, o.step, o.has_rows ? std::nullopt : o.xi);
+    if (o.has_rows && o.xi) check_state_rows("xi", *o.xi, noise_step(o));
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
     check_coefficient("pull", o.pull, o.pull_t);
@@ -124,26 +155,29 @@ class LangevinOp {
     if (xi) check_state_like("xi", *xi);
   }
 
-  // The options of a plain step from their one tensor.
-  LangevinOptions plain_options(const Tensor& numbers) const {
-    check_.has_dtype("numbers", numbers, ScalarType::Double);
-    if (numbers.is_cuda()) check_.fail("numbers", "must be on the CPU, got a CUDA tensor");
-    if (numbers.dim() != 1 || numbers.size(0) != kPlainNumbers) {
-      check_.fail("numbers", "must have shape (", int{kPlainNumbers}, ",), got ",
-                  shape_text(numbers));
-    }
-    check_.is_contiguous("numbers", numbers);
-    const double* number = static_cast<const double*>(numbers.const_data_ptr());
+  // The options of a bound step from its numbers and its lists of tensors.
+  LangevinOptions bound_options(const Tensor& numbers, const OptionalTensors& constants,
+                                const OptionalTensors& outputs) const {
+    const double* number = bound_numbers(numbers);
     LangevinOptions o{};
     o.drift = number[kDrift];
     o.noise = number[kNoise];
     o.decay = number[kDecay];
+    o.pull = number[kPull];
     o.is_score = number[kIsScore] != 0;
     o.grad_clip = limit_or_none(number[kGradClip]);
     o.grad_norm = limit_or_none(number[kGradNorm]);
     o.step_clip = limit_or_none(number[kStepClip]);
     o.clamp_low = number[kClampLow];
     o.clamp_high = number[kClampHigh];
+    o.noise_when = whole_number("noise_when", number[kNoiseWhen], 3);
+    o.freeze_nonfinite = number[kFreezeNonfinite] != 0;
+    o.has_rows = true;
+    OptionalTensor* const places[kBoundTensors] = {&o.drift_t, &o.noise_t, &o.decay_t, &o.pull_t,
+                                                   &o.x_ref,   &o.xi,      &o.x_low,   &o.stats};
+    const int64_t taken = whole_number("numbers", number[kTensors], 1 << kBoundTensors);
+    place_tensors("constants", constants, places, taken, 0, kFirstWritten);
+    place_tensors("outputs", outputs, places, taken, kFirstWritten, kBoundTensors);
     return o;
   }
 
@@ -157,6 +191,10 @@ class LangevinOp {
                             const Tensor& rng, const LangevinOptions& o) const {
     LangevinArgs<A> args = noise_args<A>(x_out, rng, o.noise, o.noise_t, o.step, o.xi,
                                          static_cast<NoiseWhen>(o.noise_when));
+    if (o.has_rows && o.xi) {
+      args.xi = static_cast<const char*>(args.xi) +
+                args.step * o.xi->stride(0) * static_cast<int64_t>(o.xi->element_size());
+    }
     args.grad = grad.const_data_ptr();
     args.grad_layout = layout;
     args.x_ref = pointer_or_null(o.x_ref);
@@ -164,7 +202,7 @@ class LangevinOp {
       args.x_low = o.x_low->mutable_data_ptr();
       args.low_precision = half_precision(*o.x_low);
     }
-    if (o.stats) args.stats = static_cast<A*>(o.stats->mutable_data_ptr());
+    if (o.stats) args.stats = static_cast<A*>(o.stats->mutable_data_ptr()) + stats_offset(o);
     if (o.active) args.active = static_cast<bool*>(o.active->mutable_data_ptr());
     // The score is the negative gradient. All limits are symmetric, so its sign can move into the
     // coefficient.
@@ -217,6 +255,54 @@ class LangevinOp {
 
   static std::optional<double> limit_or_none(double limit) {
     return limit == kNoLimit ? std::nullopt : std::optional<double>(limit);
+  }
+
+  const double* bound_numbers(const Tensor& numbers) const {
+    check_.has_dtype("numbers", numbers, ScalarType::Double);
+    if (numbers.is_cuda()) check_.fail("numbers", "must be on the CPU, got a CUDA tensor");
+    if (numbers.dim() != 1 || numbers.size(0) != kBoundNumbers) {
+      check_.fail("numbers", "must have shape (", int{kBoundNumbers}, ",), got ",
+                  shape_text(numbers));
+    }
+    check_.is_contiguous("numbers", numbers);
+    return static_cast<const double*>(numbers.const_data_ptr());
+  }
+
+  int64_t whole_number(const char* argument, double value, int64_t limit) const {
+    if (!(value >= 0 && value < static_cast<double>(limit))) {
+      check_.fail(argument, "must be in [0, ", limit, "), got ", value);
+    }
+    return static_cast<int64_t>(value);
+  }
+
+  // Gives each of the places [begin, end) that are said to be taken the next tensor of a list.
+  void place_tensors(const char* argument, const OptionalTensors& list,
+                     OptionalTensor* const places[], int64_t taken, int begin, int end) const {
+    const size_t size = list ? list->size() : 0;
+    size_t next = 0;
+    for (int i = begin; i < end; ++i) {
+      if ((taken >> i & 1) == 0) continue;
+      if (next < size) *places[i] = (*list)[next];
+      ++next;
+    }
+    if (next != size) {
+      check_.fail(argument, "must be ", next, " tensors by numbers, got ", size);
+    }
+  }
+
+  void check_has_row(const char* argument, const Tensor& t, int64_t row) const {
+    if (row >= t.size(0)) {
+      check_.fail(argument, "row ", row, " was asked of a tensor with ", t.size(0), " rows");
+    }
+  }
+
+  // The step whose noise an update adds.
+  static int64_t noise_step(const LangevinOptions& o) {
+    return o.step + (static_cast<NoiseWhen>(o.noise_when) == NoiseWhen::kAfterStep ? 1 : 0);
+  }
+
+  int64_t stats_offset(const LangevinOptions& o) const {
+    return o.has_rows ? o.step * batch_ * kStatistics : 0;
   }
 
   static LowPrecision half_precision(const Tensor& t) {
@@ -276,11 +362,14 @@ class LangevinOp {
     if (o.stats) {
       check_.has_dtype("stats", *o.stats, wide ? ScalarType::Double : ScalarType::Float);
       check_.same_device("stats", *o.stats, x_);
-      if (o.stats->dim() != 2 || o.stats->size(0) != batch_ || o.stats->size(1) != kStatistics) {
-        check_.fail("stats", "must have shape (", batch_, ", ", int{kStatistics}, "), got ",
-                    shape_text(*o.stats));
+      const int64_t rows = o.has_rows;
+      if (o.stats->dim() != rows + 2 || o.stats->size(rows) != batch_ ||
+          o.stats->size(rows + 1) != kStatistics) {
+        check_.fail("stats", "must have shape (", rows ? "T, " : "", batch_, ", ", int{kStatistics},
+                    "), got ", shape_text(*o.stats));
       }
       check_.is_contiguous("stats", *o.stats);
+      if (o.has_rows) check_has_row("stats", *o.stats, o.step);
     }
     check_active(o.active);
     if (o.freeze_nonfinite && !o.active) {
@@ -334,7 +423,7 @@ void run_langevin_step(const LangevinOp& op, const Tensor& x, const Tensor& x_ou
                        const Tensor& grad, const Tensor& rng, const LangevinOptions& o) {
   if (op.is_empty()) {
     if (o.stats) {
-      Tensor stats = *o.stats;
+      Tensor stats = o.has_rows ? torch::stable::select(*o.stats, 0, o.step) : *o.stats;
       torch::stable::fill_(stats, 0.0);
     }
     return;
@@ -368,13 +457,13 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
 }
 
 template <typename Backend>
-void langevin_plain_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int64_t step,
-                          OptionalTensor active, OptionalTensor frozen_at) {
-  const LangevinOp op("langevin_plain_step_", x);
-  LangevinOptions o = op.plain_options(numbers);
+void langevin_bound_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int64_t step,
+                          OptionalTensor active, OptionalTensor frozen_at,
+                          OptionalTensors constants, OptionalTensors outputs) {
+  const LangevinOp op("langevin_bound_step_", x);
+  LangevinOptions o = op.bound_options(numbers, constants, outputs);
   o.step = step;
   o.active = active;
-  o.freeze_nonfinite = active.has_value();
   o.frozen_at = frozen_at;
   op.check_step(grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);

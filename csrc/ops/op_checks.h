@@ -139,6 +139,22 @@ class OpChecks {
     }
   }
 
+  // A row of t for each step, which has the shape and strides of x.
+  void rows_have_layout(const char* argument, const Tensor& t, const Tensor& x) const {
+    bool same = t.dim() == x.dim() + 1;
+    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i + 1) == x.size(i);
+    if (!same) {
+      fail(argument, "must have a row of the shape of x, ", shape_text(x), ", for each step, got ",
+           shape_text(t));
+    }
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (x.size(i) > 1 && t.stride(i + 1) != x.stride(i)) {
+        fail(argument, "must have the strides of x in each row; dimension ", i, " has stride ",
+             t.stride(i + 1), " where x has ", x.stride(i));
+      }
+    }
+  }
+
   void is_contiguous(const char* argument, const Tensor& t) const {
     if (!t.is_contiguous()) fail(argument, "must be contiguous, got a strided view");
   }

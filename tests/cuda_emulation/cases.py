@@ -97,8 +97,11 @@ def langevin_plain(inputs: Inputs) -> Results:
     batch = inputs.shape[0]
     moved, grad = inputs.normal(), _with_one_infinite(grad)
     active, frozen_at = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 99)
-    numbers = torch.tensor([0.3, 0.1, 0.2, 1, 1.5, torch.inf, 0.2, -1, 1], dtype=torch.float64)
-    _call.coopflow.langevin_plain_step_(moved, grad, inputs.rng, numbers, 2, active, frozen_at)
+    bound = cf.ops.BoundStep(
+        drift=0.3, noise=0.1, decay=0.2, is_score=True, grad_clip=1.5, step_clip=0.2,
+        clamp=(-1.0, 1.0), active=active, freeze_nonfinite=True, frozen_at=frozen_at,
+    )  # fmt: skip
+    bound.in_place(moved, inputs.rng)(grad, 2)
     return {
         "functional": out, "in place": x, "chain's": moved, "active": active,
         "frozen_at": frozen_at,
