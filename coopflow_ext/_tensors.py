@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +32,27 @@ def table_row(table: Tensor, step: int) -> Tensor:
     return table[step if table.shape[0] > 1 else 0]
 
 
-def norm_scale(norm: Tensor, limit: float) -> Tensor:
-    """min(1, limit/norm): what brings a norm to at most ``limit``, 1 also where it is 0 or NaN."""
-    exceeds = norm > limit
-    return torch.where(exceeds, limit / torch.where(exceeds, norm, 1.0), 1.0)
-
-
 def safe_sqrt(x: Tensor) -> Tensor:
     """√x with derivative 0 at 0, where autograd's would be infinite."""
     zero = x == 0
     return torch.where(zero, x, torch.where(zero, 1.0, x).sqrt())
+
+
+def norm_scale(rows: Sequence[Tensor], limit: float) -> Tensor:
+    """min(1, limit/‖row‖) for the rows (B, n) of several tensors taken as one, (B,): what brings a
+    norm to at most ``limit``, 1 also where it is 0 or NaN.
+
+    Squares are taken in the scale of a row's largest element: they neither overflow nor vanish.
+    """
+    sizes = [row.detach().abs().amax(1) for row in rows if row.shape[1]]
+    if not sizes:
+        return torch.ones_like(rows[0][:, :1].sum(1))
+    largest = torch.stack(sizes).amax(0) if len(sizes) > 1 else sizes[0]
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    squares = [(row / scale[:, None]).square().sum(1) for row in rows]
+    norm = safe_sqrt(torch.stack(squares).sum(0))
+    exceeds = norm > limit / scale
+    return torch.where(exceeds, limit / scale / torch.where(exceeds, norm, 1.0), 1.0)
 
 
 def check_tensors(**arguments: object) -> None:

@@ -21,7 +21,6 @@ from coopflow_ext._tensors import (
     flat,
     norm_scale,
     per_chain_view,
-    safe_sqrt,
     table_row,
 )
 
@@ -117,8 +116,7 @@ def clip_gradient(
     if grad_clip is not None:
         grad = grad.clamp(-grad_clip, grad_clip)
     if grad_norm is not None:
-        norm = safe_sqrt(flat(grad).square().sum(1))
-        grad = grad * per_chain_view(norm_scale(norm, grad_norm), grad)
+        grad = grad * per_chain_view(norm_scale([flat(grad)], grad_norm), grad)
     return grad
 
 

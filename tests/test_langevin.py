@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -162,6 +163,80 @@ def test_statistics_of_chains_without_elements_are_zero(device: torch.device) ->
     cf.ops.BoundStep(drift=0.1, stats=stats).in_place(x, rng)(x.clone(), 1)
     assert (stats[1] == 0).all()
     assert stats[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 130), (2, 700), (1, 20_000)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_state_may_be_its_gradient_centre_or_noise(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Each element is read before it is written, also for the statistics."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, options in {
+        "grad": {"grad_norm": 0.9, "clamp": (-0.5, 0.8), "grad_clip": 0.7},
+        "x_ref": {"pull": 0.3, "noise_when": 1},
+        "xi": {"noise_when": 1},
+    }.items():
+        for kept in ({}, {"stats": torch.empty(shape[0], 5, dtype=wide, device=device)}):
+            x, grad, rng, given = arguments(shape, dtype, device, {"noise": 0.3, **options})
+            apart = {"grad": grad, **given, name: x.clone()}
+            shared = {"grad": grad, **given, name: x}
+            expected = {n: t.clone() for n, t in kept.items()}
+            moved = cf.ops.langevin_step_(x.clone(), apart.pop("grad"), rng, **apart, **expected)
+            cf.ops.langevin_step_(x, shared.pop("grad"), rng, **shared, **kept)
+            assert torch.equal(x, moved)
+            assert all(torch.equal(kept[n], expected[n]) for n in kept)
+
+
+def longdouble_norm_clip(grad: Tensor, limit: float) -> Tensor:
+    """The clipped gradient, whose norm does not overflow there."""
+    rows = grad.cpu().double().numpy().astype(np.longdouble)
+    norm = np.sqrt((rows * rows).sum(1))
+    scale = np.minimum(np.longdouble(1), np.longdouble(limit) / np.where(norm > 0, norm, 1))
+    return torch.from_numpy((rows * scale[:, None]).astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "size", [1e-300, 1e-160, 1e-37, 1e-20, 1.0, 1e19, 1e30, 3e38, 1e160, 1e300]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_clip_holds_for_every_finite_gradient(
+    device: torch.device, dtype: torch.dtype, size: float
+) -> None:
+    """Where squares overflow or vanish, in every kernel that the length of a chain asks for."""
+    wide = dtype == torch.float64
+    if not wide and not 1e-37 <= size <= 3e38:
+        return
+    for d in (1, 3, 40, 700, 20_000):
+        grad = random_like((3, d), torch.float64, device, 4).clamp(-1, 1)
+        grad[2, : d // 2] *= 1e-3  # and elements whose squares are far apart
+        grad = (grad * size).to(dtype)
+        for limit in (0.37 * size, 1.0, 1e3 * size):
+            if limit / size < (1e-300 if wide else 1e-38):
+                continue  # the scale itself would not be a normal number
+            options = {"drift": 1.0, "grad_norm": limit}
+            expected = longdouble_norm_clip(grad, limit)
+            rng, x = KEY.tensor(device), torch.zeros_like(grad)
+            kind = torch.finfo(dtype)
+            tolerance = {"rtol": 16 * kind.eps, "atol": kind.smallest_normal * kind.eps}
+            ours = -cf.ops.langevin_step_(x, grad, rng, **options)
+            if wide and d == 40 and size == 1.0:
+                assert (expected.norm(dim=1) <= limit * (1 + 1e-15)).all()
+            torch.testing.assert_close(ours.cpu().double(), expected, **tolerance)
+            reference = -cf.reference.langevin_step(torch.zeros_like(grad), grad, rng, **options)
+            torch.testing.assert_close(reference.cpu().double(), expected, **tolerance)
+
+
+def test_the_norm_clip_of_elements_of_every_size(device: torch.device) -> None:
+    rows = [[1e-200, 1e200], [3e-170, 4e-170], [1e150, 1e-150], [1e-160, 1e-100], [0.0, 5e-324]]
+    grad = torch.tensor(rows, dtype=torch.float64, device=device)
+    for limit in (1e-180, 1e-165, 1e-90, 1.0, 1e160):
+        x = torch.zeros_like(grad)
+        ours = -cf.ops.langevin_step_(x, grad, KEY.tensor(device), drift=1.0, grad_norm=limit)
+        expected = longdouble_norm_clip(grad, limit)
+        normal = limit / grad.cpu().abs().amax(1) > 1e-300  # where the scale is
+        assert normal.any()
+        torch.testing.assert_close(ours.cpu()[normal], expected[normal], rtol=4e-15, atol=5e-324)
 
 
 @pytest.mark.parametrize("shape", SIZES)

@@ -253,3 +253,150 @@ def test_the_numbers_of_a_bound_step_stay_on_the_cpu(device: torch.device) -> No
 @pytest.mark.parametrize("name", FOREIGN)
 def test_mixed_devices_are_named(name: str) -> None:
     assert_a_foreign_tensor_is_named(name, "cuda", "cpu")
+
+
+# --- memory that is shared ------------------------------------------------------------------------
+
+
+def overlapping(name: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of a step of which two share memory."""
+    floats, words = torch.ones(64, device=device), torch.arange(12, device=device)
+    x, behind = floats[:16].view(4, 4), floats[1:17].view(4, 4)
+    grad, rng = torch.ones(4, 4, device=device), KEY.tensor(device)
+    active = torch.ones(4, dtype=torch.bool, device=device)
+    masked = {"active": active, "freeze_nonfinite": True}
+    stats = floats[16:36].view(4, 5)
+    low = torch.zeros(20, dtype=torch.bfloat16, device=device)
+    cases: dict[str, dict[str, Any]] = {
+        "x, grad": {"grad": behind},
+        "x, grad transposed": {"grad": x.t()},
+        "x, grad expanded": {"grad": x[:1].expand(4, 4)},
+        "x, grad of half precision": {"grad": floats.view(torch.bfloat16)[:16].view(4, 4)},
+        "x, x_ref": {"x_ref": behind},
+        "x, xi": {"xi": behind},
+        "x, rng": {"rng": floats.view(torch.int64)[7:10]},
+        "x, drift": {"drift": floats[15:16].view(1, 1)},
+        "x, noise": {"noise": floats[:4].view(1, 4)},
+        "x, decay": {"decay": floats[12:16].view(4, 1)},
+        "x, pull": {"pull": floats[:4].view(1, 4), "x_ref": grad},
+        "x_low, x": {"x_low": floats.view(torch.bfloat16)[16:32].view(4, 4)},
+        "x_low, grad": {"x_low": low[:16].view(4, 4), "grad": low[4:].view(4, 4)},
+        "stats, x": {"stats": floats[12:32].view(4, 5)},
+        "stats, grad": {"stats": stats, "grad": floats[32:48].view(4, 4)},
+        "active, x": {**masked, "active": floats.view(torch.bool)[:4]},
+        "active, stats": {**masked, "active": floats.view(torch.bool)[64:68], "stats": stats},
+        "frozen_at, rng": {**masked, "frozen_at": words[2:6], "rng": words[:3]},
+        "frozen_at, active": {
+            **masked, "frozen_at": words[2:6], "active": words.view(torch.bool)[40:44],
+        },
+    }  # fmt: skip
+    return {"x": x, "grad": grad, "rng": rng, "drift": 0.1, "noise": 0.1, **cases[name]}
+
+
+SHARED = [
+    "x, grad", "x, grad transposed", "x, grad expanded", "x, grad of half precision", "x, x_ref",
+    "x, xi", "x, rng", "x, drift", "x, noise", "x, decay", "x, pull", "x_low, x", "x_low, grad",
+    "stats, x", "stats, grad", "active, x", "active, stats", "frozen_at, rng", "frozen_at, active",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_memory_is_named(device: torch.device, name: str) -> None:
+    """In the op and in the bound step of a chain, by the names of both arguments."""
+    given = overlapping(name, device)
+    first, second = name.replace(",", "").split()[:2]
+    x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
+    tensors = [x, grad, *(t for t in given.values() if isinstance(t, Tensor))]
+    before = [t.clone() for t in tensors]
+    message = f"{first}: must not share memory with {second}|{second}: .* with {first}"
+    with pytest.raises(ValueError, match=message):
+        cf.ops.langevin_step_(x, grad, rng, **given)
+    if given.keys().isdisjoint({"xi", "stats"}):  # which have rows there
+        with pytest.raises(ValueError, match=message):
+            cf.ops.BoundStep(**given).in_place(x, rng)(grad, 0)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_rows_that_share_memory_with_the_state_are_named(device: torch.device) -> None:
+    floats, rng = torch.ones(80, device=device), KEY.tensor(device)
+    x, grad = floats[:16].view(4, 4), torch.ones(4, 4, device=device)
+    for name, rows in {
+        "xi": floats[8:72].view(4, 4, 4),
+        "stats": floats[8:68].view(3, 4, 5),
+    }.items():
+        step = cf.ops.BoundStep(drift=0.1, noise=0.1, **{name: rows})
+        with pytest.raises(ValueError, match=f"(x|{name}): must not share memory with (x|{name})"):
+            step.in_place(x, rng)(grad, 1)
+    assert (floats == 1).all()
+
+
+def test_noise_that_shares_memory_is_named(device: torch.device) -> None:
+    floats, rng = torch.ones(64, device=device), KEY.tensor(device)
+    x = floats[:16].view(4, 4)
+    for name, given in {
+        "xi": {"noise": 0.1, "xi": floats[1:17].view(4, 4)},
+        "noise": {"noise": floats[:1].view(1, 1)},
+        "active": {"noise": 0.1, "active": floats.view(torch.bool)[:4]},
+    }.items():
+        with pytest.raises(ValueError, match=f"x: must not share memory with {name}"):
+            cf.ops.langevin_noise_(x, rng, **given)
+    for fill in (torch.ops.coopflow.normal_, torch.ops.coopflow.uniform_):
+        with pytest.raises(RuntimeError, match="out: must not share memory with rng"):
+            fill(rng.view(torch.float32), rng)
+    assert (floats == 1).all()
+    assert torch.equal(rng, KEY.tensor(device))
+
+
+def test_a_score_that_is_a_part_of_its_state_is_refused(device: torch.device) -> None:
+    """The gradient of a chain's step would change while it is read."""
+    sampler = cf.LangevinSampler(score=lambda x: x.t(), n_steps=2, step_size=0.1)
+    with pytest.raises(ValueError, match="x: must not share memory with grad"):
+        sampler(torch.ones(4, 4, device=device))
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+def outputs_of_a_step(device: torch.device) -> dict[str, Any]:
+    return {
+        "x_low": torch.ones(4, 6, dtype=torch.bfloat16, device=device),
+        "stats": torch.ones(4, 5, device=device),
+        "active": torch.ones(4, dtype=torch.bool, device=device),
+        "frozen_at": torch.ones(4, dtype=torch.int64, device=device),
+    }
+
+
+@pytest.mark.parametrize("kind", ["negated", "sparse", "requires grad", "without data"])
+@pytest.mark.parametrize("name", ["x_low", "stats", "active", "frozen_at"])
+def test_an_output_is_refused_like_the_state(device: torch.device, name: str, kind: str) -> None:
+    x, rng, outputs = torch.ones(4, 6, device=device), KEY.tensor(device), outputs_of_a_step(device)
+    if kind in ("negated", "requires grad") and name in ("active", "frozen_at"):
+        if kind == "requires grad":
+            return  # torch has no such tensor
+        if name == "active":
+            return
+    wrong = {
+        "negated": lambda t: torch._neg_view(t),
+        "sparse": Tensor.to_sparse,
+        "requires grad": lambda t: t.requires_grad_(),
+        "without data": lambda t: t.to("meta"),
+    }[kind]
+    before = {n: t.clone() for n, t in outputs.items() if n != name}
+    outputs[name] = wrong(outputs[name])
+    message = {
+        "negated": f"{name} is a lazily negated view",
+        "sparse": "must be dense",
+        "requires grad": f"{name} requires grad",
+        "without data": f"{name}: must be on the device of x",
+    }[kind]
+    with pytest.raises(ValueError, match=message):
+        cf.ops.langevin_step_(x, x.clone(), rng, drift=0.1, freeze_nonfinite=True, **outputs)
+    assert (x == 1).all()
+    assert all(torch.equal(outputs[n], t) for n, t in before.items())
+
+
+def test_autograd_sees_that_outputs_were_written(device: torch.device) -> None:
+    x, rng, outputs = torch.ones(4, 6, device=device), KEY.tensor(device), outputs_of_a_step(device)
+    versions = {name: t._version for name, t in outputs.items()}
+    cf.ops.langevin_step_(x, x.clone(), rng, drift=0.1, freeze_nonfinite=True, **outputs)
+    assert all(outputs[name]._version > version for name, version in versions.items())

@@ -352,3 +352,33 @@ def test_key_none_follows_torchs_seed(x0):
     torch.manual_seed(1)
     assert torch.equal(sampler(x0).x, a.x)
     assert not torch.equal(a.x, b.x)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_the_norm_of_several_tensors_is_right_whatever_its_size(size):
+    """Their joint norm, where float32's squares would vanish or overflow."""
+    x0 = [torch.ones(3, 2), 2 * torch.ones(3, 4)]
+
+    def score(state):
+        return [-x for x in state]
+
+    limit = 0.5 * size
+    sampler = LangevinSampler(score=score, n_steps=1, drift=1.0, noise=0.0, grad_norm=limit)
+    moved = sampler([size * x for x in x0], key=cf.Key(1)).x
+    norm = math.sqrt(2 + 4 * 4) * size
+    for x, y in zip(x0, moved, strict=True):
+        expected = size * x - size * x * min(1.0, limit / norm)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_norm_clip_of_whole_chains_is_right_whatever_its_size(kernel, size):
+    energy = cf.energies.GaussianEnergy(torch.zeros(2), torch.eye(2) / size)
+    x0 = torch.tensor([[0.3, 0.4], [3e-3, 4e-3]])
+    sampler = LangevinSampler(
+        energy, n_steps=1, drift=1.0, noise=0.0, grad_norm=0.05 * size, kernel=kernel
+    )
+    moved = sampler(x0, key=cf.Key(1)).x
+    scale = torch.tensor([0.1, 1.0])[:, None]  # ‖grad‖ = size·(0.5, 0.005)
+    torch.testing.assert_close(x0 - moved, x0 * size * scale, rtol=1e-5, atol=1e-7)

@@ -100,7 +100,7 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
     return raw
 
 
-def _refuse_autograd(op: str, **tensors: Tensor) -> None:
+def _refuse_autograd(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
@@ -109,12 +109,15 @@ def _refuse_autograd(op: str, **tensors: Tensor) -> None:
             )
 
 
-def _refuse_negated(op: str, x: Tensor) -> None:
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.is_neg():
-        raise ValueError(
-            f"{op}: x is a lazily negated view, which cannot be written in place; give "
-            "x.resolve_neg()"
-        )
+def _refuse_negated(op: str, **written: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in written.items():
+        if isinstance(tensor, Tensor) and tensor.is_neg():
+            raise ValueError(
+                f"{op}: {name} is a lazily negated view, which cannot be written in place; give "
+                f"{name}.resolve_neg()"
+            )
 
 
 def langevin_step_(
@@ -182,11 +185,13 @@ def langevin_step_(
         x.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; x is unchanged then.
+        ValueError, TypeError: an argument does not fit, or what is written shares memory with
+            another argument (x may be grad, x_ref or xi itself); nothing is changed then.
     """
+    written = {"x": x, "x_low": x_low, "stats": stats, "active": active, "frozen_at": frozen_at}
     if torch.is_grad_enabled():
-        _refuse_autograd("langevin_step_", x=x, grad=grad)
-    _refuse_negated("langevin_step_", x)
+        _refuse_autograd("langevin_step_", grad=grad, **written)
+    _refuse_negated("langevin_step_", **written)
     try:
         _call.coopflow.langevin_step_(
             x,
@@ -216,7 +221,9 @@ def langevin_step_(
         )
     except RuntimeError as error:
         raise _call.argument_error(error) from None
-    torch.autograd.graph.increment_version(x)
+    torch.autograd.graph.increment_version(
+        [tensor for tensor in written.values() if tensor is not None]
+    )
     return x
 
 
@@ -236,7 +243,7 @@ def langevin_noise_(
     """
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
-    _refuse_negated("langevin_noise_", x)
+    _refuse_negated("langevin_noise_", x=x)
     options = raw_options("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
     try:
         _call.coopflow.langevin_noise_(x, rng, **options)
@@ -341,7 +348,10 @@ class BoundStep:
         op = _call.coopflow.langevin_bound_step_.default
 
         def move(grad: Tensor, step: int) -> None:
-            op(x, grad, rng, numbers, step, *tensors)
+            try:
+                op(x, grad, rng, numbers, step, *tensors)
+            except RuntimeError as error:
+                raise _call.argument_error(error) from None
 
         return move
 

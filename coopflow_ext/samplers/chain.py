@@ -18,7 +18,6 @@ from coopflow_ext._tensors import (
     flat,
     norm_scale,
     per_chain_view,
-    safe_sqrt,
     table_row,
 )
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
@@ -349,5 +348,4 @@ def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | Non
     rows = [flat(grad).to(arithmetic_dtype(grad.dtype)) for grad in grads]
     if clip is not None:
         rows = [row.clamp(-clip, clip) for row in rows]
-    norm = safe_sqrt(torch.stack([row.square().sum(1) for row in rows]).sum(0))
-    return norm_scale(norm, limit)
+    return norm_scale(rows, limit)

@@ -16,17 +16,14 @@ constexpr int64_t kTileElements = 256;
 template <typename T, typename A>
 void gradient_pass(const LangevinArgs<A>& args, const LangevinLoops<T>& loops) {
   const int64_t chunks = divide_up(args.per_chain, kReductionChunk);
-  std::vector<GradientMoments<A>> moments(args.batch * chunks);
+  std::vector<GradientLook<A>> parts(args.batch * chunks);
   parallel_chunks(args.batch, args.per_chain, [&](int64_t begin, int64_t end) {
-    loops.reduce_chunks(args, moments.data(), begin, end);
+    loops.reduce_chunks(args, parts.data(), begin, end);
   });
   for (int64_t chain = 0; chain < args.batch; ++chain) {
-    GradientMoments<A> total{};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const GradientMoments<A>& part = moments[chain * chunks + chunk];
-      total = {total.sum_of_squares + part.sum_of_squares, total.nonfinite + part.nonfinite};
-    }
-    apply_gradient_moments(args, chain, total);
+    GradientLook<A> look{};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) look.add(parts[chain * chunks + chunk]);
+    apply_gradient_look(args, chain, look);
   }
 }
 
@@ -66,7 +63,7 @@ struct CpuLangevin {
     if (args.freeze_nonfinite && !args.clips_norm) {
       args.freeze_nonfinite = !gradient_is_finite<T>(args, loops);
     }
-    if (args.needs_gradient_moments()) gradient_pass<T>(args, loops);
+    if (args.needs_gradient_look()) gradient_pass<T>(args, loops);
     if (args.active != nullptr && all_chains_are_active(args)) args.active = nullptr;
     if (args.stats) {
       reduce_chunks_in_order(args.batch, args.per_chain, kStatistics, args.stats,

@@ -49,11 +49,11 @@ void update_span(const LangevinArgs<arithmetic_t<T>>& args,
     alignas(64) A terms[kStatistics][kTile];
     COOPFLOW_ELEMENTWISE
     for (int64_t i = 0; i < n; ++i) {
-      const A before = x[i];  // which moved[i] may overwrite
+      const A before = x[i], g = grad[i];  // which moved[i] may overwrite
       const LangevinMove<A> move = langevin_update<kFull>(
-          limits, chain, noise_after, before, grad[i], xi[i], has_ref ? x_ref[i] : A(0), has_ref);
+          limits, chain, noise_after, before, g, xi[i], has_ref ? x_ref[i] : A(0), has_ref);
       moved[i] = move.x;
-      const StatisticTerms<A> of = statistic_terms<T>(before, grad[i], move);
+      const StatisticTerms<A> of = statistic_terms<T>(before, g, move);
       COOPFLOW_UNROLL
       for (int s = 0; s < kStatistics; ++s) terms[s][i] = of.of[s];
     }
@@ -278,25 +278,34 @@ void update_chunks(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* p
   }
 }
 
+// A tile of gradient, added to the sums of its norm.
+template <typename A>
+void add_norm_tile(const A* grad, int64_t n, A limit, double (*lanes)[kLanes]) {
+  alignas(64) double terms[kNormSums<A>][kTile];
+  for (int64_t i = 0; i < n; ++i) {
+    const NormTerms<A> of = clipped_norm_terms(grad[i], limit);
+    COOPFLOW_UNROLL
+    for (int s = 0; s < kNormSums<A>; ++s) terms[s][i] = of.of[s];
+  }
+  for (int s = 0; s < kNormSums<A>; ++s) add_by_lane(terms[s], n, lanes[s]);
+}
+
 template <typename T>
-void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args,
-                   GradientMoments<arithmetic_t<T>>* moments, int64_t begin, int64_t end) {
+void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args, GradientLook<arithmetic_t<T>>* looks,
+                   int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
-  const A limit = args.limits.grad_clip;
   for (int64_t index = begin; index < end; ++index) {
-    alignas(64) A square_lanes[kLanes] = {}, nonfinite_lanes[kLanes] = {};
+    alignas(64) double norm_lanes[kNormSums<A>][kLanes] = {};
+    alignas(64) A nonfinite_lanes[kLanes] = {};
     for_each_tile_of_chunk(args.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
-      alignas(64) A buffer[kTile], squares[kTile], nonfinite[kTile];
+      alignas(64) A buffer[kTile], nonfinite[kTile];
       const A* grad = view<T>(args.grad, chain * args.per_chain + e, n, buffer);
-      for (int64_t i = 0; i < n; ++i) {
-        const GradientMoments<A> of = clipped_gradient_moments(grad[i], limit);
-        squares[i] = of.sum_of_squares;
-        nonfinite[i] = of.nonfinite;
-      }
-      add_by_lane(squares, n, square_lanes);
+      if (args.clips_norm) add_norm_tile(grad, n, args.limits.grad_clip, norm_lanes);
+      for (int64_t i = 0; i < n; ++i) nonfinite[i] = is_finite(grad[i]) ? A(0) : A(1);
       add_by_lane(nonfinite, n, nonfinite_lanes);
     });
-    moments[index] = {sum_lanes(square_lanes), sum_lanes(nonfinite_lanes)};
+    for (int s = 0; s < kNormSums<A>; ++s) looks[index].norm[s] = sum_lanes(norm_lanes[s]);
+    looks[index].nonfinite = sum_lanes(nonfinite_lanes);
   }
 }
 

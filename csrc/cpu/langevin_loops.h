@@ -18,7 +18,7 @@ struct LangevinLoops {
   // partial_sums[chunk][kStatistics].
   void (*update_chunks)(const LangevinArgs<A>& args, A* partial_sums, int64_t begin, int64_t end);
   // The same chunks of the gradient alone.
-  void (*reduce_chunks)(const LangevinArgs<A>& args, GradientMoments<A>* moments, int64_t begin,
+  void (*reduce_chunks)(const LangevinArgs<A>& args, GradientLook<A>* looks, int64_t begin,
                         int64_t end);
   // Whether elements [begin, end) of the gradient are all finite.
   bool (*all_finite)(const LangevinArgs<A>& args, int64_t begin, int64_t end);

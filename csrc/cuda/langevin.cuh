@@ -143,24 +143,34 @@ constexpr int kMinTeamBlocks = kHeld == 16 && !kFull ? kMinBlocks<T>
                                : kHeld > 16          ? 2
                                                      : 3;
 
-// The sums over a chain's gradient that decide how it moves, and one for the statistics.
-enum HeldMoment : int { kClippedSquares, kSquares, kNonFinite, kHeldMoments };
+// Sums over a chain's gradient: one that tells whether it moves, and one for the statistics.
+enum HeldMoment : int { kSquares, kNonFinite, kHeldMoments };
 
 template <typename Team, int kItems, int kCount, typename A>
-__device__ __forceinline__ void held_moments(const LangevinArgs<A>& args,
-                                             const A (&grad)[kItems][kCount], int items,
+__device__ __forceinline__ void held_moments(const A (&grad)[kItems][kCount], int items,
                                              A (&moments)[kHeldMoments]) {
   for_held_items<Team, kItems>(items, [&](int k, int) {
     COOPFLOW_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const GradientMoments<A> raw = gradient_moments(grad[k][i]);
-      moments[kClippedSquares] +=
-          clipped_gradient_moments(grad[k][i], args.limits.grad_clip).sum_of_squares;
       moments[kSquares] += raw.sum_of_squares;
       moments[kNonFinite] += raw.nonfinite;
     }
   });
   Team::sum(moments);
+}
+
+// What brings the norm of a chain's gradient to its limit.
+template <typename Team, int kItems, int kCount, typename A>
+__device__ __forceinline__ A held_norm_scale(const LangevinArgs<A>& args,
+                                             const A (&grad)[kItems][kCount], int items) {
+  double sums[kNormSums<A>] = {};
+  for_held_items<Team, kItems>(items, [&](int k, int) {
+    COOPFLOW_UNROLL
+    for (int i = 0; i < kCount; ++i) add_norm_terms(grad[k][i], args.limits.grad_clip, sums);
+  });
+  Team::sum(sums);
+  return norm_clip_scale(sums, args.grad_norm);
 }
 
 template <typename Team, int kItems, int kCount, typename A>
@@ -214,9 +224,9 @@ __global__ void __launch_bounds__(kBlockThreads, kMinTeamBlocks<T, kHeld, kFull>
     A moments[kHeldMoments] = {};
     bool finite;
     if constexpr (kFull) {
-      held_moments<Team>(args, grad, items, moments);
+      held_moments<Team>(grad, items, moments);
       if (args.clips_norm) {
-        coefficients.norm_scale = norm_clip_scale(moments[kClippedSquares], args.grad_norm);
+        coefficients.norm_scale = held_norm_scale<Team>(args, grad, items);
       }
       finite = moments[kNonFinite] == A(0);
     } else {
@@ -285,50 +295,47 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   }
 }
 
-// Sum of squares of the clipped gradient and number of its non-finite elements, by chunk.
-constexpr int kMoments = 2;
-
+// A look at each chunk of the gradients.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    gradient_moments_kernel(const __grid_constant__ LangevinArgs<arithmetic_t<T>> args,
-                            arithmetic_t<T>* partial_sums) {
+    gradient_look_kernel(const __grid_constant__ LangevinArgs<arithmetic_t<T>> args,
+                         GradientLook<arithmetic_t<T>>* looks) {
   using A = arithmetic_t<T>;
   constexpr int kCount = kItem<T>;
-  const A limit = args.limits.grad_clip;
   for (ChunkCursor at(args.batch, args.per_chain); at.valid(); at.next()) {
-    A sums[kMoments] = {};
+    double norm[kNormSums<A>] = {};
+    A nonfinite[1] = {};
     for_each_item<kCount>(at, [&](int64_t e, int n) {
       A grad[kCount];
       load_gradient<T, kVec, true>(args, at.chain(), e, n, grad);
       COOPFLOW_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        const GradientMoments<A> moments = clipped_gradient_moments(grad[i], limit);
-        sums[0] += moments.sum_of_squares;
-        sums[1] += moments.nonfinite;
+        nonfinite[0] += is_finite(grad[i]) ? A(0) : A(1);
+        if (args.clips_norm) add_norm_terms(grad[i], args.limits.grad_clip, norm);
       }
     });
-    block_sum(sums);
+    block_sum(norm);
+    block_sum(nonfinite);
     if (threadIdx.x == 0) {
+      GradientLook<A>& look = looks[at.index()];
       COOPFLOW_UNROLL
-      for (int i = 0; i < kMoments; ++i) partial_sums[at.index() * kMoments + i] = sums[i];
+      for (int i = 0; i < kNormSums<A>; ++i) look.norm[i] = norm[i];
+      look.nonfinite = nonfinite[0];
     }
   }
 }
 
-// Sets norm_scale and clears active from the moments of each chain's chunks.
+// Sets norm_scale and clears active from the looks at each chain's chunks.
 template <typename A>
 __global__ void __launch_bounds__(kBlockThreads)
-    apply_moments_kernel(const __grid_constant__ LangevinArgs<A> args, const A* partial_sums) {
+    apply_looks_kernel(const __grid_constant__ LangevinArgs<A> args, const GradientLook<A>* looks) {
   const int64_t chunks = divide_up(args.per_chain, kReductionChunk);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t chain = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        chain < args.batch; chain += stride) {
-    GradientMoments<A> moments{};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      moments.sum_of_squares += partial_sums[(chain * chunks + chunk) * kMoments];
-      moments.nonfinite += partial_sums[(chain * chunks + chunk) * kMoments + 1];
-    }
-    apply_gradient_moments(args, chain, moments);
+    GradientLook<A> look{};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) look.add(looks[chain * chunks + chunk]);
+    apply_gradient_look(args, chain, look);
   }
 }
 
@@ -342,13 +349,16 @@ Tensor scratch(const Tensor& x, int64_t count) {
 template <typename T, int kVec>
 Tensor launch_gradient_pass(LangevinArgs<arithmetic_t<T>>& args, const Tensor& x) {
   using A = arithmetic_t<T>;
+  using Look = GradientLook<A>;
   const int64_t chunks = args.batch * reduction_chunks(args.per_chain);
-  const Tensor storage = scratch<A>(x, chunks * kMoments + args.batch);
-  A* partial_sums = static_cast<A*>(storage.mutable_data_ptr());
-  if (args.clips_norm) args.norm_scale = partial_sums + chunks * kMoments;
-  launch<gradient_moments_kernel<T, kVec>>(x, chunks, kBlockThreads, args, partial_sums);
-  launch<apply_moments_kernel<A>>(x, divide_up(args.batch, kBlockThreads), kBlockThreads, args,
-                                  static_cast<const A*>(partial_sums));
+  constexpr int64_t kWidth = sizeof(Look) / sizeof(double);
+  const Tensor storage = scratch<double>(x, chunks * kWidth + args.batch);
+  double* const memory = static_cast<double*>(storage.mutable_data_ptr());
+  Look* const looks = reinterpret_cast<Look*>(memory);
+  if (args.clips_norm) args.norm_scale = reinterpret_cast<A*>(memory + chunks * kWidth);
+  launch<gradient_look_kernel<T, kVec>>(x, chunks, kBlockThreads, args, looks);
+  launch<apply_looks_kernel<A>>(x, divide_up(args.batch, kBlockThreads), kBlockThreads, args,
+                                static_cast<const Look*>(looks));
   return storage;
 }
 
@@ -402,7 +412,7 @@ void launch_held_chains(const LangevinArgs<arithmetic_t<T>>& args, const Tensor&
 
 template <typename T, int kVec>
 void launch_langevin_step(LangevinArgs<arithmetic_t<T>> args, const Tensor& x) {
-  const bool looks_first = args.needs_gradient_moments();
+  const bool looks_first = args.needs_gradient_look();
   if ((looks_first || args.stats != nullptr) && args.per_chain <= kLongestHeldChain) {
     return launch_held_chains<T, kVec>(args, x);
   }

@@ -103,6 +103,33 @@ class LangevinOp {
     check_outputs(o);
   }
 
+  // Of a step in place.
+  void check_memory(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
+    check_.share_no_memory({{"x", &x_, true, true},
+                            {"x_low", pointer_to(o.x_low), true, true},
+                            {"stats", pointer_to(o.stats), true, false},
+                            {"active", pointer_to(o.active), true, false},
+                            {"frozen_at", pointer_to(o.frozen_at), true, false},
+                            {"grad", &grad, false, true},
+                            {"x_ref", pointer_to(o.x_ref), false, true},
+                            {"xi", pointer_to(o.xi), false, true},
+                            {"rng", &rng, false, false},
+                            {"drift", pointer_to(o.drift_t), false, false},
+                            {"noise", pointer_to(o.noise_t), false, false},
+                            {"decay", pointer_to(o.decay_t), false, false},
+                            {"pull", pointer_to(o.pull_t), false, false}});
+  }
+
+  // Of noise added in place.
+  void check_memory(const Tensor& rng, const OptionalTensor& noise_t, const OptionalTensor& xi,
+                    const OptionalTensor& active) const {
+    check_.share_no_memory({{"x", &x_, true, true},
+                            {"xi", pointer_to(xi), false, true},
+                            {"rng", &rng, false, false},
+                            {"noise", pointer_to(noise_t), false, false},
+                            {"active", pointer_to(active), false, false}});
+  }
+
   // What steps and whole chains are given alike.
   void check_update(const Tensor& rng, const LangevinOptions& o) const {
     check_noise(rng, o.noise, o.noise_t, o.step, o.has_rows ? std::nullopt : o.xi);
@@ -453,6 +480,7 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
   o.frozen_at = frozen_at;
   const LangevinOp op("langevin_step_", x);
   op.check_step(grad, rng, o);
+  op.check_memory(grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);
 }
 
@@ -466,6 +494,7 @@ void langevin_bound_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int
   o.active = active;
   o.frozen_at = frozen_at;
   op.check_step(grad, rng, o);
+  op.check_memory(grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);
 }
 
@@ -494,6 +523,7 @@ void langevin_noise_(Tensor x, Tensor rng, double noise, OptionalTensor noise_t,
   const LangevinOp op("langevin_noise_", x);
   op.check_noise(rng, noise, noise_t, step, xi);
   op.check_active(active);
+  op.check_memory(rng, noise_t, xi, active);
   if (op.is_empty()) return;
   dispatch_floating(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;

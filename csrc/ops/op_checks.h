@@ -58,6 +58,36 @@ inline std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
+// A tensor of a call, as the check for shared memory sees it.
+struct SharedArgument {
+  const char* argument;
+  const Tensor* tensor;  // null: not given
+  bool written;
+  bool by_element;  // used with the state's element of the same place alone
+};
+
+inline const Tensor* pointer_to(const OptionalTensor& t) { return t ? &*t : nullptr; }
+
+// The memory that a tensor reaches into, [begin, end).
+struct MemoryRange {
+  uintptr_t begin = 0, end = 0;
+
+  MemoryRange() = default;
+
+  explicit MemoryRange(const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      const int64_t size = t.size(i);
+      if (size == 0) return;
+      last += (size - 1) * t.stride(i);
+    }
+    begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    end = begin + (last + 1) * t.element_size();
+  }
+
+  bool overlaps(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
+};
+
 // The op being checked; each method names the argument it speaks of.
 class OpChecks {
  public:
@@ -125,6 +155,27 @@ class OpChecks {
     if (!same) {
       fail(argument, "must have the shape of ", x_name, ", ", shape_text(x), ", got ",
            shape_text(t));
+    }
+  }
+
+  // What is written shares no memory with another argument, unless both are the same elements and
+  // each is read before it is written.
+  template <size_t kCount>
+  void share_no_memory(const SharedArgument (&arguments)[kCount]) const {
+    MemoryRange ranges[kCount];
+    for (size_t i = 0; i < kCount; ++i) {
+      if (arguments[i].tensor != nullptr) ranges[i] = MemoryRange(*arguments[i].tensor);
+    }
+    for (size_t i = 0; i < kCount; ++i) {
+      if (!arguments[i].written) continue;
+      for (size_t j = 0; j < kCount; ++j) {
+        if (j == i || !ranges[i].overlaps(ranges[j])) continue;
+        if (arguments[i].by_element && arguments[j].by_element &&
+            same_elements(*arguments[i].tensor, *arguments[j].tensor)) {
+          continue;
+        }
+        fail(arguments[i].argument, "must not share memory with ", arguments[j].argument);
+      }
     }
   }
 
@@ -204,6 +255,17 @@ class OpChecks {
   }
 
  private:
+  static bool same_elements(const Tensor& a, const Tensor& b) {
+    if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type() ||
+        a.dim() != b.dim()) {
+      return false;
+    }
+    for (int64_t i = 0; i < a.dim(); ++i) {
+      if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
+    }
+    return true;
+  }
+
   template <typename... Parts>
   [[noreturn]] void throw_error(const char* mark, const char* argument,
                                 const Parts&... parts) const {

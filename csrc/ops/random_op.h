@@ -14,6 +14,7 @@ void fill_random(const char* name, Distribution distribution, const Tensor& out,
   const int64_t per_chain = check.chains_are_dense("out", out);
   check.is_rng(rng, out);
   check.noise_fits(per_chain, step);
+  check.share_no_memory({{"out", &out, true, false}, {"rng", &rng, false, false}});
   if (out.numel() == 0) return;
   const RandomArgs args{out.mutable_data_ptr(),
                         static_cast<const int64_t*>(rng.const_data_ptr()),

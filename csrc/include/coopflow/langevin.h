@@ -80,11 +80,71 @@ COOPFLOW_HD LangevinMove<A> langevin_update(const LangevinLimits<A>& limits,
   return move;
 }
 
-// Scales a chain's gradient to L2 norm <= limit, given its sum of squares; 1 when it is shorter.
+// Sums from which the L2 norm of a chain's gradient follows, whatever its size. The squares of
+// floats neither overflow nor vanish in double; those of doubles are summed apart for small,
+// middling and large elements, the first and the last scaled (Blue, ACM TOMS 4, 1978).
 template <typename A>
-COOPFLOW_HD A norm_clip_scale(A sum_of_squares, A limit) {
-  const A norm = std::sqrt(sum_of_squares);
-  return norm > limit ? limit / norm : A(1);
+constexpr int kNormSums = 1;
+template <>
+constexpr int kNormSums<double> = 3;
+
+constexpr double kSmallElement = 0x1p-511, kLargeElement = 0x1p486;
+constexpr double kSmallScale = 0x1p537, kLargeScale = 0x1p-538;
+
+// What one element adds to them.
+template <typename A>
+struct NormTerms {
+  double of[kNormSums<A>];
+};
+
+COOPFLOW_HD NormTerms<float> norm_terms(float g) {
+  const double wide = g;
+  return {{wide * wide}};
+}
+
+COOPFLOW_HD NormTerms<double> norm_terms(double g) {
+  const bool is_small = g > -kSmallElement && g < kSmallElement;
+  const bool is_large = g < -kLargeElement || g > kLargeElement;
+  const double small = is_small ? g * kSmallScale : 0.0;
+  const double middling = is_small || is_large ? 0.0 : g;
+  const double large = is_large ? g * kLargeScale : 0.0;
+  return {{small * small, middling * middling, large * large}};
+}
+
+// Of what grad_clip leaves of an element.
+template <typename A>
+COOPFLOW_HD NormTerms<A> clipped_norm_terms(A grad, A limit) {
+  return norm_terms(clamp_keep_nan(grad, -limit, limit));
+}
+
+template <typename A>
+COOPFLOW_HD void add_norm_terms(A grad, A limit, double (&sums)[kNormSums<A>]) {
+  const NormTerms<A> terms = clipped_norm_terms(grad, limit);
+  COOPFLOW_UNROLL
+  for (int i = 0; i < kNormSums<A>; ++i) sums[i] += terms.of[i];
+}
+
+// Scales a gradient to L2 norm <= limit; 1 when it is shorter. Below 2^-126 (2^-1022 for double) a
+// scale has fewer bits.
+COOPFLOW_HD float norm_clip_scale(const double (&sums)[1], float limit) {
+  const double norm = std::sqrt(sums[0]);
+  return norm > limit ? static_cast<float>(limit / norm) : 1.0f;
+}
+
+COOPFLOW_HD double norm_clip_scale(const double (&sums)[3], double limit) {
+  // The norm and the limit, both in the scale of the elements that decide it.
+  double norm, scaled_limit;
+  if (sums[2] > 0) {
+    norm = std::sqrt(sums[2] + sums[1] * kLargeScale * kLargeScale);
+    scaled_limit = limit * kLargeScale;
+  } else if (sums[1] == 0) {
+    norm = std::sqrt(sums[0]);
+    scaled_limit = limit * kSmallScale;
+  } else {
+    norm = std::sqrt(sums[1] + sums[0] / kSmallScale / kSmallScale);
+    scaled_limit = limit;
+  }
+  return norm > scaled_limit ? scaled_limit / norm : 1.0;
 }
 
 // Columns of the statistics tensor.
@@ -107,13 +167,6 @@ struct GradientMoments {
 template <typename A>
 COOPFLOW_HD GradientMoments<A> gradient_moments(A grad) {
   return {grad * grad, is_finite(grad) ? A(0) : A(1)};
-}
-
-// With the squares of what grad_clip leaves, for the norm clip.
-template <typename A>
-COOPFLOW_HD GradientMoments<A> clipped_gradient_moments(A grad, A limit) {
-  const A g = clamp_keep_nan(grad, -limit, limit);
-  return {g * g, is_finite(grad) ? A(0) : A(1)};
 }
 
 // What one element adds to each of the statistics, in their order.
@@ -171,7 +224,7 @@ struct LangevinArgs {
   bool clips_norm, freeze_nonfinite;
 
   // Whether a chain's whole gradient must be known before it moves.
-  COOPFLOW_HD bool needs_gradient_moments() const { return clips_norm || freeze_nonfinite; }
+  COOPFLOW_HD bool needs_gradient_look() const { return clips_norm || freeze_nonfinite; }
 
   // Whether all chains move by the same coefficients.
   COOPFLOW_HD bool shares_coefficients() const {
@@ -211,14 +264,26 @@ COOPFLOW_HD void freeze_chain(const LangevinArgs<A>& args, int64_t chain) {
   args.active[chain] = false;
 }
 
-// What a pass over a chain's gradient leaves for the step: its norm's scale, and whether it moves.
+// What a look at a chain's gradient, or at a part of it, finds: the sums of its norm and how many
+// of its elements are not finite.
 template <typename A>
-COOPFLOW_HD void apply_gradient_moments(const LangevinArgs<A>& args, int64_t chain,
-                                        const GradientMoments<A>& moments) {
-  if (args.clips_norm) {
-    args.norm_scale[chain] = norm_clip_scale(moments.sum_of_squares, args.grad_norm);
+struct GradientLook {
+  double norm[kNormSums<A>];
+  double nonfinite;
+
+  COOPFLOW_HD void add(const GradientLook& part) {
+    COOPFLOW_UNROLL
+    for (int i = 0; i < kNormSums<A>; ++i) norm[i] += part.norm[i];
+    nonfinite += part.nonfinite;
   }
-  if (args.freeze_nonfinite && moments.nonfinite != A(0)) freeze_chain(args, chain);
+};
+
+// What it leaves for the step: the scale of its norm, and whether the chain moves.
+template <typename A>
+COOPFLOW_HD void apply_gradient_look(const LangevinArgs<A>& args, int64_t chain,
+                                     const GradientLook<A>& look) {
+  if (args.clips_norm) args.norm_scale[chain] = norm_clip_scale(look.norm, args.grad_norm);
+  if (args.freeze_nonfinite && look.nonfinite != 0) freeze_chain(args, chain);
 }
 
 template <typename A>

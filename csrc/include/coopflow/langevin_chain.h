@@ -157,29 +157,36 @@ COOPFLOW_HD void load_coefficients(const LangevinChainArgs<A>& args, int64_t k,
   }
 }
 
+template <int kLanes, typename A>
+COOPFLOW_HD void scale_norms(const LangevinChainArgs<A>& args, int64_t per_chain,
+                             ChainLanes<A, kLanes>& lanes) {
+  double sums[kLanes][kNormSums<A>] = {};
+  for (int64_t e = 0; e < per_chain; ++e) {
+    COOPFLOW_LANES
+    for (int l = 0; l < kLanes; ++l) {
+      add_norm_terms(lanes.grad[e * kLanes + l], args.limits.grad_clip, sums[l]);
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    lanes.norm_scale[l] = norm_clip_scale(sums[l], args.grad_norm);
+  }
+}
+
 // Sets norm_scale, and stops the chains whose gradient is not finite.
 template <bool kFull, int kLanes, typename A>
 COOPFLOW_HD void gradient_pass(const LangevinChainArgs<A>& args, int64_t k, int64_t per_chain,
                                ChainLanes<A, kLanes>& lanes) {
-  const A limit = args.limits.grad_clip;
-  A squares[kLanes], nonfinite[kLanes];
+  if (kFull && args.has_norm_limit()) scale_norms(args, per_chain, lanes);
+  if (!args.freeze_nonfinite) return;
+  A nonfinite[kLanes];
   COOPFLOW_LANES
-  for (int l = 0; l < kLanes; ++l) squares[l] = nonfinite[l] = A(0);
+  for (int l = 0; l < kLanes; ++l) nonfinite[l] = A(0);
   for (int64_t e = 0; e < per_chain; ++e) {
     COOPFLOW_LANES
     for (int l = 0; l < kLanes; ++l) {
-      const GradientMoments<A> of = clipped_gradient_moments(lanes.grad[e * kLanes + l], limit);
-      squares[l] += of.sum_of_squares;
-      nonfinite[l] += of.nonfinite;
+      nonfinite[l] += is_finite(lanes.grad[e * kLanes + l]) ? A(0) : A(1);
     }
   }
-  if (kFull && args.has_norm_limit()) {
-    COOPFLOW_LANES
-    for (int l = 0; l < kLanes; ++l) {
-      lanes.norm_scale[l] = norm_clip_scale(squares[l], args.grad_norm);
-    }
-  }
-  if (!args.freeze_nonfinite) return;
   A stopped = A(0);
   for (int l = 0; l < kLanes; ++l) stopped += nonfinite[l];
   if (stopped == A(0)) return;
