@@ -44,6 +44,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x expanded": ({"x": torch.zeros(1, 6).expand(4, 6)}, ValueError, "x: must be dense"),
     "grad sparse": ({"grad": torch.zeros(4, 6).to_sparse()}, ValueError, "must be dense.*Sparse"),
     "drift NaN": ({"drift": math.nan}, ValueError, "drift: must be finite, got nan"),
+    "drift beyond float32": ({"drift": 1e300}, ValueError, r"drift: .* in float32, got 1e\+300"),
+    "noise beyond float32": ({"noise": 4e38}, ValueError, r"noise: .* in float32, got 4e\+38"),
     "drift text": ({"drift": "a"}, TypeError, "drift"),
     "drift None": ({"drift": None}, TypeError, "drift .*float or a tensor, got None"),
     "noise None": ({"noise": None}, TypeError, "noise .*float or a tensor, got None"),

@@ -72,6 +72,8 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "clamp_when": "both"}, ValueError, "'both' needs noise_before_grad"),
         ({"step_size": 0.1, "on_nonfinite": "stop"}, ValueError, "on_nonfinite"),
         ({"step_size": 0.1, "reference_std": 0.0}, ValueError, "reference_std"),
+        ({"step_size": 0.1, "reference_std": 1e-200}, ValueError, "reference_std must have a sq"),
+        ({"step_size": 0.1, "reference_std": 1e200}, ValueError, "reference_std must have a sq"),
         ({"step_size": 0.1, "pull": 1.0}, TypeError, "pull must be a pair"),
         ({"step_size": 0.1, "pull": (None, -1.0)}, ValueError, "strength"),
         ({"step_size": 0.1, "pull": (None, torch.ones(2, 4))}, ValueError, "strength must be a nu"),
@@ -343,3 +345,31 @@ def test_ignore_lets_a_chain_go():
     assert out.x[2].isnan().all()
     assert out.x[[0, 1, 3]].isfinite().all()
     assert out.frozen_at is None
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"drift": 1e300},
+        {"noise": 1e39, "drift": 0.1},
+        {"drift": torch.tensor([0.1, 1e300, 0.1], dtype=torch.float64)},
+        {"drift": 0.1, "pull": (torch.zeros(4, 2), 1e300)},
+        {"step_size": 1e-3, "reference_std": 1e-30},
+        {"step_size": 1e200},
+    ],
+)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_coefficients_beyond_float32_are_named(option, kernel):
+    """They would be infinite in the kernels; a float64 state takes them where they fit."""
+    energy = cf.energies.DoubleWellEnergy(1.0)
+    sampler = LangevinSampler(energy, n_steps=3, kernel=kernel, **option)
+    with pytest.raises(
+        ValueError, match=r"(drift|noise|decay|pull) must be finite in float32, got"
+    ):
+        sampler(torch.zeros(4, 2), key=cf.Key(1))
+
+
+def test_a_step_size_of_mala_beyond_float32_is_named():
+    sampler = cf.MALASampler(cf.energies.DoubleWellEnergy(1.0), n_steps=3, step_size=1e39)
+    with pytest.raises(ValueError, match="step_size must be finite in float32, got 1e"):
+        sampler(torch.zeros(4, 2), key=cf.Key(1))

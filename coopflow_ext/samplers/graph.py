@@ -138,7 +138,7 @@ class CapturedChain:
             return
         self._tables = {}
         for name, window in self._windows.items():
-            value = place(coefficients[name], *self.chain.xs)
+            value = place(name, coefficients[name], *self.chain.xs)
             if not isinstance(value, Tensor):
                 window.fill_(value)
             elif len(value) == 1:
@@ -158,7 +158,8 @@ class CapturedChain:
 
 def _window(value: Coefficient, n_steps: int, xs: Tensors) -> Tensor:
     """Rows of a coefficient for the steps of a piece."""
-    rows = place(torch.zeros(n_steps, columns(value), dtype=torch.float64, device="cpu"), *xs)
+    zeros = torch.zeros(n_steps, columns(value), dtype=torch.float64, device="cpu")
+    rows = place("window", zeros, *xs)
     assert isinstance(rows, Tensor)
     return rows
 

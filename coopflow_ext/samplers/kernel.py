@@ -67,7 +67,7 @@ class KernelChain:
             x0,
             rng=inputs.rngs[0],
             **kernel.energy,
-            **{name: place(value, x0) for name, value in plan.coefficients.items()},
+            **{name: place(name, value, x0) for name, value in plan.coefficients.items()},
             **plan.clips,
             n_steps=plan.n_steps,
             x_ref=None if inputs.x_refs is None else inputs.x_refs[0],

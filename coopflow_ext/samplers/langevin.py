@@ -215,6 +215,10 @@ class LangevinSampler:
             reference_std = check_number(
                 "reference_std", reference_std, minimum=0.0, exclusive=True
             )
+            if not 1e-150 <= reference_std <= 1e150:
+                raise ValueError(
+                    f"reference_std must have a square in float64, got {reference_std:g}"
+                )
         given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
         self._coefficients = Coefficients(
             n_steps, given, reference_std=reference_std, pull=strength

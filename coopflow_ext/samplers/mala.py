@@ -157,7 +157,7 @@ class MALASampler:
                 accept_rng=key.fold_in(USE_ACCEPT).tensor(x0.device),
                 **kernel.energy,
                 n_steps=self.n_steps,
-                step_size=place(self.delta, x0),
+                step_size=place("step_size", self.delta, x0),
                 temperature=self.temperature,
                 adapt_steps=self.adapt_steps,
                 target_accept=self.target_accept,
@@ -240,7 +240,7 @@ class _StepSizes:
     """δ of each chain, and the coefficients that follow from it."""
 
     def __init__(self, sampler: MALASampler, x: Tensor) -> None:
-        delta = place(sampler.delta, x)
+        delta = place("step_size", sampler.delta, x)
         table = torch.as_tensor(delta, dtype=arithmetic_dtype(x.dtype), device=x.device)
         rows = table.shape[0] if table.ndim == 2 else 1
         self.delta = table.expand(rows, len(x)).clone()

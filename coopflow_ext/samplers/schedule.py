@@ -132,14 +132,20 @@ def is_off(value: Coefficient) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def place(value: Coefficient, *xs: Tensor) -> Coefficient:
+def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
     """The coefficient on the device of a state, in the widest dtype that its steps compute in.
 
     One that was made in inference mode is copied: autograd refuses to go past it.
+
+    Raises:
+        ValueError: a value of the option ``name`` is not finite in that dtype.
     """
+    wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
+    largest = float(value.amax()) if isinstance(value, Tensor) and value.numel() else value
+    if wide == torch.float32 and not largest <= torch.finfo(wide).max:
+        raise ValueError(f"{name} must be finite in float32, got {largest:g}")
     if not isinstance(value, Tensor):
         return value
-    wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
     # Without waiting for the device: what leaves the host's memory has been read when this returns.
     placed = value.to(xs[0].device, wide, non_blocking=True)
     return placed.clone() if placed.is_inference() else placed

@@ -156,8 +156,8 @@ class UnderdampedLangevinSampler:
             else:
                 v = laid_out(check_like("velocity", velocity, (x,))[0].detach(), x)
             xis = normals_like(xi, (x,), self.n_steps)
-            noise, rng = place(self.noise, x), key.tensor(x.device)
-            keep, half = place(self.keep, x), place(self.half_step, x)
+            noise, rng = place("noise", self.noise, x), key.tensor(x.device)
+            keep, half = place("friction", self.keep, x), place("step_size", self.half_step, x)
             trajectory = Trajectory(x, self.n_steps, self.thin, keep=self.return_trajectory)
             active = x.new_ones(len(x), dtype=torch.bool)
             frozen_at = torch.full_like(active, self.n_steps, dtype=torch.int64)
@@ -188,7 +188,7 @@ class UnderdampedLangevinSampler:
         return UnderdampedOutput(x, after, trajectory.states, stats, v)
 
     def _start_velocity(self, x: Tensor, key: Key) -> Tensor:
-        std = place(self.start_std, x)
+        std = place("start_std", self.start_std, x)
         rng = key.fold_in(USE_MOMENTUM).tensor(x.device)
         return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std)
 

@@ -55,12 +55,12 @@ int64_t check_energy_tensors(const ChainOp& op, const Tensor& x0,
 
 template <std::size_t kCount>
 void check_energy_numbers(const OpChecks& check, const EnergyNumbers<kCount>& wanted,
-                          const std::vector<double>& numbers) {
+                          const std::vector<double>& numbers, const Tensor& x0) {
   if (numbers.size() != kCount) {
     check.fail("numbers", "must be ", kCount, " for this energy, got ", numbers.size());
   }
   for (std::size_t i = 0; i < kCount; ++i) {
-    check.is_finite(wanted[i].name, numbers[i]);
+    check.is_finite(wanted[i].name, numbers[i], x0);
     if (wanted[i].positive) check.is_positive(wanted[i].name, numbers[i]);
   }
 }
@@ -73,7 +73,7 @@ void check_energy(const ChainOp& op, const Tensor& x0, const EnergyArguments& gi
                     shape_text(x0));
   }
   *count = check_energy_tensors(op, x0, Energy::kTensors, given.tensors);
-  check_energy_numbers(op.check(), Energy::kNumbers, given.numbers);
+  check_energy_numbers(op.check(), Energy::kNumbers, given.numbers, x0);
 }
 
 template <typename A>

@@ -28,7 +28,7 @@ class AttentionOp {
     check_like_q("v", v);
     check_.is_rng(rng, q, "q");
     if (!(p >= 0 && p < 1)) check_.fail("p", "must be in [0, 1), got ", p);
-    if (scale) check_.is_finite("scale", *scale);
+    if (scale) check_.is_finite("scale", *scale, q_);
     const int64_t rows = shape.heads * shape.length;
     if (shape.length > 0 && rows > (int64_t{1} << 34) / shape.length) {
       check_.fail("q", "must have H * L * L of at most 2**34, got shape ", shape_text(q));

@@ -342,7 +342,7 @@ class LangevinOp {
   }
 
   void check_coefficient(const char* name, double value, const OptionalTensor& table) const {
-    if (!table) return check_.is_finite(name, value);
+    if (!table) return check_.is_finite(name, value, x_);
     if (value != 0) check_.fail(name, "give a float or a tensor, not both");
     const ScalarType type = table->scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double) {

@@ -40,7 +40,7 @@ class MalaChainOp : public ChainOp {
     check_steps(o);
     check_coefficient("step_size", o.step_size, o.step_size_t);
     if (!o.step_size_t) check_.is_positive("step_size", o.step_size);
-    check_.is_finite("temperature", o.temperature);
+    check_.is_finite("temperature", o.temperature, x_);
     check_.is_positive("temperature", o.temperature);
     if (o.adapt_steps < 0 || o.adapt_steps > o.n_steps) {
       check_.fail("adapt_steps", "must be in [0, n_steps = ", o.n_steps, "], got ", o.adapt_steps);

@@ -37,7 +37,7 @@ class MlpOp {
                   static_cast<int>(Activation::kActivations) - 1, ", got ", activation);
     }
     activation_ = static_cast<Activation>(activation);
-    check_.is_finite("activation_args", shape);
+    check_.is_finite("activation_args", shape, x0);
     if (activation_ == Activation::kSoftplus && shape == 0) {
       check_.fail("activation_args", "beta must not be 0");
     }

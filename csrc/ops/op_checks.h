@@ -15,6 +15,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -105,8 +106,13 @@ class OpChecks {
     throw_error("TypeError: ", argument, parts...);
   }
 
-  void is_finite(const char* argument, double value) const {
+  // Also in the type in which the op computes for x.
+  void is_finite(const char* argument, double value, const Tensor& x) const {
     if (!std::isfinite(value)) fail(argument, "must be finite, got ", value);
+    const bool wide = x.scalar_type() == ScalarType::Double;
+    if (!wide && std::abs(value) > std::numeric_limits<float>::max()) {
+      fail(argument, "must be finite in float32, got ", value);
+    }
   }
 
   void is_non_negative(const char* argument, double value) const {
