@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from coopflow_ext import Key, flows, ops, reference
 
@@ -406,6 +407,17 @@ def test_the_raw_derivative_checks_what_it_is_given() -> None:
 
 
 # --- in the flow ----------------------------------------------------------------------------------
+
+
+def test_torch_counts_its_arithmetic() -> None:
+    """Two products of L × d by d × L forward and five backward, like torch's fused attention."""
+    q, k, v = (t.requires_grad_() for t in inputs(7, 8))
+    product = 2 * (2 * 3) * 7 * 7 * 8
+    with FlopCounterMode(display=False) as counter:
+        out = ops.attention(q, k, v, KEY.tensor(), 0.3)
+        assert counter.get_total_flops() == 2 * product
+        out.sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * product
 
 
 def test_the_flows_attention_has_the_mask_that_it_had() -> None:

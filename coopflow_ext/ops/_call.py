@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from coopflow_ext._extension import native
 from coopflow_ext.errors import BuildError
@@ -124,6 +125,13 @@ def register_fake(name: str, shapes: Callable[..., Any], *, on_host: str | None 
         return shapes(*args, **kwargs)
 
     torch.library.register_fake(op)(checked)
+
+
+def register_flops(name: str, count: Callable[..., int]) -> None:
+    """Teaches torch's FlopCounterMode what an op multiplies and adds, from the shapes of its
+    arguments: a multiplication and an addition are two."""
+    if not isinstance(coopflow, _Missing):
+        register_flop_formula(getattr(coopflow, name))(count)
 
 
 def _check_devices(op: str, given: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,7 +136,20 @@ def _backward_shapes(grad_out: Tensor, q: Tensor, *others: Any, **options: Any) 
     return _like(q), _like(q), _like(q)
 
 
+def _flops(q: Sequence[int], *others: Any, **options: Any) -> int:
+    """Scores and mixing: two products of L × d by d × L for every head."""
+    B, H, L, d = q
+    return 2 * 2 * B * H * L * L * d
+
+
+def _backward_flops(grad_out: Sequence[int], *others: Any, **options: Any) -> int:
+    """Five such products, of which one is the scores again, as torch counts its fused attention."""
+    return 5 * _flops(grad_out) // 2
+
+
 _call.register_autograd("attention", Attention)
+_call.register_flops("attention", _flops)
+_call.register_flops("attention_backward", _backward_flops)
 _call.register_fake("attention", _shapes)
 _ATTENTION = _call.positional("attention", Attention)
 _call.register_autograd("attention_backward", AttentionBackward)
