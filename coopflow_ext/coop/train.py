@@ -20,6 +20,7 @@ from coopflow_ext.coop import pictures
 from coopflow_ext.coop.board import LOGS, Board
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.judge import Judge
+from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunFolder
@@ -52,6 +53,7 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+@usual_modes()
 def train(
     config: TrainConfig | None,
     out: str | Path,
@@ -61,6 +63,8 @@ def train(
     log: str | None = None,
 ) -> dict[str, Any]:
     """Train a CoopFlow and leave a run folder behind.
+
+    The caller's default dtype, ``no_grad``, ``inference_mode`` and autocast change nothing.
 
     Args:
         config: the settings. With ``resume`` they are the run's own: give None, or the same ones

@@ -1,0 +1,72 @@
+"""A training does not depend on torch's modes and defaults, which are the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from test_coop_train import tiny
+from torch import Tensor
+
+from coopflow_ext import coop
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def trained(mode: AbstractContextManager[object], out: Path) -> dict[str, Tensor]:
+    with mode:
+        coop.train(tiny(), out)
+    _, last = coop.RunFolder.open(out).checkpoints()[-1]
+    weights: dict[str, Tensor] = coop.CoopFlow.load(last).state_dict()
+    return weights
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return trained(nullcontext(), tmp_path_factory.mktemp("usual") / "run")
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "default float64": lambda: default_dtype(torch.float64),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_training_is_the_same_in_every_mode(
+    tmp_path: Path, usual: dict[str, Tensor], name: str
+) -> None:
+    weights = trained(MODES[name](), tmp_path / "run")
+    assert weights.keys() == usual.keys()
+    assert all(torch.equal(weights[key], value) for key, value in usual.items())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_callers_modes_are_restored(tmp_path: Path) -> None:
+    with default_dtype(torch.float64), torch.no_grad():
+        with pytest.raises(ValueError, match="config must be given"):
+            coop.train(None, tmp_path / "run")
+        assert torch.get_default_dtype() == torch.float64
+        assert not torch.is_grad_enabled()
+
+
+def test_another_default_device_is_refused_at_once(tmp_path: Path) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="default device to be the CPU, got meta"),
+    ):
+        coop.train(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
