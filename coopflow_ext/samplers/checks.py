@@ -99,6 +99,8 @@ def check_state(x0: State) -> Tensors:
     for x in xs:
         if not x.is_floating_point():
             raise TypeError(f"x0 must be floating point, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise ValueError(f"x0 must be dense, got a tensor of layout {x.layout}")
         if x.ndim == 0:
             raise ValueError("x0 must be (B, …): dimension 0 counts the chains; got a scalar")
         if x.shape[0] != xs[0].shape[0] or x.device != xs[0].device:

@@ -387,7 +387,14 @@ class LangevinSampler:
         return x.is_cuda and x.numel() > 0 and not _is_capturing(x)
 
     def _check_can_read(self, x: Tensor) -> None:
-        if self.on_nonfinite == "raise" and _is_capturing(x):
+        if self.on_nonfinite != "raise":
+            return
+        if x.is_meta:
+            raise ValueError(
+                "on_nonfinite='raise' reads what x0's chains became, but x0 is on the meta device "
+                "and has no data; use 'freeze' or 'ignore'"
+            )
+        if _is_capturing(x):
             raise ValueError(
                 "on_nonfinite='raise' reads from the device after the chain, which cannot be done "
                 "while a CUDA graph captures its stream; use 'freeze' or 'ignore'"

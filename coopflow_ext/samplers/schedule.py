@@ -44,6 +44,11 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
             )
     if table.is_complex() or table.dtype == torch.bool:
         raise TypeError(f"{name} must be real numbers, got {table.dtype}")
+    if table.is_meta or table.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be a dense tensor with data, got one of layout {table.layout} on "
+            f"{table.device}"
+        )
     table = table.to("cpu", torch.float64, copy=True)
     if table.ndim == 0:
         return check_number(name, table.item(), minimum=0.0)

@@ -53,6 +53,10 @@ class ChainOp : public LangevinOp {
   template <typename Options>
   void check_steps(const Options& o) const {
     if (o.n_steps < 0) check_.fail("n_steps", "must not be negative, got ", o.n_steps);
+    if (o.n_steps > (int64_t{1} << 32)) {
+      check_.fail("n_steps", "must be at most 2**32, got ", o.n_steps);
+    }
+    check_.noise_fits(per_chain_, o.step);
     if (o.thin < 0) check_.fail("thin", "must not be negative, got ", o.thin);
     if (o.n_steps > 0) check_.noise_fits(per_chain_, o.step + o.n_steps - 1);
     if (o.xi) check_normals(*o.xi, o.n_steps);
@@ -96,7 +100,7 @@ class ChainOp : public LangevinOp {
   template <typename A, typename Options>
   CoefficientTable<A> table(double value, const OptionalTensor& rows, const Options& o) const {
     if (!rows || rows->size(0) == 1 || o.n_steps == 0) return {coefficient<A>(value, rows, 0), 0};
-    coefficient<A>(value, rows, o.step + o.n_steps - 1);  // must be there
+    check_reaches(rows, o.step + o.n_steps - 1);
     return {coefficient<A>(value, rows, o.step), rows->stride(0)};
   }
 

@@ -100,7 +100,21 @@ class LangevinOp {
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_gradient(grad);
     check_update(rng, o);
+    for (const OptionalTensor* table : {&o.drift_t, &o.decay_t, &o.pull_t}) {
+      check_reaches(*table, o.step);
+    }
+    if (static_cast<NoiseWhen>(o.noise_when) != NoiseWhen::kNone) {
+      check_reaches(o.noise_t, noise_step(o));
+    }
     check_outputs(o);
+  }
+
+  // A table with several rows must reach the step.
+  void check_reaches(const OptionalTensor& table, int64_t step) const {
+    const int64_t rows = table ? table->size(0) : 1;
+    if (rows > 1 && step >= rows) {
+      check_.fail("step", "row ", step, " was asked of a coefficient table with ", rows, " rows");
+    }
   }
 
   // Of a step in place.
@@ -411,16 +425,12 @@ class LangevinOp {
     check_is_per_chain("frozen_at", *o.frozen_at, ScalarType::Long);
   }
 
-  // The row of one step. A table with several rows must reach it.
+  // The row of one step.
   template <typename A>
   Coefficient<A> coefficient(double value, const OptionalTensor& table, int64_t step) const {
     if (!table) return {static_cast<A>(value), nullptr, false, 0};
     const bool wide = table->scalar_type() == ScalarType::Double;
-    const int64_t rows = table->size(0);
-    if (rows > 1 && step >= rows) {
-      check_.fail("step", "row ", step, " was asked of a coefficient table with ", rows, " rows");
-    }
-    const int64_t offset = rows > 1 ? step * table->stride(0) : 0;
+    const int64_t offset = table->size(0) > 1 ? step * table->stride(0) : 0;
     const char* data = static_cast<const char*>(table->const_data_ptr());
     return {A(0), data + offset * (wide ? sizeof(double) : sizeof(float)), wide,
             table->size(1) > 1 ? table->stride(1) : 0};
@@ -522,6 +532,7 @@ void langevin_noise_(Tensor x, Tensor rng, double noise, OptionalTensor noise_t,
                      OptionalTensor xi, OptionalTensor active) {
   const LangevinOp op("langevin_noise_", x);
   op.check_noise(rng, noise, noise_t, step, xi);
+  op.check_reaches(noise_t, step);
   op.check_active(active);
   op.check_memory(rng, noise_t, xi, active);
   if (op.is_empty()) return;
