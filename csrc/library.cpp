@@ -95,10 +95,11 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "langevin_noise_(Tensor(a!) x, Tensor rng, *, float noise=0.0, Tensor? noise_t=None, "
       "SymInt step=0, Tensor? xi=None, Tensor? active=None) -> ()");
-  // Whole chains of an energy in closed form, which its name, tensors and numbers describe: x,
-  // trajectory, statistics with the energy, and the step at which each chain stopped.
+  // Whole chains of an energy in closed form, which its name, tensors and numbers describe. The
+  // name comes as its characters: torch's boxing of a str (2.10 to 2.13) leaks it. x, trajectory,
+  // statistics with the energy, and the step at which each chain stopped.
   m.def(
-      "analytic_langevin_chain(Tensor x0, Tensor rng, str energy, Tensor[] tensors, "
+      "analytic_langevin_chain(Tensor x0, Tensor rng, int[] energy, Tensor[] tensors, "
       "float[] numbers, *, " COOPFLOW_LANGEVIN_CHAIN_ARGS ") -> (Tensor, Tensor, Tensor, Tensor)");
   // Chains of an energy that is a fully connected network, Linear - activation - ... -
   // Linear(., 1): x, trajectory, statistics, and the step at which each chain stopped. Weights
@@ -112,7 +113,7 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   // Chains of the same energies by the Metropolis-adjusted Langevin algorithm: x, trajectory,
   // statistics, the last step size of each chain, and whether its start is finite.
   m.def(
-      "analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, str energy, "
+      "analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, int[] energy, "
       "Tensor[] tensors, float[] numbers, *, " COOPFLOW_MALA_CHAIN_ARGS
       ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

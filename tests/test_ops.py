@@ -376,9 +376,9 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
         ],
         "langevin_noise_": [((x, rng), {"noise": 0.2})],
         "analytic_langevin_chain": [  # float32 or float64
-            ((x.to(wide), rng, "double_well", [], [1.0]), {"n_steps": 3, "drift": 0.1}),
+            ((x.to(wide), rng, list(b"double_well"), [], [1.0]), {"n_steps": 3, "drift": 0.1}),
             (
-                (x.to(wide), rng, "gaussian_mixture", mixture, []),
+                (x.to(wide), rng, list(b"gaussian_mixture"), mixture, []),
                 {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
             ),
         ],
@@ -391,9 +391,12 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
         ],
         **attention_calls(draw),
         "analytic_mala_chain": [  # float32 or float64
-            ((x.to(wide), rng, rng, "double_well", [], [1.0]), {"n_steps": 3, "step_size": 0.1}),
             (
-                (x.to(wide), rng, rng, "gaussian_mixture", mixture, []),
+                (x.to(wide), rng, rng, list(b"double_well"), [], [1.0]),
+                {"n_steps": 3, "step_size": 0.1},
+            ),
+            (
+                (x.to(wide), rng, rng, list(b"gaussian_mixture"), mixture, []),
                 {"n_steps": 2, "step_size_t": table, "stats": True, "thin": 2},
             ),
         ],

@@ -96,7 +96,7 @@ def analytic_langevin_chain(
         "analytic_langevin_chain",
         x0,
         rng,
-        energy,
+        _characters("analytic_langevin_chain", energy),
         list(tensors),
         list(numbers),
         n_steps=n_steps,
@@ -183,7 +183,7 @@ def analytic_mala_chain(
         x0,
         rng,
         accept_rng,
-        energy,
+        _characters("analytic_mala_chain", energy),
         list(tensors),
         list(numbers),
         n_steps=n_steps,
@@ -197,6 +197,13 @@ def analytic_mala_chain(
         thin=thin,
         stats=stats,
     )
+
+
+def _characters(op: str, energy: str) -> list[int]:
+    """The name of an energy as the raw op takes it."""
+    if not isinstance(energy, str):
+        raise TypeError(f"{op}: energy must be a str, got {type(energy).__name__}")
+    return list(energy.encode())
 
 
 _call.register_fake("analytic_langevin_chain", fake_results)

@@ -102,8 +102,9 @@ EnergyParameters<A> energy_parameters(const EnergyArguments& given, int64_t per_
 
 // Calls f(tag, K) with the EnergyTag of the energy of this name, to which what is given fits.
 template <typename F>
-void with_energy(const ChainOp& op, const Tensor& x0, const std::string& energy,
+void with_energy(const ChainOp& op, const Tensor& x0, const std::vector<int64_t>& characters,
                  const EnergyArguments& given, const F& f) {
+  const std::string energy(characters.begin(), characters.end());
   bool found = false;
   AnalyticEnergies::for_each([&](auto tag) {
     using Energy = typename decltype(tag)::template type<float>;
@@ -129,7 +130,7 @@ auto chain_runner(const ChainOp& op, const Tensor& x0, const EnergyArguments& gi
 
 template <typename Backend>
 LangevinChainResults analytic_langevin_chain(
-    Tensor x0, Tensor rng, std::string energy, std::vector<Tensor> tensors,
+    Tensor x0, Tensor rng, std::vector<int64_t> energy, std::vector<Tensor> tensors,
     std::vector<double> numbers, int64_t n_steps, double drift, OptionalTensor drift_t,
     double noise, OptionalTensor noise_t, double decay, OptionalTensor decay_t, double pull,
     OptionalTensor pull_t, OptionalTensor x_ref, std::optional<double> grad_clip,
@@ -155,10 +156,11 @@ LangevinChainResults analytic_langevin_chain(
 }
 
 template <typename Backend>
-MalaChainResults analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng, std::string energy,
-                                     std::vector<Tensor> tensors, std::vector<double> numbers,
-                                     int64_t n_steps, double step_size, OptionalTensor step_size_t,
-                                     double temperature, int64_t adapt_steps, double target_accept,
+MalaChainResults analytic_mala_chain(Tensor x0, Tensor rng, Tensor accept_rng,
+                                     std::vector<int64_t> energy, std::vector<Tensor> tensors,
+                                     std::vector<double> numbers, int64_t n_steps, double step_size,
+                                     OptionalTensor step_size_t, double temperature,
+                                     int64_t adapt_steps, double target_accept,
                                      bool negative_energy, int64_t step, OptionalTensor xi,
                                      int64_t thin, bool stats) {
   const MalaChainOp op("analytic_mala_chain", x0);
