@@ -444,7 +444,7 @@ def concat_elu_gradient(
     """The gradient of x, from that of y = concat_elu(x, …) and y itself."""
     work = arithmetic_dtype(y.dtype)
     factors = _channel_factors(y.to(work), rng, p, step)
-    slope = torch.where(y <= 0, y.to(work) + factors, factors)
+    slope = torch.where(y > 0, factors, y.to(work) + factors)
     plus, minus = (grad_y.to(work) * slope).chunk(2, dim=1)
     return (plus - minus).to(y.dtype)
 

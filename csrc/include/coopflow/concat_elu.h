@@ -23,10 +23,10 @@ COOPFLOW_HD EluPair<A> elu_pair(A x) {
   return {x > A(0) ? x : below, x > A(0) ? below : -x};
 }
 
-// dy/dx of y = factor * elu(x); the factor is 0 where x was dropped, as y is.
+// dy/dx of y = factor * elu(x); the factor is 0 where x was dropped, as y is. NaN stays NaN.
 template <typename A>
 COOPFLOW_HD A elu_slope(A y, A factor) {
-  return y <= A(0) ? y + factor : factor;
+  return y > A(0) ? factor : y + factor;
 }
 
 // The channels of x (batch, channels, positions). channels_last: they are innermost in memory.
