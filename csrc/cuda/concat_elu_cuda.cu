@@ -14,7 +14,8 @@ struct KeptItem {
   uint32_t plus, minus;
 };
 
-// Draws the masks of items of kCount elements.
+// Draws the masks of items of kCount elements. Kernels draw first and load then: words of Philox and
+// elements together would be more than the registers.
 template <typename A, int kCount>
 class ItemMask {
  public:
@@ -105,11 +106,11 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   const Mask<kDropout, A, kCount> mask(args.shape, args.dropout);
   for (ItemCursor<kCount> at(grid); at.valid(); at.next()) {
     const int n = at.size();
+    const KeptItem kept = mask.of(at.chain(), at.item() * kCount, n);
     const int64_t plus_at = at.offset() + at.chain() * grid.per_chain;
     const int64_t minus_at = plus_at + grid.per_chain;
     A x[kCount], plus[kCount], minus[kCount];
     load_item<T, kVec>(args.x, at.offset(), n, x);
-    const KeptItem kept = mask.of(at.chain(), at.item() * kCount, n);
     COOPFLOW_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const EluPair<A> elu = elu_pair(x[i]);
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   const Mask<kDropout, A, kCount> mask(args.shape, args.dropout);
   for (ItemCursor<kCount> at(grid); at.valid(); at.next()) {
     const int n = at.size();
+    const KeptItem kept = mask.of(at.chain(), at.item() * kCount, n);
     const int64_t plus_at = at.offset() + at.chain() * grid.per_chain;
     const int64_t minus_at = plus_at + grid.per_chain;
     A y_plus[kCount], y_minus[kCount], grad_plus[kCount], grad_minus[kCount], grad_x[kCount];
@@ -137,7 +139,6 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     load_item<T, kVec>(args.y, minus_at, n, y_minus);
     load_item<T, kVec>(args.grad_y, plus_at, n, grad_plus);
     load_item<T, kVec>(args.grad_y, minus_at, n, grad_minus);
-    const KeptItem kept = mask.of(at.chain(), at.item() * kCount, n);
     COOPFLOW_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const A plus = factor_of<kDropout>(kept.plus, i, args.dropout);
