@@ -14,8 +14,8 @@ struct KeptItem {
   uint32_t plus, minus;
 };
 
-// Draws the masks of items of kCount elements. Kernels draw first and load then: words of Philox and
-// elements together would be more than the registers.
+// Draws the masks of items of kCount elements. Kernels draw first and load then: words of Philox
+// and elements together would be more than the registers.
 template <typename A, int kCount>
 class ItemMask {
  public:
