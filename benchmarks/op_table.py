@@ -1,7 +1,7 @@
-"""The ops of random numbers, steps, couplings and attention, once: arguments to call them with, and
-how far their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs
-the laws over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole
-chains, whose reference is a loop, have tests of their own.
+"""The ops of random numbers, steps, couplings and layers, once: arguments to call them with, and
+how far their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py``
+runs the laws over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of
+whole chains, whose reference is a loop, have tests of their own.
 """
 
 from __future__ import annotations
@@ -103,8 +103,13 @@ class Op:
         return self.inverse is not None
 
     @property
+    def is_layer(self) -> bool:
+        """Of a network: its input has dimensions that the drawn shape has not."""
+        return self.name in ("attention", "concat_elu")
+
+    @property
     def takes_any_strides(self) -> bool:
-        return self.is_coupling or self.name == "attention"
+        return self.is_coupling or self.is_layer
 
     @property
     def in_place(self) -> bool:
@@ -209,6 +214,22 @@ def attention_of(dim: int) -> Callable[[Draw], Arguments]:
     return arguments
 
 
+# --- concat-ELU -----------------------------------------------------------------------------------
+
+
+def _concat_elu(draw: Draw) -> Arguments:
+    """Four channels, contiguous, of a position for each element of a chain."""
+    batch, *others = draw.shape
+    return {"x": draw.normal(batch, 4, *others).to(draw.device, draw.dtype)}
+
+
+def concat_elu_with_dropout(draw: Draw) -> Arguments:
+    """Six channels, innermost in memory; the mask of −x begins within a block of words."""
+    batch, *others = draw.shape
+    x = draw.normal(batch, *others, 6).to(draw.device, draw.dtype).movedim(-1, 1)
+    return {"x": x, "rng": draw.rng(), "p": 0.3, "step": 2}
+
+
 # --- couplings ------------------------------------------------------------------------------------
 
 
@@ -263,6 +284,11 @@ _ATTENTION: dict[str, Any] = {
     "gradient_bounds": Bounds(2e-6, 1e-14, half=1),
     "differentiable": ("q", "k", "v"),
 }
+_CONCAT_ELU: dict[str, Any] = {
+    "bounds": (Bounds(2e-7, 5e-16),),
+    "gradient_bounds": Bounds(2e-7, 5e-16, half=1),
+    "differentiable": ("x",),
+}
 _AFFINE = Bounds(4e-7, 1e-15), Bounds(1e-5, 1e-13), Bounds(4e-7, 1e-15, half=1)
 _MIXTURE = "mixture_logistic_coupling"
 _MIXTURE_BOUNDS = (
@@ -282,6 +308,8 @@ OPS: tuple[Op, ...] = (
     # Vectors of two lengths for which a GPU has kernels, with room left in them.
     Op("attention", attention_of(9), **_ATTENTION, variant="d9"),
     Op("attention", attention_of(40), **_ATTENTION, variant="d40"),
+    Op("concat_elu", concat_elu_with_dropout, **_CONCAT_ELU, variant="dropout"),
+    Op("concat_elu", _concat_elu, **_CONCAT_ELU, variant="plain"),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.
     *coupling(_MIXTURE, mixture_params(3), *_MIXTURE_BOUNDS, "K3"),

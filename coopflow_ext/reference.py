@@ -428,6 +428,35 @@ def attention(
     return (weights * (kept.to(work) / (1 - p)) @ v.to(work)).to(q.dtype)
 
 
+def concat_elu(x: Tensor, rng: Tensor | None = None, p: float = 0.0, *, step: int = 0) -> Tensor:
+    """elu of (x, −x) over (B, C, …), twice the channels.
+
+    With rng and p > 0 those channels of each chain are kept, and divided by 1 − p, whose uniforms
+    (B, 2C) are ≥ p.
+    """
+    y = functional.elu(torch.cat((x, -x), dim=1).to(arithmetic_dtype(x.dtype)))
+    return (y * _channel_factors(y, rng, p, step)).to(x.dtype)
+
+
+def concat_elu_gradient(
+    grad_y: Tensor, y: Tensor, rng: Tensor | None = None, p: float = 0.0, *, step: int = 0
+) -> Tensor:
+    """The gradient of x, from that of y = concat_elu(x, …) and y itself."""
+    work = arithmetic_dtype(y.dtype)
+    factors = _channel_factors(y.to(work), rng, p, step)
+    slope = torch.where(y > 0, factors, y.to(work) + factors)
+    plus, minus = (grad_y.to(work) * slope).chunk(2, dim=1)
+    return (plus - minus).to(y.dtype)
+
+
+def _channel_factors(y: Tensor, rng: Tensor | None, p: float, step: int) -> Tensor:
+    """1/(1 − p) for each channel of y (B, C, …) that is kept, 0 for the others."""
+    if rng is None or p == 0:
+        return y.new_ones(())
+    kept = uniform(y.shape[:2], rng, step=step) >= p
+    return (kept.to(y.dtype) / (1 - p)).reshape(kept.shape + (1,) * (y.ndim - 2))
+
+
 MIN_LOG_SCALE = -7.0
 LEGACY_LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 

@@ -151,6 +151,12 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rng, Tensor out, "
       "Tensor lse, float p, SymInt step=0, float? scale=None) -> (Tensor, Tensor, Tensor)");
+  // elu of x (B, C, ...) and of -x, (B, 2C, ...); whole channels are zero where the uniforms
+  // (B, 2C) of (rng, step) are below p, the others divided by 1 - p. And its gradient.
+  m.def("concat_elu(Tensor x, Tensor? rng=None, float p=0.0, SymInt step=0) -> Tensor");
+  m.def(
+      "concat_elu_backward(Tensor grad_y, Tensor y, Tensor? rng=None, float p=0.0, "
+      "SymInt step=0) -> Tensor");
   // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
   // layers, needs on CUDA, as mlp_langevin_chain takes it with this `bfloat16`.
   m.def("mlp_shared_bytes(int[] sizes, bool bfloat16=False) -> int");

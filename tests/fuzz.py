@@ -109,7 +109,8 @@ def is_finite(arguments: Arguments) -> bool:
 
 def call_of_an_op(chance: random.Random) -> None:
     op, arguments = right_arguments(chance)
-    names = chance.sample(sorted(arguments), chance.choice((0, 0, 1, 1, 2)))
+    count = min(chance.choice((0, 0, 1, 1, 2)), len(arguments))
+    names = chance.sample(sorted(arguments), count)
     for name in names:
         arguments[name] = changed(arguments[name], chance)
     before = copies(arguments)

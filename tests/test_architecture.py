@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "coopflow_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STEMS = (
-    "affine_coupling", "analytic_langevin_chain", "attention", "langevin", "mixture_logistic",
-    "mlp", "random",
+    "affine_coupling", "analytic_langevin_chain", "attention", "concat_elu", "langevin",
+    "mixture_logistic", "mlp", "random",
 )  # fmt: skip
 # Where the file of a stem bears another name.
 HEADERS = {"analytic_langevin_chain": "analytic_energies"}

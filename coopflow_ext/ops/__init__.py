@@ -13,6 +13,7 @@ from coopflow_ext.ops.analytic_langevin_chain import (
     analytic_mala_chain,
 )
 from coopflow_ext.ops.attention import ATTENTION_MAX_DIM, attention
+from coopflow_ext.ops.concat_elu import concat_elu
 from coopflow_ext.ops.langevin import BoundStep, langevin_noise_, langevin_step, langevin_step_
 from coopflow_ext.ops.mixture_logistic import (
     mixture_logistic_coupling,
@@ -32,6 +33,7 @@ __all__ = [
     "analytic_langevin_chain",
     "analytic_mala_chain",
     "attention",
+    "concat_elu",
     "langevin_noise_",
     "langevin_step",
     "langevin_step_",

@@ -172,7 +172,7 @@ struct RowTile {
 class TileOfWords {
  public:
   template <typename A>
-  TileOfWords(const AttentionDropout<A>& dropout, const AttentionShape& shape)
+  TileOfWords(const Dropout<A>& dropout, const AttentionShape& shape)
       : shape_(shape),
         key_(make_philox_key(dropout.rng[0])),
         time_(noise_time(dropout.rng, dropout.step)),

@@ -52,10 +52,11 @@ struct TileWords {
   alignas(64) uint32_t words[4][kQuadsPerTile];
 };
 
-inline void philox_tile(const TileCounters& counters, PhiloxKey key, uint32_t time,
-                        TileWords* tile) {
+// At least the first `quads` of them.
+inline void philox_tile(const TileCounters& counters, PhiloxKey key, uint32_t time, TileWords* tile,
+                        int64_t quads = kQuadsPerTile) {
   const SimdWords times = SimdWords::broadcast(time);
-  for (int64_t i = 0; i < kQuadsPerTile; i += SimdWords::kLanes) {
+  for (int64_t i = 0; i < quads; i += SimdWords::kLanes) {
     const PhiloxBlock<SimdWords> block =
         philox4x32_10(PhiloxBlock<SimdWords>{SimdWords::load(counters.block + i), times,
                                              SimdWords::load(counters.chain_low + i),

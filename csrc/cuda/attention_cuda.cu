@@ -183,8 +183,8 @@ class Block {
 template <typename A>
 class HeadMask {
  public:
-  __device__ __forceinline__ HeadMask(const AttentionDropout<A>& dropout,
-                                      const AttentionShape& shape, int64_t head)
+  __device__ __forceinline__ HeadMask(const Dropout<A>& dropout, const AttentionShape& shape,
+                                      int64_t head)
       : dropout_(dropout),
         length_(shape.length),
         key_(make_philox_key(dropout.rng[0])),
@@ -199,7 +199,7 @@ class HeadMask {
   }
 
  private:
-  const AttentionDropout<A>& dropout_;
+  const Dropout<A>& dropout_;
   const int64_t& length_;
   const PhiloxKey key_;
   const uint32_t time_;

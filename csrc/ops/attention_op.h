@@ -69,7 +69,7 @@ class AttentionOp {
   }
 
   template <typename A>
-  AttentionDropout<A> dropout() const {
+  Dropout<A> dropout() const {
     return {rng_, step_, dropout_threshold(p_), static_cast<A>(1 / (1 - p_))};
   }
 

@@ -502,6 +502,63 @@ def attention_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+MOST_OF_A_ROW = 1031
+
+
+def _concat_elu(
+    inputs: Inputs,
+    *,
+    channels_last: bool,
+    dropout: bool,
+    spoil: Callable[[Tensor], None] | None = None,
+) -> Results:
+    """Three channels of so many positions as a chain has elements, or three positions of so many
+    channels. The derivative by the raw op, since the result is one of its inputs."""
+    batch, length = inputs.shape
+    double = (batch, 3, 2 * length) if channels_last else (batch, 6, length)
+    options = (inputs.rng, 0.4, 3) if dropout else (None, 0.0, 0)
+
+    def laid(memory: Tensor) -> Tensor:
+        return memory.movedim(1, -1) if channels_last else memory
+
+    x = inputs.normal(batch, 3, length)
+    if spoil is not None:
+        spoil(x)
+    y = _call.coopflow.concat_elu(laid(x), *options)
+    memory = y.movedim(-1, 1) if channels_last else y
+    grad_x = _call.coopflow.concat_elu_backward(
+        laid(inputs.normal(*double)), laid(inputs.place(memory)), *options
+    )
+    what = f"channels_last={channels_last}, dropout={dropout}"
+    return {f"{what}: y": y, f"{what}: grad_x": grad_x}
+
+
+def concat_elu(inputs: Inputs) -> Results:
+    """Items that fill rows and that do not; items within a channel and across two or more."""
+    if inputs.shape[1] > MOST_OF_A_ROW:
+        return {}
+    results = {}
+    for channels_last, dropout in itertools.product((False, True), (False, True)):
+        results |= _concat_elu(inputs, channels_last=channels_last, dropout=dropout)
+    return results
+
+
+def concat_elu_not_finite(inputs: Inputs) -> Results:
+    """NaN, infinities and zeros in channels that are kept and in such that are dropped."""
+    one_shape = _one_shape(inputs, 8)
+    if one_shape is None:
+        return {}
+
+    def spoil(x: Tensor) -> None:
+        for i, value in enumerate((*NOT_FINITE, 0.0, -0.0)):
+            x[i::5] = value
+
+    results = {}
+    for channels_last in (False, True):
+        results |= _concat_elu(one_shape, channels_last=channels_last, dropout=True, spoil=spoil)
+    return results
+
+
 def _mixture(
     inputs: Inputs,
     name: str,
@@ -836,6 +893,8 @@ CASES: dict[str, Case] = {
         affine_coupling_mixed,
         attention,
         attention_not_finite,
+        concat_elu,
+        concat_elu_not_finite,
         mixture_logistic_coupling,
         mixture_logistic_options,
         mixture_logistic_not_finite,

@@ -4,12 +4,11 @@
 // recomputation in the backward pass: Dao et al. 2022).
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
+#include "coopflow/dropout.h"
 #include "coopflow/elementary.h"
 #include "coopflow/macros.h"
-#include "coopflow/philox.h"
 #include "coopflow/reduction.h"
 
 namespace coopflow {
@@ -35,22 +34,13 @@ struct AttentionTensor {
 using AttentionInput = AttentionTensor<const void*>;
 using AttentionOutput = AttentionTensor<void*>;
 
-// Which weights are kept: where uniform((batch, heads, length, length), rng, step=step) >= p.
-template <typename A>
-struct AttentionDropout {
-  const int64_t* rng;  // seed, time, number of the first chain
-  int64_t step;
-  uint32_t threshold;  // see dropout_threshold
-  A factor;            // of what is kept, 1 / (1 - p)
-};
-
 template <typename A>
 struct AttentionArgs {
   AttentionInput q, k, v;
   AttentionOutput out;
   A* lse;  // log-sum-exp of each row of scores, (batch, heads, length)
   AttentionShape shape;
-  AttentionDropout<A> dropout;
+  Dropout<A> dropout;  // of the weights, (heads, length, length) a chain
   A scale;
 };
 
@@ -60,38 +50,9 @@ struct AttentionBackwardArgs {
   const A* lse;
   AttentionOutput grad_q, grad_k, grad_v;
   AttentionShape shape;
-  AttentionDropout<A> dropout;
+  Dropout<A> dropout;
   A scale;
 };
-
-// --- the mask ---
-
-// uniform >= p in integers: float32 uniforms are (n + 1/2) * 2^-23 with n the top 23 bits of a
-// word, and are compared with p as a float32.
-inline uint32_t dropout_threshold(double p) {
-  const double rounded = static_cast<float>(p);
-  return static_cast<uint32_t>(std::ceil(rounded * 0x1p23 - 0.5));
-}
-
-COOPFLOW_HD bool is_kept(uint32_t word, uint32_t threshold) { return (word >> 9) >= threshold; }
-
-COOPFLOW_HD uint32_t kept_of_block(PhiloxWords w, uint32_t threshold) {
-  return (is_kept(w.w0, threshold) ? 1u : 0u) | (is_kept(w.w1, threshold) ? 2u : 0u) |
-         (is_kept(w.w2, threshold) ? 4u : 0u) | (is_kept(w.w3, threshold) ? 8u : 0u);
-}
-
-// Bit i: whether element first + i of the chain's weights is kept, i < 4. Unless four elements
-// divide a row, they lie in two blocks of words.
-COOPFLOW_HD uint32_t kept_of_four(PhiloxKey key, int64_t chain, uint32_t time, int64_t first,
-                                  uint32_t threshold) {
-  const uint32_t block = static_cast<uint32_t>(first / 4);
-  const uint32_t shift = static_cast<uint32_t>(first % 4);
-  uint32_t kept = kept_of_block(noise_words(key, chain, time, block), threshold);
-  if (shift != 0) {
-    kept |= kept_of_block(noise_words(key, chain, time, block + 1), threshold) << 4;
-  }
-  return kept >> shift;
-}
 
 // --- softmax ---
 
