@@ -1,4 +1,4 @@
-"""The ops of random numbers, steps, couplings and attention, once: arguments to call them with, and
+"""The ops of random numbers, steps, couplings, attention and weight norm, once: arguments to call them with, and
 how far their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs
 the laws over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole
 chains, whose reference is a loop, have tests of their own.
@@ -82,7 +82,7 @@ class Op:
         arguments: of the face, all by name.
         bounds: one for each result.
         gradient_bounds: for gradients, as a part of their largest.
-        differentiable: names of the arguments with derivatives.
+        differentiable: names of the arguments with derivatives, tensors or lists of them.
         inverse: face of the inverse map, for a coupling.
         variant: tells calls of one face apart.
     """
@@ -104,7 +104,7 @@ class Op:
 
     @property
     def takes_any_strides(self) -> bool:
-        return self.is_coupling or self.name == "attention"
+        return self.is_coupling or self.name in ("attention", "weight_norm")
 
     @property
     def in_place(self) -> bool:
@@ -209,6 +209,22 @@ def attention_of(dim: int) -> Callable[[Draw], Arguments]:
     return arguments
 
 
+# --- weight norm ----------------------------------------------------------------------------------
+
+
+def weight_norm_layers(draw: Draw) -> Arguments:
+    """Three layers with a row for each chain, the first with rows of the drawn shape and two more
+    elements: of a single one the direction has no gradient."""
+    batch, *others = draw.shape
+    *middle, last = others or [0]
+    shapes = ((batch, *middle, last + 2), (batch, 5), (batch, 2, 1, 3))
+    gains = [(batch, *[1] * (len(shape) - 1)) for shape in shapes]
+    return {
+        "directions": [draw.normal(*shape).to(draw.device, draw.dtype) for shape in shapes],
+        "gains": [draw.normal(*shape).to(draw.device, draw.dtype) for shape in gains],
+    }
+
+
 # --- couplings ------------------------------------------------------------------------------------
 
 
@@ -263,6 +279,11 @@ _ATTENTION: dict[str, Any] = {
     "gradient_bounds": Bounds(2e-6, 1e-14, half=1),
     "differentiable": ("q", "k", "v"),
 }
+_WEIGHT_NORM: dict[str, Any] = {
+    "bounds": (Bounds(5e-7, 1e-15),) * 3,
+    "gradient_bounds": Bounds(2e-6, 5e-15, half=1),
+    "differentiable": ("directions", "gains"),
+}
 _AFFINE = Bounds(4e-7, 1e-15), Bounds(1e-5, 1e-13), Bounds(4e-7, 1e-15, half=1)
 _MIXTURE = "mixture_logistic_coupling"
 _MIXTURE_BOUNDS = (
@@ -282,6 +303,7 @@ OPS: tuple[Op, ...] = (
     # Vectors of two lengths for which a GPU has kernels, with room left in them.
     Op("attention", attention_of(9), **_ATTENTION, variant="d9"),
     Op("attention", attention_of(40), **_ATTENTION, variant="d40"),
+    Op("weight_norm", weight_norm_layers, **_WEIGHT_NORM),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.
     *coupling(_MIXTURE, mixture_params(3), *_MIXTURE_BOUNDS, "K3"),

@@ -428,6 +428,17 @@ def attention(
     return (weights * (kept.to(work) / (1 - p)) @ v.to(work)).to(q.dtype)
 
 
+def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """g·v/‖v‖ for every row of each layer, v (rows, …) and g (rows, 1, …)."""
+
+    def normed(v: Tensor, g: Tensor) -> Tensor:
+        wide = v.to(arithmetic_dtype(v.dtype))
+        norm = per_chain_view(flat(wide).square().sum(1).sqrt(), v)
+        return (wide * (g.to(wide.dtype) / norm)).to(v.dtype)
+
+    return tuple(normed(v, g) for v, g in zip(directions, gains, strict=True))
+
+
 MIN_LOG_SCALE = -7.0
 LEGACY_LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 

@@ -271,6 +271,30 @@ def test_a_chain_that_a_thread_cannot_hold_is_refused(emulation: harness.Emulati
                 cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
 
 
+@pytest.mark.parametrize(("layers", "launches"), [(1, 1), (60, 1), (61, 2), (121, 3)])
+def test_layers_are_normed_by_few_launches(
+    emulation: harness.Emulation, layers: int, launches: int
+) -> None:
+    """One for 60 layers, and one for those whose rows do not fill wide accesses. The layers in a
+    launch are told apart."""
+    torch.manual_seed(0)
+    shapes = [(1 + i % 3, 8) for i in range(layers)]
+    directions = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    directions.append(torch.randn(2, 3, requires_grad=True))
+    gains = [torch.rand(len(v), 1, requires_grad=True) for v in directions]
+    expected = cf.ops.weight_norm(directions, gains)
+    of_rows = [w.square().sum() * i for i, w in enumerate(expected)]
+    exact = torch.autograd.grad(sum(of_rows), (*directions, *gains))
+    emulation.take_launches()
+    with emulation.settings(), emulation.ops():
+        weights = cf.ops.weight_norm(directions, gains)
+        assert len(emulation.take_launches()) == launches + 1
+        loss = sum(w.square().sum() * i for i, w in enumerate(weights))
+        grads = torch.autograd.grad(loss, (*directions, *gains))
+        assert len(emulation.take_launches()) == launches + 1
+    torch.testing.assert_close((*weights, *grads), (*expected, *exact))
+
+
 def _network(*sizes: int) -> dict[str, list[torch.Tensor]]:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise((*sizes, 1))]
