@@ -81,7 +81,7 @@ def test_passes_are_those_with_each_weight_normed_where_it_is_used(
     layer_by_layer(monkeypatch)
     torch.manual_seed(1)
     for one, other in zip(ours, results(flow), strict=True):
-        scale = max(1.0, float(other.abs().max()))
+        scale = max(1.0, other.abs().max().item())
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * scale)
 
 

@@ -67,12 +67,18 @@ def _parts(tensors: Sequence[Any], count: int) -> list[list[Any]]:
     return [list(tensors[i * length : (i + 1) * length]) for i in range(count)]
 
 
+def _without_context(arguments: Sequence[Any]) -> Sequence[Any]:
+    """torch.compile hands a context over, too, to a forward of any number of arguments: it tells
+    by their number whether there is to be one."""
+    return arguments[1:] if not isinstance(arguments[0], Tensor) else arguments
+
+
 class WeightNorm(torch.autograd.Function):
     """(*directions, *gains) -> weights."""
 
     @staticmethod
     def forward(*tensors: Tensor) -> Tensors:
-        return tuple(_call.coopflow.weight_norm(*_parts(tensors, 2)))
+        return tuple(_call.coopflow.weight_norm(*_parts(_without_context(tensors), 2)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:
@@ -103,7 +109,8 @@ class WeightNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*tensors: Tensor) -> Tensors:
-        grad_directions, grad_gains = _call.coopflow.weight_norm_backward(*_parts(tensors, 3))
+        lists = _parts(_without_context(tensors), 3)
+        grad_directions, grad_gains = _call.coopflow.weight_norm_backward(*lists)
         return (*grad_directions, *grad_gains)
 
     @staticmethod
