@@ -1,7 +1,7 @@
-"""The ops of random numbers, steps, couplings, attention and weight norm, once: arguments to call them with, and
-how far their results may lie from those of the plain-PyTorch reference. ``tests/test_ops.py`` runs
-the laws over this list, and ``exercise_ops.py`` calls it under memory checkers. Ops of whole
-chains, whose reference is a loop, have tests of their own.
+"""The ops of random numbers, steps, couplings, attention and weight norm, once: arguments to call
+them with, and how far their results may lie from those of the plain-PyTorch reference.
+``tests/test_ops.py`` runs the laws over this list, and ``exercise_ops.py`` calls it under memory
+checkers. Ops of whole chains, whose reference is a loop, have tests of their own.
 """
 
 from __future__ import annotations

@@ -404,8 +404,9 @@ def test_sampling_is_one_graph():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_log_prob_is_one_graph(training):
-    flow = _small(scales=((0, 1),), dropout=0.5)
-    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    """In float64: weights are normed one by one in it, and so are rounded otherwise."""
+    flow = _small(scales=((0, 1),), dropout=0.5).double()
+    x = torch.rand(2, 1, 4, 4, dtype=DOUBLE) * 2 - 1
     flow.initialize(x, key=Key(0))
     flow.train(training)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
@@ -559,7 +560,8 @@ class _CountLaunches(TorchDispatchMode):
 @pytest.mark.slow
 def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
     """Batch 2: operators that launch something, and MiB that the graph keeps beside the parameters.
-    Both were larger while attention kept its scores: 8,449 and 1,866."""
+    Both were larger while attention kept its scores, 8,449 and 1,866; and 6,587 and 550 while each
+    weight was normed by itself."""
     torch.manual_seed(0)
     flow, x = flows.flowpp((3, 32, 32)), torch.rand(2, 3, 32, 32) * 2 - 1
     flow.initialize(x)
@@ -577,4 +579,4 @@ def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
         mib = sum(n for storage, n in kept.items() if storage not in parameters) / 2**20
         loss.backward()
     assert mib <= 640
-    assert counted.launches <= 6_600
+    assert counted.launches <= 5_700

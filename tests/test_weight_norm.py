@@ -1,5 +1,6 @@
 """Weight norm of many layers at once: beside torch's, row by row, unused and frozen layers, what is
-not finite, and bad input. The laws of every op are in test_ops.py, flows in test_flows_folding.py."""
+not finite, and bad input. The laws of every op are in test_ops.py; flows, in
+test_flows_folding.py."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def folding(
 def _folding(module: nn.Module, kind: type[Foldable], frozen: bool) -> Iterator[None]:
     values = dict(_folded.get())
     together: dict[Callable[..., Sequence[Any]], list[Foldable]] = {}
-    for layer in module.modules():
+    for layer in dict.fromkeys(_foldable(module)):  # a shared one once
         if isinstance(layer, kind) and layer not in values:
             together.setdefault(layer.fold_all, []).append(layer)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -68,4 +68,14 @@ def _folding(module: nn.Module, kind: type[Foldable], frozen: bool) -> Iterator[
 def is_folded(module: nn.Module) -> bool:
     """Whether a layer in ``module`` is folded where this runs."""
     folded = _folded.get()
-    return bool(folded) and any(layer in folded for layer in module.modules())
+    return bool(folded) and any(layer in folded for layer in _foldable(module))
+
+
+def _foldable(module: nn.Module) -> Iterator[Foldable]:
+    """As ``module.modules()``, but quicker: nothing is looked for in foldable layers."""
+    if isinstance(module, Foldable):
+        yield module
+        return
+    for child in module._modules.values():
+        if child is not None:
+            yield from _foldable(child)

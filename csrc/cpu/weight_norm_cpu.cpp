@@ -20,8 +20,7 @@ void parallel_rows(const std::vector<Layer>& layers,
     rows += layer.rows;
     elements += layer.rows * layer.per_row;
   }
-  const LayerRows<Layer> all{layers.data(), first_rows.data(),
-                             static_cast<int64_t>(layers.size())};
+  const LayerRows<Layer> all{layers.data(), first_rows.data(), static_cast<int64_t>(layers.size())};
   const int64_t per_row = std::max<int64_t>(1, elements / rows);  // on average
   torch::stable::parallel_for(0, rows, divide_up(kGrain, per_row),
                               [&](int64_t begin, int64_t end) { loop(all, begin, end); });

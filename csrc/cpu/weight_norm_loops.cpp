@@ -77,8 +77,8 @@ void backward(const LayerRows<WeightNormBackwardLayer>& rows, int64_t begin, int
       add_products_by_lane(v, v, n, squares);
       add_products_by_lane(v, grad, n, products);
     });
-    const WeightNormGradient<A> gradient = weight_norm_gradient(
-        gain_of<T>(layer.gain, row), sum_lanes(squares), sum_lanes(products));
+    const WeightNormGradient<A> gradient =
+        weight_norm_gradient(gain_of<T>(layer.gain, row), sum_lanes(squares), sum_lanes(products));
     static_cast<T*>(layer.grad_gain)[row] = from_arithmetic<T>(gradient.gain);
     for_each_tile(layer.per_row, [&](int64_t e, int64_t n) {
       alignas(64) A v_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];
