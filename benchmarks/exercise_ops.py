@@ -13,39 +13,37 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from typing import Any
 
 import torch
 from op_table import DTYPES, OPS, Arguments, Draw, Op
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import coopflow_ext as cf
 
 SHAPES = ((1, 1), (3, 5), (2, 4), (5, 127), (2, 3, 8, 8), (1, 4099))
 
 
-def misaligned(value: Any) -> Any:
-    """A copy of a tensor whose storage starts one element off a 16-byte boundary."""
-    if not isinstance(value, Tensor):
-        return value
-    base = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
-    return base[1:].view(value.shape).copy_(value)
+def misaligned(x: Tensor) -> Tensor:
+    """A copy whose storage starts one element off a 16-byte boundary."""
+    base = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return base[1:].view(x.shape).copy_(x)
 
 
 def exercise(op: Op, draw: Draw) -> None:
     """The op and its derivative, of aligned and of misaligned arguments."""
     arguments = op.arguments(draw)
     expected = op.reference(arguments)
-    for given in (arguments, {name: misaligned(value) for name, value in arguments.items()}):
+    for given in (arguments, tree_map_only(Tensor, misaligned, arguments)):
         op.assert_close(forward_and_backward(op, given), expected)
 
 
 def forward_and_backward(op: Op, arguments: Arguments) -> tuple[Tensor, ...]:
-    leaves = {name: arguments[name].clone().requires_grad_() for name in op.differentiable}
-    results = op({**arguments, **leaves})
-    if leaves:
-        torch.autograd.grad(results, list(leaves.values()), [torch.ones_like(t) for t in results])
+    given = {name: arguments[name] for name in op.differentiable}
+    given = tree_map(lambda t: t.clone().requires_grad_(), given)
+    results = op({**arguments, **given})
+    if given:
+        torch.autograd.grad(results, tree_leaves(given), [torch.ones_like(t) for t in results])
     return results
 
 

@@ -82,7 +82,7 @@ class Op:
         arguments: of the face, all by name.
         bounds: one for each result.
         gradient_bounds: for gradients, as a part of their largest.
-        differentiable: names of the arguments with derivatives.
+        differentiable: names of the arguments with derivatives, tensors or lists of them.
         inverse: face of the inverse map, for a coupling.
         variant: tells calls of one face apart.
     """
@@ -105,7 +105,7 @@ class Op:
     @property
     def is_layer(self) -> bool:
         """Of a network: its input has dimensions that the drawn shape has not."""
-        return self.name in ("attention", "concat_elu")
+        return self.name in ("attention", "concat_elu", "weight_norm")
 
     @property
     def takes_any_strides(self) -> bool:
@@ -230,6 +230,22 @@ def concat_elu_with_dropout(draw: Draw) -> Arguments:
     return {"x": x, "rng": draw.rng(), "p": 0.3, "step": 2}
 
 
+# --- weight norm ----------------------------------------------------------------------------------
+
+
+def weight_norm_layers(draw: Draw) -> Arguments:
+    """Three layers with a row for each chain, the first with rows of the drawn shape and two more
+    elements: of a single one the direction has no gradient."""
+    batch, *others = draw.shape
+    *middle, last = others or [0]
+    shapes = ((batch, *middle, last + 2), (batch, 5), (batch, 2, 1, 3))
+    gains = [(batch, *[1] * (len(shape) - 1)) for shape in shapes]
+    return {
+        "directions": [draw.normal(*shape).to(draw.device, draw.dtype) for shape in shapes],
+        "gains": [draw.normal(*shape).to(draw.device, draw.dtype) for shape in gains],
+    }
+
+
 # --- couplings ------------------------------------------------------------------------------------
 
 
@@ -289,6 +305,11 @@ _CONCAT_ELU: dict[str, Any] = {
     "gradient_bounds": Bounds(2e-7, 5e-16, half=1),
     "differentiable": ("x",),
 }
+_WEIGHT_NORM: dict[str, Any] = {
+    "bounds": (Bounds(5e-7, 1e-15),) * 3,
+    "gradient_bounds": Bounds(2e-6, 5e-15, half=1),
+    "differentiable": ("directions", "gains"),
+}
 _AFFINE = Bounds(4e-7, 1e-15), Bounds(1e-5, 1e-13), Bounds(4e-7, 1e-15, half=1)
 _MIXTURE = "mixture_logistic_coupling"
 _MIXTURE_BOUNDS = (
@@ -310,6 +331,7 @@ OPS: tuple[Op, ...] = (
     Op("attention", attention_of(40), **_ATTENTION, variant="d40"),
     Op("concat_elu", concat_elu_with_dropout, **_CONCAT_ELU, variant="dropout"),
     Op("concat_elu", _concat_elu, **_CONCAT_ELU, variant="plain"),
+    Op("weight_norm", weight_norm_layers, **_WEIGHT_NORM),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.
     *coupling(_MIXTURE, mixture_params(3), *_MIXTURE_BOUNDS, "K3"),

@@ -457,6 +457,17 @@ def _channel_factors(y: Tensor, rng: Tensor | None, p: float, step: int) -> Tens
     return (kept.to(y.dtype) / (1 - p)).reshape(kept.shape + (1,) * (y.ndim - 2))
 
 
+def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """g·v/‖v‖ for every row of each layer, v (rows, …) and g (rows, 1, …)."""
+
+    def normed(v: Tensor, g: Tensor) -> Tensor:
+        wide = v.to(arithmetic_dtype(v.dtype))
+        norm = per_chain_view(flat(wide).square().sum(1).sqrt(), v)
+        return (wide * (g.to(wide.dtype) / norm)).to(v.dtype)
+
+    return tuple(normed(v, g) for v, g in zip(directions, gains, strict=True))
+
+
 MIN_LOG_SCALE = -7.0
 LEGACY_LOGIT_LIMIT = math.log((1 - 1e-5) / 1e-5)
 

@@ -157,6 +157,12 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "concat_elu_backward(Tensor grad_y, Tensor y, Tensor? rng=None, float p=0.0, "
       "SymInt step=0) -> Tensor");
+  // w = g * v / |v| for every row of many layers' weights at once: directions v (rows, ...) and
+  // gains g (rows, 1, ...) of each; and what its backward pass needs.
+  m.def("weight_norm(Tensor[] directions, Tensor[] gains) -> Tensor[]");
+  m.def(
+      "weight_norm_backward(Tensor[] grads, Tensor[] directions, Tensor[] gains) -> "
+      "(Tensor[], Tensor[])");
   // Bytes of shared memory that a network of these sizes, the state's and those of the hidden
   // layers, needs on CUDA, as mlp_langevin_chain takes it with this `bfloat16`.
   m.def("mlp_shared_bytes(int[] sizes, bool bfloat16=False) -> int");

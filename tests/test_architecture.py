@@ -18,7 +18,7 @@ PACKAGE = ROOT / "coopflow_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STEMS = (
     "affine_coupling", "analytic_langevin_chain", "attention", "concat_elu", "langevin",
-    "mixture_logistic", "mlp", "random",
+    "mixture_logistic", "mlp", "random", "weight_norm",
 )  # fmt: skip
 # Where the file of a stem bears another name.
 HEADERS = {"analytic_langevin_chain": "analytic_energies"}

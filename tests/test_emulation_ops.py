@@ -271,6 +271,33 @@ def test_a_chain_that_a_thread_cannot_hold_is_refused(emulation: harness.Emulati
                 cf.ops.analytic_langevin_chain(torch.zeros(3, dim), inputs.rng, **options)
 
 
+@pytest.mark.parametrize(("layers", "launches"), [(1, 1), (60, 1), (61, 2), (121, 3)])
+def test_layers_are_normed_by_few_launches(
+    emulation: harness.Emulation, layers: int, launches: int
+) -> None:
+    """One for 60 layers, and one for those whose rows do not fill wide accesses. The layers in a
+    launch are told apart."""
+    torch.manual_seed(0)
+    leaf = {"dtype": torch.float64, "requires_grad": True}
+    shapes = [*((1 + i % 3, 8) for i in range(layers)), (2, 3)]
+    directions = [torch.randn(shape, **leaf) for shape in shapes]
+    gains = [torch.rand(shape[0], 1, **leaf) for shape in shapes]
+
+    def normed() -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        emulation.take_launches()
+        weights = cf.ops.weight_norm(directions, gains)
+        launched = [len(emulation.take_launches())]
+        loss = sum(w.sin().sum() * i for i, w in enumerate(weights))
+        grads = torch.autograd.grad(loss, (*directions, *gains))
+        return (*weights, *grads), [*launched, len(emulation.take_launches())]
+
+    expected, _ = normed()
+    with emulation.settings(), emulation.ops():
+        results, launched = normed()
+    assert launched == [launches + 1] * 2
+    torch.testing.assert_close(results, expected)
+
+
 def _network(*sizes: int) -> dict[str, list[torch.Tensor]]:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise((*sizes, 1))]

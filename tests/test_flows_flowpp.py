@@ -295,6 +295,7 @@ def test_folding_is_seen_by_one_thread_alone():
     def sample() -> None:
         with flow.folded():
             inside.append(flow.sample(3, Key(0)))
+            inside.append(flow.transform.transforms[1].transforms[2].net.first.weight)
             is_folded.set()
             assert is_trained.wait(60)
             inside.append(flow.transform.transforms[1].transforms[2].net.first.weight)
@@ -313,7 +314,8 @@ def test_folding_is_seen_by_one_thread_alone():
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after, gradients, strict=True))
     assert torch.equal(inside[0], samples)
-    assert torch.equal(inside[1], before)
+    assert inside[1] is inside[2]
+    torch.testing.assert_close(inside[1], before)
 
 
 def test_folding_is_of_one_flow_alone():
@@ -402,8 +404,9 @@ def test_sampling_is_one_graph():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_log_prob_is_one_graph(training):
-    flow = _small(scales=((0, 1),), dropout=0.5)
-    x = torch.rand(2, 1, 4, 4) * 2 - 1
+    """In float64: weights are normed one by one in it, and so are rounded otherwise."""
+    flow = _small(scales=((0, 1),), dropout=0.5).double()
+    x = torch.rand(2, 1, 4, 4, dtype=DOUBLE) * 2 - 1
     flow.initialize(x, key=Key(0))
     flow.train(training)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
@@ -557,8 +560,8 @@ class _CountLaunches(TorchDispatchMode):
 @pytest.mark.slow
 def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
     """Batch 2: operators that launch something, and MiB that the graph keeps beside the parameters.
-    Both were larger while attention kept its scores: 8,449 and 1,866; and while concat-ELU with its
-    dropout was several operators: 6,587 and 550. Measured: 5,159 and 501."""
+    Both were larger while attention kept its scores: 8,449 and 1,866; while concat-ELU with its
+    dropout was several operators, and each weight was normed by itself: 6,587 and 550."""
     torch.manual_seed(0)
     flow, x = flows.flowpp((3, 32, 32)), torch.rand(2, 3, 32, 32) * 2 - 1
     flow.initialize(x)
@@ -576,4 +579,4 @@ def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
         mib = sum(n for storage, n in kept.items() if storage not in parameters) / 2**20
         loss.backward()
     assert mib <= 510
-    assert counted.launches <= 5_170
+    assert counted.launches <= 4_300

@@ -113,6 +113,26 @@ def test_with_a_recorded_key_the_pass_is_the_caller_s_to_record(captured: None) 
     assert torch.equal(samples[2], flow.sample(3, Key(1)))
 
 
+def test_inside_of_folded_nothing_is_captured_nor_replayed(captured: None) -> None:
+    """A graph would keep, or would not know, the weights that were folded outside of it."""
+    flow, key = initialised("Flow++").eval(), Key(3)
+    with flow.folded():
+        inside = [flow.sample(3, key) for _ in range(3)]
+        assert not flow._graphs._captured
+    samples = [flow.sample(3, key) for _ in range(3)]
+    assert len(flow._graphs._captured) == 1
+    assert all(torch.equal(s, samples[0]) for s in (*inside, *samples))
+    with flow.folded():
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.mul_(1.5)
+        assert torch.equal(flow.sample(3, key), flow._sample(3, key))
+    plain = copy.deepcopy(flow)
+    plain.cuda_graph = False
+    assert torch.equal(flow.sample(3, key), plain.sample(3, key))
+    assert len(flow._graphs._captured) == 1
+
+
 def test_inference_mode_and_bad_input(captured: None) -> None:
     flow = initialised("images").eval()
     x = torch.rand(4, *IMAGE)

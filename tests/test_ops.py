@@ -6,6 +6,7 @@ What is particular to one op stands in the test of its stem.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +21,12 @@ from op_table import (
     as_tuple,
     attention_of,
     concat_elu_with_dropout,
+    weight_norm_layers,
 )
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.library import opcheck
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 import coopflow_ext as cf
 from coopflow_ext._extension import native
@@ -60,18 +62,47 @@ def cases() -> Iterator[tuple[Op, tuple[int, ...], torch.dtype, torch.dtype]]:
 
 def leaves(op: Op, arguments: Arguments) -> Arguments:
     """The arguments, with new leaves for those that have derivatives."""
-    new = {name: arguments[name].detach().clone().requires_grad_() for name in op.differentiable}
-    return {**arguments, **new}
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_()
+
+    return {**arguments, **tree_map(leaf, differentiable(op, arguments))}
+
+
+def differentiable(op: Op, arguments: Arguments) -> Arguments:
+    """Those that have derivatives."""
+    return {name: arguments[name] for name in op.differentiable}
 
 
 def function(op: Op, arguments: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """The op as a function of what has derivatives, and these."""
+    """The op as a function of what has derivatives, and these; those of a list one by one."""
+    given, spec = tree_flatten(differentiable(op, arguments))
 
     def call(*inputs: Tensor) -> Any:
-        given = {**arguments, **dict(zip(op.differentiable, inputs, strict=True))}
-        return getattr(cf.ops, op.name)(**given)
+        return getattr(cf.ops, op.name)(**{**arguments, **tree_unflatten(list(inputs), spec)})
 
-    return call, tuple(arguments[name] for name in op.differentiable)
+    return call, tuple(given)
+
+
+def tensors_by_name(arguments: Arguments) -> dict[str, Tensor]:
+    """The tensors among the arguments, those of a list as NAME[i]."""
+    found = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, list):
+            found |= {f"{name}[{i}]": t for i, t in enumerate(value)}
+    return found
+
+
+def with_another(arguments: Arguments, name: str, value: Any) -> Arguments:
+    """The arguments with another value for one of :func:`tensors_by_name`."""
+    of, _, index = name.removesuffix("]").partition("[")
+    if not index:
+        return {**arguments, name: value}
+    changed = list(arguments[of])
+    changed[int(index)] = value
+    return {**arguments, of: changed}
 
 
 def loss_of(call: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -107,10 +138,14 @@ def test_matches_the_reference(
     arguments = op.arguments(Draw(shape, dtype, params_dtype, device))
     results = op(arguments)
     op.assert_close(results, op.reference(arguments))
-    if not op.is_layer:
-        assert results[0].shape == shape
-    assert results[0].dtype == dtype
-    for ladj in results[1:]:
+    like = {"attention": "q", "weight_norm": "directions"}.get(op.name)
+    expected = [shape] if like is None else [t.shape for t in as_tuple(arguments[like])]
+    if op.name == "concat_elu":
+        batch, channels, *positions = arguments["x"].shape
+        expected = [(batch, 2 * channels, *positions)]
+    assert [t.shape for t in results[: len(expected)]] == expected
+    assert {t.dtype for t in results[: len(expected)]} == {dtype}
+    for ladj in results[len(expected) :]:
         assert ladj.shape == shape[:1]
         assert ladj.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -130,9 +165,10 @@ def test_misaligned_and_strided_arguments(device: torch.device, op: Op, dtype: t
     layouts = (shifted, strided) if op.takes_any_strides else (shifted,)
     for layout in layouts:
         given = {
-            name: layout(v) if isinstance(v, Tensor) and (name, layout) != ("rng", strided) else v
-            for name, v in arguments.items()
-        }
+            name: value if (name, layout) == ("rng", strided)
+            else tree_map_only(Tensor, layout, value)
+            for name, value in arguments.items()
+        }  # fmt: skip
         for ours, plain in zip(op(given), expected, strict=True):
             assert torch.equal(ours, plain)
 
@@ -147,8 +183,8 @@ def rows(arguments: Arguments, first: int, last: int) -> Arguments:
             part[name] = (last - first, *value[1:])
         elif name in ("drift", "noise") and isinstance(value, Tensor):
             part[name] = value[:, first:last]
-        elif isinstance(value, Tensor):
-            part[name] = value[first:last].clone()
+        else:
+            part[name] = tree_map_only(Tensor, lambda t: t[first:last].clone(), value)
     return part
 
 
@@ -239,7 +275,7 @@ def test_gradients_match_the_reference(
     params_dtype: torch.dtype,
 ) -> None:
     arguments = leaves(op, op.arguments(Draw(shape, dtype, params_dtype, device)))
-    inputs = [arguments[name] for name in op.differentiable]
+    inputs = tree_leaves(differentiable(op, arguments))
     results, exact = op(arguments), op.reference(arguments)
     given = cotangents(results)
     ours = torch.autograd.grad(results, inputs, given)
@@ -255,13 +291,12 @@ def test_gradients_match_the_reference(
 def test_only_one_input_needs_a_gradient(device: torch.device, op: Op) -> None:
     arguments = op.arguments(Draw((3, 5), torch.float64, device=device))
     both = leaves(op, arguments)
-    expected = torch.autograd.grad(
-        sum(t.sum() for t in op(both)), [both[name] for name in op.differentiable]
-    )
-    for name, gradient in zip(op.differentiable, expected, strict=True):
-        given = {**arguments, name: arguments[name].clone().requires_grad_()}
-        sum(t.sum() for t in op(given)).backward()
-        assert torch.equal(given[name].grad, gradient)
+    named = tensors_by_name(differentiable(op, both))
+    expected = torch.autograd.grad(sum(t.sum() for t in op(both)), list(named.values()))
+    for name, gradient in zip(named, expected, strict=True):
+        leaf = named[name].detach().clone().requires_grad_()
+        sum(t.sum() for t in op(with_another(arguments, name, leaf))).backward()
+        assert torch.equal(leaf.grad, gradient)
     for index in range(len(op(arguments))):  # a result that nobody uses contributes nothing
         op(both)[index].sum().backward()
 
@@ -394,6 +429,7 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
         ],
         **attention_calls(draw),
         **concat_elu_calls(draw),
+        **weight_norm_calls(draw),
         "analytic_mala_chain": [  # float32 or float64
             (
                 (x.to(wide), rng, rng, list(b"double_well"), [], [1.0]),
@@ -454,6 +490,15 @@ def concat_elu_calls(draw: Draw) -> dict[str, list[RawCall]]:
     }
 
 
+def weight_norm_calls(draw: Draw) -> dict[str, list[RawCall]]:
+    directions, gains = weight_norm_layers(draw).values()
+    grads = [torch.ones_like(v) for v in directions]
+    return {
+        "weight_norm": [((directions, gains), {}), ((directions[:1], gains[:1]), {})],
+        "weight_norm_backward": [((grads, directions, gains), {})],
+    }
+
+
 def tensor_ops() -> list[str]:
     """The ops of the library that take tensors."""
     found = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
@@ -461,7 +506,7 @@ def tensor_ops() -> list[str]:
         name
         for library, _, name in sorted(found)
         if library == "coopflow"
-        if any(str(a.type) == "Tensor" for a in getattr(native(), name).default._schema.arguments)
+        if any("Tensor" in str(a.type) for a in getattr(native(), name).default._schema.arguments)
     ]
 
 
@@ -477,9 +522,8 @@ def opchecks() -> Iterator[tuple[str, torch.dtype, bool]]:
 def test_opcheck(device: torch.device, name: str, dtype: torch.dtype, requires_grad: bool) -> None:
     for args, options in raw_calls(device, dtype)[name]:
         if requires_grad:
-            args = tuple(
-                t.clone().requires_grad_() if isinstance(t, Tensor) and t.dtype == dtype else t
-                for t in args
+            args = tree_map_only(
+                Tensor, lambda t: t.clone().requires_grad_() if t.dtype == dtype else t, args
             )
         opcheck(getattr(native(), name).default, args, options)
 
@@ -490,34 +534,36 @@ def test_opcheck(device: torch.device, name: str, dtype: torch.dtype, requires_g
 @each(FACES)
 def test_what_is_no_tensor_is_named(device: torch.device, op: Op) -> None:
     arguments = op.arguments(Draw((3, 4), device=device))
-    for name, value in arguments.items():
-        if name in ("x", "y", "grad", "rng", "params", "x_ref", "q", "k", "v"):
-            for other in (value.tolist(), value.cpu().double().numpy(), None):
-                if other is None and (op.name, name) in OPTIONAL:
-                    continue
-                with pytest.raises(TypeError, match=rf"\b{name}\b"):
-                    getattr(cf.ops, op.name)(**{**arguments, name: other})
+    for name, value in tensors_by_name(arguments).items():
+        if name in ("drift", "noise"):  # numbers, too
+            continue
+        for other in (value.tolist(), value.cpu().double().numpy(), None):
+            if other is None and (op.name, name) in OPTIONAL:
+                continue
+            with pytest.raises(TypeError, match=rf"(?<!\w){re.escape(name)}(?!\w)"):
+                getattr(cf.ops, op.name)(**with_another(arguments, name, other))
 
 
 @each([op for op in FACES if op.name not in ("normal", "uniform")])
 def test_what_is_not_dense_or_has_no_data_is_named(device: torch.device, op: Op) -> None:
     arguments = op.arguments(Draw((3, 4), device=device))
-    state, *others = (name for name, value in arguments.items() if isinstance(value, Tensor))
+    named = tensors_by_name(arguments)
+    state, *others = named
     with pytest.raises(ValueError, match="tensors must be dense"):
-        getattr(cf.ops, op.name)(**{**arguments, state: arguments[state].to_sparse()})
+        getattr(cf.ops, op.name)(**with_another(arguments, state, named[state].to_sparse()))
     for name in others:
-        with pytest.raises(ValueError, match=f"{name}: must be on the device of"):
-            op({**arguments, name: arguments[name].to("meta")})
+        with pytest.raises(ValueError, match=f"{re.escape(name)}: must be on the device of"):
+            op(with_another(arguments, name, named[name].to("meta")))
 
 
 @pytest.mark.gpu
 @each([op for op in FACES if op.name not in ("normal", "uniform")])
 def test_mixed_devices_are_named(op: Op) -> None:
     arguments = op.arguments(Draw((3, 4), device="cuda"))
-    _, *others = (name for name, value in arguments.items() if isinstance(value, Tensor))
-    for name in others:
-        with pytest.raises(ValueError, match=f"{name}: must be on the device of"):
-            op({**arguments, name: arguments[name].cpu()})
+    named = tensors_by_name(arguments)
+    for name in list(named)[1:]:
+        with pytest.raises(ValueError, match=f"{re.escape(name)}: must be on the device of"):
+            op(with_another(arguments, name, named[name].cpu()))
 
 
 def test_shapes_alone_pass_through_the_ops() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from coopflow_ext import ops
 from coopflow_ext._tensors import check_tensor
 from coopflow_ext.flows.base import Context, Transform
-from coopflow_ext.flows.folding import folding
+from coopflow_ext.flows.folding import folding, is_folded
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
+from coopflow_ext.flows.weight_norm import WeightNormed
 from coopflow_ext.graphed_calls import GraphedCalls
 from coopflow_ext.recorded_key import RecordedKey
 from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key, stream
@@ -173,7 +174,8 @@ class Flow(nn.Module):
         if self.dequantize is None or self.logit is None:
             if eps is not None:
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
-            return call_and_ladj(self.transform, x, inner, recompute=self.recompute)
+            with self._forward_pass():
+                return call_and_ladj(self.transform, x, inner, recompute=self.recompute)
         if eps is None:
             rng = stream(key, USE_DEQUANTIZE, device=x.device, batch=len(x))
             eps = self.dequantize.draw(x, rng)
@@ -183,17 +185,30 @@ class Flow(nn.Module):
                 raise ValueError(
                     f"eps must have the shape of x, {tuple(x.shape)}, got {tuple(eps.shape)}"
                 )
-        v, ladj_dequantize = self.dequantize.call_and_ladj((_in_range(x) + 1) / 2, eps, inner)
-        y, ladj_logit = self.logit.call_and_ladj(v)
-        z, ladj = call_and_ladj(self.transform, y, inner, recompute=self.recompute)
+        x = _in_range(x)
+        with self._forward_pass():
+            v, ladj_dequantize = self.dequantize.call_and_ladj((x + 1) / 2, eps, inner)
+            y, ladj_logit = self.logit.call_and_ladj(v)
+            z, ladj = call_and_ladj(self.transform, y, inner, recompute=self.recompute)
         return z, ladj + ladj_logit + ladj_dequantize
+
+    def _forward_pass(self) -> AbstractContextManager[None]:
+        """For which all weights are normed together, before it begins; not where ``recompute``
+        keeps no more than a layer's at a time."""
+        by_layer = self.recompute and torch.is_grad_enabled()
+        return nullcontext() if by_layer else folding(self, WeightNormed)
+
+    def _inverse_pass(self) -> AbstractContextManager[None]:
+        return folding(self.transform, WeightNormed)
 
     def inverse_and_ladj(
         self, z: Tensor, *, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Latent → data; for an image flow y **before** the final sigmoid, see :meth:`to_data`."""
         self._check_events("z", z)
-        return self.transform.inverse_and_ladj(z, Context(self._aux(context, z.shape[0])))
+        inner = Context(self._aux(context, z.shape[0]))
+        with self._inverse_pass():
+            return self.transform.inverse_and_ladj(z, inner)
 
     def to_data(self, y: Tensor) -> Tensor:
         """What ``inverse_and_ladj`` returned → x, as in ``sample``; images lie in [−1, 1]."""
@@ -280,7 +295,8 @@ class Flow(nn.Module):
         inner = Context(aux)
         if self.sampling_dropout:
             inner = self._context(aux, key, z, USE_PRIOR)
-        y, _ = self.transform.inverse_and_ladj(z, inner)
+        with self._inverse_pass():
+            y, _ = self.transform.inverse_and_ladj(z, inner)
         return self.to_data(y)
 
     def _run(
@@ -294,8 +310,10 @@ class Flow(nn.Module):
         """``function(key, *tensors)``, by a CUDA graph where that is possible and wanted."""
         if torch.compiler.is_compiling() or not self._can_capture(batch):
             return function(key, *tensors)
-        # With such a key the pass is part of what somebody else records.
-        if isinstance(key, RecordedKey) or not all(isinstance(t, Tensor) for t in tensors):
+        # With such a key the pass is part of what somebody else records; what was folded outside
+        # of a graph would not be there any more when it is replayed.
+        elsewhere = isinstance(key, RecordedKey) or is_folded(self)
+        if elsewhere or not all(isinstance(t, Tensor) for t in tensors):
             return function(key, *tensors)
         key = Key.or_default(key)
         key.check_batch(batch)
@@ -318,7 +336,7 @@ class Flow(nn.Module):
         then sees its new biases and other parameters, but the folded ones of the moment of entry.
         A compiled graph does without.
         """
-        return folding(self)
+        return folding(self, frozen=True)
 
     @torch.no_grad()
     def initialize(

@@ -1,9 +1,10 @@
-"""What layers compute from their parameters alone, computed once for many passes."""
+"""What layers compute from their parameters alone, computed once for all that a pass, or many
+passes, need of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -24,20 +25,57 @@ class Foldable:
         """The value that passes can share."""
         raise NotImplementedError
 
+    @staticmethod
+    def fold_all(layers: Sequence[Any]) -> Sequence[Any]:
+        """The values of several layers, all of which have this method; for one operator that
+        computes them together."""
+        return [layer.fold() for layer in layers]
+
     def folded(self) -> Any | None:
         """The value that is folded where this runs, or None. A compiled graph uses none."""
         return None if torch.compiler.is_compiling() else _folded.get().get(self)
 
 
+def folding(
+    module: nn.Module, kind: type[Foldable] = Foldable, *, frozen: bool = False
+) -> AbstractContextManager[None]:
+    """Inside, in this thread (or task) only, the layers in ``module`` are folded.
+
+    Args:
+        kind: which layers; those that are folded already stay as they are.
+        frozen: their values have no gradients; otherwise they have where gradients are on.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _folding(module, kind, frozen)
+
+
 @contextmanager
-def folding(module: nn.Module) -> Iterator[None]:
-    """Inside, in this thread (or task) only, the foldable layers in ``module`` are folded."""
-    with torch.no_grad():
-        values: dict[Foldable, Any] = {
-            layer: layer.fold() for layer in module.modules() if isinstance(layer, Foldable)
-        }
-    token = _folded.set({**_folded.get(), **values})
+def _folding(module: nn.Module, kind: type[Foldable], frozen: bool) -> Iterator[None]:
+    values = dict(_folded.get())
+    together: dict[Callable[..., Sequence[Any]], list[Foldable]] = {}
+    for layer in dict.fromkeys(_foldable(module)):  # a shared one once
+        if isinstance(layer, kind) and layer not in values:
+            together.setdefault(layer.fold_all, []).append(layer)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        for fold_all, layers in together.items():
+            values.update(zip(layers, fold_all(layers), strict=True))
+    token = _folded.set(values)
     try:
         yield
     finally:
         _folded.reset(token)
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether a layer in ``module`` is folded where this runs."""
+    folded = _folded.get()
+    return bool(folded) and any(layer in folded for layer in _foldable(module))
+
+
+def _foldable(module: nn.Module) -> Iterator[Foldable]:
+    """As ``module.modules()``, but quicker: nothing is looked for in foldable layers."""
+    if isinstance(module, Foldable):
+        yield module
+        return
+    for child in module._modules.values():
+        if child is not None:
+            yield from _foldable(child)

@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from coopflow_ext.autocast import as_it_is
 from coopflow_ext.flows.base import Compose, Context, Transform
 from coopflow_ext.flows.couplings import MixtureLogisticCoupling
+from coopflow_ext.flows.folding import folding
 from coopflow_ext.flows.layers import SplitPrior, halves
+from coopflow_ext.flows.weight_norm import WeightNormed
 
 # At so many places, spread over the depth, every _STRIDE-th element of a layer's input is kept and
 # compared with what was rebuilt: together at most one more x, whatever the depth.
@@ -95,7 +97,8 @@ class _Recompute(torch.autograd.Function):
             if isinstance(step, _Factor):
                 x = _push(x, stack) if step is _Factor.OUT else _pop(x, stack)
             else:
-                x, ladj = step.call_and_ladj(x, context)
+                with folding(step, WeightNormed):  # the weights of one step at a time
+                    x, ladj = step.call_and_ladj(x, context)
                 total = total + ladj
         ctx.steps, ctx.context = steps, replace(context, aux=None)
         ctx.checked, ctx.autocast = list(witnesses), as_it_is(x.device.type)
@@ -121,9 +124,10 @@ class _Recompute(torch.autograd.Function):
                     undo = _pop if step is _Factor.OUT else _push
                     x, grad = undo(x, stack), undo(grad, grad_stack)
                 else:
-                    with torch.no_grad():
-                        x, _ = step.inverse_and_ladj(x, context)
-                    grad = _layer_backward(step, x, context, (grad, grad_ladj), grads)
+                    with torch.enable_grad(), folding(step, WeightNormed):
+                        with torch.no_grad():
+                            x, _ = step.inverse_and_ladj(x, context)
+                        grad = _layer_backward(step, x, context, (grad, grad_ladj), grads)
                 if index in witnesses and x.numel():
                     expected = witnesses[index]
                     errors.append(((_witness(x) - expected).abs() / (1 + expected.abs())).max())

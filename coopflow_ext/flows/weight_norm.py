@@ -1,14 +1,17 @@
 """Weight-normed layers: w = g·v/‖v‖ for every output (Salimans & Kingma 2016).
 
 Like torch's ``parametrizations.weight_norm``, with its names and numbers; but a layer that can be
-pickled, and whose weight one flow in one thread can fold.
+pickled, and whose weight one flow in one thread can fold, together with those of other layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from coopflow_ext import ops
 from coopflow_ext.flows.folding import Foldable
 
 
@@ -41,8 +44,25 @@ class WeightNormed(Foldable, nn.Module):
         return self.fold() if folded is None else folded
 
     def fold(self) -> Tensor:
+        """By torch's own operator, which is quicker for one layer, and which compilers fuse."""
         weight: Tensor = self.parametrizations["weight"]()
         return weight
+
+    @staticmethod
+    def fold_all(layers: Sequence[WeightNormed]) -> list[Tensor]:
+        """By one operator for those of a dtype and a device; those that are frozen by another, so
+        that nothing of theirs is differentiated."""
+        given = [layer.parametrizations["weight"] for layer in layers]
+        pairs = [(norm.original1, norm.original0) for norm in given]
+        kinds: dict[Hashable, list[int]] = {}
+        for i, (v, g) in enumerate(pairs):
+            learns = v.requires_grad or g.requires_grad
+            kinds.setdefault((v.dtype, v.device, learns), []).append(i)
+        weights: dict[int, Tensor] = {}
+        for numbers in kinds.values():
+            directions, gains = zip(*(pairs[i] for i in numbers), strict=True)
+            weights.update(zip(numbers, ops.weight_norm(directions, gains), strict=True))
+        return [weights[i] for i in range(len(layers))]
 
 
 class WeightNormedConv2d(WeightNormed, nn.Conv2d):  # type: ignore[override]

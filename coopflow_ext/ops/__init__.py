@@ -21,6 +21,7 @@ from coopflow_ext.ops.mixture_logistic import (
 )
 from coopflow_ext.ops.mlp import mlp_langevin_chain, mlp_mala_chain, mlp_shared_bytes
 from coopflow_ext.ops.random import normal, uniform
+from coopflow_ext.ops.weight_norm import weight_norm
 
 __all__ = [
     "ATTENTION_MAX_DIM",
@@ -44,4 +45,5 @@ __all__ = [
     "mlp_shared_bytes",
     "normal",
     "uniform",
+    "weight_norm",
 ]

@@ -559,6 +559,45 @@ def concat_elu_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+def _weight_norm(
+    inputs: Inputs,
+    shapes: tuple[tuple[int, ...], ...],
+    spoil: Callable[[list[Tensor]], None] | None = None,
+) -> Results:
+    """Narrow results are rounded behind a sum."""
+    directions = [inputs.normal(*shape) for shape in shapes]
+    gains = [inputs.normal(shape[0], *[1] * (len(shape) - 1)) for shape in shapes]
+    if spoil is not None:
+        spoil(directions)
+    leaves = [t.requires_grad_() for t in (*directions, *gains)]
+    weights = cf.ops.weight_norm(directions, gains)
+    grads = torch.autograd.grad(weights, leaves, [inputs.normal(*shape) for shape in shapes])
+    how = "(after a sum)" if inputs.dtype.itemsize == 2 else "(sum)"
+    return {f"{i} {how}": t.detach() for i, t in enumerate((*weights, *grads))}
+
+
+def weight_norm(inputs: Inputs) -> Results:
+    """Layers of one launch, with rows that wide accesses fill and such that they do not."""
+    batch, per_row = inputs.shape
+    return _weight_norm(inputs, ((batch, per_row), (2, 2, 4), (batch, 1, 1), (3,), (5, 3, 3)))
+
+
+def weight_norm_not_finite(inputs: Inputs) -> Results:
+    """Rows with NaN and infinity, of zeros, and of squares beyond float32."""
+    if _one_shape(inputs, 1) is None:
+        return {}
+
+    def spoil(directions: list[Tensor]) -> None:
+        for direction in directions:
+            for row, value in enumerate(NOT_FINITE):
+                direction[row, 1] = value
+            direction[len(NOT_FINITE)] = 0
+            direction[len(NOT_FINITE) + 1] = 6e4 if inputs.dtype == torch.float16 else 1e30
+
+    rows = len(NOT_FINITE) + 2
+    return _weight_norm(inputs, ((rows, 16), (rows, 7)), spoil)
+
+
 def _mixture(
     inputs: Inputs,
     name: str,
@@ -898,5 +937,7 @@ CASES: dict[str, Case] = {
         mixture_logistic_coupling,
         mixture_logistic_options,
         mixture_logistic_not_finite,
+        weight_norm,
+        weight_norm_not_finite,
     )
 }

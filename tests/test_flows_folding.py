@@ -1,0 +1,198 @@
+"""The weights of a pass's weight-normed layers, normed together before it begins."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coopflow_ext import Key, flows
+from coopflow_ext.flows import Flow, recompute
+from coopflow_ext.flows.folding import folding
+from coopflow_ext.flows.weight_norm import WeightNormed, WeightNormedLinear
+
+SMALL = {"channels": 8, "blocks": 1, "components": 3, "dequant_blocks": 1, "dequant_components": 2}
+
+
+def small(**overrides: Any) -> Flow:
+    torch.manual_seed(0)
+    flow = flows.flowpp((1, 4, 4), **(SMALL | overrides))
+    flow.initialize(torch.rand(4, 1, 4, 4), key=Key(0))
+    return flow
+
+
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes norm each weight where it is used."""
+    for name in ("_forward_pass", "_inverse_pass"):
+        monkeypatch.setattr(Flow, name, lambda self: nullcontext())
+    monkeypatch.setattr(recompute, "folding", lambda *_: nullcontext())
+
+
+class CountOps(TorchDispatchMode):
+    """By name, without the namespace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+    def norms(self) -> tuple[int, int, int]:
+        """Of all layers at once, forward and backward, and of single layers."""
+        c = self.counts
+        single = sum(n for name, n in c.items() if name.startswith("_weight_norm_interface"))
+        return c["weight_norm"], c["weight_norm_backward"], single
+
+
+def results(flow: Flow) -> list[Tensor]:
+    """log_prob and its gradients, the inverse and its gradients, samples."""
+    x, z = torch.rand(3, 1, 4, 4), torch.linspace(-1, 1, 48).view(3, 1, 4, 4)
+    parameters = list(flow.parameters())
+    log_prob = flow.log_prob(x, key=Key(1))
+    y, ladj = flow.inverse_and_ladj(z)
+    return [
+        log_prob,
+        *torch.autograd.grad(log_prob.sum(), parameters),
+        y,
+        ladj,
+        *torch.autograd.grad(y.sum() + ladj.sum(), list(flow.transform.parameters())),
+        flow.sample(3, Key(2)),
+    ]
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_passes_are_those_with_each_weight_normed_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, by_layer: bool
+) -> None:
+    """To rounding; also with memory constant in depth."""
+    flow = small(recompute=by_layer, dropout=0.2)
+    torch.manual_seed(1)
+    ours = results(flow)
+    layer_by_layer(monkeypatch)
+    torch.manual_seed(1)
+    for one, other in zip(ours, results(flow), strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * scale)
+
+
+def test_a_pass_norms_all_weights_by_one_operator() -> None:
+    flow = small()
+    x, z = torch.rand(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    with CountOps() as counted:
+        flow.log_prob(x, key=Key(1)).sum().backward()
+    assert counted.norms() == (1, 1, 0)
+    with CountOps() as counted:
+        flow.inverse_and_ladj(z)[0].sum().backward()
+    assert counted.norms() == (1, 1, 0)
+    with CountOps() as counted:
+        flow.sample(3, Key(1))
+    assert counted.norms() == (1, 0, 0)
+    with torch.no_grad(), CountOps() as counted:
+        flow.log_prob(x, key=Key(1))
+    assert counted.norms() == (1, 0, 0)
+    with flow.folded(), CountOps() as counted:
+        flow.log_prob(x, key=Key(1)), flow.sample(3, Key(1)), flow.inverse_and_ladj(z)
+    assert counted.norms() == (0, 0, 0)
+
+
+def test_with_memory_constant_in_depth_it_is_one_for_each_step() -> None:
+    """Once in the forward pass, once in the backward pass; there is never more than one step's."""
+    flow = small(recompute=True, dequant_blocks=0)
+    couplings = sum(isinstance(m, flows.MixtureLogisticCoupling) for m in flow.modules())
+    with CountOps() as counted:
+        flow.log_prob(torch.rand(3, 1, 4, 4), key=Key(1)).sum().backward()
+    assert counted.norms() == (2 * couplings, couplings, 0)
+
+
+def test_weights_do_not_outlive_their_pass() -> None:
+    """Neither those of a pass without gradients, nor those whose graph is gone."""
+    flow, alive = small(), []
+    forward = flows.FlowPPConditioner.forward
+
+    def spy(self: Any, *args: Any) -> Tensor:
+        alive.append(weakref.ref(self.first.weight))
+        return forward(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flows.FlowPPConditioner, "forward", spy)
+        flow.sample(2, Key(0))
+        loss = flow.log_prob(torch.rand(2, 1, 4, 4), key=Key(1)).sum()
+    loss.backward()
+    del loss
+    gc.collect()
+    assert len(alive) > 8
+    assert all(reference() is None for reference in alive)
+
+
+def test_frozen_layers_are_not_differentiated() -> None:
+    flow, x = small(), torch.rand(3, 1, 4, 4)
+    frozen = flow.transform.transforms[1].transforms[2].net
+    learning = [p for p in flow.parameters() if not any(p is q for q in frozen.parameters())]
+    expected = torch.autograd.grad(flow.log_prob(x, key=Key(1)).sum(), learning)
+    frozen.requires_grad_(False)
+    seen = []
+    frozen.register_forward_pre_hook(
+        lambda net, _: seen.append((net.first.weight.requires_grad, net.last.weight.requires_grad))
+    )
+    with CountOps() as counted:
+        found = torch.autograd.grad(flow.log_prob(x, key=Key(1)).sum(), learning)
+    assert counted.norms() == (2, 1, 0)
+    assert seen == [(False, False)]
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_of_several_dtypes_are_normed_with_their_own() -> None:
+    layers = nn.ModuleList(WeightNormedLinear(5, 3, bias=False) for _ in range(5))
+    layers[1].double(), layers[3].bfloat16(), layers[4].requires_grad_(False)
+    with folding(layers, WeightNormed):
+        for layer in layers:
+            alone = layer.fold()
+            assert layer.weight.dtype == alone.dtype
+            assert layer.weight.requires_grad == alone.requires_grad
+            bound = 2 * torch.finfo(alone.dtype).eps
+            torch.testing.assert_close(layer.weight, alone, rtol=bound, atol=0)
+
+
+def test_modes_and_copies() -> None:
+    """Autocast, inference mode, functional calls; a pass leaves nothing in the flow."""
+    flow, x = small().eval(), torch.rand(3, 1, 4, 4)
+    before = copy.deepcopy(flow)
+    with torch.no_grad():
+        expected = flow.log_prob(x, key=Key(1))
+    with torch.inference_mode():
+        assert torch.equal(flow.log_prob(x, key=Key(1)), expected)
+    assert torch.equal(flow.log_prob(x, key=Key(1)), expected)  # with gradients afterwards
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), folding(flow, WeightNormed):
+        weights = [m.weight for m in flow.modules() if isinstance(m, WeightNormed)]
+        assert {w.dtype for w in weights} == {torch.float32}
+    scaled = {name: 1.05 * p.detach() for name, p in flow.named_parameters()}
+    with torch.no_grad():
+        by_call = torch.func.functional_call(flow, scaled, (x,), {"key": Key(1)})
+        assert torch.equal(flow.log_prob(x, key=Key(1)), expected)
+        flow.load_state_dict({**flow.state_dict(), **scaled})
+        assert torch.equal(flow.log_prob(x, key=Key(1)), by_call)
+    assert not torch.equal(by_call, expected)
+    assert torch.equal(before.log_prob(x, key=Key(1)), expected)
+    assert flow.__dict__.keys() == before.__dict__.keys()
+
+
+def test_func_grad_goes_through_a_pass() -> None:
+    flow, x = small(dequant_blocks=0).eval().double(), torch.rand(3, 1, 4, 4).double()
+    parameters = dict(flow.named_parameters())
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(flow, given, (x,), {"key": Key(1)}).sum()
+
+    found = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    torch.testing.assert_close(list(found.values()), list(expected))
