@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically, write_json
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.files import write_atomically, write_json
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
@@ -114,17 +115,16 @@ def run_ablation(
 def _one_run(
     name: str, config: TrainConfig, seed: int, out: Path, device: torch.device | str
 ) -> dict[str, Any]:
-    settings = {**json.loads(config.to_json()), "seed": seed}
-    settings.pop("format")
     path = out / "runs" / f"{_file_name(name)}-seed{seed}"
-    config = TrainConfig.from_dict(settings)
-    if (path / "config.json").exists():
-        run = RunFolder.open(path)
-        run.adopt(config)
-        if (path / "summary.json").exists():
-            return run.summary()
-        return train(None, path, resume=True, device=device)
-    return train(config, path, device=device)
+    config = dataclasses.replace(config, seed=seed)
+    if not (path / "config.json").exists():
+        return train(config, path, device=device)
+    run = RunFolder.open(path)
+    # Rows are compared, so none may have been trained at other rates for a part of its steps.
+    changes = run.changes(config, adjustable=("steps",))
+    if not changes and (path / "summary.json").exists():
+        return run.summary()
+    return train(config, path, resume=True, device=device)
 
 
 def _file_name(name: str) -> str:
