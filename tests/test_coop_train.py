@@ -265,7 +265,7 @@ def test_a_run_from_before_these_settings_resumes(finished: Path, tmp_path: Path
     """config.json and checkpoint without what was added since: same bits as before."""
     new = {"init_batches", "flow_clip_groups", "flow_skip_norm", "flow_restart", "warmup_by"}
     new |= {"energy_grad_norm", "energy_skip_norm", "energy_skip_from"}
-    new |= {"coopflow_sha256"}
+    new |= {"max_pixels", "coopflow_sha256"}
     source = RunFolder.open(finished)
     settings = json.loads((finished / "config.json").read_text())
     assert new <= settings.keys()

@@ -55,6 +55,9 @@ class TrainConfig:
     data_dir: str | None = _setting(None, "folder with the archive of cifar10, svhn or celeba")
     image_size: int | None = _setting(None, "crop and scale images of celeba and folder:DIR to it")
     skip_bad: bool = _setting(False, "leave out images of a folder that cannot be read")
+    max_pixels: int | None = _setting(
+        None, "most pixels of an image of celeba and folder:DIR that is read; none: 2**26"
+    )
     seed: int = _setting(0, "seed of everything random")
     steps: int = _setting(1000, "cooperative iterations")
     batch_size: int = _setting(28, "images of a batch, and chains of an iteration")
@@ -172,7 +175,11 @@ class TrainConfig:
     def load_data(self) -> Dataset:
         """The data set that the settings name."""
         return data.load(
-            self.data, self.data_dir, image_size=self.image_size, skip_bad=self.skip_bad
+            self.data,
+            self.data_dir,
+            image_size=self.image_size,
+            skip_bad=self.skip_bad,
+            max_pixels=self.max_pixels,
         )
 
     @property
@@ -379,6 +386,7 @@ _MINIMA = {
     "noise": 0,
     "step_clip": 0,
     "image_size": 4,
+    "max_pixels": 1,
     "pretrain_steps": 0,
     "flow_frozen_steps": 0,
     "flow_every": 1,

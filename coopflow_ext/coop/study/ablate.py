@@ -79,7 +79,7 @@ class Ablation:
 
 
 # What must not differ between rows: else their distances are not those to the same data.
-_COMMON = ("data", "data_dir", "image_size", "skip_bad", "n_samples")
+_COMMON = ("data", "data_dir", "image_size", "skip_bad", "max_pixels", "n_samples")
 
 
 def _check_comparable(path: Path, rows: dict[str, TrainConfig]) -> None:
