@@ -174,6 +174,7 @@ def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path)
             "data must be the same in all rows",
         ),
         ("[1]", "must be JSON with seeds, rows and maybe base"),
+        ("[" * 100_000, "must be JSON with .* nested more than 64 deep"),
         ('{"rows": {}}', "KeyError.*seeds"),
         ('{"seeds": [], "rows": {"a": {}}}', "at least one seed and one row"),
         ('{"seeds": [0], "rows": {"a": {"noise": -1}}}', "row 'a': noise must be finite"),

@@ -149,6 +149,7 @@ def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> 
         (["--flip", "yes"], "argument --flip: must be true|false, got 'yes'"),
         (["--flow-betas", "0.9", "x"], "argument --flow-betas: must be FLOAT, got 'x'"),
         (["--flow-options", "[1]"], "argument --flow-options: must be JSON-OBJECT, got '[1]'"),
+        (["--flow-options", '{"a":' * 9999], "argument --flow-options: must be JSON-OBJECT, got"),
     ],
 )
 def test_usage_says_what_a_setting_may_be(

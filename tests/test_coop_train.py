@@ -590,6 +590,7 @@ def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(
     assert facts["from_checkpoint"] == f"step-000000{last}.safetensors"
     assert facts["settings"]["energy_lr"] == 2e-3
     assert facts["step"] == stopped.value.step == seen
+    assert (facts["chains"] is not None) == ("in 16 of the 16 chains" in message) == (seen == 8)
     # It does the same again, and not at another rate.
     with pytest.raises(cf.NonFiniteError, match=f"training diverged by step {seen}"):
         coop.train(None, path, resume=True)

@@ -310,7 +310,7 @@ def _switch(text: str) -> bool:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from coopflow_ext._optional import require
 from coopflow_ext.coop.config import TrainConfig
-from coopflow_ext.coop.files import write_atomically, write_json
+from coopflow_ext.coop.files import parse_json, write_atomically, write_json
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
@@ -41,7 +40,7 @@ class Ablation:
             OSError: it cannot be read.
         """
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_bytes())
             seeds, base, rows = content["seeds"], content.get("base", {}), content["rows"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
