@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from coopflow_ext.errors import reason
 
 Coefficient = float | Tensor
 """Of a step: one number, or a table (T or 1, B or 1) with a row for each step."""
@@ -30,6 +33,20 @@ def per_chain_view(values: Tensor, x: Tensor) -> Tensor:
 def table_row(table: Tensor, step: int) -> Tensor:
     """The row of a (T or 1, B or 1) table of coefficients that a step uses, (B or 1,)."""
     return table[step if table.shape[0] > 1 else 0]
+
+
+@contextmanager
+def room_for(what: str, shape: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
+    """Where memory for ``what`` is allocated inside, an error says what, and how many bytes it was
+    to have."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+        raise kind(
+            f"{what} of shape {tuple(shape)} in {dtype} would take "
+            f"{math.prod(shape) * dtype.itemsize:,} bytes: {reason(error)}"
+        ) from error
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

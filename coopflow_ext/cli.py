@@ -22,12 +22,15 @@ from coopflow_ext import Key, build_info, coop
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.config import (
     PRESETS,
+    RATES,
     START_NAMES,
     SettingType,
     TrainConfig,
     default_preset,
 )
+from coopflow_ext.coop.divergence import check_finite
 from coopflow_ext.coop.judge import fd_table
+from coopflow_ext.coop.lock import holding
 from coopflow_ext.coop.ranks import process_group
 from coopflow_ext.coop.study import experiments
 from coopflow_ext.coop.study.ablate import Ablation, run_ablation, table
@@ -142,7 +145,12 @@ def _add_train(commands: Any) -> None:
     parser = _add_command(commands, "train", "train a CoopFlow and leave a run folder", train)
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out; of the settings only --steps and the rates may change",
+    )
+    parser.add_argument("--lr", type=float, help=f"Adam's rates in one: {', '.join(RATES)}")
     parser.add_argument(
         "--log-to", "--log", dest="log", choices=("tensorboard",), help="also write RUN/tensorboard"
     )
@@ -172,6 +180,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if args.lr is not None:
+        given = {**dict.fromkeys(RATES, args.lr), **given}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
@@ -399,8 +409,10 @@ def import_official(args: argparse.Namespace) -> None:
         args.checkpoint, args.image_shape, preset=args.preset, dropout=args.dropout
     )
     assert model.config is not None
-    run = coop.RunFolder.create(args.out, model.config)
-    run.save(0, model.state_dict(), model.metadata())
+    check_finite(model.state_dict())
+    with holding(args.out):
+        run = coop.RunFolder.create(args.out, model.config)
+        run.save(0, model.state_dict(), model.metadata())
     print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
 
 

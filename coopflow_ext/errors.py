@@ -14,12 +14,12 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A chain met a gradient that is not finite.
+    """A chain met a gradient that is not finite, or a training has left the finite numbers.
 
     Attributes:
         step: first step (counted from 0 in this call) at which a gradient was not finite, or
-            ``None`` when it was not recorded.
-        chains: indices of the chains concerned, int64, on the CPU.
+            ``None`` when it was not recorded; of a training, how many steps were done.
+        chains: indices of the chains concerned, int64, on the CPU; None where it was no chain.
         x: the last finite state of every chain, same shape and device as the sampler's state.
     """
 

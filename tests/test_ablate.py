@@ -123,6 +123,17 @@ def test_other_settings_do_not_mix_with_the_runs_that_are_there(tmp_path: Path) 
         run_ablation(plan, tmp_path / "out")
 
 
+def test_other_rates_are_refused_and_more_steps_are_trained(tmp_path: Path) -> None:
+    def plan(**settings: Any) -> Ablation:
+        rows = {"CoopFlow(T=2)": settings}
+        return Ablation.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=rows))
+
+    for steps in (4, 5):
+        assert run_ablation(plan(steps=steps), tmp_path / "o")[0]["energy_updates"] == steps
+    with pytest.raises(RunError, match=r"energy_lr=0.002; .* to 1e-05 \(only steps may change\)"):
+        run_ablation(plan(steps=5, energy_lr=1e-5), tmp_path / "o")
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"flow alone": ROWS["flow alone"]}
     path = write_plan(tmp_path / "plan.json", seeds=[0], rows=rows)
@@ -163,6 +174,7 @@ def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path)
             "data must be the same in all rows",
         ),
         ("[1]", "must be JSON with seeds, rows and maybe base"),
+        ("[" * 100_000, "must be JSON with .* nested more than 64 deep"),
         ('{"rows": {}}', "KeyError.*seeds"),
         ('{"seeds": [], "rows": {"a": {}}}', "at least one seed and one row"),
         ('{"seeds": [0], "rows": {"a": {"noise": -1}}}', "row 'a': noise must be finite"),

@@ -66,6 +66,21 @@ def test_resume_with_more_steps(trained: tuple[Path, str, str]) -> None:
     assert (out / "samples" / "step-0000007.png").exists()
 
 
+def test_resume_at_other_rates(
+    trained: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = trained
+    asked = []
+    monkeypatch.setattr(coop, "train", lambda config, *_, **__: asked.append(config))
+    command = ["train", "--out", str(out), "--resume", "--lr", "1e-5"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--flow-lr", "2e-5"]) == 0
+    before = coop.RunFolder.open(out).config
+    rates = {"pretrain_lr": 1e-5, "flow_lr": 1e-5, "energy_lr": 1e-5}
+    assert asked[0] == dataclasses.replace(before, **rates)
+    assert asked[1] == dataclasses.replace(before, **{**rates, "flow_lr": 2e-5})
+
+
 def test_resume_refuses_another_preset(
     trained: tuple[Path, str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -134,6 +149,7 @@ def test_bad_usage_is_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> 
         (["--flip", "yes"], "argument --flip: must be true|false, got 'yes'"),
         (["--flow-betas", "0.9", "x"], "argument --flow-betas: must be FLOAT, got 'x'"),
         (["--flow-options", "[1]"], "argument --flow-options: must be JSON-OBJECT, got '[1]'"),
+        (["--flow-options", '{"a":' * 9999], "argument --flow-options: must be JSON-OBJECT, got"),
     ],
 )
 def test_usage_says_what_a_setting_may_be(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -16,42 +17,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coop_runs import assert_same_end, snapshot, tiny, without_times
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import coopflow_ext as cf
 from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
-from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import SettingType
+from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.learner import Learner
+from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.data import Dataset, load
 from coopflow_ext.rng import USE_PRIOR
-
-TINY: dict[str, Any] = {
-    "preset": "digits-small",
-    "flow_options": {"net": "mlp", "couplings": 2, "widths": [16]},
-    "energy_options": {"widths": [16, 16]},
-    "batch_size": 16,
-    "langevin_steps": 3,
-    "pretrain_steps": 3,
-    "flow_frozen_steps": 2,
-    "flow_every": 1,
-    "steps": 7,
-    "warmup_steps": 2,
-    "n_samples": 20,
-    "log_every": 2,
-    "sample_every": 5,
-    "checkpoint_every": 4,
-}
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load("digits")
-
-
-def tiny(**changes: Any) -> TrainConfig:
-    return TrainConfig.from_dict({**TINY, **changes})
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -60,10 +44,6 @@ def weights(module: torch.nn.Module) -> list[torch.Tensor]:
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 # --- the algorithm ------------------------------------------------------------------------------
@@ -285,6 +265,7 @@ def test_a_run_from_before_these_settings_resumes(finished: Path, tmp_path: Path
     """config.json and checkpoint without what was added since: same bits as before."""
     new = {"init_batches", "flow_clip_groups", "flow_skip_norm", "flow_restart", "warmup_by"}
     new |= {"energy_grad_norm", "energy_skip_norm", "energy_skip_from"}
+    new |= {"max_pixels", "coopflow_sha256"}
     source = RunFolder.open(finished)
     settings = json.loads((finished / "config.json").read_text())
     assert new <= settings.keys()
@@ -298,9 +279,12 @@ def test_a_run_from_before_these_settings_resumes(finished: Path, tmp_path: Path
     assert len(kept) == len(tensors) - 2
     name = source.checkpoints()[0][1].name
     save_checkpoint(path / "checkpoints" / name, kept, {**facts, "config": old})
-    assert RunFolder.open(path).config == source.config
-    coop.train(None, path, resume=True)
-    a, _ = load_checkpoint(RunFolder.open(path).latest_checkpoint())
+    with pytest.warns(UserWarning, match=r"config.json has no coopflow_sha256, as files of older"):
+        assert RunFolder.open(path).config == source.config
+    with pytest.warns(UserWarning, match=r"config.json has no coopflow_sha256"):
+        coop.train(None, path, resume=True)
+    with pytest.warns(UserWarning, match=r"config.json has no coopflow_sha256"):
+        a, _ = load_checkpoint(RunFolder.open(path).latest_checkpoint())
     b, _ = load_checkpoint(source.latest_checkpoint())
     assert [name for name in b if not torch.equal(a[name], b[name])] == []
 
@@ -308,7 +292,7 @@ def test_a_run_from_before_these_settings_resumes(finished: Path, tmp_path: Path
 def test_a_checkpoint_with_unknown_weights_is_refused(finished: Path, tmp_path: Path) -> None:
     tensors, facts = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
     save_checkpoint(tmp_path / "c.safetensors", {**tensors, "flow.x": torch.ones(1)}, facts)
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "x"'):
+    with pytest.raises(RunError, match=r"c.safetensors cannot be used: flow.x belongs to nothing"):
         coop.CoopFlow.load(tmp_path / "c.safetensors")
 
 
@@ -388,13 +372,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     assert RunFolder.open(path).checkpoints()[-1][0] == step + 1
     torch.rand(7)  # nothing may depend on torch's own generator
     coop.train(None, path, resume=True)
-    ours, theirs = RunFolder.open(path), RunFolder.open(finished)
-    assert without_times(ours.metrics()) == without_times(theirs.metrics())
-    a, facts_a = load_checkpoint(ours.latest_checkpoint())
-    b, facts_b = load_checkpoint(theirs.latest_checkpoint())
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    assert facts_a["key"] == facts_b["key"]
+    assert_same_end(path, finished)
     picture = "samples/step-0000010.png"
     assert (path / picture).read_bytes() == (finished / picture).read_bytes()
 
@@ -461,10 +439,6 @@ def test_colour_patches_with_a_glow_and_the_papers_energy(tmp_path: Path) -> Non
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def snapshot(path: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
 def test_existing_folder_without_resume(finished: Path) -> None:
     before = snapshot(finished)
     with pytest.raises(RunError, match=r"exists: continue it with --resume, or choose another"):
@@ -525,7 +499,10 @@ def test_truncated_checkpoint_is_named_and_the_older_one_works(
         (run.path / "checkpoints" / path.name).write_bytes(path.read_bytes())
     latest = run.latest_checkpoint()
     latest.write_bytes(latest.read_bytes()[:-100])
-    expected = r"step-0000010.safetensors is truncated.*delete it to go on from step-0000008"
+    expected = (
+        r"step-0000010.safetensors is truncated.*the last good checkpoint is step-0000008.safe.*: "
+        "delete what is newer to go on from it"
+    )
     with pytest.raises(RunError, match=expected):
         coop.train(None, run.path, resume=True)
     latest.unlink()
@@ -572,22 +549,76 @@ def test_a_write_that_the_system_cuts_off_leaves_the_old_file(tmp_path: Path) ->
     assert path.read_bytes() == b"old"
 
 
-def test_divergence_is_reported_and_the_checkpoint_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def explode_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A weight becomes infinite there, in every training at the rates of ``tiny``."""
     original = Trainer.update_energy
 
     def explode(self: Trainer, *args: torch.Tensor, **options: bool) -> dict[str, torch.Tensor]:
         metrics = original(self, *args, **options)
-        if self.step == 5:
+        if self.step == step and self.config.energy_lr == tiny().energy_lr:
             with torch.no_grad():
                 next(self.model.energy.parameters()).fill_(math.inf)
         return metrics
 
     monkeypatch.setattr(Trainer, "update_energy", explode)
-    with pytest.raises(RunError, match="diverged at step"):
-        coop.train(tiny(), tmp_path / "run")
-    assert RunFolder.open(tmp_path / "run").load_latest()[1]["step"] == 4
+
+
+# Between two log lines: a chain is the first to see it, or a checkpoint or picture is due before.
+@pytest.mark.parametrize(
+    ("every", "seen", "last"),
+    [
+        ({"log_every": 2}, 8, 4),
+        ({"log_every": 50, "checkpoint_every": 1}, 6, 5),
+        ({"log_every": 50, "sample_every": 2}, 6, 4),
+    ],
+)
+def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: dict[str, int], seen: int, last: int
+) -> None:
+    path = tmp_path / "run"
+    explode_at(monkeypatch, 5)
+    with pytest.raises(cf.NonFiniteError, match="training diverged by step") as stopped:
+        coop.train(tiny(**every), path)
+    run = RunFolder.open(path)
+    assert run.load_latest()[1]["step"] == last
+    assert all(t.isfinite().all() for t in run.load_latest()[0].values())
+    message = str(stopped.value)
+    assert f"the last good checkpoint is step-000000{last}.safetensors" in message
+    assert message.endswith(f"coopflow train --out {path} --resume --lr X")
+    assert "energy_lr=0.002" in message
+    facts = json.loads((path / "divergence.json").read_text())
+    assert facts["from_checkpoint"] == f"step-000000{last}.safetensors"
+    assert facts["settings"]["energy_lr"] == 2e-3
+    assert facts["step"] == stopped.value.step == seen
+    assert (facts["chains"] is not None) == ("in 16 of the 16 chains" in message) == (seen == 8)
+    # It does the same again, and not at another rate.
+    with pytest.raises(cf.NonFiniteError, match=f"training diverged by step {seen}"):
+        coop.train(None, path, resume=True)
+    slower = dataclasses.replace(run.config, energy_lr=1e-4)
+    assert coop.train(slower, path, resume=True)["energy_updates"] == 7
+
+
+def test_a_resumed_run_may_change_its_rates_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    coop.train(tiny(steps=1), path)
+    changed = tiny(flow_lr=2e-5, energy_lr=1e-5)
+    coop.train(changed, path, resume=True)
+    run = RunFolder.open(path)
+    assert run.config == changed
+    assert [(c["step"], c["setting"], c["before"], c["after"]) for c in run.history] == [
+        (4, "steps", 1, 7),
+        (4, "flow_lr", 1e-4, 2e-5),
+        (4, "energy_lr", 2e-3, 1e-5),
+    ]
+    page = report_run(path).read_text()
+    assert "<th>energy_lr from step 4</th><td class='number'>1e-05</td>" in page
+    # The rate counts: at that of before the weights are others.
+    twin = tmp_path / "twin"
+    coop.train(tiny(), twin)
+    a, b = coop.CoopFlow.load(path), coop.CoopFlow.load(twin)
+    assert not same(weights(a.energy), weights(b.energy))
 
 
 def test_nothing_is_left_behind_by_settings_that_do_not_work(tmp_path: Path) -> None:

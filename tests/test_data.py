@@ -73,6 +73,7 @@ def test_unknown_data_names_the_known_ones() -> None:
         ("cifar10", {"image_size": 64, "root": "here"}, "image_size is .* cifar10 takes none"),
         ("svhn", {"skip_bad": True, "root": "here"}, "skip_bad is for .*; svhn takes none"),
         ("folder:here", {"root": "there"}, "data_dir is for .*; folder takes none, got there"),
+        ("patches", {"max_pixels": 9}, "max_pixels is for celeba, folder; patches takes none"),
     ],
 )
 def test_no_argument_is_ignored(name: str, argument: dict[str, Any], message: str) -> None:

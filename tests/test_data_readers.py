@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key
+from coopflow_ext.data import folder as folder_module
 from coopflow_ext.data import load, published
 from coopflow_ext.data.folder import BadImageError, read_image
 from coopflow_ext.data.toy import DENSITIES
@@ -236,6 +237,60 @@ def test_more_than_eight_bits_are_not_cut_off(tmp_path: Path) -> None:
     deep = np.full((16, 16), 40_000, np.uint16)
     image_module.fromarray(deep).save(tmp_path / "deep.png")
     with pytest.raises(BadImageError, match=r"deep.png cannot be read as an image of 8 bits .* I"):
+        load(f"folder:{tmp_path}")
+
+
+def test_an_image_of_more_pixels_than_allowed_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 5)
+    image_module.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    message = r"bomb.png has more pixels than max_pixels=67108864 allows: 9000×9000 .*--max-pixels"
+    with pytest.raises(BadImageError, match=message):
+        load(f"folder:{tmp_path}", image_size=8)
+    with pytest.warns(UserWarning, match=message):
+        data = load(f"folder:{tmp_path}", image_size=8, skip_bad=True)
+    assert len(data.train) + len(data.held_out) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(image_module.Image, "load", None)  # calling it would be another error
+        with pytest.raises(BadImageError, match=message):
+            read_image(tmp_path / "bomb.png")
+    assert read_image(tmp_path / "bomb.png", size=8, max_pixels=9000**2).shape == (1, 8, 8)
+    with pytest.raises(BadImageError, match=r"more pixels than max_pixels=200 allows: 16×16"):
+        load(f"folder:{tmp_path}", max_pixels=200)
+
+
+def test_an_image_beyond_pillows_own_limit_is_named_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 1)
+    monkeypatch.setattr(image_module, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImageError, match=r"more pixels than max_pixels=67108864 allows: Image"):
+        read_image(tmp_path / "000.png")
+
+
+def test_few_images_are_decoded_ahead() -> None:
+    begun = []
+
+    def read(path: Path) -> torch.Tensor:
+        begun.append(path)
+        return torch.zeros(1, 2, 2, dtype=torch.uint8)
+
+    paths = [Path(str(i)) for i in range(1000)]
+    most = 2 * folder_module._DECODERS + 1
+    for taken, _ in enumerate(folder_module._in_order(read, paths), 1):
+        assert len(begun) <= taken + most
+    assert begun == paths
+
+
+def test_a_data_set_that_does_not_fit_says_how_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 4)
+    real = folder_module._room_for_images
+    monkeypatch.setattr(folder_module, "_room_for_images", lambda n, shape: real(2**50, shape))
+    expected = rf"data set of shape \({2**50}, 3, 16, 16\) in .* would take {2**50 * 768:,} bytes"
+    with pytest.raises(RuntimeError, match=expected):
         load(f"folder:{tmp_path}")
 
 

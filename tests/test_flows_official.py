@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,92 @@ def test_checkpoints_that_do_not_fit_are_refused(golden, golden_energy, tmp_path
         export_official(flows.flowpp((1, 4, 4), channels=4, blocks=0, levels=17), None)
     with pytest.raises(FileNotFoundError):
         load_official(tmp_path / "missing.pth")
+
+
+# --- files that ask for more than they hold -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("flows.checkers.999999998.nn.x", (1,), r"layers .*checkers.* must be numbered 2, 6, …"),
+        (f"flows.checkers.{'9' * 5000}.nn.x", (1,), "4300 digits"),
+        ("flows.checkers.2.nn.mid_convs.10000000.x", (1,), r"numbered 0, 1, …, got 0, 10000000"),
+        ("flows.channels.2.nn.x", (1,), "channel steps in the first scale need even channels"),
+        ("flows.checkers.2.nn.in_conv.conv.weight_v", (3,), "is no matrix or kernel"),
+        ("flows.checkers.2.nn.in_conv.conv.weight_v", (9, 0, 3, 3), "is no matrix or kernel"),
+        ("flows.checkers.2.nn.in_conv.conv.weight_v", (90_000, 3, 1, 1), "of 90000 channels are"),
+        ("dequant_flows.flows.2.nn.mid_convs.99.x", (1,), "must be numbered 0, 1"),
+    ],
+)
+def test_layers_that_a_flow_names_must_be_there(golden, name, shape, message):
+    state = _state(golden) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        load_official({"flow_net": state}, (3, 16, 16))
+
+
+def test_blocks_must_have_their_tensors(golden):
+    state = _state(golden)
+    more = {f"flows.checkers.2.nn.mid_convs.{i}.x": torch.zeros(1) for i in range(1, 400)}
+    more |= {f"flows.checkers.{i}.nn.x": torch.zeros(1) for i in range(6, 1200, 4)}
+    with pytest.raises(ValueError, match=r"\d+ blocks of \d+ channels are more than the"):
+        load_official({"flow_net": state | more}, (3, 16, 16))
+
+
+def test_an_energy_is_built_when_its_tensors_are_known_to_fit(golden_energy):
+    """A wide first layer would ask for terabytes behind it."""
+    wide = _state(golden_energy) | {"f.0.weight": torch.zeros(200_000, 3, 1, 1)}
+    with pytest.raises(ValueError, match=r"ebm_net: f.\d.\w+.* must have the shape \(\d*00000,"):
+        load_official({"ebm_net": wide})
+
+
+def test_files_that_claim_more_than_their_bytes_are_refused(golden, tmp_path):
+    state = _state(golden)
+    name = "flows.checkers.2.nn.in_conv.conv.weight_v"
+    torch.save({"flow_net": state | {name: torch.zeros(1).expand(10**9, 3, 3, 3)}}, tmp_path / "e")
+    with pytest.raises(ValueError, match=r"asks for 108,0.* bytes of memory, and has only"):
+        load_official(tmp_path / "e", (3, 16, 16))
+    torch.save({"flow_net": {"x": torch.zeros(10**6)}}, tmp_path / "whole")
+    with (
+        zipfile.ZipFile(tmp_path / "whole") as whole,
+        zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in whole.infolist():
+            packed.writestr(record.filename, whole.read(record))
+    assert (tmp_path / "packed").stat().st_size < 20_000
+    with pytest.raises(ValueError, match=r"packed asks for 4,000,.* bytes of memory, and has only"):
+        load_official(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_values_are_refused(golden, kind):
+    name = "flows.checkers.0.mean"
+    value = torch.eye(6).to_sparse() if kind == "sparse" else torch.ones(6, device="meta")
+    with pytest.raises(ValueError, match=rf"must hold dense tensors .*'{name}'"):
+        load_official({"flow_net": _state(golden) | {name: value}}, (3, 16, 16))
+
+
+def test_what_is_loaded_does_not_share_memory_with_what_it_came_from(golden):
+    state = {name: value.clone() for name, value in _state(golden).items()}
+    flow, _ = load_official({"flow_net": state}, (3, 16, 16))
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    for value in state.values():
+        value.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert all(p.requires_grad for p in flow.parameters())
+
+
+def test_import_official_of_weights_that_are_not_finite_leaves_nothing(
+    checkpoint, tmp_path, capsys
+):
+    nets = torch.load(checkpoint)
+    nets["ebm_net"]["module.f.0.bias"][0] = torch.inf
+    torch.save(nets, tmp_path / "bad.pth")
+    run = tmp_path / "run"
+    arguments = ["import-official", str(tmp_path / "bad.pth"), "--out", str(run)]
+    assert cli.main([*arguments, "--image-shape", "3,16,16"]) == 1
+    assert "energy.stem.bias is not finite" in capsys.readouterr().err
+    assert not run.exists()
 
 
 class _Payload:

@@ -132,3 +132,8 @@ def test_features_of_other_images_see_the_difference_to_noise() -> None:
     near = frechet_distance(train, space.statistics(held_out))
     assert near < frechet_distance(train, space.statistics(noise)) / 2
     assert frechet_distance(train, feature_space(data).statistics(held_out)) == near
+
+
+def test_moments_that_do_not_fit_say_how_many_bytes() -> None:
+    with pytest.raises(RuntimeError, match=rf"covariance of .* would take {2**54:,} bytes"):
+        RunningMoments(2**26)

@@ -133,6 +133,8 @@ def test_bad_arguments():
         ReplayBuffer((1,), key=0)
     with pytest.raises(TypeError, match="init must return a tensor, got float"):
         ReplayBuffer((1,), init=lambda shape, key: 0.0)
+    with pytest.raises(RuntimeError, match=rf"buffer of shape .* would take {2**52:,} bytes"):
+        ReplayBuffer((2**20,), size=2**30)
     buffer = ReplayBuffer((1,), size=10)
     with pytest.raises(ValueError, match="n must be ≥ 1"):
         buffer.draw(0)

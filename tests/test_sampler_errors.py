@@ -82,6 +82,7 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
         ({"step_size": 0.1, "thin": 0}, ValueError, "thin must be ≥ 1"),
         ({"step_size": 0.1, "n_steps": 2.0}, TypeError, "n_steps must be an int"),
         ({"step_size": 0.1, "n_steps": -1}, ValueError, "n_steps"),
+        ({"step_size": 0.1, "n_steps": 2**32}, ValueError, r"n_steps must be < 2\*\*32, as far"),
         ({"step_size": 0.1, "autocast": torch.float32}, ValueError, "autocast"),
         ({"step_size": 0.1, "cuda_graph": "yes"}, ValueError, "cuda_graph"),
         ({"step_size": 0.1, "differentiable": "first"}, ValueError, "differentiable"),
@@ -94,6 +95,29 @@ X0 = torch.linspace(-1, 1, 12).reshape(4, 3)
 def test_options_are_refused_by_name(options, error, match):
     with pytest.raises(error, match=match):
         LangevinSampler(energy, **{"n_steps": 3, **options})
+
+
+def unasked(step: int) -> float:
+    raise AssertionError("a schedule of more steps than a key counts was evaluated")
+
+
+def test_too_many_steps_are_refused_before_a_schedule_is_evaluated():
+    for kind in (LangevinSampler, cf.MALASampler, cf.UnderdampedLangevinSampler):
+        with pytest.raises(ValueError, match=r"n_steps must be < 2\*\*32"):
+            kind(energy, n_steps=2**32, step_size=unasked)
+    with pytest.raises(ValueError, match=r"n_steps must be < 2\*\*32"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1)(X0, n_steps=2**40, step_size=unasked)
+
+
+@pytest.mark.parametrize("kind", [LangevinSampler, cf.MALASampler, cf.UnderdampedLangevinSampler])
+@pytest.mark.parametrize(
+    ("kept", "what"), [("return_trajectory", "the trajectory"), ("stats", "statistics")]
+)
+def test_what_does_not_fit_says_how_many_bytes(kind, kept, what):
+    """Petabytes, for which no machine has addresses."""
+    sampler = kind(energy, n_steps=2**32 - 1, step_size=0.1, **{kept: True})
+    with pytest.raises(RuntimeError, match=rf"^{what} of shape .* would take [\d,]+ bytes"):
+        sampler(torch.zeros(100_000, 10), key=cf.Key(0))
 
 
 LEARNED = nn.Parameter(torch.tensor(0.1))

@@ -1,77 +1,92 @@
-"""Files that are either the old one or the new one, whatever happens while they are written."""
+"""Checkpoints: named tensors and facts in one file, with a checksum over all of it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coopflow_ext.errors import RunError
+from coopflow_ext.coop.divergence import check_finite
+from coopflow_ext.coop.files import parse_json, write_atomically
+from coopflow_ext.errors import RunError, reason
 
-_METADATA = "coopflow"
-_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+# Names in the metadata of the safetensors file.
+_FACTS = "coopflow"
+_CHECKSUM = "coopflow_sha256"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside ``path``, sync, rename.
-
-    Raises:
-        OSError: the disk is full or not writable; ``path`` is as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk does not say of which file it speaks
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Indented, for readers; written atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+Loaded = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors and a JSON-able dictionary as one safetensors file, written atomically."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(on_cpu, metadata={_METADATA: json.dumps(metadata)}))
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of :func:`save_checkpoint`.
+    """Tensors and a JSON-able dictionary as one safetensors file, written atomically.
 
     Raises:
-        RunError: the file is missing, truncated, or not one of ours.
+        NonFiniteError: a tensor is not finite; nothing was written.
+        OSError: the disk is full or not writable; ``path`` is as it was before.
+    """
+    check_finite(tensors)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = json.dumps(metadata)
+    header = {_FACTS: facts, _CHECKSUM: _checksum(on_cpu, facts)}
+    write_atomically(path, save(on_cpu, metadata=header))
+
+
+def load_checkpoint(path: Path) -> Loaded:
+    """The inverse of :func:`save_checkpoint`.
+
+    A file of an older version, which has no checksum, is read with a warning.
+
+    Raises:
+        RunError: the file is missing, damaged, or not one of ours.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = (file.metadata() or {}).get(_METADATA)
+            header: dict[str, str] = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of any kind: there may be anything in a file
         if not path.exists():
             raise RunError(f"{path} does not exist") from error
-        raise RunError(f"{path} is truncated or not a checkpoint: {error}") from error
-    if metadata is None:
+        raise RunError(f"{path} is truncated or not a checkpoint: {reason(error)}") from error
+    if _FACTS not in header:
         raise RunError(f"{path} is a safetensors file, but not a checkpoint of coopflow_ext")
-    return tensors, json.loads(metadata)
+    # A checksum whose name was damaged must not pass for one that was never there.
+    if unknown := sorted(header.keys() - {_FACTS, _CHECKSUM}):
+        raise RunError(f"{path} is damaged: unknown metadata {unknown[0]!r}")
+    facts = header[_FACTS]
+    if header.get(_CHECKSUM) not in (None, _checksum(tensors, facts)):
+        raise RunError(f"{path} is damaged: its content does not have its {_CHECKSUM}")
+    try:
+        metadata = parse_json(facts)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: its metadata cannot be read: {error}") from error
+    if not isinstance(metadata, dict):
+        raise RunError(f"{path} is damaged: its metadata must be an object, got {metadata!r:.40}")
+    if _CHECKSUM not in header:
+        warnings.warn(
+            f"{path} has no {_CHECKSUM}, as files of older versions: damage to its numbers would "
+            "not be seen",
+            stacklevel=1,  # one place, so that a command that reads it twice says it once
+        )
+    return tensors, metadata
+
+
+def _checksum(tensors: dict[str, Tensor], facts: str) -> str:
+    """SHA-256 over names, dtypes, shapes and facts as JSON, then the tensors' bytes by name."""
+    names = sorted(tensors)
+    layout = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    digest = hashlib.sha256(json.dumps([layout, facts]).encode())
+    for name in names:
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -83,7 +98,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint of a run folder, oldest first."""
     found = []
     for path in (run / "checkpoints").glob("*.safetensors"):
-        match = _CHECKPOINT.fullmatch(path.name)
+        match = _NAME.fullmatch(path.name)
         if match:
             found.append((int(match[1]), path))
     return sorted(found)
@@ -97,30 +112,39 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1][1]
 
 
-def module_state(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """All tensors named ``prefix.NAME``, by NAME: what a module's ``load_state_dict`` checks."""
-    start = prefix + "."
-    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+def load_latest(run: Path) -> tuple[Path, Loaded]:
+    """The newest checkpoint of a run folder, and its path.
+
+    A training that goes on meanwhile may remove it before it is opened, and then has put a newer
+    one in its place.
+
+    Raises:
+        RunError: there is none, or it is damaged; the message names the last good one.
+    """
+    while True:
+        path = latest_checkpoint(run)
+        try:
+            return path, _load_step(path)
+        except RunError as error:
+            if latest_checkpoint(run) != path and not path.exists():
+                continue
+            raise RunError(f"{error}; {_last_good(run)}") from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors: ``prefix.INDEX.NAME``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+def _load_step(path: Path) -> Loaded:
+    """A checkpoint that must be of the step that its name says."""
+    tensors, metadata = load_checkpoint(path)
+    match = _NAME.fullmatch(path.name)
+    if match and metadata.get("step", int(match[1])) != int(match[1]):
+        raise RunError(f"{path} is of another step than its name says: {metadata['step']!r:.40}")
+    return tensors, metadata
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str
-) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix + "."):
-            _, index, key = name.rsplit(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _last_good(run: Path) -> str:
+    for _, older in reversed(checkpoints(run)[:-1]):
+        try:
+            _load_step(older)
+        except RunError:
+            continue
+        return f"the last good checkpoint is {older.name}: delete what is newer to go on from it"
+    return "there is no good one before it"

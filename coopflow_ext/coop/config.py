@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from coopflow_ext import data
+from coopflow_ext.coop.files import parse_json
 from coopflow_ext.data import Dataset
 from coopflow_ext.errors import RunError
 
 FORMAT_VERSION = 1
+_CHECKSUM = "coopflow_sha256"
+# What else stands beside the settings in config.json.
+_BESIDE = ("format", "history", _CHECKSUM)
+# Adam's rates.
+RATES = ("pretrain_lr", "flow_lr", "energy_lr")
+# The settings that a resumed run may change.
+ADJUSTABLE = ("steps", *RATES)
 PRECISIONS = ("float32", "bfloat16")
 WARMUPS = ("updates", "batches")
 # What chains may start from, and how pictures call it.
@@ -45,6 +55,9 @@ class TrainConfig:
     data_dir: str | None = _setting(None, "folder with the archive of cifar10, svhn or celeba")
     image_size: int | None = _setting(None, "crop and scale images of celeba and folder:DIR to it")
     skip_bad: bool = _setting(False, "leave out images of a folder that cannot be read")
+    max_pixels: int | None = _setting(
+        None, "most pixels of an image of celeba and folder:DIR that is read; none: 2**26"
+    )
     seed: int = _setting(0, "seed of everything random")
     steps: int = _setting(1000, "cooperative iterations")
     batch_size: int = _setting(28, "images of a batch, and chains of an iteration")
@@ -162,7 +175,11 @@ class TrainConfig:
     def load_data(self) -> Dataset:
         """The data set that the settings name."""
         return data.load(
-            self.data, self.data_dir, image_size=self.image_size, skip_bad=self.skip_bad
+            self.data,
+            self.data_dir,
+            image_size=self.image_size,
+            skip_bad=self.skip_bad,
+            max_pixels=self.max_pixels,
         )
 
     @property
@@ -170,42 +187,35 @@ class TrainConfig:
         """Pre-training and cooperative iterations together."""
         return self.pretrain_steps + self.steps
 
-    def to_json(self) -> str:
-        """What ``config.json`` holds."""
-        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+    def to_json(self, history: Sequence[Change] = ()) -> str:
+        """What ``config.json`` holds: the settings, what a resumed run changed of them, and a
+        checksum over both."""
+        values = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if history:
+            values["history"] = list(history)
+        return json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
+    def from_json(cls, text: str | bytes) -> TrainConfig:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: not JSON, another version of the format, or an unknown setting.
+            ValueError: not JSON, another version of the format, an unknown setting, or something
+                else than was written.
+            TypeError: a setting of another type than its field.
         """
-        values = json.loads(text)
-        version = values.pop("format", None) if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"the configuration is not of format {FORMAT_VERSION}, which this version reads, "
-                f"but of {version!r}"
-            )
-        return cls.from_dict(values)
+        values = _checked(parse_json(text))
+        return cls.from_dict({k: v for k, v in values.items() if k not in _BESIDE})
 
     @classmethod
     def of_run(cls, path: Path) -> TrainConfig:
-        """The settings of the run in the folder ``path``.
+        """The settings of the run in the folder ``path``; a warning where an older version, which
+        made no checksum, wrote them.
 
         Raises:
-            RunError: it is not a run, or of another version of the format.
+            RunError: it is not a run, damaged, or of another version of the format.
         """
-        file = path / "config.json"
-        try:
-            text = file.read_text()
-        except OSError as error:
-            raise RunError(f"{path} is not a run: it has no readable config.json") from error
-        try:
-            return cls.from_json(text)
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{file} cannot be used: {error}") from error
+        return ConfigFile.read(path).config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -223,6 +233,74 @@ class TrainConfig:
         return cls(**settings)
 
 
+class Change(TypedDict):
+    """A setting that was changed when a run was resumed, from ``step`` on."""
+
+    step: int
+    setting: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """``config.json`` of a run."""
+
+    config: TrainConfig
+    history: tuple[Change, ...] = ()
+
+    @classmethod
+    def read(cls, run: Path) -> ConfigFile:
+        """See :meth:`TrainConfig.of_run`."""
+        file = run / "config.json"
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise RunError(f"{run} is not a run: it has no readable config.json") from error
+        try:
+            config = TrainConfig.from_json(content)
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{file} cannot be used: {error}") from error
+        values = parse_json(content)
+        if _CHECKSUM not in values:
+            warnings.warn(
+                f"{file} has no {_CHECKSUM}, as files of older versions: damage to its numbers "
+                "would not be seen",
+                stacklevel=1,  # one place, so that a command that reads it twice says it once
+            )
+        return cls(config, tuple(values.get("history", ())))
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of an object as canonical JSON: keys in order, no blanks, ASCII."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _checked(values: Any) -> dict[str, Any]:
+    """What stands in a config.json, without its checksum; ValueError unless that fits it."""
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the configuration is not of format {FORMAT_VERSION}, which this version reads, "
+            f"but of {version!r}"
+        )
+    content = {k: v for k, v in values.items() if k != _CHECKSUM}
+    if values.get(_CHECKSUM) not in (None, _checksum(content)):
+        raise ValueError(
+            f"its content does not have its {_CHECKSUM}: it is damaged, or was edited "
+            "(then take that line out, and what it says is used as it is)"
+        )
+    history = content.get("history", [])
+    if not isinstance(history, list) or not all(map(_is_change, history)):
+        raise ValueError(f"history must be a list of changes, got {history!r:.80}")
+    return content
+
+
+def _is_change(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == Change.__required_keys__
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -232,7 +310,7 @@ def _switch(text: str) -> bool:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value
@@ -308,6 +386,7 @@ _MINIMA = {
     "noise": 0,
     "step_clip": 0,
     "image_size": 4,
+    "max_pixels": 1,
     "pretrain_steps": 0,
     "flow_frozen_steps": 0,
     "flow_every": 1,

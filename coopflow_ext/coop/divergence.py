@@ -1,6 +1,8 @@
-"""Whether a chain of a training has met a gradient that is not finite."""
+"""Whether a training has left the finite numbers: in a chain, or in what it has learned."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,8 +60,28 @@ class Divergence:
         chains = self._stopped.nonzero().flatten().cpu()
         shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
         raise NonFiniteError(
-            f"the energy's gradient was not finite in {len(chains)} of the {len(self._stopped)} "
-            f"chains of this process ({shown}); nothing was learned since",
+            f"from iteration {step} on the energy's gradient was not finite in {len(chains)} of "
+            f"the {len(self._stopped)} chains of this process ({shown}); nothing was learned since",
             step=step,
             chains=chains,
         )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """One read of the device.
+
+    Raises:
+        NonFiniteError: a tensor has an element that is not finite; names the first such tensor.
+    """
+    floating = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    if not floating:
+        return
+    device = next(iter(floating.values())).device
+    finite = torch.stack([t.isfinite().all().to(device) for t in floating.values()])
+    if bool(finite.all()):
+        return
+    bad = [name for name, good in zip(floating, finite.tolist(), strict=True) if not good]
+    raise NonFiniteError(
+        f"{bad[0]} is not finite"
+        + (f", nor are {len(bad) - 1} other tensors of {len(floating)}" if bad[1:] else "")
+    )

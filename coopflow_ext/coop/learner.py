@@ -9,11 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext.coop.checkpoint import (
-    load_optimizer_tensors,
-    module_state,
-    optimizer_tensors,
-)
+from coopflow_ext.coop.contents import Contents, adam_tensors
 from coopflow_ext.coop.ranks import ALONE, Ranks
 
 # Names under which torch keeps weight-norm's g: the parametrization, and the older hook.
@@ -30,6 +26,16 @@ class Update(NamedTuple):
 
     norm: Tensor
     skipped: Tensor
+
+
+class LearnerState(NamedTuple):
+    """What a checkpoint holds for a :class:`Learner`, all of which fits it."""
+
+    module: dict[str, Tensor]
+    adam: dict[int, dict[str, Tensor]]
+    updates: int
+    warmed: int
+    average: list[Tensor]
 
 
 class Learner:
@@ -190,7 +196,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to be saved, by name."""
         state = {f"{self.name}.{k}": v for k, v in self.module.state_dict().items()}
-        state.update(optimizer_tensors(self.optimizer, f"{self.name}_optimizer"))
+        state.update(adam_tensors(self.optimizer, f"{self.name}_optimizer"))
         state[f"{self.name}_updates"] = self._updates
         state[f"{self.name}_warmed"] = self._warmed
         names = [name for name, _ in self.module.named_parameters()]
@@ -198,13 +204,30 @@ class Learner:
             state[f"{self.name}_ema.{name}"] = average
         return state
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`."""
-        self.module.load_state_dict(module_state(tensors, self.name))
-        load_optimizer_tensors(self.optimizer, tensors, f"{self.name}_optimizer")
-        self._updates.fill_(tensors[f"{self.name}_updates"])
-        # Checkpoints of before this was counted apart hold runs that warm up by updates.
-        self._warmed.fill_(tensors.get(f"{self.name}_warmed", self._updates))
-        names = [name for name, _ in self.module.named_parameters()]
-        for name, average in zip(names, self.average, strict=False):
-            average.copy_(tensors[f"{self.name}_ema.{name}"])
+    def read(self, contents: Contents) -> LearnerState:
+        """What :meth:`tensors` gave, from a checkpoint; nothing changes here.
+
+        Raises:
+            RunError: a tensor is missing or does not fit; names it.
+        """
+        warmed = f"{self.name}_warmed"
+        updates = contents.take_count(f"{self.name}_updates")
+        return LearnerState(
+            contents.take_state(self.name, self.module),
+            contents.take_adam(f"{self.name}_optimizer", self.optimizer),
+            updates,
+            # Checkpoints of before this was counted apart hold runs that warm up by updates.
+            contents.take_count(warmed) if warmed in contents else updates,
+            [*contents.take_averages(f"{self.name}_ema", self.module).values()] if self.ema else [],
+        )
+
+    @torch.no_grad()
+    def load(self, state: LearnerState) -> None:
+        """Go on from what :meth:`read` gave."""
+        self.module.load_state_dict(state.module)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state.adam, "param_groups": groups})
+        self._updates.fill_(state.updates)
+        self._warmed.fill_(state.warmed)
+        for mine, saved in zip(self.average, state.average, strict=True):
+            mine.copy_(saved)

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext.autocast import in_precision
-from coopflow_ext.coop.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    module_state,
-    save_checkpoint,
-)
+from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.contents import Contents, naming
 from coopflow_ext.data.toy import EXTENT
 from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
-from coopflow_ext.rng import USE_CHAIN, USE_INIT, Key, stream
+from coopflow_ext.rng import TIME_LIMIT, USE_CHAIN, USE_INIT, Key, stream
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
+from coopflow_ext.samplers.checks import check_count
 
 _FLOWS: dict[str, Callable[..., flows.Flow]] = {
     "realnvp": flows.realnvp,
@@ -40,6 +37,13 @@ class EventSpec:
 
     shape: tuple[int, ...]
     levels: int | None
+
+    @classmethod
+    def from_dict(cls, values: Any) -> EventSpec:
+        """From the attributes by name; ValueError, TypeError or KeyError where they are not."""
+        shape = tuple(check_count("event.shape", n, 1) for n in values["shape"])
+        levels = values["levels"]
+        return cls(shape, None if levels is None else check_count("event.levels", levels, 2))
 
     @property
     def range(self) -> tuple[float, float]:
@@ -298,11 +302,23 @@ class CoopFlow(nn.Module):
             "buffer.draws": torch.tensor(state["time"]),
         }
 
-    def load_buffer(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`buffer_tensors`."""
+    def read_buffer(self, contents: Contents) -> dict[str, Any]:
+        """What :meth:`buffer_tensors` gave, from a checkpoint; nothing changes here.
+
+        Raises:
+            RunError: a tensor is missing or does not fit; names it.
+        """
+        if self.buffer is None:
+            return {}
+        states = contents.take("buffer.states", self.buffer.states)
+        draws = contents.take_count("buffer.draws")
+        if draws >= TIME_LIMIT:
+            raise RunError(f"buffer.draws must be < {TIME_LIMIT}, got {draws}")
+        return {**self.buffer.key.state_dict(), "states": states, "time": draws}
+
+    def load_buffer(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`read_buffer` gave."""
         if self.buffer is not None:
-            state = self.buffer.state_dict()
-            state.update(states=tensors["buffer.states"], time=int(tensors["buffer.draws"]))
             self.buffer.load_state_dict(state)
 
     @classmethod
@@ -317,16 +333,30 @@ class CoopFlow(nn.Module):
         path = Path(path)
         if path.is_dir():
             TrainConfig.of_run(path)  # RunError unless it is a run
-            path = latest_checkpoint(path)
-        tensors, metadata = load_checkpoint(path)
+            path, (tensors, metadata) = load_latest(path)
+        else:
+            tensors, metadata = load_checkpoint(path)
+        with naming(path):
+            model = cls._from_metadata(metadata)
+            model._load(Contents(tensors))
+        return model.to(device)
+
+    @classmethod
+    def _from_metadata(cls, metadata: dict[str, Any]) -> CoopFlow:
+        """The untrained models that :meth:`metadata` speaks of; RunError where it does not."""
         try:
             config = TrainConfig.from_json(metadata["config"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{path} cannot be used: {error}") from error
-        event = metadata["event"]
-        model = cls.from_config(config, EventSpec(tuple(event["shape"]), event["levels"]))
-        for name, module in (("flow", model.flow), ("energy", model.energy)):
-            averages = module_state(tensors, f"{name}_ema")
-            module.load_state_dict({**module_state(tensors, name), **averages})
-        model.load_buffer(tensors)
-        return model.to(device)
+            return cls.from_config(config, EventSpec.from_dict(metadata["event"]))
+        except KeyError as error:
+            raise RunError(f"its metadata has no {error}") from error
+        except (ValueError, TypeError) as error:
+            raise RunError(str(error)) from error
+
+    def _load(self, contents: Contents) -> None:
+        """Take over the weights of a checkpoint: the averaged ones where it has them."""
+        for name, module in (("flow", self.flow), ("energy", self.energy)):
+            state = contents.take_state(name, module)
+            if any(f"{name}_ema.{n}" in contents for n, _ in module.named_parameters()):
+                state.update(contents.take_averages(f"{name}_ema", module))
+            module.load_state_dict(state)
+        self.load_buffer(self.read_buffer(contents))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.data.toy import EXTENT
 

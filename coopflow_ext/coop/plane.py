@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically
 from coopflow_ext.coop.config import START_NAMES
+from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.model import CoopFlow, build_sampler
 from coopflow_ext.coop.pictures import figure_bytes, scatter
 from coopflow_ext.data import Dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +16,65 @@ from coopflow_ext.coop.checkpoint import (
     checkpoint_path,
     checkpoints,
     latest_checkpoint,
-    load_checkpoint,
+    load_latest,
     save_checkpoint,
+)
+from coopflow_ext.coop.config import ADJUSTABLE, Change, ConfigFile, TrainConfig
+from coopflow_ext.coop.files import (
+    append_line,
+    is_temporary,
+    parse_json,
+    read_json,
+    sweep,
     write_atomically,
     write_json,
 )
-from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.lock import LOCK_NAME
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.data import Dataset
-from coopflow_ext.errors import RunError
+from coopflow_ext.errors import RunError, reason
 
 __all__ = ["RunError", "RunFolder", "open_run"]
 
 
 class RunFolder:
-    """Reads and writes one run. Make it with :meth:`create` or :meth:`open`."""
+    """Reads and writes one run. Make it with :meth:`create` or :meth:`open`.
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    Attributes:
+        path: the folder.
+        config: the settings.
+        history: what resumed runs changed of them, oldest first.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, history: Sequence[Change] = ()) -> None:
         self.path = path
         self.config = config
+        self.history = tuple(history)
         self.board: Board | None = None
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
-        """A new run in a folder that is empty or does not exist yet.
+        """A new run in a folder that :meth:`check_free` lets through.
 
         Raises:
             RunError: there is something already.
         """
         path = Path(path)
         cls.check_free(path)
-        for part in ("samples", "checkpoints"):
-            (path / part).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config)
-        run.write_config()
+        run.write_config()  # first: with it the folder is a run
+        run.tidy()
         return run
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """RunError unless a run could be created at ``path``."""
+        """RunError unless a run could be created at ``path``: there is nothing, or no more than
+        what a process leaves that is killed before it has made a run."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; choose another --out")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not all(map(_is_left_over, path.iterdir())):
             raise RunError(f"{path} exists: continue it with --resume, or choose another --out")
 
     @classmethod
@@ -68,34 +85,57 @@ class RunFolder:
             RunError: it is not a run, or of another version of the format.
         """
         path = Path(path)
-        return cls(path, TrainConfig.of_run(path))
+        file = ConfigFile.read(path)
+        return cls(path, file.config, file.history)
+
+    def tidy(self) -> None:
+        """Make what folders are missing, and remove what killed processes were writing. For the
+        process that trains the run alone."""
+        for part in ("samples", "checkpoints"):
+            (self.path / part).mkdir(exist_ok=True)
+        sweep(self.path)
 
     def write_config(self) -> None:
-        write_atomically(self.path / "config.json", self.config.to_json().encode())
+        write_atomically(self.path / "config.json", self.config.to_json(self.history).encode())
 
-    def adopt(self, config: TrainConfig | None, *, write: bool = True) -> None:
-        """Take over the number of steps of ``config`` for a resumed run, and ``write`` it down.
+    def changes(
+        self, config: TrainConfig, adjustable: Sequence[str] = ADJUSTABLE
+    ) -> tuple[Change, ...]:
+        """What of the settings ``config`` would change from the last checkpoint on.
 
         Raises:
-            RunError: another setting differs, or the run has done more steps already.
+            RunError: a setting that is not ``adjustable`` differs, or the run has done more steps
+                already.
         """
-        if config is None or config == self.config:
-            return
+        done = self.checkpoints()[-1][0] if self.checkpoints() else 0
         mine, theirs = dataclasses.asdict(self.config), dataclasses.asdict(config)
-        for name in mine:
-            if name != "steps" and mine[name] != theirs[name]:
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        for name in differing:
+            if name not in adjustable:
                 raise RunError(
                     f"{self.path} was made with {name}={mine[name]!r}; --resume cannot change it "
-                    f"to {theirs[name]!r} (only steps may change)"
+                    f"to {theirs[name]!r} (only {', '.join(adjustable)} may change)"
                 )
-        done = self.checkpoints()
-        if done and done[-1][0] > config.total_steps:
+        if done > config.total_steps:
             raise RunError(
-                f"{self.path} has done {done[-1][0]} steps already, more than the "
+                f"{self.path} has done {done} steps already, more than the "
                 f"{config.total_steps} asked for"
             )
-        self.config = config
-        if write:
+        return tuple(
+            Change(step=done, setting=name, before=mine[name], after=theirs[name])
+            for name in differing
+        )
+
+    def adopt(self, config: TrainConfig, *, write: bool = True) -> None:
+        """Take over the adjustable settings of ``config`` for a resumed run, and ``write`` them
+        and what they were into config.json.
+
+        Raises:
+            RunError: see :meth:`changes`.
+        """
+        changes = self.changes(config)
+        self.config, self.history = config, (*self.history, *changes)
+        if write and changes:
             self.write_config()
 
     def close(self) -> None:
@@ -110,21 +150,33 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append_line(self.metrics_path, json.dumps(metrics))
         if self.board is not None:
             self.board.scalars(metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines; a last line that was cut off is left out."""
+        """All lines; a last line that was cut off is left out.
+
+        Raises:
+            RunError: another line is no object with a step; the message says which.
+        """
         if not self.metrics_path.exists():
             return []
+        written = self.metrics_path.read_bytes().splitlines(keepends=True)
         lines = []
-        for line in self.metrics_path.read_text().splitlines():
+        for number, line in enumerate(written, 1):
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                values = parse_json(line)
+                if type(values["step"]) is not int:
+                    raise ValueError(f"step must be an int, got {values['step']!r:.40}")
+            except (ValueError, TypeError, KeyError) as error:
+                if number == len(written) and not line.endswith(b"\n"):
+                    break
+                raise RunError(
+                    f"{self.metrics_path}, line {number}, must be a JSON object with a step: "
+                    f"{reason(error)}; delete that line to go on"
+                ) from error
+            lines.append(values)
         return lines
 
     def forget_after(self, step: int) -> None:
@@ -152,18 +204,20 @@ class RunFolder:
         """The newest checkpoint.
 
         Raises:
-            RunError: there is none, or it is damaged; the message names an older one.
+            RunError: there is none, or it is damaged; the message names the last good one.
         """
-        latest = self.latest_checkpoint()
-        try:
-            return load_checkpoint(latest)
-        except RunError as error:
-            older = [path.name for _, path in self.checkpoints()[:-1]]
-            advice = f"delete it to go on from {older[-1]}" if older else "there is no older one"
-            raise RunError(f"{error}; {advice}") from error
+        return load_latest(self.path)[1]
 
     def picture_path(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:07d}.png"
+
+    @property
+    def divergence_path(self) -> Path:
+        return self.path / "divergence.json"
+
+    def write_divergence(self, facts: dict[str, Any]) -> None:
+        """What is needed to reproduce that the training left the finite numbers."""
+        write_json(self.divergence_path, facts)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
@@ -173,8 +227,17 @@ class RunFolder:
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(f"{self.path} has no summary.json: the run has not finished")
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary = read_json(path)
+        if not isinstance(summary, dict):
+            raise RunError(f"{path} is damaged: it must hold an object, got {summary!r:.40}")
         return summary
+
+
+def _is_left_over(path: Path) -> bool:
+    """Of a process that was killed before the folder was a run."""
+    if path.is_dir():
+        return path.name in ("samples", "checkpoints") and not any(path.iterdir())
+    return path.name == LOCK_NAME or is_temporary(path)
 
 
 def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[RunFolder, CoopFlow, Dataset]:

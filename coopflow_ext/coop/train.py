@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coopflow_ext._info import build_info
 from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.board import LOGS, Board
-from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.config import RATES, TrainConfig
+from coopflow_ext.coop.contents import naming
+from coopflow_ext.coop.divergence import check_finite
 from coopflow_ext.coop.judge import Judge
+from coopflow_ext.coop.lock import holding
 from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.trainer import Trainer
-from coopflow_ext.errors import NonFiniteError, RunError
+from coopflow_ext.errors import NonFiniteError
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -68,8 +73,10 @@ def train(
 
     Args:
         config: the settings. With ``resume`` they are the run's own: give None, or the same ones
-            with another number of ``steps``.
-        out: the run folder; must be empty or missing unless ``resume``.
+            with another number of ``steps`` or other rates (``pretrain_lr``, ``flow_lr``,
+            ``energy_lr``), which are written into its config.json with what they were.
+        out: the run folder; must be empty or missing unless ``resume``. One process at a time
+            trains it.
         resume: continue from the last checkpoint. On the CPU the result has the same bits as that
             of a run that was never stopped.
         device: where to train. Inside a process group of torch.distributed each process takes its
@@ -80,7 +87,9 @@ def train(
         What ``summary.json`` holds; an empty dictionary on ranks other than 0.
 
     Raises:
-        RunError: the folder cannot be used, or training diverged.
+        RunError: the folder cannot be used, a file in it is damaged, or another process trains it.
+        NonFiniteError: training diverged. The last checkpoint is from before; RUN/divergence.json
+            says what is needed to reproduce it.
         TrainingInterrupted: Ctrl-C, after a checkpoint was written.
         OSError: the disk is full or not writable; the last good checkpoint stays readable.
     """
@@ -89,14 +98,59 @@ def train(
         raise ValueError(f"log must be one of {', '.join(LOGS)}, got {log!r}")
     if log == "tensorboard":
         require("tensorboard", extra="tensorboard")
-    if resume:
-        trainer, run, judge = _continue_run(config, out, device)
-    else:
-        trainer, run, judge = _start_run(config, out, device)
-    if log == "tensorboard" and trainer.ranks.is_first:
-        run.board = Board(run.path, trainer.step)
+    path, ranks = Path(out), Ranks.current()
+    if resume:  # before a lock is put into a folder that is no run
+        TrainConfig.of_run(path)
+    elif ranks.is_first:
+        RunFolder.check_free(path)
+    with holding(path) if ranks.is_first else nullcontext():
+        begin = _continue_run if resume else _start_run
+        trainer, run, judge = begin(config, path, device, ranks)
+        if log == "tensorboard" and ranks.is_first:
+            run.board = Board(run.path, trainer.step)
+        with closing(run):
+            _run_to_the_end(trainer, run, judge)
+            return _finish(trainer, run, judge) if ranks.is_first else {}
+
+
+def _start_run(
+    config: TrainConfig | None, path: Path, device: torch.device | str, ranks: Ranks
+) -> tuple[Trainer, RunFolder, Judge]:
+    """Everything that can fail is made before the folder becomes a run."""
+    if config is None:
+        raise ValueError("config must be given for a new run, got None")
+    data = config.load_data()
+    trainer, judge = Trainer(config, data, device, ranks), Judge(data, config)
+    run = RunFolder.create(path, config) if ranks.is_first else RunFolder(path, config)
+    return trainer, run, judge
+
+
+def _continue_run(
+    config: TrainConfig | None, path: Path, device: torch.device | str, ranks: Ranks
+) -> tuple[Trainer, RunFolder, Judge]:
+    """A run without a checkpoint yet starts from its beginning, which is the same. Its files
+    change only after everything that can fail."""
+    run = RunFolder.open(path)
+    settings = run.config if config is None else config
+    run.changes(settings)  # RunError for one that may not be changed
+    run.metrics()  # or where that file is damaged
+    saved = run.load_latest() if run.checkpoints() else None
+    data = settings.load_data()
+    trainer, judge = Trainer(settings, data, device, ranks), Judge(data, settings)
+    if saved is not None:
+        with naming(run.latest_checkpoint()):
+            trainer.load(*saved)
+    run.adopt(settings, write=ranks.is_first)
+    if ranks.is_first:
+        run.tidy()
+        run.forget_after(trainer.step if saved else -1)
+    return trainer, run, judge
+
+
+def _run_to_the_end(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
+    """All steps, or until Ctrl-C or a divergence, which are raised as such."""
     total = trainer.config.total_steps
-    with closing(run):
+    try:
         with _interrupts() as asked, _progress(trainer) as bar:
             if trainer.step == 0:
                 _observe(trainer, run, judge)
@@ -109,39 +163,37 @@ def train(
                         f"stopped at step {trainer.step} and saved; go on with: "
                         f"coopflow train --out {run.path} --resume"
                     )
-        return _finish(trainer, run, judge) if trainer.ranks.is_first else {}
+    except NonFiniteError as error:
+        raise _diverged(trainer, run, error) from error
 
 
-def _start_run(
-    config: TrainConfig | None, out: str | Path, device: torch.device | str
-) -> tuple[Trainer, RunFolder, Judge]:
-    """Everything that can fail is made before the folder is."""
-    if config is None:
-        raise ValueError("config must be given for a new run, got None")
-    ranks = Ranks.current()
-    if ranks.is_first:
-        RunFolder.check_free(out)
-    data = config.load_data()
-    trainer, judge = Trainer(config, data, device, ranks), Judge(data, config)
-    run = RunFolder.create(out, config) if ranks.is_first else RunFolder(Path(out), config)
-    return trainer, run, judge
-
-
-def _continue_run(
-    config: TrainConfig | None, out: str | Path, device: torch.device | str
-) -> tuple[Trainer, RunFolder, Judge]:
-    """A run without a checkpoint yet starts from its beginning, which is the same."""
-    ranks = Ranks.current()
-    run = RunFolder.open(out)
-    run.adopt(config, write=ranks.is_first)
-    saved = run.load_latest() if run.checkpoints() else None
-    data = run.config.load_data()
-    trainer, judge = Trainer(run.config, data, device, ranks), Judge(data, run.config)
-    if saved is not None:
-        trainer.load(*saved)
-    if ranks.is_first:
-        run.forget_after(trainer.step if saved else -1)
-    return trainer, run, judge
+def _diverged(trainer: Trainer, run: RunFolder, error: NonFiniteError) -> NonFiniteError:
+    """The error to stop with, which says how to go on; what it was about is left in the run."""
+    config = trainer.config
+    saved = run.checkpoints()
+    if trainer.ranks.is_first:
+        run.write_divergence(
+            {
+                "step": trainer.step,
+                "reason": str(error),
+                "chains": None if error.chains is None else error.chains.tolist(),
+                "from_checkpoint": saved[-1][1].name if saved else None,
+                "settings": dataclasses.asdict(config),
+                "history": run.history,
+                "processes": trainer.ranks.world,
+                "device": str(trainer.device),
+                "build": build_info(),
+            }
+        )
+    last = f"the last good checkpoint is {saved[-1][1].name}" if saved else "no checkpoint yet"
+    rates = ", ".join(f"{name}={getattr(config, name):g}" for name in RATES)
+    return NonFiniteError(
+        f"training diverged by step {trainer.step}: {error}; {last}, and {run.divergence_path} "
+        f"says what is needed to reproduce it; go on with a rate X below the present ({rates}): "
+        f"coopflow train --out {run.path} --resume --lr X",
+        step=trainer.step,
+        chains=error.chains,
+    )
 
 
 def _progress(trainer: Trainer) -> tqdm[Any]:
@@ -168,7 +220,7 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
 
 
 def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm[Any]) -> None:
-    _check_chains(trainer)
+    trainer.divergence.check()
     line: dict[str, Any] = {"step": trainer.step, "seconds": round(trainer.seconds, 3)}
     if trainer.device.type == "cuda":  # with what graphs and torch's allocator keep
         line["peak_memory_mib"] = torch.cuda.max_memory_reserved(trainer.device) >> 20
@@ -183,7 +235,7 @@ def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm
         line["moment_gap"] = gap
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
-        raise RunError(f"training diverged: {bad[0]} is not finite at step {trainer.step}")
+        raise NonFiniteError(f"{bad[0]} is not finite")
     if trainer.ranks.is_first:
         run.log(line)
     shown = ("energy_data", "energy_samples", "flow_nll", "moment_gap")
@@ -193,6 +245,8 @@ def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm
 def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
     if not trainer.ranks.is_first:
         return
+    trainer.divergence.check()
+    check_finite(trainer.tensors())
     with trainer.averaged() as model:
         distances, kinds = judge.observe(model, run.picture_path(trainer.step))
         if run.board is not None:
@@ -203,16 +257,9 @@ def _observe(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
     run.log({"step": trainer.step, **distances})
 
 
-def _check_chains(trainer: Trainer) -> None:
-    """Waits for the device, so at what waits for it anyway."""
-    try:
-        trainer.divergence.check()
-    except NonFiniteError as error:
-        raise RunError(f"training diverged at step {error.step}: {error}") from error
-
-
 def _checkpoint(trainer: Trainer, run: RunFolder) -> None:
-    _check_chains(trainer)
+    """NonFiniteError, and nothing written, unless all that would be saved is finite."""
+    trainer.divergence.check()
     trainer.gather_moments()
     if trainer.ranks.is_first:
         run.save(trainer.step, trainer.tensors(), trainer.metadata())

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from coopflow_ext.autocast import in_precision, tensor_float32
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.contents import Contents
 from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
 from coopflow_ext.data import Batches, Dataset, Prefetch
+from coopflow_ext.errors import RunError
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
+from coopflow_ext.samplers.checks import check_count, check_number
 
 # At most so many for the data-dependent initialisation: enough for its statistics, and few enough
 # that attention over large images fits where a training step does.
@@ -338,13 +341,35 @@ class Trainer:
         }
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.flow.load_tensors(tensors)
-        self.energy.load_tensors(tensors)
-        self.model.load_buffer(tensors)
-        names = self.sample_moments.state_dict()
+        """Continue from a checkpoint, all of which is checked before anything changes.
+
+        Raises:
+            RunError: a tensor or a number is missing or does not fit; names it.
+        """
+        step, key, seconds = _position(metadata)
+        contents = Contents(tensors)
+        flow, energy = self.flow.read(contents), self.energy.read(contents)
+        chains = self.model.read_buffer(contents)
+        moments = {
+            name: contents.take(f"moments.{name}", like, minimum=0 if name == "count" else None)
+            for name, like in self.sample_moments.state_dict().items()
+        }
+        contents.check_all_taken()
+        self.flow.load(flow)
+        self.energy.load(energy)
+        self.model.load_buffer(chains)
         if self.ranks.is_first:
-            self.sample_moments.load_state_dict({n: tensors[f"moments.{n}"] for n in names})
-        self.step = metadata["step"]
-        self.key = Key.from_state_dict(metadata["key"])
-        self.seconds = metadata["seconds"]
+            self.sample_moments.load_state_dict(moments)
+        self.step, self.key, self.seconds = step, key, seconds
+
+
+def _position(metadata: dict[str, Any]) -> tuple[int, Key, float]:
+    """Step, key and seconds of a checkpoint; RunError, which names what is missing or wrong."""
+    try:
+        step = check_count("step", metadata["step"], 0)
+        seconds = check_number("seconds", metadata["seconds"], minimum=0)
+        return step, Key.from_state_dict(metadata["key"]), seconds
+    except KeyError as error:
+        raise RunError(f"its metadata has no {error}: it holds models, but no training") from error
+    except (ValueError, TypeError) as error:
+        raise RunError(f"its metadata is wrong: {error}") from error

@@ -30,6 +30,7 @@ def load(
     *,
     image_size: int | None = None,
     skip_bad: bool = False,
+    max_pixels: int | None = None,
 ) -> Dataset:
     """The data set of that name.
 
@@ -38,6 +39,8 @@ def load(
         root: where the published archives lie (cifar10, svhn, celeba).
         image_size: crop and scale the images of ``celeba`` (default 32) and ``folder:DIR``.
         skip_bad: leave out images that cannot be read, with a warning.
+        max_pixels: of an image of ``celeba`` or ``folder:DIR`` (default 2²⁶); one with more cannot
+            be read.
 
     Raises:
         ValueError: for an unknown name, a missing root, an argument that this data set does not
@@ -46,24 +49,28 @@ def load(
         ImportError: a package is missing; the message says what to install.
     """
     kind, _, rest = name.partition(":")
-    _check_taken(kind, root, image_size, skip_bad)
+    _check_taken(kind, root, image_size, skip_bad, max_pixels)
     if name in _BUNDLED:
         return _BUNDLED[name]()
     if kind == "toy":
         return toy(rest)
     if kind == "folder" and rest:
-        return folder(Path(rest), size=image_size, skip_bad=skip_bad)
+        return folder(Path(rest), size=image_size, skip_bad=skip_bad, max_pixels=max_pixels)
     if name not in (*_PUBLISHED, "celeba"):
         raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
     if root is None:
         raise ValueError(f"{name} needs the folder where its archive lies: --data-dir DIR")
     if name == "celeba":
-        return celeba(Path(root), size=image_size or 32, skip_bad=skip_bad)
+        return celeba(Path(root), size=image_size or 32, skip_bad=skip_bad, max_pixels=max_pixels)
     return _PUBLISHED[name](Path(root))
 
 
 def _check_taken(
-    kind: str, root: str | Path | None, image_size: int | None, skip_bad: bool
+    kind: str,
+    root: str | Path | None,
+    image_size: int | None,
+    skip_bad: bool,
+    max_pixels: int | None,
 ) -> None:
     """ValueError for an argument that data of this kind would ignore."""
     images = ("celeba", "folder")
@@ -71,6 +78,7 @@ def _check_taken(
         ("data_dir", root, (*_PUBLISHED, "celeba")),
         ("image_size", image_size, images),
         ("skip_bad", skip_bad or None, images),
+        ("max_pixels", max_pixels, images),
     ):
         if value is not None and kind in _KINDS and kind not in takers:
             raise ValueError(

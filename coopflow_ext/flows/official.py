@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from coopflow_ext.flows.base import Compose
 from coopflow_ext.flows.builders import flowpp
 from coopflow_ext.flows.flow import Flow
 from coopflow_ext.flows.layers import ActNorm, SplitPrior
-from coopflow_ext.flows.official_file import read_file
+from coopflow_ext.flows.official_file import check_claim, read_file
 from coopflow_ext.flows.preprocessing import VariationalDequantize
 
+Net = TypeVar("Net", bound=nn.Module)
 Checkpoint = Mapping[str, Any]
 StateDict = dict[str, Tensor]
 
@@ -131,12 +132,20 @@ def _check_tensors(name: str, net: object) -> StateDict:
             raise ValueError(
                 f"{name} must hold tensors only, got {type(value).__name__} for {key!r}"
             )
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} must hold dense tensors with values, got none for {key!r}")
         state[key.removeprefix(_MODULE_PREFIX)] = value
     return state
 
 
-def _load(module: nn.Module, names: dict[str, str], state: StateDict, title: str) -> None:
-    """Load ``state`` under our names, strict about names and shapes."""
+def _load(
+    make: Callable[[], Net], names_of: Callable[[Net], dict[str, str]], state: StateDict, title: str
+) -> Net:
+    """The network that ``make`` makes, with ``state`` under our names, strict about names and
+    shapes. It is made without memory, and has that of its tensors only when these fit."""
+    with torch.device("meta"):
+        module = make()
+    names = names_of(module)
     missing = sorted(set(names.values()) - set(state))
     unknown = sorted(set(state) - set(names.values()))
     if missing or unknown:
@@ -152,24 +161,36 @@ def _load(module: nn.Module, names: dict[str, str], state: StateDict, title: str
                 f"{title}: {names[name]} must have the shape {tuple(target.shape)}, "
                 f"got {tuple(value.shape)}"
             )
-        ours[name] = value.reshape(target.shape).to(target.dtype)
-    module.load_state_dict(ours)
+        copied = value.detach().to("cpu", target.dtype, copy=True)
+        ours[name] = copied.reshape(target.shape).contiguous()
+    module.load_state_dict(ours, assign=True)
+    return module
 
 
 def _squeezed(x: Tensor) -> list[int]:
     return [n for n in x.shape if n != 1]
 
 
-def _count(state: StateDict, pattern: str) -> int:
-    """1 + the largest number that ``pattern``'s group matches at the start of a name, else 0."""
-    found = (re.match(pattern, name) for name in state)
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+def _count(state: StateDict, pattern: str, title: str, *, first: int = 0, every: int = 1) -> int:
+    """How many layers ``pattern`` finds at the start of names. Its group is their number: first,
+    first + every, and so on without a gap, so there is a tensor for each."""
+    matches = (re.match(pattern, name) for name in state)
+    found = sorted({int(match.group(1)) for match in matches if match})
+    if found != list(range(first, first + every * len(found), every)):
+        raise ValueError(
+            f"{title} does not fit: layers {pattern} must be numbered {first}, {first + every}, …, "
+            f"got {', '.join(map(str, found[:3]))} … {found[-1]}"
+        )
+    return len(found)
 
 
 def _shape(state: StateDict, name: str, title: str) -> torch.Size:
     if name not in state:
         raise ValueError(f"{title} does not fit: {name} is missing")
-    return state[name].shape
+    shape = state[name].shape
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"{title} does not fit: {name} is no matrix or kernel: {tuple(shape)}")
+    return shape
 
 
 def _components(state: StateDict, net: str, title: str) -> int:
@@ -201,12 +222,14 @@ def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str
     scales: list[list[int]] = []
     prefix = "flows"
     while True:
-        n_channel = _count(state, rf"{re.escape(prefix)}\.channels\.(\d+)\.nn\.")
-        n_checker = _count(state, rf"{re.escape(prefix)}\.checkers\.(\d+)\.nn\.")
-        if n_channel + n_checker == 0:
-            break
         # A step is 4 layers, of which the third holds the network.
-        scales.append([(n_channel + 1) // 4, (n_checker + 1) // 4])
+        steps = [
+            _count(state, rf"{re.escape(prefix)}\.{stage}\.(\d+)\.nn\.", title, first=2, every=4)
+            for stage in ("channels", "checkers")
+        ]
+        if not any(steps):
+            break
+        scales.append(steps)
         prefix += ".next"
     if not scales:
         raise ValueError(f"{title} does not fit: no layer of a Flow++ (flows.checkers.…) in it")
@@ -218,41 +241,52 @@ def infer_flow_options(state: StateDict, image_shape: Sequence[int]) -> dict[str
     options: dict[str, Any] = {
         "scales": scales,
         "channels": hidden,
-        "blocks": _count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\."),
+        "blocks": _count(state, rf"{re.escape(net)}\.mid_convs\.(\d+)\.", title),
         "components": _components(state, net, title),
         "dequant_blocks": 0,
         "attention": any(".attn.in_proj." in name for name in state),
     }
     if any(name.startswith("dequant_flows.") for name in state):
-        options["dequant_blocks"] = _count(state, rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\.")
+        pattern = rf"{re.escape(dequant_net)}\.mid_convs\.(\d+)\."
+        options["dequant_blocks"] = _count(state, pattern, title)
         options["dequant_components"] = _components(state, dequant_net, title)
+    _check_blocks(state, options, title)
     return options
 
 
+def _check_blocks(state: StateDict, options: dict[str, Any], title: str) -> None:
+    """ValueError unless there can be as many blocks of that many channels as ``options`` say."""
+    n = sum(map(sum, options["scales"])) * options["blocks"] + 4 * options["dequant_blocks"]
+    channels = options["channels"]
+    n_elements = sum(value.numel() for value in state.values())
+    # Of a block's tensors the gated convolution alone has 6, the first with 2C·C·3·3 elements.
+    if 6 * n > len(state) or 18 * channels**2 * n > n_elements:
+        raise ValueError(
+            f"{title} does not fit: {n} blocks of {channels} channels are more than the "
+            f"{len(state)} tensors with {n_elements:,} elements in it"
+        )
+
+
 def _load_flow(state: StateDict, image_shape: Sequence[int], options: dict[str, Any]) -> Flow:
-    flow = flowpp(image_shape, **infer_flow_options(state, image_shape), **options)
-    state = dict(state)
+    state, inferred = dict(state), infer_flow_options(state, image_shape)
     bound = state.pop("bounds", None)
     if bound is None or bound.numel() != 1:
         raise ValueError("flow_net does not fit: bounds is missing or not one number")
+    flow = _load(lambda: flowpp(image_shape, **inferred, **options), _flow_names, state, "flow_net")
     assert flow.logit is not None
     flow.logit.bound = bound.item()
-    _load(flow, _flow_names(flow), state, "flow_net")
     return flow
 
 
 def _load_energy(state: StateDict, image_shape: Sequence[int]) -> ResEnergy:
     width, channels = _shape(state, "f.0.weight", "ebm_net")[:2]
-    blocks = _count(state, r"f\.(\d+)\.conv1\.") - 2
-    size = 4 << max(blocks, 0)
+    size = 4 << _count(state, r"f\.(\d+)\.conv1\.", "ebm_net", first=2)
     if tuple(image_shape) != (channels, size, size):
         raise ValueError(
             f"image_shape {tuple(image_shape)} does not fit: "
             f"ebm_net is for {(channels, size, size)}"
         )
-    energy = ResEnergy(channels, width, size)
-    _load(energy, _energy_names(energy), state, "ebm_net")
-    return energy
+    return _load(lambda: ResEnergy(channels, width, size), _energy_names, state, "ebm_net")
 
 
 def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, StateDict]:
@@ -262,7 +296,8 @@ def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, S
 
     Raises:
         ValueError: for a checkpoint with neither, or that holds more than tensors and numbers; the
-            message names what, and its type.
+            message names what, and its type. Also for a file that asks for more memory than it has
+            bytes.
         FileNotFoundError: when there is no such file.
     """
     if isinstance(path_or_dict, Mapping):
@@ -281,7 +316,11 @@ def read_official(path_or_dict: str | PathLike[str] | Checkpoint) -> dict[str, S
         )
     if "flow_net" in held and "net" in held:
         raise ValueError("a checkpoint must hold one flow, got both flow_net and net")
-    return {_NETS[name]: _check_tensors(name, checkpoint[name]) for name in held}
+    nets = {_NETS[name]: _check_tensors(name, checkpoint[name]) for name in held}
+    if not isinstance(path_or_dict, Mapping):
+        tensors = [value for net in nets.values() for value in net.values()]
+        check_claim(Path(path_or_dict), sum(t.numel() * t.element_size() for t in tensors))
+    return nets
 
 
 def load_official(

@@ -27,9 +27,11 @@ def read_file(path: Path) -> object:
     """What ``torch.save`` wrote, if that is containers, tensors and numbers.
 
     Raises:
-        ValueError: it holds anything else, which the message names, or is damaged.
+        ValueError: it holds anything else, which the message names, is damaged, or would take more
+            memory than it has bytes.
         OSError: the file cannot be read.
     """
+    check_claim(path, _unpacked_size(path))
     try:
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -44,6 +46,22 @@ def read_file(path: Path) -> object:
             f"{path} holds more than tensors, or is damaged: "
             "torch.load refuses it with weights_only=True"
         ) from error
+
+
+def check_claim(path: Path, n_bytes: int) -> None:
+    """ValueError unless a file can hold what it claims to: nothing in it is compressed."""
+    held = path.stat().st_size
+    if n_bytes > held:
+        raise ValueError(f"{path} asks for {n_bytes:,} bytes of memory, and has only {held:,}")
+
+
+def _unpacked_size(path: Path) -> int:
+    """Of all records in an archive; 0 for a file that is none, of which torch reads what it has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(record.file_size for record in archive.infolist())
+    except Exception:  # damaged in whatever way: torch.load says so
+        return 0
 
 
 class _Placeholder:

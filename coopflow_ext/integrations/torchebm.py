@@ -32,6 +32,7 @@ from coopflow_ext.samplers.checks import (
     check_flag,
     check_kwargs,
     check_number,
+    check_steps,
 )
 from coopflow_ext.samplers.gradient import StateFunction, module_of
 from coopflow_ext.samplers.langevin import LangevinSampler
@@ -184,7 +185,7 @@ class LangevinDynamics(BaseSampler):  # type: ignore[misc]
         if isinstance(thin, int) and not isinstance(thin, bool) and thin < 1:
             raise ValueError(f"thin must be >= 1, got {thin}")
         check_count("thin", thin, 1)
-        check_count("n_steps", n_steps, 0)
+        check_steps(n_steps)
         flags = {"return_trajectory": return_trajectory, "return_diagnostics": return_diagnostics,
                  "reset_schedulers": reset_schedulers}  # fmt: skip
         for name, flag in flags.items():

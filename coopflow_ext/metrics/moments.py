@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coopflow_ext._tensors import room_for
+
 
 class RunningMoments:
     """Mean and covariance of everything that was shown, in float32 sums on one device.
@@ -17,7 +19,8 @@ class RunningMoments:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros((), device=device)
         self.sum = torch.zeros(dim, device=device)
-        self.outer = torch.zeros(dim, dim, device=device)
+        with room_for("the covariance of an event", (dim, dim), self.sum.dtype):
+            self.outer = torch.zeros(dim, dim, device=device)
 
     def update(self, x: Tensor) -> None:
         """Add a batch (B, …) of ``dim`` elements each."""

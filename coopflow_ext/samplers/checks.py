@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopflow_ext.rng import TIME_LIMIT
 from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
 
@@ -39,6 +40,18 @@ def check_count(name: str, value: object, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
     return int(value)
+
+
+def check_steps(value: object) -> int:
+    """T as an int, of which a key can count the steps; asked before any schedule is evaluated.
+
+    Raises:
+        TypeError, ValueError: it is not an int in [0, 2³²).
+    """
+    steps = check_count("n_steps", value, 0)
+    if steps >= TIME_LIMIT:
+        raise ValueError(f"n_steps must be < 2**32, as far as a key counts, got {steps}")
+    return steps
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -24,6 +24,7 @@ from coopflow_ext.samplers.checks import (
     check_like,
     check_number,
     check_state,
+    check_steps,
 )
 from coopflow_ext.samplers.coefficients import Coefficients
 from coopflow_ext.samplers.differentiable import DifferentiableChain
@@ -191,7 +192,7 @@ class LangevinSampler:
         differentiable: bool | Literal["last"] = False,
         checkpoint_every: int | None = None,
     ) -> None:
-        n_steps = check_count("n_steps", n_steps, 0)
+        n_steps = check_steps(n_steps)
         flags = {
             "negative_energy": negative_energy,
             "noise_before_gradient": noise_before_gradient,
@@ -349,7 +350,7 @@ class LangevinSampler:
         """The plan of a call, and for how many chains its options have values."""
         if n_steps is None and not given:
             return self.plan, self._coefficients.combined.chain_counts
-        steps = self.plan.n_steps if n_steps is None else check_count("n_steps", n_steps, 0)
+        steps = self.plan.n_steps if n_steps is None else check_steps(n_steps)
         combined = self._coefficients.changed(steps, given)
         plan = replace(self.plan, n_steps=steps, coefficients=combined.values)
         return plan, combined.chain_counts

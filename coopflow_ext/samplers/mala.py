@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, table_row
+from coopflow_ext._tensors import arithmetic_dtype, flat, per_chain_view, room_for, table_row
 from coopflow_ext.rng import USE_ACCEPT, Key
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
@@ -20,6 +20,7 @@ from coopflow_ext.samplers.checks import (
     check_kwargs,
     check_number,
     check_single_state,
+    check_steps,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.inputs import normals_like, state_copy
@@ -102,7 +103,7 @@ class MALASampler:
     ) -> None:
         check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, None, negative_energy=negative_energy)
-        self.n_steps = check_count("n_steps", n_steps, 0)
+        self.n_steps = check_steps(n_steps)
         self.delta = coefficient("step_size", step_size, n_steps)
         self.chain_counts = chain_counts({"step_size": self.delta})
         if not bool((torch.as_tensor(self.delta) > 0).all()):
@@ -269,7 +270,9 @@ class _StepSizes:
 
 
 def _empty_statistics(u: Tensor, n_steps: int) -> MALAStatistics:
-    energy, grad_norm, acceptance, step_size = u.new_empty(4, n_steps, len(u))
+    shape = 4, n_steps, len(u)
+    with room_for("statistics", shape, u.dtype):
+        energy, grad_norm, acceptance, step_size = u.new_empty(shape)
     accepted = torch.empty_like(energy, dtype=torch.bool)
     return MALAStatistics(energy, grad_norm, acceptance, accepted, step_size)
 

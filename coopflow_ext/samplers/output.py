@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext._tensors import room_for
 from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.rng import Key
 
@@ -92,12 +93,18 @@ class SamplerOutput(_Output):
     frozen_at: Tensor | None = None
 
 
+def new_states(x: Tensor, n: int) -> Tensor:
+    """Memory for n states like x, (n, *x.shape)."""
+    with room_for("the trajectory", (n, *x.shape), x.dtype):
+        return x.new_empty(n, *x.shape)
+
+
 class Trajectory:
     """(T // thin, *x.shape), allocated before the chain; ``states`` is None when not wanted."""
 
     def __init__(self, x: Tensor, n_steps: int, thin: int, *, keep: bool) -> None:
         self.thin = thin
-        self.states = x.new_empty(n_steps // thin, *x.shape) if keep else None
+        self.states = new_states(x, n_steps // thin) if keep else None
 
     def record(self, step: int, x: Tensor) -> None:
         """Keep x, the state after ``step``, if it is one of the states thin, 2·thin, …"""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import arithmetic_dtype
-from coopflow_ext.samplers.output import ChainStatistics, Tensors, chain_statistics
+from coopflow_ext._tensors import arithmetic_dtype, room_for
+from coopflow_ext.samplers.output import (
+    ChainStatistics,
+    Tensors,
+    chain_statistics,
+    new_states,
+)
 
 
 class Records:
@@ -32,12 +37,15 @@ class Records:
         self._thin = thin
         self.trajectory: Tensors | None = None
         if thin is not None:
-            self.trajectory = tuple(x.new_empty(n_steps // thin, *x.shape) for x in xs)
+            self.trajectory = tuple(new_states(x, n_steps // thin) for x in xs)
         self.sums: Tensors = ()
         self.energies: Tensor | None = None
         if stats:
             shape = n_steps, len(xs[0])
-            self.sums = tuple(x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs)
+            with room_for("statistics", (len(xs), *shape, 5), arithmetic_dtype(xs[0].dtype)):
+                self.sums = tuple(
+                    x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs
+                )
             if energy:
                 wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
                 self.energies = xs[0].new_empty(*shape, dtype=wide)

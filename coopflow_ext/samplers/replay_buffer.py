@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._tensors import room_for
 from coopflow_ext.rng import USE_BUFFER, Key
 from coopflow_ext.samplers.checks import check_count, check_number
 
@@ -82,7 +83,8 @@ class ReplayBuffer:
         self._init = init
         self.key = Key.or_default(key).fold_in(USE_BUFFER)
         shape = _check_shape(shape)
-        self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
+        with room_for("a buffer", (self.size, *shape), dtype):
+            self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
         self.states.copy_(self._fresh(self.size, _FILL))
 
     @_as_plain_tensors

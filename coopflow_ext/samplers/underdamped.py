@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import Coefficient, arithmetic_dtype, flat, per_chain_view, table_row
+from coopflow_ext._tensors import (
+    Coefficient,
+    arithmetic_dtype,
+    flat,
+    per_chain_view,
+    room_for,
+    table_row,
+)
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.chain import laid_out, mask_jointly
 from coopflow_ext.samplers.checks import (
@@ -22,6 +29,7 @@ from coopflow_ext.samplers.checks import (
     check_kwargs,
     check_like,
     check_single_state,
+    check_steps,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.inputs import normals_like, state_copy
@@ -105,7 +113,7 @@ class UnderdampedLangevinSampler:
     ) -> None:
         check_flag("negative_energy", negative_energy)
         self.gradient = Gradient(energy, score, negative_energy=negative_energy)
-        self.n_steps = check_count("n_steps", n_steps, 0)
+        self.n_steps = check_steps(n_steps)
         self.half_step = coefficient("step_size", step_size, n_steps) / 2
         gamma = coefficient("friction", friction, n_steps)
         tau = coefficient("temperature", temperature, n_steps)
@@ -193,9 +201,9 @@ class UnderdampedLangevinSampler:
         return ops.langevin_noise_(torch.zeros_like(x), rng, noise=std)
 
     def _empty_statistics(self, x: Tensor) -> UnderdampedStatistics:
-        energy, grad_norm, kinetic = x.new_empty(
-            3, self.n_steps, len(x), dtype=arithmetic_dtype(x.dtype)
-        )
+        shape, dtype = (3, self.n_steps, len(x)), arithmetic_dtype(x.dtype)
+        with room_for("statistics", shape, dtype):
+            energy, grad_norm, kinetic = x.new_empty(shape, dtype=dtype)
         return UnderdampedStatistics(
             energy if self.gradient.has_energy else None, grad_norm, kinetic
         )

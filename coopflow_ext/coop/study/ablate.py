@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically, write_json
 from coopflow_ext.coop.config import TrainConfig
+from coopflow_ext.coop.files import parse_json, write_atomically, write_json
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
@@ -40,7 +40,7 @@ class Ablation:
             OSError: it cannot be read.
         """
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_bytes())
             seeds, base, rows = content["seeds"], content.get("base", {}), content["rows"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -78,7 +78,7 @@ class Ablation:
 
 
 # What must not differ between rows: else their distances are not those to the same data.
-_COMMON = ("data", "data_dir", "image_size", "skip_bad", "n_samples")
+_COMMON = ("data", "data_dir", "image_size", "skip_bad", "max_pixels", "n_samples")
 
 
 def _check_comparable(path: Path, rows: dict[str, TrainConfig]) -> None:
@@ -114,17 +114,16 @@ def run_ablation(
 def _one_run(
     name: str, config: TrainConfig, seed: int, out: Path, device: torch.device | str
 ) -> dict[str, Any]:
-    settings = {**json.loads(config.to_json()), "seed": seed}
-    settings.pop("format")
     path = out / "runs" / f"{_file_name(name)}-seed{seed}"
-    config = TrainConfig.from_dict(settings)
-    if (path / "config.json").exists():
-        run = RunFolder.open(path)
-        run.adopt(config)
-        if (path / "summary.json").exists():
-            return run.summary()
-        return train(None, path, resume=True, device=device)
-    return train(config, path, device=device)
+    config = dataclasses.replace(config, seed=seed)
+    if not (path / "config.json").exists():
+        return train(config, path, device=device)
+    run = RunFolder.open(path)
+    # Rows are compared, so none may have been trained at other rates for a part of its steps.
+    changes = run.changes(config, adjustable=("steps",))
+    if not changes and (path / "summary.json").exists():
+        return run.summary()
+    return train(config, path, resume=True, device=device)
 
 
 def _file_name(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.checkpoint import write_atomically, write_json
+from coopflow_ext.coop.files import write_atomically, write_json
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext.coop import inversion
-from coopflow_ext.coop.checkpoint import write_json
+from coopflow_ext.coop.files import write_json
 from coopflow_ext.coop.pictures import save_panels
 from coopflow_ext.coop.run import RunFolder, open_run
 from coopflow_ext.data import Dataset

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
-import json
 from pathlib import Path
 from typing import Any
 
-from coopflow_ext.coop.checkpoint import write_atomically
+from coopflow_ext.coop.files import read_json, write_atomically
 from coopflow_ext.coop.pictures import save_curves
 from coopflow_ext.coop.run import RunFolder
 
@@ -43,7 +43,8 @@ def report_run(path: Path) -> Path:
         _section("Densities in the plane", _plane(run)),
         _section("Samples over training", _samples(run)),
         *(_section(name.capitalize(), _folder(run.path / name)) for name in _FOLDERS),
-        _section("Settings", _table(json.loads(run.config.to_json()))),
+        _section("Settings", _table(dataclasses.asdict(run.config))),
+        _section("Settings changed on the way", _changes(run)),
     ]
     page = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -82,6 +83,14 @@ def _samples(run: RunFolder) -> str:
     return "".join(_figure(found[i], found[i].stem) for i in chosen)
 
 
+def _changes(run: RunFolder) -> str:
+    """What resumed runs changed, and from which step on."""
+    if not run.history:
+        return ""
+    lines = {f"{c['setting']} from step {c['step']}": c["after"] for c in run.history}
+    return _table(lines)
+
+
 def _plane(run: RunFolder) -> str:
     """What a run on a toy density leaves beside its samples."""
     names = {"densities.png": "densities and points", "chain.gif": "the chain"}
@@ -91,7 +100,7 @@ def _plane(run: RunFolder) -> str:
 def _folder(path: Path) -> str:
     if not path.is_dir():
         return ""
-    numbers = [json.loads(p.read_text()) for p in sorted(path.glob("*.json"))]
+    numbers = [read_json(p) for p in sorted(path.glob("*.json"))]
     tables = "".join(_table(n) for n in numbers)
     pictures = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
     return tables + "".join(_figure(p, p.stem) for p in pictures)

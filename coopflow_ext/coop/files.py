@@ -1,0 +1,109 @@
+"""Files that are either the old one or the new one, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from coopflow_ext.errors import RunError
+
+# Deeper than anything that this package writes, and shallow enough for every function that walks
+# through it by recursion.
+_MAX_DEPTH = 64
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside ``path``, sync, rename.
+
+    Raises:
+        OSError: the disk is full or not writable; ``path`` is as it was before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say of which file it speaks
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file has the name of one that is being written, or was when its writer died."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes were writing below ``folder`` when they were killed: the temporary
+    files of those that this machine does not have (any more)."""
+    for path in folder.rglob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than this one."""
+    return process != os.getpid() and Path(f"/proc/{process}").exists()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented, for readers; written atomically."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line; OSError, which names the file, where the disk is full or not writable."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def parse_json(content: str | bytes) -> Any:
+    """What JSON in UTF-8 says.
+
+    Raises:
+        ValueError: it is not that, or nested deeper than anything of this package.
+    """
+    too_deep = f"it is nested more than {_MAX_DEPTH} deep"
+    try:
+        value = json.loads(content.decode() if isinstance(content, bytes) else content)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [part for holder in level for part in _parts(holder)]
+    if level:
+        raise ValueError(too_deep)
+    return value
+
+
+def _parts(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; RunError, which names the file, where it cannot be read."""
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: it cannot be read as JSON: {error}") from error
