@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import random
@@ -163,10 +164,9 @@ def test_a_kill_before_there_is_a_run_leaves_the_folder_free(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills(tmp_path: Path) -> None:
-    """Twenty of them inside a checkpoint's write, the others at any time."""
-    config = toy(steps=3000, log_every=20, checkpoint_every=10, sample_every=1000)
+    """Twenty of them inside a checkpoint's write, the others at any time, of a run without end."""
+    config = toy(steps=10**6, log_every=20, checkpoint_every=10, sample_every=1000)
     twin, path = tmp_path / "twin", tmp_path / "run"
-    coop.train(config, twin)
     generator, kinds = random.Random(0), []
     signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     while len(kinds) < 100:
@@ -185,7 +185,11 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
             check_no_half_file(path)
     assert kinds.count(-signal.SIGKILL) > 20
     assert kinds.count(-signal.SIGTERM) > 20
-    coop.train(None, path, resume=True)
+    done = RunFolder.open(path).checkpoints()[-1][0]
+    assert done > 100
+    shorter = dataclasses.replace(config, steps=done)  # beside those of the pre-training
+    coop.train(shorter, path, resume=True)
+    coop.train(shorter, twin)
     assert_same_end(path, twin)
     check_nothing_left(path)
 
