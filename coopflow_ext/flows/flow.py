@@ -334,7 +334,9 @@ class Flow(nn.Module):
         The flow itself is not changed: what was computed is used by this flow's layers in this
         thread (or asyncio task) alone. Another thread may train the same flow meanwhile; this one
         then sees its new biases and other parameters, but the folded ones of the moment of entry.
-        A compiled graph does without.
+        A compiled graph does without. Inside, no CUDA graph is captured or replayed.
+
+        Outside, each pass norms its weights by itself, all together before it begins.
         """
         return folding(self, frozen=True)
 
