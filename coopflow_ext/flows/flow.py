@@ -45,6 +45,9 @@ class Flow(nn.Module):
             for a flow without one.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
             inverses: memory does not grow with depth, a step takes about 1.5 times as long.
+            Where torch.utils.checkpoint is put around a part of the flow instead, it needs
+            ``use_reentrant=True``: a pass norms the weights of all layers before it begins, and
+            the other kind counts what a part saves.
         sampling_dropout: in training mode, dropout stays on in ``sample`` too, as in the published
             code.
 
