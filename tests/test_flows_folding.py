@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from coopflow_ext import Key, flows
 from coopflow_ext.flows import Flow, recompute
@@ -129,7 +129,6 @@ def test_weights_do_not_outlive_their_pass() -> None:
         loss = flow.log_prob(torch.rand(2, 1, 4, 4), key=Key(1)).sum()
     loss.backward()
     del loss
-    gc.collect()
     assert len(alive) > 8
     assert all(reference() is None for reference in alive)
 
@@ -184,6 +183,21 @@ def test_modes_and_copies() -> None:
     assert not torch.equal(by_call, expected)
     assert torch.equal(before.log_prob(x, key=Key(1)), expected)
     assert flow.__dict__.keys() == before.__dict__.keys()
+
+
+def test_parts_of_a_flow_can_be_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's reentrant kind, whose second pass norms the weights where they are used."""
+    flow, x = small(dequant_blocks=0).double(), torch.rand(3, 1, 4, 4).double().requires_grad_()
+    given = [x, *flow.parameters()]
+    expected = torch.autograd.grad(flow.log_prob(x, key=Key(1)).sum(), given)
+    forward = flows.FlowPPConditioner.forward
+
+    def in_two_passes(self: Any, x: Tensor, context: Any) -> Any:
+        return checkpoint(lambda x: forward(self, x, context), x, use_reentrant=True)
+
+    monkeypatch.setattr(flows.FlowPPConditioner, "forward", in_two_passes)
+    flow.log_prob(x, key=Key(1)).sum().backward()
+    torch.testing.assert_close([t.grad for t in given], list(expected))
 
 
 def test_func_grad_goes_through_a_pass() -> None:

@@ -45,6 +45,9 @@ class Flow(nn.Module):
             for a flow without one.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
             inverses: memory does not grow with depth, a step takes about 1.5 times as long.
+            Where torch.utils.checkpoint is put around a part of the flow instead, it needs
+            ``use_reentrant=True``: a pass norms the weights of all layers before it begins, and
+            the other kind counts what a part saves.
         sampling_dropout: in training mode, dropout stays on in ``sample`` too, as in the published
             code.
 
@@ -334,7 +337,9 @@ class Flow(nn.Module):
         The flow itself is not changed: what was computed is used by this flow's layers in this
         thread (or asyncio task) alone. Another thread may train the same flow meanwhile; this one
         then sees its new biases and other parameters, but the folded ones of the moment of entry.
-        A compiled graph does without.
+        A compiled graph does without. Inside, no CUDA graph is captured or replayed.
+
+        Outside, each pass norms its weights by itself, all together before it begins.
         """
         return folding(self, frozen=True)
 
