@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
+from coopflow_ext.flows.folding import folding
 from coopflow_ext.flows.layers import Checkerboard
 from coopflow_ext.flows.recompute import call_and_ladj
+from coopflow_ext.flows.weight_norm import WeightNormed
 
 
 class Dequantize(nn.Module):
@@ -71,7 +73,8 @@ class VariationalDequantize(Dequantize):
     def call_and_ladj(
         self, x: Tensor, eps: Tensor, context: Context = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
-        aux = self.aux_net(self.board.rearrange(x - 0.5))
+        with folding(self.aux_net, WeightNormed):
+            aux = self.aux_net(self.board.rearrange(x - 0.5))
         inner = Context(aux, context.dropout_rng)
         pair = self.board.rearrange(eps)
         w, ladj = call_and_ladj(self.transform, pair, inner, recompute=self.recompute)
