@@ -128,7 +128,7 @@ def call_of_an_op(chance: random.Random) -> None:
     except (RuntimeError, *REFUSALS):
         return  # the reference takes less: negated views, numbers of other kinds
     if not names:
-        op.assert_close(tuple(t.detach() for t in results), expected)
+        op.assert_close(tuple(t.detach() for t in results), expected, slack=8)
 
 
 OPTIONS: dict[str, list[Any]] = {

@@ -14,6 +14,7 @@ from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents
 from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
+from coopflow_ext.coop.memory import naming_memory
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
@@ -144,7 +145,11 @@ class Trainer:
         return self.step < self.config.pretrain_steps
 
     def train_step(self) -> dict[str, Tensor]:
-        """The next step; returns its numbers as 0-d tensors, which are not waited for."""
+        """The next step; returns its numbers as 0-d tensors, which are not waited for.
+
+        Raises:
+            torch.OutOfMemoryError: names the batch, and settings that would take less.
+        """
         config = self.config
         if self.step == config.pretrain_steps and config.flow_restart:
             self.flow.restart()
@@ -161,7 +166,8 @@ class Trainer:
             (1 - self.step / max(config.pretrain_steps, 1)) * config.pretrain_lr
         )
         step = self._take_step if self._graphs is None else self._graphs.run
-        metrics = step(kind, x)
+        with naming_memory(config):
+            metrics = step(kind, x)
         # A chain of no steps draws as well.
         self.key = self.key.advance(1 if kind.pretrains else max(1, config.langevin_steps))
         self.step += 1
