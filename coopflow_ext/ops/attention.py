@@ -59,6 +59,8 @@ def attention(
     """
     check_tensors(q=q, k=k, v=v, rng=rng)
     if p == 0:
+        if not all(t.layout == torch.strided for t in (q, k, v)):
+            raise ValueError("attention: q, k and v must be dense")
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
     if torch.compiler.is_compiling():
         # Dynamo does not see that an argument of func.grad requires grad; of a view it does.

@@ -274,7 +274,7 @@ COOPFLOW_HD void run_lanes(const LangevinChainArgs<A>& args, ChainLanes<A, kLane
     lanes.norm_scale[l] = lanes.active[l] = A(1);
     if (l < lanes.count) args.frozen_at[lanes.chain(l)] = args.step + args.n_steps;
   }
-  if (args.noise_source == NoiseSource::kNone) {
+  if (kLanes > 1 || args.noise_source == NoiseSource::kNone) {  // of lanes that do not exist, too
     for (int64_t i = 0; i < per_chain * kLanes; ++i) lanes.xi[i] = A(0);
   }
   for (int64_t k = 0; k < args.n_steps; ++k) {
