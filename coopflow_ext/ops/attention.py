@@ -61,6 +61,10 @@ def attention(
     if p == 0:
         if not all(t.layout == torch.strided for t in (q, k, v)):
             raise ValueError("attention: q, k and v must be dense")
+        if not q.dtype == k.dtype == v.dtype:
+            raise TypeError(
+                f"attention: k and v must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}"
+            )
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
     if torch.compiler.is_compiling():
         # Dynamo does not see that an argument of func.grad requires grad; of a view it does.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import reference
-from coopflow_ext._tensors import Coefficient, arithmetic_dtype
+from coopflow_ext._tensors import Coefficient, arithmetic_dtype, check_tensors
 from coopflow_ext.ops import _call
 
 _COEFFICIENTS = ("drift", "noise", "decay", "pull", "step_size")
@@ -188,6 +188,7 @@ def langevin_step_(
         ValueError, TypeError: an argument does not fit, or what is written shares memory with
             another argument (x may be grad, x_ref or xi itself); nothing is changed then.
     """
+    check_tensors(x=x)
     written = {"x": x, "x_low": x_low, "stats": stats, "active": active, "frozen_at": frozen_at}
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_step_", grad=grad, **written)
@@ -241,6 +242,7 @@ def langevin_noise_(
     Equivalent to ``x += noise * normal(x.shape, rng, step=step)``;
     the arguments are those of :func:`langevin_step_`.
     """
+    check_tensors(x=x)
     if torch.is_grad_enabled():
         _refuse_autograd("langevin_noise_", x=x)
     _refuse_negated("langevin_noise_", x=x)
