@@ -125,10 +125,11 @@ def call_of_an_op(chance: random.Random) -> None:
         return
     try:
         expected = op.reference(before)
-    except (RuntimeError, *REFUSALS):
+    except (RuntimeError, IndexError, *REFUSALS):
         return  # the reference takes less: negated views, numbers of other kinds
     if not names:
-        op.assert_close(tuple(t.detach() for t in results), expected, slack=8)
+        # The bounds are of one draw; the furthest of 290,000 lay at 1.19 of one.
+        op.assert_close(tuple(t.detach() for t in results), expected, slack=1.5)
 
 
 OPTIONS: dict[str, list[Any]] = {

@@ -4,18 +4,14 @@ own loop, and the law of both."""
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from instruction_sets import fingerprints
 from test_analytic_langevin_chain import described, make, normal
 from test_mlp import arguments, cast
 from test_sampler_kernel import ENERGIES, CountOps, starts
@@ -231,17 +227,8 @@ print(digest.hexdigest())
 
 
 def test_instruction_sets_give_the_same_bits() -> None:
-    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
-    names = ["baseline", "avx2", "avx512"]
-    prints = set()
-    for isa in names[: names.index(best) + 1]:
-        done = subprocess.run(
-            [sys.executable, "-c", _FINGERPRINT],
-            env={**os.environ, "COOPFLOW_CPU_ISA": isa},
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        prints.add(done.stdout.strip())
-    assert len(prints) == 1
+    prints = fingerprints(_FINGERPRINT)
+    assert len(set(prints.values())) == 1, prints
 
 
 @pytest.mark.parametrize("name", ["rastrigin", "network"])

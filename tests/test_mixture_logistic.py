@@ -3,17 +3,14 @@ shapes, dtypes, determinism and bad input."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import mpmath
 import pytest
 import torch
+from instruction_sets import fingerprints
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -600,21 +597,6 @@ print(digest.hexdigest())
 """
 
 
-def _fingerprint(isa: str, threads: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _FINGERPRINT, str(threads)],
-        env={**os.environ, "COOPFLOW_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
 def test_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
-    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
-    names = ["baseline", "avx2", "avx512"]
-    isas = names[: names.index(best) + 1]
-    prints = {isa: _fingerprint(isa, threads=1) for isa in isas}
-    prints["2 threads"] = _fingerprint(best, threads=2)
+    prints = fingerprints(_FINGERPRINT, two_threads=True)
     assert len(set(prints.values())) == 1, prints

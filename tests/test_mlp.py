@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from instruction_sets import fingerprints
 from torch import Tensor
 from torch.library import opcheck
 
@@ -267,23 +264,8 @@ _FINGERPRINT = "import sys, torch, test_mlp; torch.set_num_threads(int(sys.argv[
     "print(test_mlp.fingerprint())"  # fmt: skip
 
 
-def _fingerprint_of(isa: str, threads: int) -> str:
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", _FINGERPRINT, str(threads)],
-        env={**os.environ, "COOPFLOW_CPU_ISA": isa, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
 def test_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
-    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
-    names = ["baseline", "avx2", "avx512"]
-    prints = {isa: _fingerprint_of(isa, 1) for isa in names[: names.index(best) + 1]}
-    prints["2 threads"] = _fingerprint_of(best, 2)
+    prints = fingerprints(_FINGERPRINT, two_threads=True)
     assert len(set(prints.values())) == 1, prints
 
 

@@ -4,13 +4,9 @@ test_flows_folding.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from instruction_sets import fingerprints
 from torch import Tensor
 
 from coopflow_ext import ops
@@ -150,19 +146,8 @@ print(digest.hexdigest())
 
 @pytest.mark.slow
 def test_instruction_sets_give_the_same_bits() -> None:
-    best = json.loads(torch.ops.coopflow.build_info())["cpu_isa"]
-    names = ["baseline", "avx2", "avx512"]
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _FINGERPRINT],
-            env={**os.environ, "COOPFLOW_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for isa in names[: names.index(best) + 1]
-    }
-    assert len(digests) == 1
+    prints = fingerprints(_FINGERPRINT)
+    assert len(set(prints.values())) == 1, prints
 
 
 def test_directions_in_channels_last(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from coopflow_ext import reference
 from coopflow_ext._tensors import arithmetic_dtype, check_tensors
+from coopflow_ext.errors import reason
 from coopflow_ext.ops import _call
 
 ATTENTION_MAX_DIM = 64
@@ -59,13 +60,10 @@ def attention(
     """
     check_tensors(q=q, k=k, v=v, rng=rng)
     if p == 0:
-        if not all(t.layout == torch.strided for t in (q, k, v)):
-            raise ValueError("attention: q, k and v must be dense")
-        if not q.dtype == k.dtype == v.dtype:
-            raise TypeError(
-                f"attention: k and v must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}"
-            )
-        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        try:
+            return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        except RuntimeError as error:
+            raise ValueError(f"attention: q, k and v do not fit: {reason(error)}") from error
     if torch.compiler.is_compiling():
         # Dynamo does not see that an argument of func.grad requires grad; of a view it does.
         q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)

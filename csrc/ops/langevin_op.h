@@ -269,7 +269,7 @@ class LangevinOp {
     args.x_out = x_out.mutable_data_ptr();
     args.xi = pointer_or_null(xi);
     args.rng = static_cast<const int64_t*>(rng.const_data_ptr());
-    args.step = step + (when == NoiseWhen::kAfterStep ? 1 : 0);
+    args.step = noise_step(step, when);
     args.noise_when = when;
     args.noise_source = NoiseSource::kNone;
     if (when != NoiseWhen::kNone && (noise != 0 || noise_t)) {
@@ -338,8 +338,12 @@ class LangevinOp {
   }
 
   // The step whose noise an update adds.
+  static int64_t noise_step(int64_t step, NoiseWhen when) {
+    return step + (when == NoiseWhen::kAfterStep ? 1 : 0);
+  }
+
   static int64_t noise_step(const LangevinOptions& o) {
-    return o.step + (static_cast<NoiseWhen>(o.noise_when) == NoiseWhen::kAfterStep ? 1 : 0);
+    return noise_step(o.step, static_cast<NoiseWhen>(o.noise_when));
   }
 
   int64_t stats_offset(const LangevinOptions& o) const {

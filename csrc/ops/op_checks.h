@@ -156,9 +156,7 @@ class OpChecks {
 
   void same_shape(const char* argument, const Tensor& t, const Tensor& x,
                   const char* x_name = "x") const {
-    bool same = t.dim() == x.dim();
-    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
-    if (!same) {
+    if (!has_sizes(t, x)) {
       fail(argument, "must have the shape of ", x_name, ", ", shape_text(x), ", got ",
            shape_text(t));
     }
@@ -188,27 +186,21 @@ class OpChecks {
   // Same shape and, where a dimension has more than one element, same strides.
   void same_layout(const char* argument, const Tensor& t, const Tensor& x) const {
     same_shape(argument, t, x);
-    for (int64_t i = 0; i < x.dim(); ++i) {
-      if (x.size(i) > 1 && t.stride(i) != x.stride(i)) {
-        fail(argument, "must have the strides of x; dimension ", i, " has stride ", t.stride(i),
-             " where x has ", x.stride(i));
-      }
+    if (const int64_t i = other_stride(t, x); i >= 0) {
+      fail(argument, "must have the strides of x; dimension ", i, " has stride ", t.stride(i),
+           " where x has ", x.stride(i));
     }
   }
 
   // A row of t for each step, which has the shape and strides of x.
   void rows_have_layout(const char* argument, const Tensor& t, const Tensor& x) const {
-    bool same = t.dim() == x.dim() + 1;
-    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i + 1) == x.size(i);
-    if (!same) {
+    if (!has_sizes(t, x, 1)) {
       fail(argument, "must have a row of the shape of x, ", shape_text(x), ", for each step, got ",
            shape_text(t));
     }
-    for (int64_t i = 0; i < x.dim(); ++i) {
-      if (x.size(i) > 1 && t.stride(i + 1) != x.stride(i)) {
-        fail(argument, "must have the strides of x in each row; dimension ", i, " has stride ",
-             t.stride(i + 1), " where x has ", x.stride(i));
-      }
+    if (const int64_t i = other_stride(t, x, 1); i >= 0) {
+      fail(argument, "must have the strides of x in each row; dimension ", i, " has stride ",
+           t.stride(i + 1), " where x has ", x.stride(i));
     }
   }
 
@@ -261,15 +253,24 @@ class OpChecks {
   }
 
  private:
+  // Whether t has x's sizes, behind so many dimensions of its own.
+  static bool has_sizes(const Tensor& t, const Tensor& x, int64_t leading = 0) {
+    bool same = t.dim() == x.dim() + leading;
+    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(leading + i) == x.size(i);
+    return same;
+  }
+
+  // The first dimension of x, with more than one element, in which t's stride is another; or -1.
+  static int64_t other_stride(const Tensor& t, const Tensor& x, int64_t leading = 0) {
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (x.size(i) > 1 && t.stride(leading + i) != x.stride(i)) return i;
+    }
+    return -1;
+  }
+
   static bool same_elements(const Tensor& a, const Tensor& b) {
-    if (a.const_data_ptr() != b.const_data_ptr() || a.scalar_type() != b.scalar_type() ||
-        a.dim() != b.dim()) {
-      return false;
-    }
-    for (int64_t i = 0; i < a.dim(); ++i) {
-      if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
-    }
-    return true;
+    return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() &&
+           has_sizes(a, b) && other_stride(a, b) < 0;
   }
 
   template <typename... Parts>
