@@ -1,5 +1,5 @@
 """Random calls of ops and samplers, right and wrong: none may crash the process, every refusal is a
-ValueError or a TypeError that leaves the arguments as they were, and what is answered is right.
+ValueError or a TypeError that leaves the arguments as they were, and a right call is answered right.
 
     python -X faulthandler tests/fuzz.py --calls 1000000 --seed 1
 
@@ -99,14 +99,6 @@ def assert_unchanged(arguments: Arguments, before: Arguments) -> None:
             ), f"{name} was changed by a call that was refused"
 
 
-def is_finite(arguments: Arguments) -> bool:
-    return all(
-        bool(value.isfinite().all()) and bool((value.abs() < 1e4).all())
-        for value in arguments.values()
-        if isinstance(value, Tensor) and not value.is_meta and value.is_floating_point()
-    )
-
-
 def call_of_an_op(chance: random.Random) -> None:
     op, arguments = right_arguments(chance)
     count = min(chance.choice((0, 0, 1, 1, 2)), len(arguments))
@@ -121,15 +113,9 @@ def call_of_an_op(chance: random.Random) -> None:
         assert_unchanged(arguments, before)
         return
     assert_unchanged({k: v for k, v in arguments.items() if k != "x"}, before)
-    if any(t.is_meta for t in results) or not is_finite(arguments):
-        return
-    try:
-        expected = op.reference(before)
-    except (RuntimeError, IndexError, *REFUSALS):
-        return  # the reference takes less: negated views, numbers of other kinds
     if not names:
         # The bounds are of one draw; the furthest of 290,000 lay at 1.19 of one.
-        op.assert_close(tuple(t.detach() for t in results), expected, slack=1.5)
+        op.assert_close(tuple(t.detach() for t in results), op.reference(before), slack=1.5)
 
 
 OPTIONS: dict[str, list[Any]] = {
