@@ -1,5 +1,6 @@
 """Random calls of ops and samplers, right and wrong: none may crash the process, every refusal is a
-ValueError or a TypeError that leaves the arguments as they were, and a right call is answered right.
+ValueError or a TypeError that leaves the arguments as they were, and right calls are answered
+right.
 
     python -X faulthandler tests/fuzz.py --calls 1000000 --seed 1
 
