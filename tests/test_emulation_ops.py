@@ -357,6 +357,32 @@ def test_wide_networks_agree_with_the_cpu_op(
     assert torch.equal(result.x, expected.x)
 
 
+# Passes through the banks of shared memory, over the fewest that the same words could take. Those
+# of attention are its tiles on their way in and its weights, both transposed.
+BANKS = {
+    "analytic_chains": 1.0,
+    "attention": 1.19,
+    "mlp_chain": 1.02,
+    "mlp_chain_bfloat16": 1.03,
+    "mlp_mala_chain": 1.02,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "analytic_chains" else pytest.param(n, marks=pytest.mark.slow) for n in BANKS],
+)
+def test_shared_memory_has_few_bank_conflicts(emulation: harness.Emulation, name: str) -> None:
+    if "checked" not in str(emulation.library):
+        pytest.skip("this build has no race check")
+    with emulation.counted_banks() as counts, emulation.ops():
+        CASES[name](Inputs(torch.float32, (3, 5)))
+    passes, floor = (sum(count[i] for count in counts) for i in (2, 3))
+    assert floor > 0
+    worst = max(counts, key=lambda count: count.passes - count.floor)
+    assert passes <= BANKS[name] * floor, (passes, floor, emulation.place(worst.instruction))
+
+
 def test_a_network_that_a_block_cannot_hold_is_refused(emulation: harness.Emulation) -> None:
     rng, sizes = Inputs(torch.float32, (3, 2)).rng, (2, 128, 128, 128, 128)
     needed, there = cf.ops.mlp_shared_bytes(sizes), 227 * 1024

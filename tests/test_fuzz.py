@@ -26,7 +26,7 @@ def test_random_calls_are_answered_right_or_refused(chance: random.Random) -> No
 @pytest.mark.timeout(7200)
 def test_many_random_calls_in_a_process_of_their_own() -> None:
     """A crash shows as the process's end, with the place by faulthandler."""
-    calls = os.environ.get("FUZZ_CALLS", "200000")
+    calls = os.environ.get("FUZZ_CALLS", "1000000")
     command = [sys.executable, "-X", "faulthandler", str(TESTS / "fuzz.py"), "--calls", calls]
     path = [str(TESTS.parent), str(TESTS.parent / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(

@@ -397,3 +397,11 @@ def test_a_step_size_of_mala_beyond_float32_is_named():
     sampler = cf.MALASampler(cf.energies.DoubleWellEnergy(1.0), n_steps=3, step_size=1e39)
     with pytest.raises(ValueError, match="step_size must be finite in float32, got 1e"):
         sampler(torch.zeros(4, 2), key=cf.Key(1))
+
+
+def test_autocast_where_torch_has_none_is_refused() -> None:
+    sampler = LangevinSampler(
+        energy, drift=0.1, n_steps=2, autocast=torch.bfloat16, on_nonfinite="ignore"
+    )
+    with pytest.raises(ValueError, match=r"autocast: torch has none .* which is 'meta'"):
+        sampler(X0.to("meta"), key=cf.Key(0))

@@ -288,11 +288,13 @@ class Chain:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model computes in."""
-        dtype = self.plan.autocast
+        dtype, device = self.plan.autocast, self.xs[0].device.type
         if dtype is None:
             return nullcontext()
+        if not torch.amp.is_autocast_available(device):
+            raise ValueError(f"autocast: torch has none on the device of x0, which is {device!r}")
         # Without autocast's cache of casts, which must not outlive a graph's capture.
-        return torch.autocast(self.xs[0].device.type, dtype, cache_enabled=False)
+        return torch.autocast(device, dtype, cache_enabled=False)
 
     def update(self, step: int, grads: Tensors, *, noise_when: int, ends: bool) -> None:
         """Move ``xs`` by one step, given the gradients."""

@@ -248,6 +248,7 @@ class Device {
       if (progress) continue;
       if (std::all_of(threads_.begin(), threads_.end(),
                       [](const Thread& t) { return t.state == State::kFinished; })) {
+        banks_end_block();
         return;
       }
       release_barrier();

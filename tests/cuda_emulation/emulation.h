@@ -79,4 +79,9 @@ std::string source_lines(const void* instruction);
 void races_begin_launch(const char* dynamic_shared, size_t bytes);
 void races_begin_block();
 
+// --- for the count of bank conflicts (banks.cpp) -------------------------------------------------
+// An access `offset` bytes into shared memory.
+void banks_record(const Moment& at, size_t offset, size_t bytes, const void* instruction);
+void banks_end_block();
+
 }  // namespace cuda_emulation

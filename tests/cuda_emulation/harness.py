@@ -115,6 +115,22 @@ class Launch(NamedTuple):
     blocks: int
 
 
+class BankCount(NamedTuple):
+    """Accesses to shared memory by one instruction (banks.cpp).
+
+    Attributes:
+        instruction: its address, see :meth:`Emulation.place`.
+        requests: of a warp.
+        passes: through the banks that they take.
+        floor: passes that they would take without a conflict.
+    """
+
+    instruction: int
+    requests: int
+    passes: int
+    floor: int
+
+
 class Emulation:
     """A loaded build of the emulated kernels."""
 
@@ -123,6 +139,7 @@ class Emulation:
         self.library = library
         self._c = ctypes.CDLL(str(library))
         self._c.cuda_emulation_take_launches.restype = ctypes.c_size_t
+        self._c.cuda_emulation_counted_banks.restype = ctypes.c_size_t
         self.raw = torch.ops.coopflow_emulated
 
     @contextlib.contextmanager
@@ -183,6 +200,26 @@ class Emulation:
             Launch(self.kernels[offset], grid)
             for offset, grid in zip(offsets[:count], blocks[:count], strict=True)
         ]
+
+    @contextlib.contextmanager
+    def counted_banks(self) -> Iterator[list[BankCount]]:
+        """Afterwards the list has each instruction that met shared memory inside."""
+        counts: list[BankCount] = []
+        self._c.cuda_emulation_count_banks()
+        try:
+            yield counts
+        finally:
+            capacity = 1 << 14
+            numbers = (ctypes.c_uint64 * (4 * capacity))()
+            n = self._c.cuda_emulation_counted_banks(numbers, ctypes.c_size_t(capacity))
+            assert n <= capacity
+            counts += [BankCount(*numbers[4 * i : 4 * i + 4]) for i in range(n)]
+
+    def place(self, instruction: int) -> str:
+        """Source lines of an instruction, innermost inlined function first."""
+        self._c.cuda_emulation_place.restype = ctypes.c_char_p
+        found: bytes = self._c.cuda_emulation_place(ctypes.c_uint64(instruction))
+        return found.decode()
 
     def wrong_index(self) -> str:
         """The first wrong index that the cursors of items.cuh and reduce.cuh give; "" if none."""

@@ -178,6 +178,44 @@ void elementary_functions() {
   expect_value("reciprocal(NaN)", coopflow::reciprocal(NAN), NAN);
 }
 
+// --- bank conflicts ------------------------------------------------------------------------------
+void neighbouring_words() {
+  __shared__ int values[64];
+  values[threadIdx.x] = 1;
+}
+
+void every_second_word() {
+  __shared__ int values[128];
+  values[2 * threadIdx.x] = 1;
+}
+
+void words_of_one_bank() {
+  __shared__ int values[32 * 64];
+  values[32 * threadIdx.x] = 1;
+}
+
+void neighbouring_bytes() {
+  __shared__ char values[64];
+  values[threadIdx.x] = 1;
+}
+
+void neighbours_of_16_bytes() {
+  __shared__ coopflow::Word16 values[64];
+  values[threadIdx.x] = coopflow::Word16{};
+}
+
+void every_second_of_16_bytes() {
+  __shared__ coopflow::Word16 values[128];
+  values[2 * threadIdx.x] = coopflow::Word16{};
+}
+
+void one_word_for_all() {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 1;
+  __syncthreads();
+  expect("the word", value, 1);
+}
+
 // --- what must be an error ---------------------------------------------------------------------
 void race_in_the_block() {
   __shared__ int values[64];
@@ -236,6 +274,13 @@ constexpr Primitive kPrimitives[] = {
     {"matrix_products", matrix_products},
     {"matrix_not_on_16_bytes", matrix_not_on_16_bytes},
     {"product_of_half_a_warp", product_of_half_a_warp},
+    {"neighbouring_words", neighbouring_words},
+    {"every_second_word", every_second_word},
+    {"words_of_one_bank", words_of_one_bank},
+    {"neighbouring_bytes", neighbouring_bytes},
+    {"neighbours_of_16_bytes", neighbours_of_16_bytes},
+    {"every_second_of_16_bytes", every_second_of_16_bytes},
+    {"one_word_for_all", one_word_for_all},
     {"race_in_the_block", race_in_the_block},
     {"race_in_dynamic_memory", race_in_dynamic_memory},
     {"dynamic_memory_unwritten", dynamic_memory_unwritten},

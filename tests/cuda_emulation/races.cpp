@@ -84,6 +84,8 @@ void on_access(const void* address, size_t bytes, bool write, const void* instru
   const bool shared = (begin >= shared_begin && begin < shared_end) ||
                       (begin >= dynamic_begin && begin < dynamic_end);
   if (!shared || !thread_is_running()) return;
+  const bool dynamic = begin >= dynamic_begin && begin < dynamic_end;
+  banks_record(now(), begin - (dynamic ? dynamic_begin : shared_begin), bytes, instruction);
   for (size_t i = 0; i < bytes; ++i) record(shadow[begin + i], write, instruction);
 }
 
