@@ -127,7 +127,9 @@ class TrainConfig:
     tf32: bool | None = _setting(
         None, "on a GPU round the factors of float32 products to TF32; none: as torch's flags say"
     )
-    compile: bool = _setting(False, "compile the gradient of the energy with torch.compile")
+    compile: bool = _setting(
+        False, "compile the gradient of the energy and the blocks of a Flow++ with torch.compile"
+    )
     cuda_graph: bool | Literal["auto"] = _setting(
         "auto",
         "on a GPU a step as one CUDA graph: auto, true (an error where it cannot be), or false",

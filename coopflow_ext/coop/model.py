@@ -68,9 +68,11 @@ def build_flow(config: TrainConfig, event: EventSpec) -> flows.Flow:
     else:
         raise ValueError(f"flow must be realnvp for vectors, got {config.flow!r}")
     try:
-        return _FLOWS[config.flow](**{**options, **config.flow_options})
+        flow = _FLOWS[config.flow](**{**options, **config.flow_options})
     except TypeError as error:
         raise ValueError(f"flow_options do not fit {config.flow}: {error}") from error
+    flow.compile_blocks = config.compile
+    return flow
 
 
 def build_energy(config: TrainConfig, event: EventSpec) -> nn.Module:

@@ -16,12 +16,15 @@ class Context:
     Attributes:
         aux: what the couplings' networks are conditioned on, or None: (B, context_dim), or for
             images also maps (B, context_dim, H, W).
-        dropout_rng: int64[3] on the input's device, from which dropout masks are drawn; None
-            switches dropout off.
+        dropout_rng: int64[3] on the input's device, from which dropout masks are drawn, each
+            layer's at the step of its index; or (layers, 3), a row for each, which compiled blocks
+            take, for a number would be a constant in them. None switches dropout off.
+        compiled: whether the blocks of a Flow++ conditioner run compiled, see :class:`Flow`.
     """
 
     aux: Tensor | None = None
     dropout_rng: Tensor | None = None
+    compiled: bool = False
 
 
 NO_CONTEXT = Context()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -66,6 +67,12 @@ class Flow(nn.Module):
     and values; the four kinds used last are kept, with the memory of the largest. Changes of the
     weights in place are seen. ``flow.cuda_graph = False`` turns it off.
 
+    With ``flow.compile_blocks = True`` the blocks of a Flow++, which are most of it, run compiled:
+    one code of torch.compile for all blocks of a kind (sizes, dropout, with or without gradients),
+    whatever the depth, at the first call of the kind, and one more for other batch sizes. Other
+    networks run as they are, and hooks of the layers inside of a block do not run. Where a block
+    cannot be compiled, one warning says so. It is differentiable once.
+
     ``torch.compile(flow.sample, fullgraph=True)``, and the same of ``log_prob``, is one graph that
     takes the key as an input: another key needs no other graph.
     """
@@ -109,7 +116,8 @@ class Flow(nn.Module):
         dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.p > 0]
         for index, dropout in enumerate(dropouts):
             dropout.index = index
-        self._has_dropout = bool(dropouts)
+        self._n_dropouts = len(dropouts)
+        self.compile_blocks = False
         self.cuda_graph = True
         self._graphs = GraphedCalls("a pass of the flow", required=False)
 
@@ -145,12 +153,22 @@ class Flow(nn.Module):
             )
         return context
 
-    def _context(self, aux: Tensor | None, key: Key | None, x: Tensor, *uses: int) -> Context:
-        if not (self._has_dropout and self.training):
-            return Context(aux)
+    def _context(self, aux: Tensor | None) -> Context:
+        """Without dropout."""
+        # What compiles the whole pass compiles the blocks in it.
+        return Context(aux, compiled=self.compile_blocks and not torch.compiler.is_compiling())
+
+    def _dropout_context(
+        self, aux: Tensor | None, key: Key | None, x: Tensor, *uses: int
+    ) -> Context:
+        context = self._context(aux)
+        if not (self._n_dropouts and self.training):
+            return context
         # Layers count by time steps, so the key's own time is folded into the seed.
         rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True, batch=len(x))
-        return Context(aux, rng)
+        if context.compiled:
+            rng = _rng_by_layer(rng, self._n_dropouts)
+        return replace(context, dropout_rng=rng)
 
     def call_and_ladj(
         self,
@@ -173,7 +191,7 @@ class Flow(nn.Module):
             z, shape of x, and ladj (B,), which includes dequantiser and logit map.
         """
         self._check_events("x", x)
-        inner = self._context(self._aux(context, x.shape[0]), key, x)
+        inner = self._dropout_context(self._aux(context, x.shape[0]), key, x)
         if self.dequantize is None or self.logit is None:
             if eps is not None:
                 raise ValueError("eps is the noise of a dequantiser, and this flow has none")
@@ -209,7 +227,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latent → data; for an image flow y **before** the final sigmoid, see :meth:`to_data`."""
         self._check_events("z", z)
-        inner = Context(self._aux(context, z.shape[0]))
+        inner = self._context(self._aux(context, z.shape[0]))
         with self._inverse_pass():
             return self.transform.inverse_and_ladj(z, inner)
 
@@ -295,9 +313,9 @@ class Flow(nn.Module):
         like = next(self.parameters())
         rng = stream(key, USE_PRIOR, device=like.device, batch=n)
         z = ops.normal((n, *self.event_shape), rng, dtype=like.dtype)
-        inner = Context(aux)
+        inner = self._context(aux)
         if self.sampling_dropout:
-            inner = self._context(aux, key, z, USE_PRIOR)
+            inner = self._dropout_context(aux, key, z, USE_PRIOR)
         with self._inverse_pass():
             y, _ = self.transform.inverse_and_ladj(z, inner)
         return self.to_data(y)
@@ -320,7 +338,7 @@ class Flow(nn.Module):
             return function(key, *tensors)
         key = Key.or_default(key)
         key.check_batch(batch)
-        return self._graphs.call(name, function, self, key, *tensors)
+        return self._graphs.call((name, self.compile_blocks), function, self, key, *tensors)
 
     def _can_capture(self, batch: int) -> bool:
         if not self.cuda_graph or batch == 0 or torch.is_grad_enabled():
@@ -364,6 +382,15 @@ class Flow(nn.Module):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _rng_by_layer(rng: Tensor, layers: int) -> Tensor:
+    """(layers, 3): rng at the time of each layer. A row begins at a multiple of 16 bytes, as
+    compiled code has it."""
+    rows = rng.new_zeros(layers, 4)
+    rows[:, :3] = rng
+    rows[:, 1] += torch.arange(layers, device=rng.device)
+    return rows[:, :3]
 
 
 def _in_range(x: Tensor) -> Tensor:

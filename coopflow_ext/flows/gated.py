@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,11 +14,16 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context
-from coopflow_ext.flows.nets import Conditioner, Dropout, conditioning
+from coopflow_ext.flows.compiled import compiled_for
+from coopflow_ext.flows.nets import Conditioner, Dropout, Masks, conditioning
 from coopflow_ext.flows.weight_norm import WeightNormedConv2d, WeightNormedLinear
 
 N_HEADS = 4
 AUX_CHANNELS = 32
+
+Layer = Callable[[Tensor], Tensor]
+# The effective weight of a layer, and its bias.
+Affine = tuple[Tensor, Tensor | None]
 
 
 def _gate(x: Tensor, dim: int) -> Tensor:
@@ -38,6 +46,97 @@ def sinusoidal_positions(n_positions: int, channels: int) -> Tensor:
     return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, channels % 2))
 
 
+def _gated_conv(
+    x: Tensor,
+    features: Tensor | None,
+    masks: Masks,
+    conv: Layer,
+    aux: Layer | None,
+    gate: Layer,
+) -> Tensor:
+    h = conv(ops.concat_elu(x))
+    if aux is not None and features is not None:
+        h = h + aux(features)
+    h = ops.concat_elu(h, masks.rng, masks.p, step=masks.step)
+    return _gate(gate(h), 1)
+
+
+def _gated_attention(
+    x: Tensor, positions: Tensor, masks: Masks, project: Layer, gate: Layer
+) -> Tensor:
+    B, L, C = x.shape
+    heads = project(x + positions).view(B, L, 3, N_HEADS, C // N_HEADS)
+    keys, values, queries = (of.transpose(1, 2) for of in heads.unbind(2))
+    if masks.rng is None:
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+    else:
+        # The mask comes from our own key, which torch's fused attention cannot take.
+        mixed = ops.attention(queries, keys, values, masks.rng, masks.p, step=masks.step)
+    return _gate(gate(mixed.transpose(1, 2).reshape(B, L, C)), 2)
+
+
+def _block(
+    x: Tensor, conv: Layer, norm1: Layer, attention: Layer | None, norm2: Layer | None
+) -> Tensor:
+    B, C, H, W = x.shape
+    # In channels_last the change to (B, H·W, C) and back moves no data.
+    h = norm1((x + conv(x)).permute(0, 2, 3, 1).reshape(B, H * W, C))
+    if attention is not None and norm2 is not None:
+        h = norm2(h + attention(h))
+    return h.view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def _as_conv(affine: Affine) -> Layer:
+    weight, bias = affine
+    return partial(F.conv2d, weight=weight, bias=bias, padding=weight.shape[-1] // 2)
+
+
+def _as_linear(affine: Affine) -> Layer:
+    weight, bias = affine
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def _as_norm(affine: Affine) -> Layer:
+    weight, bias = affine
+    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias)
+
+
+def _affine(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> Affine:
+    """Detached without gradients, where some weights are folded so and others not: compiled code
+    is for one or the other."""
+    weight, bias = layer.weight, layer.bias
+    return (weight if torch.is_grad_enabled() else weight.detach()), bias
+
+
+def _block_of_tensors(
+    x: Tensor,
+    positions: Tensor,
+    features: Tensor | None,
+    masks: tuple[Masks, Masks | None],
+    convs: tuple[Affine, Affine | None, Affine],
+    norm1: Affine,
+    linears: tuple[Affine, Affine] | None,
+    norm2: Affine | None,
+) -> Tensor:
+    """The same of tensors alone, which can be compiled for all blocks of a kind."""
+    conv, aux, gate = convs
+    gated_conv = partial(
+        _gated_conv,
+        features=features,
+        masks=masks[0],
+        conv=_as_conv(conv),
+        aux=None if aux is None else _as_conv(aux),
+        gate=_as_conv(gate),
+    )
+    if linears is None or masks[1] is None or norm2 is None:
+        return _block(x, gated_conv, _as_norm(norm1), None, None)
+    project, out = map(_as_linear, linears)
+    attention = partial(
+        _gated_attention, positions=positions, masks=masks[1], project=project, gate=out
+    )
+    return _block(x, gated_conv, _as_norm(norm1), attention, _as_norm(norm2))
+
+
 class GatedConv(nn.Module):
     """concat-ELU, conv3×3, [+ conv1×1(concat-ELU(aux))], concat-ELU, dropout, conv1×1, gate."""
 
@@ -48,14 +147,20 @@ class GatedConv(nn.Module):
         self.dropout = Dropout(dropout, per_channel=True)
         self.gate = WeightNormedConv2d(2 * channels, 2 * channels, 1)
 
-    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        h = self.conv(ops.concat_elu(x))
-        if self.aux is not None:
+    def forward(
+        self, x: Tensor, context: Context = NO_CONTEXT, features: Tensor | None = None
+    ) -> Tensor:
+        """``features`` is concat-ELU(aux), from a caller who needs it more than once."""
+        if self.aux is not None and features is None:
             if context.aux is None:
                 raise ValueError("this network is conditioned: context.aux is missing")
-            h = h + self.aux(ops.concat_elu(context.aux))
-        h = ops.concat_elu(h, context.dropout_rng, self.dropout.p, step=self.dropout.index)
-        return _gate(self.gate(h), 1)
+            features = ops.concat_elu(context.aux)
+        masks = self.dropout.masks(context)
+        return _gated_conv(x, features, masks, self.conv, self.aux, self.gate)
+
+    def affines(self) -> tuple[Affine, Affine | None, Affine]:
+        aux = None if self.aux is None else _affine(self.aux)
+        return _affine(self.conv), aux, _affine(self.gate)
 
 
 class GatedAttention(nn.Module):
@@ -76,17 +181,11 @@ class GatedAttention(nn.Module):
         self.gate = WeightNormedLinear(channels, 2 * channels, bias=True)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        B, L, C = x.shape
-        heads = self.project(x + positions).view(B, L, 3, N_HEADS, C // N_HEADS)
-        keys, values, queries = (of.transpose(1, 2) for of in heads.unbind(2))
-        if context.dropout_rng is None:
-            mixed = F.scaled_dot_product_attention(queries, keys, values)
-        else:
-            # The mask comes from our own key, which torch's fused attention cannot take.
-            mixed = ops.attention(
-                queries, keys, values, context.dropout_rng, self.dropout.p, step=self.dropout.index
-            )
-        return _gate(self.gate(mixed.transpose(1, 2).reshape(B, L, C)), 2)
+        masks = self.dropout.masks(context)
+        return _gated_attention(x, positions, masks, self.project, self.gate)
+
+    def affines(self) -> tuple[Affine, Affine]:
+        return _affine(self.project), _affine(self.gate)
 
 
 class ConditionerBlock(nn.Module):
@@ -101,13 +200,46 @@ class ConditionerBlock(nn.Module):
         self.attention = GatedAttention(channels, dropout) if attention else None
         self.norm2 = nn.LayerNorm(channels) if attention else None
 
-    def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        B, C, H, W = x.shape
-        # In channels_last the change to (B, H·W, C) and back moves no data.
-        h = self.norm1((x + self.conv(x, context)).permute(0, 2, 3, 1).reshape(B, H * W, C))
-        if self.attention is not None and self.norm2 is not None:
-            h = self.norm2(h + self.attention(h, positions, context))
-        return cast(Tensor, h).view(B, H, W, C).permute(0, 3, 1, 2)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        context: Context = NO_CONTEXT,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """``features`` as for :class:`GatedConv`."""
+        if context.compiled:
+            return self._compiled(x, positions, context, features)
+        conv = partial(self.conv, context=context, features=features)
+        attention = None
+        if self.attention is not None:
+            attention = partial(self.attention, positions=positions, context=context)
+        return _block(x, conv, self.norm1, attention, self.norm2)
+
+    def _compiled(
+        self, x: Tensor, positions: Tensor, context: Context, features: Tensor | None
+    ) -> Tensor:
+        """By the function that all blocks of this kind share, whatever their depth and flow."""
+        conv, attention = self.conv, self.attention
+        masks = conv.dropout.masks(context), attention and attention.dropout.masks(context)
+        kind = (
+            x.shape[1:],
+            x.dtype,
+            None if features is None else features.shape[1:],
+            attention is None,
+            tuple(None if of is None else (of.p, of.rng is None) for of in masks),
+        )
+        run = compiled_for(_block_of_tensors, kind)
+        return run(
+            x.contiguous(memory_format=torch.channels_last),  # as the blocks before give it
+            positions,
+            features,
+            masks,
+            conv.affines(),
+            _affine(self.norm1),
+            None if attention is None else attention.affines(),
+            None if self.norm2 is None else _affine(self.norm2),
+        )
 
 
 class FlowPPConditioner(Conditioner):
@@ -175,11 +307,12 @@ class FlowPPConditioner(Conditioner):
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         aux = conditioning(context, self.aux_channels, x)
-        context = Context(aux, context.dropout_rng)
+        features = None if aux is None else ops.concat_elu(aux)  # once for all blocks
+        context = replace(context, aux=aux)
         positions = self._place_positions()
         h = self.first(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
-            h = block(h, positions, context)
+            h = block(h, positions, context, features)
         # The couplings read (B, 2 + 3K, C, H, W) row-major, so leave channels_last here, where
         # the tensor is still small.
         return cast(Tensor, self.last(h.contiguous()))

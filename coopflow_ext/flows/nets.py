@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,14 @@ def _with_context(x: Tensor, context: Context, context_dim: int) -> Tensor:
     return x if aux is None else torch.cat((x, aux.expand(-1, -1, *x.shape[2:])), dim=1)
 
 
+class Masks(NamedTuple):
+    """Where the masks of a dropout layer come from, as the ops take it."""
+
+    rng: Tensor | None
+    p: float
+    step: int
+
+
 class Dropout(nn.Module):
     """Dropout whose mask is drawn from the context's key; without one it does nothing.
 
@@ -73,13 +81,23 @@ class Dropout(nn.Module):
         self.per_channel = per_channel
         self.index = 0
 
+    def masks(self, context: Context) -> Masks:
+        """For ops that drop by themselves."""
+        rng = context.dropout_rng
+        if rng is None:
+            return Masks(None, self.p, 0)
+        return (
+            Masks(rng, self.p, self.index) if rng.ndim == 1 else Masks(rng[self.index], self.p, 0)
+        )
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if context.dropout_rng is None or self.p == 0:
+        rng, p, step = self.masks(context)
+        if rng is None or p == 0:
             return x
         n_mask_dims = 2 if self.per_channel else x.ndim
         shape = x.shape[:n_mask_dims]
-        u = ops.uniform(shape, context.dropout_rng, step=self.index)
-        mask = (u >= self.p).to(x.dtype) / (1 - self.p)
+        u = ops.uniform(shape, rng, step=step)
+        mask = (u >= p).to(x.dtype) / (1 - p)
         return x * mask.reshape(shape + (1,) * (x.ndim - n_mask_dims))
 
 

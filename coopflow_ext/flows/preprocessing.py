@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class VariationalDequantize(Dequantize):
     ) -> tuple[Tensor, Tensor]:
         with folding(self.aux_net, WeightNormed):
             aux = self.aux_net(self.board.rearrange(x - 0.5))
-        inner = Context(aux, context.dropout_rng)
+        inner = replace(context, aux=aux)
         pair = self.board.rearrange(eps)
         w, ladj = call_and_ladj(self.transform, pair, inner, recompute=self.recompute)
         w = self.board.restore(w)
