@@ -146,7 +146,16 @@ def test_every_page_is_in_the_site(site: Path) -> None:
     assert {theirs.get(page.stem, page.stem) for page in PAGES} <= made
     assert {"changelog", "benchmarks/results/h100/table"} <= made
     assert "Made by" in (site / "index.html").read_text()
+    for page in (site / "api").glob("*.html"):
+        assert not re.search(r":(class|func|meth|mod):", page.read_text()), page
     assert (site / "examples" / "jem_loop.py").is_file()
+
+
+@needs_mkdocs
+def test_calls_of_samplers_are_documented(site: Path) -> None:
+    ids = parsed(site / "api" / "samplers.html").ids
+    for sampler in ("LangevinSampler", "MALASampler", "UnderdampedLangevinSampler"):
+        assert f"coopflow_ext.{sampler}.__call__" in ids
 
 
 @needs_mkdocs

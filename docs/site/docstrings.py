@@ -12,18 +12,23 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([^`]+)`")
 _ANNOUNCED = re.compile(r"(?<=\S)::$", re.MULTILINE)
 
 
+def as_markdown(obj: griffe.Object) -> None:
+    """The docstrings of an object and of what stands in it."""
+    if obj.docstring:
+        obj.docstring.value = _ANNOUNCED.sub(":", _ROLE.sub(r"`\1`", obj.docstring.value))
+    for member in obj.members.values():
+        if isinstance(member, griffe.Object):  # an alias is another module's
+            as_markdown(member)
+
+
 class PublicNames(griffe.Extension):
     """The few signs of reStructuredText in our docstrings as Markdown, and public names as Python
     sees them."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring:
-            text = _ROLE.sub(r"`\1`", obj.docstring.value)
-            obj.docstring.value = _ANNOUNCED.sub(":", text)
-
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        """``ops.attention`` is the function that the package imports, not its module."""
         loader.resolve_aliases(implicit=True, external=False)
+        as_markdown(pkg)
+        # `ops.attention` is the function that the package imports, not its module.
         for module in [m for m in pkg.modules.values() if m.exports]:
             for name in map(str, module.exports or ()):
                 member = module.members.get(name)
