@@ -100,8 +100,9 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 docs: export NO_MKDOCS_2_WARNING = 1 # the theme's notice about another program
+# Not --quiet: that drops the warnings which --strict counts.
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 test: lint $(LIBRARY)

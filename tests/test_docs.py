@@ -152,6 +152,18 @@ def test_every_page_is_in_the_site(site: Path) -> None:
 
 
 @needs_mkdocs
+def test_links_in_code_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    pages = importlib.import_module("pages")
+    text = "[a](b.md) `[a](b.md)`\n```\n[a](b.md)\n```\n[a](b.md#c)"
+    changed = pages.outside_code(pages._LINK, r"\1B\3", text)
+    assert changed == "[a](B) `[a](b.md)`\n```\n[a](b.md)\n```\n[a](B#c)"
+    assert pages.place(ROOT / "README.md") == "index.md"
+    assert pages.place(ROOT / "docs" / "runs.md") == "runs.md"
+    assert pages.place(ROOT / "examples" / "jem_loop.py") == "examples/jem_loop.py"
+
+
+@needs_mkdocs
 def test_calls_of_samplers_are_documented(site: Path) -> None:
     ids = parsed(site / "api" / "samplers.html").ids
     for sampler in ("LangevinSampler", "MALASampler", "UnderdampedLangevinSampler"):
