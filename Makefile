@@ -22,7 +22,7 @@ NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
 CXX_FILES = $(shell find csrc tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test check sanitize wheel sdist build lint clean FORCE
+.PHONY: help demo test check sanitize wheel sdist build lint docs clean FORCE
 
 help:
 	@echo "make demo   train on real images with the compiled kernels; says where the picture is"
@@ -31,6 +31,7 @@ help:
 	@echo "make sanitize  the CPU library under sanitizers and valgrind (part of make check)"
 	@echo "make build  compile the native library into coopflow_ext/ (only what changed)"
 	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make docs   the documentation as a site, build/site/index.html; warnings are errors"
 	@echo "make wheel  dist/*.whl for every Python >= 3.10 and torch >= 2.10;  make sdist: dist/*.tar.gz"
 	@echo "make clean  remove build/, dist/ and .venv"
 	@echo "Variables: PYTHON=python3 TORCH=torch==2.13.0 COOPFLOW_CUDA=auto|0|1 JOBS=2 PYTEST_ARGS=..."
@@ -97,6 +98,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+docs: export NO_MKDOCS_2_WARNING = 1 # the theme's notice about another program
+# Not --quiet: that drops the warnings which --strict counts.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+	@echo "the site: build/site/index.html"
 
 test: lint $(LIBRARY)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

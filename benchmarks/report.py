@@ -280,9 +280,12 @@ README_ROWS = (
         },
     ),
     Row(
-        "sampling a small Flow++, batch 64",
-        "the same with the published bisection",
-        dict.fromkeys(("cuda", "cpu"), ("flowpp/sampling/digits/64", ("reference",))),
+        "Langevin update of a small state, 28×3072",
+        "in-place eager, on the GPU as one CUDA graph",
+        {
+            "cuda": ("langevin/fp32/28x3072", ("CUDA graph of in-place",)),
+            "cpu": ("langevin/fp32/28x3072", ("in-place eager",)),
+        },
     ),
 )
 

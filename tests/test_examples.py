@@ -8,12 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import coopflow_ext as cf
-from coopflow_ext.energies import MLPEnergy
-
-README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -33,37 +28,6 @@ def run(monkeypatch, capsys, tmp_path):
 def test_every_example_is_tested():
     tested = set(re.findall(r'run\("(\w+)"\)', Path(__file__).read_text()))
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
-
-
-def test_the_lines_in_the_readme_run():
-    """In their order, with what they take for granted, and fewer steps."""
-    pytest.importorskip("torchebm")
-    from torchebm.core import DoubleWellModel
-
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
-    x = torch.randn(128, 1, 8, 8, requires_grad=True)
-    names = {
-        "torch": torch,
-        "energy": MLPEnergy(64),
-        "x": x,
-        "x0": x,
-        "key": cf.Key(0),
-        "means": torch.eye(2),
-        "start": torch.zeros(9, 2),
-        "DoubleWellModel": DoubleWellModel,
-    }
-    for block in blocks:
-        for many, few in (("5000", "40"), ("1250", "20"), ("1000", "50")):
-            block = block.replace(many, few)
-        if "MALASampler" in block:
-            names.update(energy=MLPEnergy(2), x0=torch.randn(4, 2))
-        if "ReplayBuffer" in block:
-            names["sampler"] = cf.LangevinSampler(MLPEnergy(64), n_steps=2, step_size=0.1)
-        exec(block, names)
-    assert names["samples"].shape == (50, 2)
-    assert names["trajectory"].shape == (20, 4, 2)
-    assert names["out"].x.shape == (128, 1, 8, 8)
 
 
 def test_jem_loop(run):

@@ -563,6 +563,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS = tuple(_PRESETS)
+"""The settings that ``preset`` may name, see :meth:`TrainConfig.from_dict`."""
+
 _PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small", "toy": "toy"}
 
 

@@ -21,6 +21,8 @@ NAMES = (
     "folder:DIR",
     *(f"toy:{name}" for name in DENSITIES),
 )
+"""What :func:`load` takes; DIR stands for a folder of images."""
+
 _KINDS = (*_BUNDLED, *_PUBLISHED, "celeba", "folder", "toy")
 
 

@@ -179,8 +179,8 @@ def mlp_mala_chain(
 
     Args:
         x0, weights, biases, rng, activation, activation_args: as in :func:`mlp_langevin_chain`.
-        accept_rng, n_steps, step_size, temperature, adapt_steps, target_accept, negative_energy,
-            step, xi, thin, stats: as in :func:`analytic_mala_chain`.
+        accept_rng, n_steps, step_size, temperature, adapt_steps: as in :func:`analytic_mala_chain`.
+        target_accept, negative_energy, step, xi, thin, stats: likewise.
 
     Returns:
         (x, trajectory, stats, step_size, finite), see :class:`MALAResult`.
