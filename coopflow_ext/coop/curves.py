@@ -57,8 +57,7 @@ CURVES = (
     ),
     Curve(
         "Way of a chain from its start to its end",
-        "root mean square per element, in units of the data; it shrinks as the flow learns from "
-        "the chains",
+        "root mean square per element, in units of the data: what is left for the chains to do",
         {"langevin_distance": "a batch"},
     ),
     Curve(

@@ -33,11 +33,11 @@ def line_chart(
     thinned = {label: _thin(points) for label, points in lines.items()}
     values = [y for points in thinned.values() for _, y in points] + [*references.values()]
     last = max(max(step for step, _ in points) for points in lines.values())
-    x_ticks, y_ticks = nice_ticks(0, max(last, 1)), _value_ticks(values, log=curve.log)
+    x_ticks = nice_ticks(0, max(last, 1))
+    low, high = _padded(min(values), max(values), log=curve.log)
     across = _Axis(0, max(last, 1), _LEFT, WIDTH - _RIGHT)
-    up = _Axis(
-        min(y_ticks[0], *values), max(y_ticks[-1], *values), HEIGHT - _BOTTOM, _TOP, curve.log
-    )
+    up = _Axis(low, high, HEIGHT - _BOTTOM, _TOP, curve.log)
+    y_ticks = log_ticks(low, high) if curve.log else nice_ticks(low, high)
     parts = [_grid(across, up, x_ticks, y_ticks)]
     for value in references.values():
         y = up(value)
@@ -68,12 +68,12 @@ class _Axis:
 
 def number(value: float) -> str:
     """Three significant digits, and all digits before the point, for readers."""
-    if value == 0:
+    rounded = float(f"{value:.3g}")
+    if rounded == 0:
         return "0"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    value = round(value, digits)
-    if not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.3g}"
+    if not 1e-4 <= abs(rounded) < 1e7:
+        return f"{value:.3g}".replace("-", "−")
+    digits = 2 - math.floor(math.log10(abs(rounded)))
     return f"{value:,.{max(0, digits)}f}".replace("-", "−")
 
 
@@ -88,28 +88,33 @@ def _short(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """About so many round numbers within [low, high], low < high."""
-    rough = (high - low) / wanted
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers within [low, high], low < high."""
+    most = (high - low) / 3
+    unit = 10.0 ** math.floor(math.log10(most))
+    step = max(m * unit for m in (1, 2, 5) if m * unit <= most * 1.001)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(k * step, 12 - math.floor(math.log10(step))) for k in range(first, last + 1)]
 
 
-def _value_ticks(values: list[float], *, log: bool) -> list[float]:
-    low, high = min(values), max(values)
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most eight round numbers within [low, high], 0 < low < high, for a logarithmic axis."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside = [e for e in exponents if low <= 10.0**e <= high]
+    if len(inside) >= 3:
+        return [10.0**e for e in inside[:: -(-len(inside) // 6)]]
+    ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) >= 2 else nice_ticks(low, high)
+
+
+def _padded(low: float, high: float, *, log: bool) -> tuple[float, float]:
+    """Some room above and below, also around values that are all the same."""
     if log:
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        inside = [m * 10.0**e for e in range(bottom, top + 1) for m in (1, 2, 5)]
-        inside = [tick for tick in inside if low <= tick <= high]
-        decades = [10.0**e for e in range(bottom, top + 1)]
-        if len(decades) > 3 or len(inside) < 2:
-            every = max(1, len(decades) // 4)
-            return decades[::every] if len(decades) > 1 else [low / 2, low * 2]
-        return inside
+        factor = (high / low) ** 0.05 if high > low else 2.0
+        return low / factor, high * factor
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return nice_ticks(low - margin, high + margin)
+    return low - margin, high + margin
 
 
 def _grid(across: _Axis, up: _Axis, x_ticks: list[float], y_ticks: list[float]) -> str:
@@ -123,10 +128,9 @@ def _grid(across: _Axis, up: _Axis, x_ticks: list[float], y_ticks: list[float]) 
         )
     for tick in x_ticks:
         x = across(tick)
-        anchor = "end" if x > WIDTH - 2 * _RIGHT else "middle"
-        at = min(x, WIDTH - 2) if anchor == "end" else x
         parts.append(
-            f"<text x='{at:.1f}' y='{bottom + 17}' text-anchor='{anchor}'>{_short(tick)}</text>"
+            f"<text x='{min(x, WIDTH - 18):.1f}' y='{bottom + 17}' text-anchor='middle'>"
+            f"{_short(tick)}</text>"
         )
     parts.append(
         f"<text x='{(_LEFT + WIDTH - _RIGHT) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>"

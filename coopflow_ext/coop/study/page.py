@@ -18,7 +18,7 @@ _STYLE = """
     --a: #69aef5; --b: #f2a15c; --reference: #9aa5b1; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--ground);
-  max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere; }
+  max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
@@ -40,7 +40,7 @@ th, td { border-bottom: 1px solid var(--edge); padding: .4rem .5rem .4rem 0; tex
   vertical-align: top; font-weight: normal; }
 th small { display: block; }
 thead th { color: var(--quiet); font-size: .875rem; vertical-align: bottom; }
-td { text-align: right; font-variant-numeric: tabular-nums; }
+td, thead th { text-align: right; font-variant-numeric: tabular-nums; }
 .ours th, .ours td { font-weight: 600; }
 svg { display: block; width: 100%; height: auto; max-width: 32rem; }
 svg text { fill: var(--quiet); }

@@ -114,7 +114,7 @@ _DIAGNOSE = (
         "Way of a chain at the first logged iteration",
         "root mean square per element, in units of the data",
     ),
-    Quantity("drift.last", "The same at the last one", "shrinks where the flow learns from it"),
+    Quantity("drift.last", "The same at the last one", "to compare with"),
     Quantity("energy_of_held_out_data", "Energy of held-out data", _SPREAD),
     Quantity("n", "Chains"),
 )
@@ -191,6 +191,15 @@ def rows_of(
         for part in quantity.key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if is_finite_number(value):
-            text = f"{value:,}" if isinstance(value, int) else number(value)
-            rows.append((quantity.words, quantity.note, f"{text} {quantity.unit}".strip()))
+            rows.append((quantity.words, quantity.note, _in_unit(value, quantity.unit)))
     return rows
+
+
+def _in_unit(value: float, unit: str) -> str:
+    """Long times in minutes or hours."""
+    if unit == "s":
+        units = ((3600, "h"), (60, "min"), (1, "s"))
+        size, unit = next((size, name) for size, name in units if value >= 2 * size or size == 1)
+        value /= size
+    text = f"{value:,}" if isinstance(value, int) else number(value)
+    return f"{text} {unit}".strip()

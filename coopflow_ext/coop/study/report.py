@@ -146,14 +146,14 @@ class _Report:
             "flow": start,
             "flow_start": f"{start} at step 0",
         }
-        others = [f"{names[k]} {number(fd[k])}" for k in names if k in fd and k != ours]
-        compared = f"; {_listed(others)}" if others else ""
-        subject = names[ours][0].upper() + names[ours][1:]
+        others = "; ".join(f"{names[k]}: {number(fd[k])}" for k in names if k in fd and k != ours)
+        compared = f" ({others})" if others else ""
+        subject = _capital(names[ours])
         space, n = (self.summary.get("fd", {}).get(k) for k in ("feature_space", "n"))
         how = "Fréchet distance to the training data"
         if space and n:
             how = f"{how} in the features of {space}, from {n:,} events of each kind"
-        rows = [(names[k][0].upper() + names[k][1:], "", number(fd[k])) for k in names if k in fd]
+        rows = [(_capital(names[k]), "", number(fd[k])) for k in names if k in fd]
         return [
             page.paragraph(
                 f"{subject} have a distance of {number(fd[ours])} to the training data{compared}.",
@@ -254,6 +254,5 @@ def _chains(chains: Iterable[Mapping[str, Any]]) -> str:
     return page.columns(head, rows) + page.paragraph(note, "quiet")
 
 
-def _listed(parts: list[str]) -> str:
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
