@@ -198,6 +198,7 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
     step = json.loads((path / "divergence.json").read_text())["step"]
     page = Page(report_run(path))
     assert f"This run diverged by step {step}: " in page.text
+    assert "There is no checkpoint yet" in page.text
     assert f"coopflow train --out {path} --resume --lr X" in page.text
     assert "Result" in page.headings
 

@@ -88,9 +88,9 @@ def save_image(path: Path, canvas: Any) -> None:
 
 
 def scatter(axes: Any, x: Tensor, title: str) -> None:
-    """Points as a cloud over [−4, 4]²."""
+    """Points as a cloud over [−4, 4]²; a few points are drawn larger."""
     a, b = x[:, :2].detach().float().cpu().unbind(1)
-    axes.scatter(a.numpy(), b.numpy(), s=2, linewidths=0)
+    axes.scatter(a.numpy(), b.numpy(), s=2 if len(x) > 500 else 10, linewidths=0)
     axes.set_xlim(-EXTENT, EXTENT)
     axes.set_ylim(-EXTENT, EXTENT)
     axes.set_aspect("equal")

@@ -33,7 +33,7 @@ def line_chart(
     thinned = {label: _thin(points) for label, points in lines.items()}
     values = [y for points in thinned.values() for _, y in points] + [*references.values()]
     last = max(max(step for step, _ in points) for points in lines.values())
-    x_ticks = nice_ticks(0, max(last, 1))
+    x_ticks = [tick for tick in nice_ticks(0, max(last, 1)) if tick == int(tick)]
     low, high = _padded(min(values), max(values), log=curve.log)
     across = _Axis(0, max(last, 1), _LEFT, WIDTH - _RIGHT)
     up = _Axis(low, high, HEIGHT - _BOTTOM, _TOP, curve.log)

@@ -88,9 +88,14 @@ class _Report:
         so_far = f"{self.done:,} of {total:,} steps are logged."
         diverged = self.divergence()
         if diverged:
+            kept = (
+                "Its last checkpoint is from before"
+                if self.run.checkpoints()
+                else ("There is no checkpoint yet")
+            )
             return page.paragraph(
                 f"This run diverged by step {diverged['step']:,}: {diverged['reason']}. {so_far} "
-                "Its last checkpoint is from before; the last part of this page says how to go on.",
+                f"{kept}; “What to do next” below says how to go on.",
                 "warning",
             )
         return page.paragraph(f"This run has not finished. {so_far}", "warning")
@@ -152,7 +157,8 @@ class _Report:
         space, n = (self.summary.get("fd", {}).get(k) for k in ("feature_space", "n"))
         how = "Fréchet distance to the training data"
         if space and n:
-            how = f"{how} in the features of {space}, from {n:,} events of each kind"
+            where = "" if space == "identity" else f" in the features of {space}"
+            how = f"{how}{where}, from {n:,} events of each kind"
         rows = [(_capital(names[k]), "", number(fd[k])) for k in names if k in fd]
         return [
             page.paragraph(
@@ -214,7 +220,7 @@ class _Report:
     def next_steps(self) -> str:
         run = shlex.quote(str(self.run.path))
         if self.divergence():
-            return page.paragraph("Go on from the last checkpoint at a lower rate X:") + (
+            return page.paragraph("Go on at a lower rate X:") + (
                 page.commands([f"coopflow train --out {run} --resume --lr X"])
             )
         if not self.finished:
