@@ -125,7 +125,13 @@ def test_words_are_seen_and_names_of_the_code_are_folded_away(run: Path) -> None
     assert page.text.count("less is better") >= 8
     assert "bits per dimension" in page.text
     folded = " ".join(page.folded)
-    for name in ("langevin_steps", "fd.langevin", "fd_langevin", "energy.data.mean"):
+    for name in (
+        "langevin_steps",
+        "fd.langevin",
+        "fd_langevin",
+        "energy.data.mean",
+        "long_chains.1.fd",
+    ):
         assert name in folded
         assert name not in page.text
 

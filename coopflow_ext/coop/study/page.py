@@ -164,7 +164,9 @@ def folded(title: str, values: Mapping[str, Any]) -> str:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     """Of long lists only the length is told."""
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            yield from _flat({str(i): part for i, part in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, list) and len(value) > 8:
             yield f"{prefix}{name}", f"{len(value)} values"
