@@ -13,9 +13,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
 LIBRARY := coopflow_ext/libcoopflow_ext.so
-RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+ifeq ($(origin RUN),undefined)
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+endif
 PYTEST_ARGS ?=
 JOBS ?= 2
+
+# `make demo` on a machine without a GPU, where nothing was built yet, leaves out what it would not
+# run; a later `make test` adds that to what is compiled. Options that are given win.
+BUILT := $(shell cat build/.options 2>/dev/null)
+LEAN := CUDA=0 ARCHITECTURES= HOST=0 ISAS=native
+GIVEN := $(COOPFLOW_CUDA)$(COOPFLOW_CUDA_ARCHITECTURES)$(COOPFLOW_BUILD_HOST)$(COOPFLOW_CPU_ISAS)
+GPU := $(wildcard /dev/nvidiactl /dev/dxg)
+ifeq ($(MAKECMDGOALS):$(GIVEN):$(GPU):$(filter-out $(LEAN),$(BUILT)),demo:::)
+export COOPFLOW_CUDA := 0
+export COOPFLOW_BUILD_HOST := 0
+export COOPFLOW_CPU_ISAS := native
+FOR := , for the CPU of this machine alone: there is no GPU
+endif
 
 NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
   $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
@@ -25,7 +40,7 @@ CXX_FILES = $(shell find csrc tests -type f \
 .PHONY: help demo test check sanitize wheel sdist build lint docs clean FORCE
 
 help:
-	@echo "make demo   train on real images with the compiled kernels; says where the picture is"
+	@echo "make demo   train on real images with the compiled kernels; says what to look at"
 	@echo "make test   lint and the test suite"
 	@echo "make check  the long tier: every test, and the wheel beside several torch versions"
 	@echo "make sanitize  the CPU library under sanitizers and valgrind (part of make check)"
@@ -40,6 +55,7 @@ help:
 # The first stamp also says, in one line each, what the machine lacks.
 $(VENV)/.torch: export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(VENV)/.torch:
+	@echo "setting up $(VENV) with $(TORCH), once"
 	@[ "$$(uname -s)" = Linux ] || { echo "coopflow_ext builds on Linux only" >&2; exit 1; }
 	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON). Install Python >= 3.10 \
 	(Debian: apt install python3) or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -69,7 +85,10 @@ $(VENV)/.dev: $(VENV)/.package pyproject.toml
 
 # --- the native library -------------------------------------------------------------------------------
 # Installed under another name and renamed, so that running processes keep the file they have mapped.
+# On a terminal ninja keeps its status in one line.
+$(LIBRARY): export NINJA_STATUS = [%f of %t files, %e s] $()
 $(LIBRARY): $(NATIVE_SOURCES) build/.options | $(VENV)/.build-tools
+	@echo "compiling the native library$(FOR)"
 	$(BIN)/cmake -S . -B $(BUILD) -G Ninja --log-level=NOTICE \
 	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja"
@@ -80,7 +99,7 @@ $(LIBRARY): $(NATIVE_SOURCES) build/.options | $(VENV)/.build-tools
 
 # Changes only when the options do, and then the library is built again.
 OPTIONS := CUDA=$(COOPFLOW_CUDA) ARCHITECTURES=$(COOPFLOW_CUDA_ARCHITECTURES) \
-  HOST=$(COOPFLOW_BUILD_HOST)
+  HOST=$(COOPFLOW_BUILD_HOST) ISAS=$(COOPFLOW_CPU_ISAS)
 build/.options: FORCE
 	@mkdir -p build
 	@echo '$(OPTIONS)' | cmp -s - $@ || echo '$(OPTIONS)' >$@
@@ -90,8 +109,14 @@ build: $(LIBRARY)
 
 # --- what people run ----------------------------------------------------------------------------------
 demo: $(VENV)/.package $(LIBRARY)
+	@echo "training on scanned digits: about a minute on two cores"
 	$(BIN)/coopflow train --data digits --preset digits-small --out "$(RUN)"
-	@echo "pictures: $(RUN)/samples (flow proposal beside Langevin result), $(RUN)/curves.png"
+	@$(BIN)/coopflow report "$(RUN)" >/dev/null
+	@echo
+	@echo "Look at    $$(ls "$(RUN)"/samples/*.png | tail -n 1)  proposals of the flow beside the same after Langevin"
+	@echo "and open   $(RUN)/report.html  the result, curves and settings as one page"
+	@echo "Go on with $(BIN)/coopflow sample \"$(RUN)\" --out samples.png"
+	@echo "or         $(BIN)/coopflow evaluate \"$(RUN)\""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -207,6 +208,7 @@ def train(args: argparse.Namespace) -> None:
     )
     print(fd_table(summary["fd"], summary["start_of_chains"]))
     print(f"picture: {args.out / summary['picture']}  curves: {args.out / 'curves.png'}")
+    print(f"all of it as one page: coopflow report {shlex.quote(str(args.out))}")
 
 
 def _device(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -159,6 +160,102 @@ def test_unknown_option_value_is_refused(configure: Configure) -> None:
     done = configure("-DCOOPFLOW_CUDA=maybe")
     assert done.returncode != 0
     assert "COOPFLOW_CUDA must be auto, 0 or 1; got 'maybe'" in " ".join(done.stderr.split())
+
+
+@in_source_tree
+def test_unknown_choice_of_instruction_sets_is_refused(configure: Configure) -> None:
+    done = configure("-DCOOPFLOW_CPU_ISAS=avx2")
+    assert done.returncode != 0
+    assert "COOPFLOW_CPU_ISAS must be all or native; got 'avx2'" in " ".join(done.stderr.split())
+
+
+ISA_PROGRAM = """
+#include <cstdio>
+#include <exception>
+#include "cpu/isa.h"
+namespace coopflow {
+COOPFLOW_DECLARE_PER_ISA(const char* loop())
+namespace baseline { const char* loop() { return "baseline"; } }
+#if defined(COOPFLOW_HAS_AVX2)
+namespace avx2 { const char* loop() { return "avx2"; } }
+#endif
+#if defined(COOPFLOW_HAS_AVX512)
+namespace avx512 { const char* loop() { return "avx512"; } }
+#endif
+}  // namespace coopflow
+int main() {
+  using namespace coopflow;
+  try {
+    std::printf("%s\\n", COOPFLOW_SELECT_ISA(loop()));
+  } catch (const std::exception& error) {
+    std::printf("%s\\n", error.what());
+  }
+}
+"""
+
+
+@in_source_tree
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone has several")
+@pytest.mark.parametrize(("built", "missing"), [("AVX2", "avx512"), ("AVX512", "avx2")])
+def test_a_library_runs_only_loops_that_it_has(tmp_path: Path, built: str, missing: str) -> None:
+    """COOPFLOW_CPU_ISAS=native builds one set beside the baseline: it links without the others, and
+    an asked one that is missing is refused, not replaced."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    source, program = tmp_path / "main.cpp", str(tmp_path / "main")
+    source.write_text(ISA_PROGRAM)
+    isa, include = ROOT / "csrc" / "cpu" / "isa.cpp", ROOT / "csrc"
+    define = f"-DCOOPFLOW_HAS_{built}=1"
+    done = _run(
+        compiler, "-std=c++17", f"-I{include}", define, str(source), str(isa), "-o", program
+    )
+    assert done.returncode == 0, done.stderr
+    assert _run(program, COOPFLOW_CPU_ISA="baseline").stdout == "baseline\n"
+    refused = _run(program, COOPFLOW_CPU_ISA=missing).stdout
+    usable = "baseline" if built.lower() not in refused else f"{built.lower()} or baseline"
+    assert refused == (
+        f"COOPFLOW_CPU_ISA must be {usable} with this library on this machine, got '{missing}'\n"
+    )
+
+
+# What `make demo` leaves out where it is the first thing that is built and there is no GPU.
+LEAN = "CUDA=0 ARCHITECTURES= HOST=0 ISAS=native"
+FULL = "CUDA= ARCHITECTURES= HOST= ISAS="
+
+
+@in_source_tree
+@pytest.mark.parametrize(
+    ("goal", "arguments", "built", "expected"),
+    [
+        ("demo", (), None, LEAN),
+        ("demo", (), LEAN, LEAN),
+        ("demo", (), FULL, FULL),  # what was built for the tests stays
+        ("test", (), LEAN, FULL),
+        ("demo", ("GPU=/dev/nvidiactl",), None, FULL),
+        ("demo", ("COOPFLOW_CUDA=1",), None, FULL.replace("CUDA=", "CUDA=1")),
+    ],
+)
+def test_the_demo_builds_what_it_runs(
+    tmp_path: Path, goal: str, arguments: tuple[str, ...], built: str | None, expected: str
+) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("csrc", "tests", "coopflow_ext", "build"):
+        (tmp_path / name).mkdir()
+    for name in ("CMakeLists.txt", "pyproject.toml", "coopflow_ext/_version.py"):
+        (tmp_path / name).touch()
+    if built is not None:
+        (tmp_path / "build" / ".options").write_text(f"{built}\n")
+    given = ("MAKE", "MFLAGS", "COOPFLOW_", "GPU")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(given)}
+    command = [make, "-n", goal, "GPU=", *arguments]  # the last of two definitions counts
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert f"echo '{expected}' | cmp -s - build/.options" in done.stdout
 
 
 @in_source_tree

@@ -613,7 +613,7 @@ def test_a_resumed_run_may_change_its_rates_and_says_so(
         (4, "energy_lr", 2e-3, 1e-5),
     ]
     page = report_run(path).read_text()
-    assert "<th>energy_lr from step 4</th><td class='number'>1e-05</td>" in page
+    assert "<th scope='row'>energy_lr from step 4</th><td>1e-05</td>" in page
     # The rate counts: at that of before the weights are others.
     twin = tmp_path / "twin"
     coop.train(tiny(), twin)

@@ -1,20 +1,14 @@
-"""The theory: laws 3 and 4 on closed-form models, and diagnosis and report of a run."""
+"""The theory: laws 3 and 4 on closed-form models, and diagnosis of a run."""
 
 from __future__ import annotations
 
-import base64
 import json
-import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
 from coopflow_ext import Key, LangevinSampler, cli, coop
-from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.flows import ActNorm, Flow
 
 
@@ -102,76 +96,6 @@ def test_diagnose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (run / "diagnose" / name).read_bytes().startswith(b"\x89PNG")
     assert cli.main(["diagnose", str(run), "--long", "5", "3"]) == 1
     assert "long: factors must be ≥ 2 and ascending, got (5, 3)" in capsys.readouterr().err
-
-
-class _Page(HTMLParser):
-    """Counts what a page holds and notes what it would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.images: list[str] = []
-        self.headings = 0
-        self.links: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.headings += tag == "h2"
-        if tag == "img":
-            self.images.append(values["src"] or "")
-        elif tag in ("script", "link", "a", "iframe"):
-            self.links.append(tag)
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_report_is_one_page_with_everything_in_it(run: Path) -> None:
-    page = report_run(run)
-    parsed = _Page()
-    parsed.feed(page.read_text())
-    assert parsed.open == []  # every element is closed
-    assert parsed.links == []  # nothing is fetched
-    assert parsed.headings >= 4
-    assert len(parsed.images) >= 3
-    for source in parsed.images:
-        assert base64.b64decode(source.partition("base64,")[2]).startswith(b"\x89PNG")
-    text = page.read_text()
-    assert "fd.langevin" in text
-    assert "langevin_steps" in text
-
-
-def test_report_of_a_run_that_has_not_finished(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "<b>run & co"
-    shutil.copytree(run, copy)
-    (copy / "summary.json").unlink()
-    text = report_run(copy).read_text()
-    assert "This run has not finished." in text
-    assert "<b>run" not in text
-    with pytest.raises(coop.RunError, match="is not a run"):
-        report_run(tmp_path)
-
-
-def test_report_in_a_browser(run: Path, tmp_path: Path) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-    browser = next((path for name in names if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    flags = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"]
-    flags += ["disable-background-networking", "disable-component-update"]
-    flags += [f"user-data-dir={tmp_path / 'profile'}", "dump-dom"]
-    # A copy whose script, run by the browser, counts the pictures that it could decode.
-    page = tmp_path / "report.html"
-    shown = "[...document.images].filter(i => i.complete && i.naturalWidth > 1).length"
-    script = f"<script>onload = () => document.body.dataset.shown = {shown}</script></body>"
-    text = report_run(run).read_text()
-    page.write_text(text.replace("</body>", script))
-    command = [browser, *(f"--{flag}" for flag in flags), page.resolve().as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert re.findall(r'data-shown="(\d+)"', result.stdout) == [str(text.count("<img"))]
-    assert text.count("<img") >= 3
 
 
 def test_tensorboard(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,8 @@ def test_toy_run_learns_the_density(tmp_path: Path) -> None:
     assert 0 < summary["kl_true_to_energy"] < divergence(truth, uniform)
     page = report_run(out).read_text()
     assert "data:image/gif;base64," in page
-    assert "densities and points" in page
+    assert "What was learned of the density" in page
+    assert "Divergence of the energy" in page
     assert summary["fd"]["feature_space"] == "identity"
     assert json.loads((out / "summary.json").read_text()) == summary
     assert (out / "densities.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from coopflow_ext._optional import require
+from coopflow_ext.coop.curves import CURVES, points_of
 from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.data.toy import EXTENT
@@ -87,9 +88,9 @@ def save_image(path: Path, canvas: Any) -> None:
 
 
 def scatter(axes: Any, x: Tensor, title: str) -> None:
-    """Points as a cloud over [−4, 4]²."""
+    """Points as a cloud over [−4, 4]²; a few points are drawn larger."""
     a, b = x[:, :2].detach().float().cpu().unbind(1)
-    axes.scatter(a.numpy(), b.numpy(), s=2, linewidths=0)
+    axes.scatter(a.numpy(), b.numpy(), s=2 if len(x) > 500 else 10, linewidths=0)
     axes.set_xlim(-EXTENT, EXTENT)
     axes.set_ylim(-EXTENT, EXTENT)
     axes.set_aspect("equal")
@@ -103,31 +104,21 @@ def figure_bytes(figure: Any, dpi: int = 100) -> bytes:
     return buffer.getvalue()
 
 
-_CURVES = {
-    "mean energy of a batch": ("energy_data", "energy_samples"),
-    "flow: negative log-likelihood per element": ("flow_nll",),
-    "moment gap, data to samples": ("moment_gap",),
-    "Fréchet distance to the training data": ("fd_flow", "fd_langevin"),
-    "way from proposal to sample, root mean square": ("langevin_distance",),
-    "gradient norms": ("flow_grad_norm", "energy_grad_norm"),
-}
-
-
 def save_curves(path: Path, metrics: list[dict[str, Any]]) -> None:
     """Draw what ``metrics.jsonl`` holds over the steps, one panel for each quantity."""
     figure_module = require("matplotlib.figure", extra="train", distribution="matplotlib")
-    figure = figure_module.Figure(figsize=(13, 6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, _CURVES.items(), strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in metrics if name in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        axes.set_title(title, fontsize=10)
+    panels = [(curve, lines) for curve in CURVES if (lines := points_of(curve, metrics))]
+    rows = -(-len(panels) // 3)
+    figure = figure_module.Figure(figsize=(13, 3.2 * rows), layout="constrained")
+    for place, (curve, lines) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 3, place)
+        for label, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+        axes.set_title(curve.title, fontsize=10)
         axes.set_xlabel("step")
-        if "Fréchet" in title:
+        if curve.log:
             axes.set_yscale("log")
-        if axes.has_data():
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
     write_atomically(path, figure_bytes(figure))
 
 

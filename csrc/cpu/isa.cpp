@@ -8,27 +8,30 @@
 namespace coopflow {
 namespace {
 
-CpuIsa best_isa() {
-#if defined(COOPFLOW_X86_ISAS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
-    return CpuIsa::kAvx512;
+// Built into this library, and run by this processor; the baseline is always.
+bool is_usable(CpuIsa isa) {
+#if defined(COOPFLOW_HAS_AVX512)
+  if (isa == CpuIsa::kAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuIsa::kAvx2;
 #endif
-  return CpuIsa::kBaseline;
+#if defined(COOPFLOW_HAS_AVX2)
+  if (isa == CpuIsa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return isa == CpuIsa::kBaseline;
 }
 
 CpuIsa choose_isa() {
-  const CpuIsa best = best_isa();
   const char* asked = std::getenv("COOPFLOW_CPU_ISA");
-  if (asked == nullptr) return best;
-  for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
-    if (std::strcmp(asked, isa_name(isa)) == 0 && isa <= best) return isa;
+  std::string usable;
+  for (CpuIsa isa : {CpuIsa::kAvx512, CpuIsa::kAvx2, CpuIsa::kBaseline}) {
+    if (!is_usable(isa)) continue;
+    if (asked == nullptr || std::strcmp(asked, isa_name(isa)) == 0) return isa;
+    usable += (usable.empty() ? "" : " or ") + std::string(isa_name(isa));
   }
-  throw std::runtime_error(
-      std::string("COOPFLOW_CPU_ISA must be baseline, avx2 or avx512, at most ") + isa_name(best) +
-      " on this machine, got '" + asked + "'");
+  throw std::runtime_error("COOPFLOW_CPU_ISA must be " + usable +
+                           " with this library on this machine, got '" + asked + "'");
 }
 
 }  // namespace

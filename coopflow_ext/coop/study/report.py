@@ -1,138 +1,264 @@
-"""``coopflow report``: a run as one HTML page that needs nothing else."""
+"""``coopflow report``: a run as one HTML page for readers, which needs nothing else."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from coopflow_ext.coop.curves import CURVES, is_finite_number, points_of
 from coopflow_ext.coop.files import read_json, write_atomically
-from coopflow_ext.coop.pictures import save_curves
 from coopflow_ext.coop.run import RunFolder
+from coopflow_ext.coop.study import page
+from coopflow_ext.coop.study.chart import LINES, line_chart, number
+from coopflow_ext.coop.study.quantities import LESS, PLANE, RUN, STUDIES, rows_of
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; }
-td, th { border: 1px solid #ccc; padding: 2px 10px; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; image-rendering: pixelated; }
-figure { margin: 1em 0; } figcaption { color: #555; }
-"""
-_SUFFIXES = {".png": "image/png", ".gif": "image/gif"}
-_FOLDERS = ("evaluation", "reconstruct", "inpaint", "interpolate", "diagnose")
+# How pages call what chains start from, in the middle of a sentence.
+_STARTS = {
+    "flow": "the flow's proposals",
+    "uniform": "the noise that chains start from",
+    "buffer": "the persistent chains' states",
+}
 
 
 def report_run(path: Path) -> Path:
     """Write RUN/report.html from what the folder holds; returns its path.
 
-    A run that has not finished is reported as far as it is.
+    What is seen at once is for readers: the last pictures, the result beside its references,
+    quantities in words, curves. Settings and raw numbers are folded away. A run that has not
+    finished, or that diverged, is reported as far as it is, and the page says so.
 
     Raises:
-        RunError: the folder is not a run.
+        RunError: the folder is not a run, or a file in it is damaged.
     """
-    run = RunFolder.open(path)
-    metrics = run.metrics()
-    if metrics:
-        save_curves(run.path / "curves.png", metrics)
-    sections = [
-        _heading(run),
-        _section("Results", _results(run)),
-        _section("Curves", _figure(run.path / "curves.png", "what metrics.jsonl holds")),
-        _section("Densities in the plane", _plane(run)),
-        _section("Samples over training", _samples(run)),
-        *(_section(name.capitalize(), _folder(run.path / name)) for name in _FOLDERS),
-        _section("Settings", _table(dataclasses.asdict(run.config))),
-        _section("Settings changed on the way", _changes(run)),
-    ]
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(run.path.name)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
-    )
-    out = run.path / "report.html"
-    write_atomically(out, page.encode())
+    report = _Report(RunFolder.open(path))
+    text = page.document(f"CoopFlow run {path.name}", report.parts())
+    out = path / "report.html"
+    write_atomically(out, text.encode())
     return out
 
 
-def _heading(run: RunFolder) -> str:
-    config = run.config
-    line = (
-        f"{config.data}, {config.flow} and {config.energy}, T = {config.langevin_steps}, "
-        f"{config.pretrain_steps} + {config.steps} steps, seed {config.seed}"
-    )
-    return f"<h1>CoopFlow run {html.escape(run.path.name)}</h1><p>{html.escape(line)}</p>"
+class _Report:
+    """What a run's folder holds, read once."""
 
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.config = run.config
+        self.metrics = run.metrics()
+        self.summary = run.summary() if (run.path / "summary.json").exists() else {}
+        self.done = max((line["step"] for line in self.metrics), default=0)
+        phases = (self.summary.get("pretrain_steps"), self.summary.get("steps"))
+        self.finished = phases == (self.config.pretrain_steps, self.config.steps)
+        self.studies = {
+            name: read_json(run.path / name / study.file)
+            for name, study in STUDIES.items()
+            if (run.path / name / study.file).exists()
+        }
 
-def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n{content}" if content else ""
+    def parts(self) -> list[str]:
+        """The page from top to bottom."""
+        return [
+            self.heading(),
+            page.section("Result", self.state(), *self.last_picture(), *self.result()),
+            page.section("In numbers", self.numbers()),
+            page.section("What was learned of the density", self.plane()),
+            page.section("Course of the training", self.charts()),
+            page.section("Samples over the training", self.samples()),
+            *(page.section(STUDIES[name].title, self.study(name)) for name in self.studies),
+            page.section("What to do next", self.next_steps()),
+            page.section("Settings and raw numbers", *self.raw()),
+        ]
 
+    def heading(self) -> str:
+        config = self.config
+        chain = f"chains of {config.langevin_steps} Langevin steps"
+        phases = f"{config.steps:,} cooperative steps"
+        if config.pretrain_steps:
+            phases = f"{config.pretrain_steps:,} steps of pre-training and {phases}"
+        line = f"Data: {config.data}. {phases}, {chain}, seed {config.seed}."
+        return page.heading(f"CoopFlow run {self.run.path.name}", line)
 
-def _results(run: RunFolder) -> str:
-    if not (run.path / "summary.json").exists():
-        return "<p>This run has not finished.</p>"
-    return _table(run.summary())
-
-
-def _samples(run: RunFolder) -> str:
-    """The first picture, the last, and two between."""
-    found = sorted((run.path / "samples").glob("*.png"))
-    chosen = sorted({round(i * (len(found) - 1) / 3) for i in range(4)}) if found else []
-    return "".join(_figure(found[i], found[i].stem) for i in chosen)
-
-
-def _changes(run: RunFolder) -> str:
-    """What resumed runs changed, and from which step on."""
-    if not run.history:
-        return ""
-    lines = {f"{c['setting']} from step {c['step']}": c["after"] for c in run.history}
-    return _table(lines)
-
-
-def _plane(run: RunFolder) -> str:
-    """What a run on a toy density leaves beside its samples."""
-    names = {"densities.png": "densities and points", "chain.gif": "the chain"}
-    return "".join(_figure(run.path / name, caption) for name, caption in names.items())
-
-
-def _folder(path: Path) -> str:
-    if not path.is_dir():
-        return ""
-    numbers = [read_json(p) for p in sorted(path.glob("*.json"))]
-    tables = "".join(_table(n) for n in numbers)
-    pictures = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
-    return tables + "".join(_figure(p, p.stem) for p in pictures)
-
-
-def _figure(path: Path, caption: str) -> str:
-    if not path.exists():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind, text = _SUFFIXES[path.suffix], html.escape(caption)
-    image = f"<img alt='{text}' src='data:{kind};base64,{data}'>"
-    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
-
-
-def _table(values: dict[str, Any], prefix: str = "") -> str:
-    rows = "".join(_rows(values, prefix))
-    return f"<table>{rows}</table>"
-
-
-def _rows(values: dict[str, Any], prefix: str) -> list[str]:
-    rows = []
-    for name, value in values.items():
-        label = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            rows += _rows(value, f"{label}.")
-        elif isinstance(value, list) and len(value) > 8:
-            continue
-        else:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            text = f"{value:.6g}" if isinstance(value, float) else str(value)
-            style = " class='number'" if is_number else ""
-            rows.append(
-                f"<tr><th>{html.escape(label)}</th><td{style}>{html.escape(text)}</td></tr>"
+    def state(self) -> str:
+        """Whether it has finished, where it has not."""
+        if self.finished:
+            return ""
+        total = self.config.total_steps
+        so_far = f"{self.done:,} of {total:,} steps are logged."
+        diverged = self.divergence()
+        if diverged:
+            kept = (
+                "Its last checkpoint is from before"
+                if self.run.checkpoints()
+                else ("There is no checkpoint yet")
             )
-    return rows
+            return page.paragraph(
+                f"This run diverged by step {diverged['step']:,}: {diverged['reason']}. {so_far} "
+                f"{kept}; “What to do next” below says how to go on.",
+                "warning",
+            )
+        return page.paragraph(f"This run has not finished. {so_far}", "warning")
+
+    def divergence(self) -> dict[str, Any]:
+        """What was left when it diverged, unless it went beyond that since."""
+        path = self.run.divergence_path
+        facts = read_json(path) if path.exists() and not self.finished else {}
+        return facts if facts and facts["step"] >= self.done else {}
+
+    def pictures(self) -> list[Path]:
+        return sorted((self.run.path / "samples").glob("step-*.png"))
+
+    def caption(self, picture: Path) -> str:
+        step = int(picture.stem.removeprefix("step-"))
+        start = _STARTS[self.config.start]
+        text = f"Step {step:,}: {start}, and the same after {self.config.langevin_steps} steps"
+        return f"{text} of Langevin" if self.config.langevin_steps else f"Step {step:,}: {start}"
+
+    def last_picture(self) -> list[str]:
+        found = self.pictures()
+        if not found:
+            return [page.paragraph("No picture of samples has been made yet.")]
+        return [page.figure(found[-1], self.caption(found[-1]), "large")]
+
+    def distances(self) -> dict[str, float]:
+        """Fréchet distances of the end, or as far as the run is, by what they are of."""
+        lines = [line for line in self.metrics if "fd_langevin" in line and "fd_flow" in line]
+        known = self.summary.get("fd", {}) if self.finished else {}
+        if lines and not known:
+            known = {
+                "langevin": lines[-1]["fd_langevin"],
+                "flow": lines[-1]["fd_flow"],
+                "flow_start": lines[0]["fd_flow"],
+            }
+        found = {name: value for name, value in known.items() if is_finite_number(value)}
+        if self.config.langevin_steps == 0:
+            found.pop("langevin", None)  # it is that of the flow
+        if self.config.start == "uniform":
+            found.pop("flow_start", None)  # noise stays noise
+        return found
+
+    def result(self) -> list[str]:
+        """One sentence beside its references, and the same numbers below each other."""
+        fd = self.distances()
+        ours = "langevin" if "langevin" in fd else "flow"
+        if ours not in fd:
+            return [page.paragraph("Nothing has been measured of the samples yet.")]
+        start = _STARTS[self.config.start]
+        names = {
+            "langevin": "the samples after Langevin",
+            "held_out": "held-out data",
+            "flow": start,
+            "flow_start": f"{start} at step 0",
+        }
+        others = "; ".join(f"{names[k]}: {number(fd[k])}" for k in names if k in fd and k != ours)
+        compared = f" ({others})" if others else ""
+        subject = _capital(names[ours])
+        space, n = (self.summary.get("fd", {}).get(k) for k in ("feature_space", "n"))
+        how = "Fréchet distance to the training data"
+        if space and n:
+            where = "" if space == "identity" else f" in the features of {space}"
+            how = f"{how}{where}, from {n:,} events of each kind"
+        rows = [(_capital(names[k]), "", number(fd[k])) for k in names if k in fd]
+        return [
+            page.paragraph(
+                f"{subject} have a distance of {number(fd[ours])} to the training data{compared}.",
+                "lead",
+            ),
+            page.paragraph(f"{how}; {LESS}.", "quiet"),
+            page.table(rows, strong=[0], head="distance"),
+        ]
+
+    def numbers(self) -> str:
+        rows = rows_of(self.summary, RUN)
+        old = "" if self.finished or not rows else "From before the run was extended."
+        return page.paragraph(old, "quiet") + page.table(rows)
+
+    def plane(self) -> str:
+        """What a run on a toy density leaves beside its samples."""
+        return "".join(page.figure(self.run.path / name, text) for name, text in PLANE.items())
+
+    def charts(self) -> str:
+        references = {}
+        held_out = self.summary.get("fd", {}).get("held_out")
+        if is_finite_number(held_out) and held_out > 0:
+            references[CURVES[0].title] = {"held-out data": held_out}
+        figures = []
+        for curve in CURVES:
+            lines = points_of(curve, self.metrics)
+            if not lines:
+                continue
+            beside = references.get(curve.title, {})
+            keys = [*zip(LINES, lines, strict=False), *(("reference", name) for name in beside)]
+            shown = "".join(page.key(style, label) for style, label in keys)
+            figures.append(
+                page.chart(curve.title, curve.note, shown, line_chart(curve, lines, beside))
+            )
+        if not figures:
+            return page.paragraph("No line of numbers has been written yet.")
+        split = self.config.pretrain_steps
+        text = f"The first {split:,} steps are the pre-training of the flow." if split else ""
+        return page.paragraph(text, "quiet") + page.side_by_side(figures, "charts")
+
+    def samples(self) -> str:
+        """The first picture, the last, and two between."""
+        found = self.pictures()
+        chosen = sorted({round(i * (len(found) - 1) / 3) for i in range(4)}) if found else []
+        if len(chosen) < 2:  # that stands above already
+            return ""
+        return page.side_by_side(page.figure(found[i], self.caption(found[i])) for i in chosen)
+
+    def study(self, name: str) -> str:
+        study, values = STUDIES[name], self.studies[name]
+        pictures = (
+            page.figure(self.run.path / name / file, caption)
+            for file, caption in study.pictures.items()
+        )
+        chains = values.get("long_chains") or []
+        return page.table(rows_of(values, study.quantities)) + _chains(chains) + "".join(pictures)
+
+    def next_steps(self) -> str:
+        run = shlex.quote(str(self.run.path))
+        if self.divergence():
+            return page.paragraph("Go on at a lower rate X:") + (
+                page.commands([f"coopflow train --out {run} --resume --lr X"])
+            )
+        if not self.finished:
+            return page.commands([f"coopflow train --out {run} --resume"])
+        lines = [f"coopflow sample {run} --out samples.png"]
+        if "evaluation" not in self.studies:
+            lines.append(f"coopflow evaluate {run}")
+        if "diagnose" not in self.studies and self.config.langevin_steps:
+            lines.append(f"coopflow diagnose {run}")
+        return page.commands(lines)
+
+    def raw(self) -> Iterable[str]:
+        """By their names in the code."""
+        changes = {f"{c['setting']} from step {c['step']}": c["after"] for c in self.run.history}
+        yield page.folded("Settings", dataclasses.asdict(self.config))
+        yield page.folded("Settings that were changed on the way", changes)
+        yield page.folded("Numbers of the run", self.summary)
+        yield page.folded("Last line of the metrics", self.metrics[-1] if self.metrics else {})
+        for name, values in self.studies.items():
+            yield page.folded(f"Numbers of the {name} folder", values)
+
+
+def _chains(chains: Iterable[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            f"{chain['steps']:,}",
+            number(chain["fd"]),
+            number(chain["energy"]),
+            "–" if chain["energy_rhat"] is None else number(chain["energy_rhat"]),
+        ]
+        for chain in chains
+    ]
+    if not rows:
+        return ""
+    head = ["steps of a chain", "Fréchet distance", "mean energy", "R-hat of the energy"]
+    note = f"Distance: {LESS}. R-hat: near 1 where the chains agree, above it where they do not."
+    return page.columns(head, rows) + page.paragraph(note, "quiet")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
