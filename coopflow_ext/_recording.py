@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,12 @@ from torch import nn
 from coopflow_ext.errors import reason
 
 _T = TypeVar("_T")
+_Work = Callable[[], object]
 
 _WARM_UPS = 2  # libraries choose algorithms and allocate workspaces before the capture
 
+# What makes a cut in the graph that this thread captures.
+_cut: ContextVar[Callable[[_Work], None] | None] = ContextVar("coopflow_cut", default=None)
 # The debug mode of synchronisation is the process's, and so is much of what a capture touches.
 _CAPTURING = threading.RLock()
 # The allocator may keep a pointer to a graph whose capture failed.
@@ -25,6 +29,26 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 class CaptureError(RuntimeError):
     """The work runs, but cannot be captured in a CUDA graph."""
+
+
+def between_graphs(work: _Work) -> None:
+    """Do ``work``, which a graph cannot hold, such as waiting for other processes.
+
+    Where this thread records for :class:`Recording`, that is not done now, but at each replay, in
+    the middle of two graphs: of what came before, and of what comes after.
+    """
+    cut = _cut.get()
+    work() if cut is None else cut(work)
+
+
+@contextmanager
+def cutting(cut: Callable[[_Work], None]) -> Iterator[None]:
+    """Inside, ``cut`` is what :func:`between_graphs` leaves its work to."""
+    token = _cut.set(cut)
+    try:
+        yield
+    finally:
+        _cut.reset(token)
 
 
 class GraphOption:
@@ -65,8 +89,9 @@ class GraphOption:
 
 
 class Recording:
-    """Pieces of work on the same memory, each recorded as a CUDA graph, to be done again one at a
-    time. They share the memory of what they allocate, none of which they leave to each other.
+    """Pieces of work on the same memory, each recorded as a CUDA graph, or as several and what is
+    done :func:`between_graphs`, to be done again one at a time. They share the memory of what they
+    allocate, none of which they leave to each other.
 
     Args:
         device: where they run.
@@ -74,16 +99,14 @@ class Recording:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._parts: dict[Hashable, list[_Work]] = {}
         self._pool: Any = None
         self._done = torch.cuda.Event()
 
     def __contains__(self, name: Hashable) -> bool:
-        return name in self._graphs
+        return name in self._parts
 
-    def add(
-        self, name: Hashable, run: Callable[[], object], *, warm_up: Callable[[], object]
-    ) -> None:
+    def add(self, name: Hashable, run: _Work, *, warm_up: _Work) -> None:
         """Record what ``run`` does on the device.
 
         Args:
@@ -107,42 +130,26 @@ class Recording:
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS):
                         warm_up()
-                    self._graphs[name] = self._capture(run, warm_up, stream)
+                    self._parts[name] = self._capture(run, warm_up, stream)
             finally:
                 current.wait_stream(stream)
             self._done.record(current)
 
-    def _capture(
-        self, run: Callable[[], object], warm_up: Callable[[], object], stream: torch.cuda.Stream
-    ) -> torch.cuda.CUDAGraph:
+    def _capture(self, run: _Work, warm_up: _Work, stream: torch.cuda.Stream) -> list[_Work]:
         try:
             with _no_synchronisation():
                 warm_up()
             stream.synchronize()
-            return self._record(run, stream)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            return _Capture(self._device, self._pool, stream).parts_of(run)
         except Exception as error:
             raise CaptureError(reason(_root_cause(error))) from error
-
-    def _record(self, run: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        )
-        try:
-            with capture:
-                run()
-        except Exception:
-            _mend_after_failed_capture(self._device, self._pool)
-            _FAILED.append(graph)
-            raise
-        return graph
 
     def forget(self, name: Hashable) -> None:
         """Drop a recorded piece; waits for it on the host."""
         self.finish()
-        del self._graphs[name]
+        del self._parts[name]
 
     def wait(self) -> None:
         """The memory belongs to one call at a time, whatever stream the calls are made on."""
@@ -150,7 +157,8 @@ class Recording:
 
     def replay(self, name: Hashable) -> None:
         with torch.cuda.device(self._device):
-            self._graphs[name].replay()
+            for part in self._parts[name]:
+                part()
 
     def release(self) -> None:
         """What the replays left behind was copied: the next call may start."""
@@ -159,6 +167,47 @@ class Recording:
     def finish(self) -> None:
         """Wait on the host until the memory is not in use."""
         self._done.synchronize()
+
+
+class _Capture:
+    """One capture of some work, made anew where the work is cut.
+
+    Args:
+        device: where it runs.
+        pool: of the memory that the graphs share; what one has made and the next one uses is not
+            given to others, as the tensors are there while the next one is captured.
+        stream: that the work is captured on.
+    """
+
+    def __init__(self, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._device, self._pool, self._stream = device, pool, stream
+        self._parts: list[_Work] = []
+        self._open = ExitStack()  # the capture of the moment
+
+    def parts_of(self, run: _Work) -> list[_Work]:
+        """What does the same again, one after the other: replays, and what is done between them."""
+        try:
+            with self._open, cutting(self._cut):
+                self._begin()
+                run()
+        except Exception:
+            _mend_after_failed_capture(self._device, self._pool)
+            _FAILED.append(self._graph)
+            raise
+        return self._parts
+
+    def _begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(
+            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        self._open.enter_context(capture)
+        self._parts.append(self._graph.replay)
+
+    def _cut(self, work: _Work) -> None:
+        self._open.close()
+        self._parts.append(work)
+        self._begin()
 
 
 def kind_of_module(module: nn.Module | None) -> Hashable:

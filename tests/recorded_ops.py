@@ -6,6 +6,7 @@ because something came from Python and not from a tensor is seen without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from coopflow_ext._recording import CaptureError
+from coopflow_ext._recording import CaptureError, cutting
 
 # What looks at a value on the host, which a stream that is being captured cannot.
 HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
@@ -30,7 +31,7 @@ def _storage(tensor: Tensor) -> int:
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.ops: list[tuple[Any, Any, Any, Any]] = []
+        self.ops: list[tuple[Any, Any, Any, Any] | Callable[[], object]] = []  # or a cut's work
         self.made: set[int] = set()  # storages that the work itself has allocated
         self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.kept: list[Tensor] = []  # so that no storage's number is given to another
@@ -69,7 +70,7 @@ class RecordedOps:
     """Has the methods of :class:`coopflow_ext._recording.Recording`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pieces: dict[Any, list[tuple[Any, Any, Any, Any]]] = {}
+        self.pieces: dict[Any, list[tuple[Any, Any, Any, Any] | Callable[[], object]]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self.pieces
@@ -79,7 +80,7 @@ class RecordedOps:
         warm_up()
         recorder = _Recorder()
         try:
-            with recorder:
+            with recorder, cutting(recorder.ops.append):
                 run()
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
@@ -90,7 +91,11 @@ class RecordedOps:
 
     @torch.no_grad()
     def replay(self, name: Any) -> None:
-        for func, args, kwargs, out in self.pieces[name]:
+        for op in self.pieces[name]:
+            if callable(op):
+                op()
+                continue
+            func, args, kwargs, out = op
             known = {_storage(t) for t in _tensors((args, kwargs))}
             if all(_storage(t) in known for t in _tensors(out)) and not func._schema.is_mutable:
                 continue  # views of what is there

@@ -212,8 +212,14 @@ def test_an_update_may_not_be_skipped_or_must_be() -> None:
     assert not learner.update([9 * layer.weight.sum()], 0.1, may_skip=False).skipped
     moved = weights(layer)
     assert not same(before, moved)
-    yes = torch.tensor(True)
+    asked = []
+
+    def yes() -> torch.Tensor:
+        asked.append(layer.weight.grad)  # when all gradients are there
+        return torch.tensor(True)
+
     assert learner.update([0.1 * layer.weight.sum()], 0.1, may_skip=False, skip=yes).skipped
+    assert asked[0] is layer.weight.grad is not None
     assert same(moved, weights(layer))
 
 

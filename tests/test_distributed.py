@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from recorded_ops import RecordedOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from coopflow_ext import Key
-from coopflow_ext.coop import RunFolder, TrainConfig, Trainer
+from coopflow_ext.coop import RunFolder, TrainConfig, Trainer, step_graphs
 from coopflow_ext.coop.checkpoint import load_checkpoint
 from coopflow_ext.coop.ranks import Ranks
+from coopflow_ext.coop.step_graphs import StepGraphs
 from coopflow_ext.data import load
 from coopflow_ext.energies import ResEnergy
-from coopflow_ext.flows import Flow, flowpp
+from coopflow_ext.flows import ActNorm, Flow, flowpp
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
@@ -106,6 +108,65 @@ def test_two_ranks_make_the_chains_and_gradients_of_one(tmp_path: Path) -> None:
         if name != "chains":
             assert torch.equal(parts[0][name], parts[1][name])
             torch.testing.assert_close(parts[0][name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def graphed_steps(rank: int, world: int, port: int, device: str) -> None:
+    """A training with graphs beside one without, in each of several processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    options = {**SETTINGS["flow_options"], "recompute": True}
+    plain, graphed = (
+        Trainer(
+            TrainConfig.from_dict({**SETTINGS, "flow_options": options, "pretrain_steps": 5,
+                                   "steps": 20, "cuda_graph": how}),
+            load("digits"), device, Ranks.current(),
+        )
+        for how in (False, "auto" if device == "cpu" else True)
+    )  # fmt: skip
+    if device == "cpu":
+        step_graphs.Recording = RecordedOps  # type: ignore
+        graphed._graphs = StepGraphs(graphed._take_step, [graphed], graphed.device, required=True)
+    for _ in range(11):
+        plain.train_step()
+        graphed.train_step()
+    graphed.divergence.check()
+    recording: Any = graphed._graphs._recording  # type: ignore
+    if device == "cpu":
+        cuts = {k.pretrains: sum(map(callable, ops)) for k, ops in recording.pieces.items()}
+    else:
+        cuts = {k.pretrains: len(parts) // 2 for k, parts in recording._parts.items()}
+    # The flow's gradient and whether it is wrong; before them whether a chain stopped, and the
+    # energy's gradient.
+    assert cuts == {True: 2, False: 4}
+    bounds = {"rtol": 0.0, "atol": 0.0} if device == "cpu" else {"rtol": 5e-2, "atol": 5e-3}
+    for a, b in zip(graphed.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **bounds)
+
+    learned = [p.detach().clone() for p in graphed.model.flow.parameters()]
+    shift = next(m.mean for m in graphed.model.flow.modules() if isinstance(m, ActNorm))
+    whole = shift.detach().clone()
+    if rank == 1:  # what this process alone rebuilds is wrong
+        shift.data.fill_(1e9)
+    graphed.train_step()
+    shift.data.copy_(whole)
+    for tensor, before in zip(graphed.model.flow.parameters(), learned, strict=True):
+        assert torch.equal(tensor, before)
+    with pytest.raises(RuntimeError, match=r"in step 11, .* rebuilt by the inverse are off by"):
+        graphed.divergence.check()
+    torch.distributed.destroy_process_group()
+
+
+def test_graphs_of_several_processes_are_cut_at_their_messages() -> None:
+    """Nothing is sent while one is captured, and each replay sends what the steps send."""
+    mp.start_processes(graphed_steps, (2, free_port(), "cpu"), nprocs=2, start_method="spawn")
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_of_several_processes() -> None:
+    """Two on one GPU, with gloo: NCCL wants a GPU for each."""
+    mp.start_processes(graphed_steps, (2, free_port(), "cuda:0"), nprocs=2, start_method="spawn")
 
 
 def test_accumulated_parts_are_the_whole_batch() -> None:

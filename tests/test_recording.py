@@ -17,9 +17,9 @@ WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 2"]
 class FakeCuda:
     """Stands for torch.cuda in the recording itself, and notes what it is asked for."""
 
-    def __init__(self, monkeypatch, *, fails: str = "", twice: bool = False) -> None:
+    def __init__(self, monkeypatch, *, fails: str = "", twice: bool = False, cut: bool = False):
         self.log: list[str] = []
-        self.sync_mode, self.fails, self.twice = 0, fails, twice
+        self.sync_mode, self.fails, self.twice, self.cut = 0, fails, twice, cut
         self.pools = 0
         self.generator = SimpleNamespace(
             clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
@@ -29,7 +29,7 @@ class FakeCuda:
             _cuda_endAllocateToPool=lambda *a: self.log.append(f"end {a}"),
             _cuda_releasePool=lambda *a: self.log.append(f"release {a}"),
         )
-        self.CUDAGraph = lambda: "graph"
+        self.n_graphs = 0
         self.Event = lambda: SimpleNamespace(record=lambda stream: self.log.append("done"))
         self.Stream = lambda: SimpleNamespace(
             wait_stream=lambda other: None, synchronize=lambda: self.log.append("synchronize")
@@ -44,6 +44,12 @@ class FakeCuda:
     def graph_pool_handle(self):
         self.pools += 1
         return "pool"
+
+    def CUDAGraph(self):  # noqa: N802 (as torch has it)
+        self.n_graphs += 1
+        return SimpleNamespace(
+            replay=lambda number=self.n_graphs: self.log.append(f"replay {number}")
+        )
 
     def get_sync_debug_mode(self):
         return self.sync_mode
@@ -62,14 +68,19 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, recorded, *, pool, stream, capture_error_mode):
+        assert pool == "pool"
         self.log.append(f"capture {capture_error_mode}")
         yield
+        self.log.append("captured")
 
     def record(self) -> _recording.Recording:
         def work(name: str) -> None:
             self.log.append(f"{name} {self.sync_mode}")
             if self.fails == "sync" and self.sync_mode == 2:
                 raise RuntimeError("called a synchronizing CUDA operation")
+            if self.cut and name == "run":
+                _recording.between_graphs(lambda: self.log.append("between"))
+                self.log.append("run on")
             if self.fails == "capture" and name == "run":
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
@@ -82,7 +93,7 @@ class FakeCuda:
 def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     cuda.record()
-    steps = [*WARM_UPS, "synchronize", "capture thread_local", "run 0"]
+    steps = [*WARM_UPS, "synchronize", "capture thread_local", "run 0", "captured"]
     assert cuda.log == [*steps, "stream left", "joined", "done"]
     assert cuda.sync_mode == 0
 
@@ -113,3 +124,27 @@ def test_pieces_of_work_share_their_memory(monkeypatch):
     assert "first" in recording
     assert "second" in recording
     assert "third" not in recording
+
+
+def test_work_is_cut_where_no_graph_can_hold_it(monkeypatch):
+    cuda = FakeCuda(monkeypatch, cut=True)
+    recording = cuda.record()
+    begin, end = "capture thread_local", "captured"
+    assert cuda.log[4:-3] == [begin, "run 0", end, begin, "run on", end]
+    cuda.log.clear()
+    recording.replay("first")
+    assert cuda.log == ["replay 1", "between", "replay 2"]
+
+    cuda.log.clear()
+    _recording.between_graphs(lambda: cuda.log.append("at once"))
+    assert cuda.log == ["at once"]
+
+
+def test_a_capture_that_fails_after_a_cut_is_mended_once(monkeypatch):
+    cuda = FakeCuda(monkeypatch, cut=True, fails="capture")
+    with pytest.raises(_recording.CaptureError, match="not permitted when stream is capturing"):
+        cuda.record()
+    assert cuda.log.count("captured") == 1
+    assert cuda.log.count("set clone") == 1
+    _recording.between_graphs(lambda: cuda.log.append("at once"))
+    assert cuda.log[-1] == "at once"

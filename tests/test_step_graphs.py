@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from recorded_ops import RecordedOps
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from coopflow_ext import graphed_calls
 from coopflow_ext._recording import CaptureError
 from coopflow_ext.coop import step_graphs
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.step_graphs import StepGraphs
-from coopflow_ext.coop.trainer import Trainer
+from coopflow_ext.coop.trainer import StepKind, Trainer
 from coopflow_ext.data import load
 from coopflow_ext.errors import NonFiniteError
-from coopflow_ext.flows import Flow
+from coopflow_ext.flows import ActNorm, Flow
 
 SETTINGS: dict[str, Any] = {
     "data": "digits",
@@ -35,6 +43,15 @@ SETTINGS: dict[str, Any] = {
     "flow_grad_norm": 1.0,
     "energy_grad_norm": 1.0,
 }
+FLOWPP = {
+    "channels": 8,
+    "blocks": 1,
+    "components": 2,
+    "dequant_blocks": 1,
+    "dequant_components": 2,
+    "scales": [[0, 1], [1, 1]],
+    "dropout": 0.2,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-training, then both": {},
     "flow frozen, then every second step": {"flow_frozen_steps": 5, "flow_every": 2, "steps": 20},
@@ -44,8 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "updates left out": {"flow_skip_norm": 15.0, "energy_skip_norm": 0.22, "energy_skip_from": 4,
                          "steps": 20},
     "half precision": {"precision": "bfloat16", "flow_precision": "bfloat16"},
-    "Flow++": {"flow": "flowpp", "flow_options": {"channels": 8, "blocks": 1, "components": 2,
-               "dropout": 0.2}, "energy": "res", "energy_options": {"width": 4}, "steps": 8},
+    "Flow++": {"flow": "flowpp", "flow_options": FLOWPP, "energy": "res",
+               "energy_options": {"width": 4}, "steps": 8},
+    "recompute": {"flow": "flowpp", "flow_options": {**FLOWPP, "recompute": True},
+                  "pretrain_steps": 4, "steps": 4},
     "restart": {"flow_restart": True, "flow_weight_decay": 1e-3},
 }  # fmt: skip
 
@@ -119,6 +138,54 @@ def test_the_recording_of_these_tests_is_as_blind_as_a_graph() -> None:
     assert x.tolist() == [1, 1, 1]
 
 
+def kinds_of(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[StepKind, torch.Tensor]:
+    """Each kind of step of a training with a batch; no step is made."""
+    kinds: dict[StepKind, torch.Tensor] = {}
+
+    def note(kind: StepKind, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        kinds.setdefault(kind, batch)
+        return {}
+
+    monkeypatch.setattr(run._graphs, "run", note)
+    take_steps(run.config.total_steps, run)
+    return kinds
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_no_operator_of_a_step_needs_a_value(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recording above refuses a few operators that read the host. Fake tensors have no values,
+    so that every operator fails on them that reads one or whose result's size depends on one."""
+    run = trainer(monkeypatch, **changes)
+    kinds = kinds_of(run, monkeypatch)
+    two = bool(changes.keys() & {"flow_frozen_steps", "energy_skip_from"})  # of iterations
+    assert len(kinds) == bool(run.config.pretrain_steps) + 1 + two
+    for kind, batch in kinds.items():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            metrics = run._take_step(kind, mode.from_tensor(batch))
+        assert all(isinstance(value, FakeTensor) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("needs", "error"),
+    [
+        (lambda u: u * float(u.sum().detach()), DataDependentOutputException),
+        (lambda u: u + u[u > 0].sum(), DynamicOutputShapeException),
+    ],
+)
+def test_fake_tensors_find_what_needs_a_value(
+    needs: Callable[[torch.Tensor], torch.Tensor],
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trainer(monkeypatch, pretrain_steps=0)
+    [(kind, batch)] = kinds_of(run, monkeypatch).items()
+    run.model.energy.register_forward_hook(lambda module, args, u: needs(u))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(error):
+        run._take_step(kind, mode.from_tensor(batch))
+
+
 def diverge(run: Trainer) -> None:
     """The next step's chains meet a gradient that is not finite, the later ones do not."""
     weight = next(run.model.energy.parameters())
@@ -155,6 +222,47 @@ def test_nothing_is_learned_after_a_chain_that_diverged(
     assert caught.value.chains.tolist() == list(range(6))
 
 
+RECOMPUTE = {"flow_options": {**SETTINGS["flow_options"], "recompute": True}}
+
+
+def rebuild_wrongly(run: Trainer) -> None:
+    """In the next step the flow adds so much that rounding leaves nothing of what was there."""
+    shift = next(m.mean for m in run.model.flow.modules() if isinstance(m, ActNorm))
+    whole = shift.detach().clone()
+    with torch.no_grad():
+        shift.fill_(1e9)
+    run.train_step()
+    with torch.no_grad():
+        assert (shift == 1e9).all()
+        shift.copy_(whole)
+
+
+@pytest.mark.parametrize("pretrain_steps", [0, 20])
+def test_nothing_is_learned_once_recompute_rebuilds_wrongly(
+    pretrain_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(monkeypatch, **RECOMPUTE, pretrain_steps=pretrain_steps)
+    take_steps(5, run)
+    run.divergence.check()
+    learned = {"flow": copy.deepcopy(run.flow.tensors())}
+    rebuild_wrongly(run)
+    learned["energy"] = copy.deepcopy(run.energy.tensors())  # its step came before
+    take_steps(2, run)
+    for name, tensors in learned.items():
+        now = getattr(run, name).tensors()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(now[key], tensor, rtol=0, atol=0, msg=key)
+    with pytest.raises(RuntimeError, match=r"in step 5, .* rebuilt by the inverse are off by"):
+        run.divergence.check()
+
+
+def test_without_graphs_recompute_raises_at_once() -> None:
+    run = trainer(**RECOMPUTE, pretrain_steps=0)
+    run.train_step()
+    with pytest.raises(RuntimeError, match=r"^recompute: inputs rebuilt by the inverse are off by"):
+        rebuild_wrongly(run)
+
+
 def take_steps(n: int, *runs: Trainer) -> None:
     for _ in range(n):
         for run in runs:
@@ -183,7 +291,7 @@ def test_a_step_that_must_be_captured_says_why_it_cannot(monkeypatch: pytest.Mon
     take_steps(3, run)
     with pytest.raises(RuntimeError, match=r"cuda_graph=True: a step .*reads a value on the host"):
         run.train_step()
-    with pytest.raises(ValueError, match="cuda_graph=true needs one process on a CUDA device"):
+    with pytest.raises(ValueError, match="cuda_graph=true needs a CUDA device, got cpu"):
         trainer(cuda_graph=True)
 
 

@@ -132,7 +132,7 @@ class TrainConfig:
     )
     cuda_graph: bool | Literal["auto"] = _setting(
         "auto",
-        "on a GPU a step as one CUDA graph: auto, true (an error where it cannot be), or false",
+        "on a GPU a step as CUDA graphs: auto, true (an error where it cannot be), or false",
     )
 
     n_samples: int = _setting(450, "samples of each kind behind a Fréchet distance")

@@ -1,4 +1,4 @@
-"""Whether a training has left the finite numbers: in a chain, or in what it has learned."""
+"""Whether a training has gone wrong: a chain, what recompute rebuilds, or what it has learned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from torch import Tensor
 
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.errors import NonFiniteError
+from coopflow_ext.flows.recompute import complaint
+
+_NONE = -1  # of a number that is not below 0
 
 
 class Divergence:
-    """Kept on the device from the first iteration with such a chain on, and read when asked.
+    """Kept on the device from the first step on in which a chain, or what was rebuilt for a
+    gradient, was wrong, and read when asked.
 
     Meanwhile nothing may be learned from what comes after: see :attr:`flag`.
 
@@ -24,15 +28,16 @@ class Divergence:
 
     def __init__(self, batch_size: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
-        self._step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._step = torch.full((), _NONE, dtype=torch.int64, device=device)
         self._stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self._error = torch.full((), float(_NONE), device=device)  # of what was rebuilt
 
     @property
     def flag(self) -> Tensor:
         """0-d bool: whether it has happened."""
-        return self._step >= 0
+        return self._step != _NONE
 
-    def note(self, step: Tensor, frozen_at: Tensor, n_steps: int) -> None:
+    def note_chains(self, step: Tensor, frozen_at: Tensor, n_steps: int) -> None:
         """The steps at which the chains of an iteration stopped, out of ``n_steps``; the first
         iteration with one that did is kept.
 
@@ -42,21 +47,46 @@ class Divergence:
             n_steps: of a chain.
         """
         stopped = frozen_at < n_steps
-        anywhere = stopped.any().float()
-        self._ranks.total([anywhere])
-        first = (anywhere > 0) & ~self.flag
+        first = self._note(step, stopped.any().float())
         self._stopped.copy_(torch.where(first, stopped, self._stopped))
+
+    def note_rebuilt(self, step: Tensor, errors: list[Tensor]) -> None:
+        """What :func:`deferred_checks` gathered in a step, with gradients that must not be used
+        where an error is above 1; the first such step is kept.
+
+        Args:
+            step: its number, 0-d.
+            errors: one or more.
+        """
+        error = torch.stack(errors).max()
+        wrong = torch.where(error <= 1, 0, error)
+        first = self._note(step, wrong)
+        self._error.copy_(torch.where(first, wrong, self._error))
+
+    def _note(self, step: Tensor, wrong: Tensor) -> Tensor:
+        """0-d bool: whether something is wrong in any process, and nothing was before. ``wrong``,
+        0 where nothing is, becomes its sum over all processes."""
+        self._ranks.total([wrong])
+        first = (wrong != 0) & ~self.flag
         self._step.copy_(torch.where(first, step, self._step))
+        return first
 
     def check(self) -> None:
         """One read.
 
         Raises:
-            NonFiniteError: it has happened; names the iteration and the chains.
+            NonFiniteError: a chain was; names the iteration and the chains.
+            RuntimeError: what recompute has rebuilt was wrong; names the step.
         """
         step = int(self._step)
-        if step < 0:
+        if step == _NONE:
             return
+        error = float(self._error)
+        if error != _NONE:
+            raise RuntimeError(
+                f"in step {step}, of which the flow learned nothing, and after which nothing was "
+                f"learned: {complaint(error)}"
+            )
         chains = self._stopped.nonzero().flatten().cpu()
         shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
         raise NonFiniteError(

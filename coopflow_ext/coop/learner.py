@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ class Learner:
         *,
         iteration: int | Tensor = 0,
         may_skip: bool = True,
-        skip: Tensor | None = None,
+        skip: Callable[[], Tensor] | None = None,
     ) -> Update:
         """One Adam step down the gradient of the sum of ``losses``.
 
@@ -128,14 +128,15 @@ class Learner:
             lr: the rate after the warm-up; a number or a 0-d tensor.
             iteration: number of this batch from 0, for ``warmup_by="batches"``; the same.
             may_skip: whether ``skip_norm`` applies.
-            skip: 0-d bool, true to leave the update out whatever its gradient.
+            skip: asked once all losses are differentiated; 0-d bool, the same in all processes,
+                true to leave the update out whatever its gradient.
         """
         self.optimizer.zero_grad()
         for loss in losses:
             loss.backward()
         self.ranks.average(p.grad for p in self.parameters if p.grad is not None)
         norm = self._clip()
-        skipped = torch.zeros_like(norm, dtype=torch.bool) if skip is None else skip
+        skipped = torch.zeros_like(norm, dtype=torch.bool) if skip is None else skip()
         if may_skip and self.skip_norm is not None:
             skipped = skipped | ~(norm < self.skip_norm)  # also where the norm is not a number
         self._step(lr, iteration, skipped)

@@ -6,18 +6,23 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coopflow_ext._recording import between_graphs
 from coopflow_ext.errors import RunError
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among ``world`` of them.
+
+    Messages of tensors alone go between the graphs of a step that is captured; what returns a
+    number of Python belongs outside of it.
 
     Every process holds rows [rank·B/world, (rank+1)·B/world) of a batch of B, and its keys the
     number of its first row as their chain, so that all of them together draw the noise of one
@@ -61,12 +66,15 @@ class Ranks:
         if self.world == 1 or not tensors:
             return
         flat = torch.cat([t.detach().float().flatten() for t in tensors])
-        with self._others():
-            dist.all_reduce(flat)
+        between_graphs(partial(self._all_reduce, flat))
         flat.mul_(scale)
         parts = flat.split([t.numel() for t in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        with self._others():
+            dist.all_reduce(tensor)
 
     def copy_from_first(self, module: nn.Module) -> None:
         """Make the module's state that of rank 0, data-dependent initialisation included."""

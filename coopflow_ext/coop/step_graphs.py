@@ -37,7 +37,8 @@ class _Captured(NamedTuple):
 
 
 class StepGraphs:
-    """Runs steps: the first few of each kind one operator after the other, then as one CUDA graph.
+    """Runs steps: the first few of each kind one operator after the other, then as one CUDA graph,
+    or as several where processes exchange something in between.
 
     Args:
         step: (kind, batch) → results by name, 0-d tensors. What varies from step to step within a

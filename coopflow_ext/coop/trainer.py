@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
 from coopflow_ext.data import Batches, Dataset, Prefetch
 from coopflow_ext.errors import RunError
+from coopflow_ext.flows.recompute import deferred_checks
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.checks import check_count, check_number
@@ -66,8 +67,8 @@ class Trainer:
         self.model = CoopFlow.from_config(config, event).to(self.device)
         self.key = Key(config.seed)
         self.step = 0
-        self._graphs = self._step_graphs(ranks)
-        # Within a graph of the whole step a chain needs none of its own.
+        self._graphs = self._step_graphs()
+        # Within the graphs of a step a chain needs none of its own.
         chain_graphs: bool | Literal["auto"] = "auto" if self._graphs is None else False
         self.sampler = build_sampler(
             config, self.model.energy, event, training=True,
@@ -119,14 +120,10 @@ class Trainer:
         self._iteration_number = torch.zeros_like(self._step_number)
         self._pretrain_lr = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def _step_graphs(self, ranks: Ranks) -> StepGraphs | None:
-        wanted = self.config.cuda_graph
-        can = self.device.type == "cuda" and ranks.world == 1
+    def _step_graphs(self) -> StepGraphs | None:
+        wanted, can = self.config.cuda_graph, self.device.type == "cuda"
         if wanted is True and not can:
-            raise ValueError(
-                "cuda_graph=true needs one process on a CUDA device, got "
-                f"{ranks.world} on {self.device}"
-            )
+            raise ValueError(f"cuda_graph=true needs a CUDA device, got {self.device}")
         if wanted is False or not can:
             return None
         keyed: list[HasKey] = [self] if self.model.buffer is None else [self, self.model.buffer]
@@ -158,7 +155,7 @@ class Trainer:
         kind = StepKind(
             self.pretraining,
             flow_learns=self.pretraining or self._flow_learns(),
-            energy_may_skip=self.iteration >= config.energy_skip_from,
+            energy_may_skip=not self.pretraining and self.iteration >= config.energy_skip_from,
         )
         self._step_number.fill_(self.step)
         self._iteration_number.fill_(self.iteration)
@@ -187,8 +184,8 @@ class Trainer:
         """One iteration of the paper's algorithm on the data batch x.
 
         The energy's update comes before the flow's, which is left out with it. Neither sees what
-        the other does to the weights, so the order is not otherwise felt. Once a chain has met a
-        gradient that is not finite, nothing is learned any more.
+        the other does to the weights, so the order is not otherwise felt. Once :attr:`divergence`
+        has noted something, nothing is learned any more.
         """
         persistent = self.model.buffer.draw(len(x)) if self.model.buffer else None
         proposal = self.propose(len(x)) if persistent is None else persistent.x
@@ -218,7 +215,7 @@ class Trainer:
             assert out.frozen_at is not None
             ends.append(out.x)
             stops.append(out.frozen_at)
-        self.divergence.note(self._step_number, torch.cat(stops), self.config.langevin_steps)
+        self.divergence.note_chains(self._step_number, torch.cat(stops), self.config.langevin_steps)
         return torch.cat(ends)
 
     def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, Key]]:
@@ -249,7 +246,8 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Flow step: the negative log-likelihood of x goes down; of the samples, not the data.
 
-        Without the step where ``skip`` is true, or, if it ``may_skip``, because of its gradient.
+        Without the step where ``skip`` is true, once the training has diverged, or, if it
+        ``may_skip``, because of its gradient.
         """
         losses = []
 
@@ -261,21 +259,31 @@ class Trainer:
                 losses.append(loss.detach())
                 yield loss
 
-        norm, skipped = self.flow.update(
-            parts(), lr, iteration=self._iteration_number, may_skip=may_skip, skip=skip
-        )
+        def left_out() -> Tensor:
+            if errors:
+                self.divergence.note_rebuilt(self._step_number, errors)
+            return self.divergence.flag if skip is None else self.divergence.flag | skip
+
+        with self._deferred() as errors:
+            norm, skipped = self.flow.update(
+                parts(), lr, iteration=self._iteration_number, may_skip=may_skip, skip=left_out
+            )
         return {
             "flow_nll": torch.stack(losses).sum() / self.data.dim,
             "flow_grad_norm": norm,
             "flow_skipped": skipped,
         }
 
+    def _deferred(self) -> AbstractContextManager[list[Tensor]]:
+        """Where no step is captured, recompute raises at once, and nothing is left to check."""
+        return nullcontext([]) if self._graphs is None else deferred_checks()
+
     def update_energy(
         self, x: Tensor, samples: Tensor, *, may_skip: bool = True
     ) -> dict[str, Tensor]:
         """EBM step: f = −U goes up on the data and down on the samples.
 
-        Without the step after a chain that diverged, or, if it ``may_skip``, because of its
+        Without the step once the training has diverged, or, if it ``may_skip``, because of its
         gradient.
         """
         means = []
@@ -295,7 +303,7 @@ class Trainer:
             self.config.energy_lr,
             iteration=self._iteration_number,
             may_skip=may_skip,
-            skip=self.divergence.flag,
+            skip=lambda: self.divergence.flag,
         )
         on_data, on_samples = torch.stack(means).sum(0)
         return {

@@ -7,6 +7,8 @@ memory does not grow with depth; it costs one more pass in the inverse direction
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -28,6 +30,8 @@ _N_CHECKS = 8
 _STRIDE = 8
 _TOLERANCE = {torch.float64: 1e-6}
 _DEFAULT_TOLERANCE = 1e-2
+
+_deferred: ContextVar[list[Tensor] | None] = ContextVar("coopflow_deferred", default=None)
 
 
 class _Factor(Enum):
@@ -71,6 +75,28 @@ def check_invertible(transform: nn.Module) -> None:
             raise ValueError("recompute needs exact inverses, so legacy_cdf_clamp must be False")
 
 
+@contextmanager
+def deferred_checks() -> Iterator[list[Tensor]]:
+    """Forward passes inside are differentiated without waiting for the device: where a backward
+    pass would raise, it adds the worst error of what it has rebuilt to the list, 0-d and in units
+    of what is allowed. More than 1, or NaN, is for the caller to refuse, with :func:`complaint`."""
+    errors: list[Tensor] = []
+    token = _deferred.set(errors)
+    try:
+        yield errors
+    finally:
+        _deferred.reset(token)
+
+
+def complaint(error: float) -> str:
+    """What to say of a worst error, in units of what is allowed."""
+    return (
+        f"recompute: inputs rebuilt by the inverse are off by {error:.1e} times what is allowed "
+        f"({_DEFAULT_TOLERANCE:g} of 1 + |x|, in float64 {_TOLERANCE[torch.float64]:g}); the "
+        "gradients would be wrong. Use more precision or recompute=False"
+    )
+
+
 def _witness(x: Tensor) -> Tensor:
     return x.flatten(1)[:, ::_STRIDE].clone()
 
@@ -102,6 +128,7 @@ class _Recompute(torch.autograd.Function):
                 total = total + ladj
         ctx.steps, ctx.context = steps, replace(context, aux=None)
         ctx.checked, ctx.autocast = list(witnesses), as_it_is(x.device.type)
+        ctx.deferred = _deferred.get()  # of this thread: a backward pass may run in another
         ctx.save_for_backward(x, aux, *witnesses.values())
         return x, total
 
@@ -132,7 +159,7 @@ class _Recompute(torch.autograd.Function):
                     expected = witnesses[index]
                     errors.append(((_witness(x) - expected).abs() / (1 + expected.abs())).max())
         if errors:
-            _check_errors(torch.stack(errors))
+            _check(torch.stack(errors).max(), ctx.deferred)
         return None, None, grad, grads.get(aux), *(grads.get(p) for p in _parameters(ctx.steps))
 
 
@@ -166,14 +193,12 @@ def _layer_backward(
     return grad_x
 
 
-def _check_errors(errors: Tensor) -> None:
-    tolerance = _TOLERANCE.get(errors.dtype, _DEFAULT_TOLERANCE)
-    worst = errors.max().item()
-    if not worst <= tolerance:
-        raise RuntimeError(
-            f"recompute: inputs rebuilt by the inverse are off by {worst:.1e}, more than "
-            f"{tolerance:.0e}; the gradients would be wrong. Use more precision or recompute=False"
-        )
+def _check(worst: Tensor, deferred: list[Tensor] | None) -> None:
+    error = worst / _TOLERANCE.get(worst.dtype, _DEFAULT_TOLERANCE)
+    if deferred is not None:
+        deferred.append(error)
+    elif not (times := error.item()) <= 1:
+        raise RuntimeError(complaint(times))
 
 
 def _parameters(steps: list[_Step]) -> list[Tensor]:
@@ -187,8 +212,8 @@ def call_and_ladj(
 ) -> tuple[Tensor, Tensor]:
     """``transform.call_and_ladj(x, context)``; with ``recompute`` memory is constant in depth.
 
-    It is then differentiable once, and the backward pass reads one number from the
-    device.
+    It is then differentiable once, and the backward pass reads one number from the device, unless
+    the call was made inside :func:`deferred_checks`.
 
     Raises:
         RuntimeError: in the backward pass, when rebuilt inputs are off by more than 1e-2 of
