@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from coopflow_ext._tensors import (
     table_row,
 )
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
-from coopflow_ext.samplers.inputs import step_rows
+from coopflow_ext.samplers.inputs import first_rows, step_rows
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
 from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
 from coopflow_ext.samplers.precision import CastModels
@@ -85,6 +85,7 @@ class Inputs:
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
+        step_kwargs: those that differ from step to step, (T, …) with a row for each.
     """
 
     like: State
@@ -93,14 +94,19 @@ class Inputs:
     x_refs: Tensors | None
     xis: Tensors | None
     model_kwargs: dict[str, Any]
+    step_kwargs: dict[str, Tensor] = field(default_factory=dict)
 
     def constants(self) -> list[Tensor]:
         """Every tensor of which the whole chain has one, always in the same order."""
         kwargs = tensors_of(self.model_kwargs)
         return [*self.xs, *self.rngs, *(self.x_refs or ()), *kwargs]
 
+    def rows(self) -> list[Tensor]:
+        """Every tensor of which a step has a row, always in the same order."""
+        return [*(self.xis or ()), *self.step_kwargs.values()]
+
     def window(self, n_steps: int) -> Inputs:
-        """The same constants in tensors of its own, and room for the normals of so many steps."""
+        """The same constants in tensors of its own, and room for the rows of so many steps."""
         xis = None
         if self.xis is not None:
             xis = tuple(step_rows(x, n_steps).zero_() for x in self.xs)
@@ -111,6 +117,7 @@ class Inputs:
             x_refs=None if self.x_refs is None else clones(self.x_refs),
             xis=xis,
             model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
+            step_kwargs={name: first_rows(v, n_steps) for name, v in self.step_kwargs.items()},
         )
 
 
@@ -170,7 +177,6 @@ class Chain:
             self.gradient,
             self.leaves,
             self.leaf_state,
-            inputs.model_kwargs,
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
@@ -214,6 +220,11 @@ class Chain:
             frozen_at=None if several else self.frozen_at,
         )
 
+    def arguments(self, step: int) -> dict[str, Any]:
+        """What the energy is given beside the state."""
+        given, rows = self.inputs.model_kwargs, self.inputs.step_kwargs
+        return {**given, **{name: row[step] for name, row in rows.items()}} if rows else given
+
     def _varying(self, noise_when: int, *, ends: bool) -> dict[str, Any]:
         """What differs between steps; ``ends``: it is the chain's last."""
         end_clamp = self.plan.end_clamp
@@ -255,7 +266,7 @@ class Chain:
             for step in range(n_steps):
                 if noise_to_come:
                     self._add_noise(step)
-                grads, u = self.bound_gradient()
+                grads, u = self.bound_gradient(self.arguments(step))
                 is_last = step + 1 == n_steps
                 when = self.noise_when(step, pauses=is_last) if noise_first else 0
                 self.update(step, grads, noise_when=when, ends=ends and is_last)

@@ -88,7 +88,7 @@ class DifferentiableChain:
         points = tuple(x.detach().requires_grad_() for x in xs)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
-                pack(points, self.chain.inputs.like), **self.chain.inputs.model_kwargs
+                pack(points, self.chain.inputs.like), **self.chain.arguments(0)
             )
         if self.plan.gradient.has_energy:
             outputs: Tensors = (check_energy(output, xs[0].shape[0]),)
@@ -126,7 +126,7 @@ class DifferentiableChain:
         points = self._with_noise_before(step, xs)
         points = tuple(p if p.requires_grad else _leaf(p) for p in points)
         state = pack(points, chain.inputs.like)
-        kwargs = chain.inputs.model_kwargs
+        kwargs = chain.arguments(step)
         with chain.autocast():
             grads, u = plan.gradient(points, state, kwargs, create_graph=create_graph)
         if not create_graph:

@@ -30,6 +30,12 @@ def step_rows(x: Tensor, n_steps: int) -> Tensor:
     return torch.empty_strided((n_steps, *x.shape), strides, dtype=x.dtype, device=x.device)
 
 
+def first_rows(values: Tensor, n_steps: int) -> Tensor:
+    """A copy of the first n_steps rows, the last of them again where there are fewer."""
+    rows = torch.arange(n_steps, device=values.device).clamp(max=len(values) - 1)
+    return values.detach().index_select(0, rows)
+
+
 def normals_like(xi: State | None, xs: Tensors, n_steps: int) -> Tensors | None:
     """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout."""
     if xi is None:

@@ -169,7 +169,7 @@ def _find_kernel(
     if torch.is_autocast_enabled(x0.device.type):
         return "torch.autocast is on"
     if model_kwargs:
-        return "it takes no model_kwargs"
+        return "it takes no model_kwargs or step_kwargs"
     owner = _owner(gradient)
     if isinstance(owner, str):
         return owner

@@ -42,6 +42,7 @@ from coopflow_ext.samplers.output import (
 )
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Schedule, per_chain
+from coopflow_ext.samplers.step_kwargs import check_accepted, check_step_kwargs, rows_for_call
 
 
 class _Result(NamedTuple):
@@ -109,6 +110,14 @@ class LangevinSampler:
         reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U.
         pull: (x_ref, strength), adds ½·strength·‖x − x_ref‖² to U; strength a float or (B,).
             x_ref None means that it is given at the call.
+        step_kwargs: further keyword arguments of the energy or score that differ from step to step,
+            tensors with a row for each: (T,) gives it a 0-d tensor at each step, (T, B or 1, …)
+            gives (B, …). A noise level, a time, a label::
+
+                sampler = cf.LangevinSampler(score=net, n_steps=T, drift=eps * sigma**2,
+                                             step_kwargs={"sigma": sigma})  # sigma: (T,)
+
+            In a captured chain, one copy for each name and piece of up to 16 steps.
         return_trajectory: keep the states after steps thin, 2·thin, …
         thin: see return_trajectory.
         stats: record :class:`ChainStatistics`.
@@ -130,9 +139,9 @@ class LangevinSampler:
             LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
             ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
             subclasses, nor with hooks, compile, differentiable, noise_before_gradient,
-            channels_last or model_kwargs, nor with autocast but for a network's to bfloat16
-            (:func:`ops.mlp_langevin_chain` tells its error). The noise is the same, the gradient
-            differs by rounding. True: a ValueError says why it cannot. False: step by step.
+            channels_last, model_kwargs or step_kwargs, nor with autocast but for a network's to
+            bfloat16 (:func:`ops.mlp_langevin_chain` tells its error). The noise is the same, the
+            gradient differs by rounding. True: a ValueError says why it cannot. False: step by step.
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already
@@ -180,6 +189,7 @@ class LangevinSampler:
         noise_before_gradient: bool = False,
         reference_std: float | None = None,
         pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
+        step_kwargs: Mapping[str, Tensor] | None = None,
         return_trajectory: bool = False,
         thin: int = 1,
         stats: bool = False,
@@ -265,6 +275,8 @@ class LangevinSampler:
             channels_last=channels_last,
             casts=casts if gradient.module and (autocast or channels_last) else None,
         )
+        self._step_kwargs = check_step_kwargs(step_kwargs)
+        check_accepted(gradient, self._step_kwargs, ())
         self.kernel = kernel
         self._refusal = refusal(self.plan, compile=compile, differentiable=differentiable)
         if kernel is True and self._refusal:
@@ -278,6 +290,7 @@ class LangevinSampler:
         xi: State | None = None,
         x_ref: State | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        step_kwargs: Mapping[str, Tensor] | None = None,
         n_steps: int | None = None,
         step_size: Schedule | None = None,
         drift: Schedule | None = None,
@@ -295,6 +308,8 @@ class LangevinSampler:
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
             model_kwargs: further keyword arguments of the energy or score; tensors may be nested
                 in dicts, lists and tuples.
+            step_kwargs: as the sampler's, each in place of the sampler's of the same name, of which
+                a call of fewer steps uses the first rows.
             n_steps, step_size, drift, noise, temperature: for this call, instead of the sampler's:
                 step_size replaces its step_size, drift and noise; drift its step_size and drift;
                 noise its noise and temperature. A captured chain serves every number of steps and
@@ -316,9 +331,14 @@ class LangevinSampler:
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(plan.n_steps)
-        kwargs = check_kwargs(model_kwargs)
+        kwargs, rows = check_kwargs(model_kwargs), self._rows(step_kwargs, plan, xs, model_kwargs)
         kernel = kernel_for(
-            self.kernel, plan.gradient, x0, kwargs, refused=self._refusal, autocast=plan.autocast
+            self.kernel,
+            plan.gradient,
+            x0,
+            {**kwargs, **rows},
+            refused=self._refusal,
+            autocast=plan.autocast,
         )
         # An energy needs autograd; a score runs as it would in the caller's own loop.
         needs_grad = kernel is None and (plan.gradient.has_energy or bool(plan.differentiable))
@@ -332,6 +352,7 @@ class LangevinSampler:
                 x_refs=self._x_refs(x_ref, starts),
                 xis=normals_like(xi, starts, plan.n_steps),
                 model_kwargs=kwargs,
+                step_kwargs=rows,
             )
             if kernel is not None:
                 result = self._run_kernel(plan, inputs, kernel)
@@ -354,6 +375,21 @@ class LangevinSampler:
         combined = self._coefficients.changed(steps, given)
         plan = replace(self.plan, n_steps=steps, coefficients=combined.values)
         return plan, combined.chain_counts
+
+    def _rows(
+        self,
+        step_kwargs: Mapping[str, Tensor] | None,
+        plan: Plan,
+        xs: Tensors,
+        model_kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Tensor]:
+        """The arguments of the energy that have a row for each step of a call."""
+        if step_kwargs is None and not self._step_kwargs:
+            return {}
+        given = check_step_kwargs(step_kwargs)
+        check_accepted(plan.gradient, {**self._step_kwargs, **given}, model_kwargs or ())
+        with torch.inference_mode(False):
+            return rows_for_call(self._step_kwargs, given, plan.n_steps, xs[0])
 
     def _starts(self, xs: Tensors) -> Tensors:
         """Copies for a chain to overwrite."""
