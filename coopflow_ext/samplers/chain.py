@@ -20,15 +20,19 @@ from coopflow_ext._tensors import (
     per_chain_view,
     table_row,
 )
+from coopflow_ext.samplers.checks import check_like
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.inputs import first_rows, step_rows
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
-from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack, unpack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.records import Records
 from coopflow_ext.samplers.schedule import place
 
 Bounds = tuple[float, float]
+
+AfterStep = Callable[[Any, Tensor], Any]
+"""(x, step) → x, or None where it has changed x in place; step is a 0-d int64 tensor."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Plan:
     autocast: torch.dtype | None
     channels_last: bool
     casts: CastModels | None  # where the model computes with copies of its weights
+    keep_start: bool = False  # as the first state of the trajectory
+    after_step: AfterStep | None = None
 
     @property
     def fast_steps(self) -> int:
@@ -69,6 +75,7 @@ class Plan:
             xs,
             self.n_steps,
             thin=self.thin if self.keep_trajectory else None,
+            start=self.keep_start,
             stats=self.keep_stats,
             energy=self.gradient.has_energy,
         )
@@ -86,6 +93,7 @@ class Inputs:
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
         step_kwargs: those that differ from step to step, (T, …) with a row for each.
+        step_numbers: (T,), where a plan's ``after_step`` is told them.
     """
 
     like: State
@@ -95,6 +103,7 @@ class Inputs:
     xis: Tensors | None
     model_kwargs: dict[str, Any]
     step_kwargs: dict[str, Tensor] = field(default_factory=dict)
+    step_numbers: Tensor | None = None
 
     def constants(self) -> list[Tensor]:
         """Every tensor of which the whole chain has one, always in the same order."""
@@ -103,7 +112,8 @@ class Inputs:
 
     def rows(self) -> list[Tensor]:
         """Every tensor of which a step has a row, always in the same order."""
-        return [*(self.xis or ()), *self.step_kwargs.values()]
+        numbers = () if self.step_numbers is None else (self.step_numbers,)
+        return [*(self.xis or ()), *self.step_kwargs.values(), *numbers]
 
     def window(self, n_steps: int) -> Inputs:
         """The same constants in tensors of its own, and room for the rows of so many steps."""
@@ -118,6 +128,9 @@ class Inputs:
             xis=xis,
             model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
             step_kwargs={name: first_rows(v, n_steps) for name, v in self.step_kwargs.items()},
+            step_numbers=None
+            if self.step_numbers is None
+            else first_rows(self.step_numbers, n_steps),
         )
 
 
@@ -199,7 +212,12 @@ class Chain:
         plan = self.plan
         if not plan.noise_first:
             return 0
-        apart = self.settled is not None or plan.noise_clamp is not None or plan.keeps_state(step)
+        apart = (
+            self.settled is not None
+            or plan.noise_clamp is not None
+            or plan.after_step is not None
+            or plan.keeps_state(step)
+        )
         return 2 if pauses or apart else 1
 
     def _bound_step(self, j: int) -> ops.BoundStep:
@@ -270,6 +288,8 @@ class Chain:
                 is_last = step + 1 == n_steps
                 when = self.noise_when(step, pauses=is_last) if noise_first else 0
                 self.update(step, grads, noise_when=when, ends=ends and is_last)
+                if self.plan.after_step is not None:
+                    self._follow(step)
                 noise_to_come = when == 2
                 if self.settled is not None:
                     self._settle()
@@ -322,6 +342,30 @@ class Chain:
             self.shrunk_drift.copy_(row * shrink)
         for move, grad in zip(moves, grads, strict=True):
             move(grad, step)
+
+    def followed(self, xs: Tensors, step: int) -> Tensors:
+        """The state ``xs`` as ``after_step`` leaves it; ``xs`` itself is not touched."""
+        assert self.plan.after_step is not None
+        assert self.inputs.step_numbers is not None
+        given = pack(clones(xs), self.inputs.like)
+        device, number = xs[0].device.type, self.inputs.step_numbers[step]
+        with torch.autocast(device, enabled=False) if self.plan.autocast else nullcontext():
+            new = self.plan.after_step(given, number)
+        if new is None:
+            return unpack(given)
+        if not isinstance(new, (Tensor, list, tuple)):
+            raise TypeError(f"after_step must return x or None, got {type(new).__name__}")
+        return check_like("what after_step returns", new, xs)
+
+    def _follow(self, step: int) -> None:
+        """``after_step`` on the chains that have not stopped."""
+        with torch.no_grad():
+            for x, new in zip(self.xs, self.followed(self.xs, step), strict=True):
+                if self.active is not None:
+                    new = torch.where(per_chain_view(self.active, x), new, x)
+                x.copy_(new)
+            for low, x in zip(self.lows, self.xs, strict=False):
+                low.copy_(x)
 
     def _settle(self) -> None:
         assert self.active is not None

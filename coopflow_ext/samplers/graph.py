@@ -80,7 +80,7 @@ class CapturedChain:
             if not is_off(value)
         }
         coefficients = {**plan.coefficients, **self._windows}
-        window = replace(plan, n_steps=longest, thin=1, coefficients=coefficients)
+        window = replace(plan, n_steps=longest, thin=1, keep_start=False, coefficients=coefficients)
         self.chain = Chain(window, inputs.window(longest))
         self._device = inputs.xs[0].device
         self._recording = Recording(self._device)

@@ -36,9 +36,14 @@ def first_rows(values: Tensor, n_steps: int) -> Tensor:
     return values.detach().index_select(0, rows)
 
 
-def normals_like(xi: State | None, xs: Tensors, n_steps: int) -> Tensors | None:
-    """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout."""
+def normals_like(xi: State | None, xs: Tensors, n_steps: int, without: int = 0) -> Tensors | None:
+    """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout, and zeros for so
+    many steps ``without``."""
     if xi is None:
         return None
     values = check_like("xi", xi, xs, lead=(n_steps,))
-    return tuple(step_rows(x, n_steps).copy_(v) for v, x in zip(values, xs, strict=True))
+    rows = tuple(step_rows(x, n_steps + without) for x in xs)
+    for row, value in zip(rows, values, strict=True):
+        row[:n_steps].copy_(value)
+        row[n_steps:].zero_()
+    return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
+from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
     check_choice,
@@ -118,8 +118,18 @@ class LangevinSampler:
                                              step_kwargs={"sigma": sigma})  # sigma: (T,)
 
             In a captured chain, one copy for each name and piece of up to 16 steps.
+        after_step: a callable of (x, step), called after every step: a projection, a mask of
+            inpainting. x is a state that it may change in place (returning None), or it returns
+            the new one; step is a 0-d int64 tensor on x's device, counted from 0 in each call.
+            Chains that have stopped keep theirs. It is captured with the chain, and what it does
+            is not counted in ``stats``.
+        denoise: c ≥ 0, a float or (B,): one more step x ← x − c·∇U(x), which is counted like the
+            others but has no noise (Tweedie's formula where c is the variance of the noise that
+            the score is of). It has the last row of step_kwargs again; clips and clamp are as in
+            every step, ``xi`` has no row for it.
         return_trajectory: keep the states after steps thin, 2·thin, …
         thin: see return_trajectory.
+        include_start: x0 is the first state of the trajectory.
         stats: record :class:`ChainStatistics`.
         on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps its
             last finite state; then "raise" :class:`NonFiniteError` after the chain, or "freeze"
@@ -140,8 +150,9 @@ class LangevinSampler:
             ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
             subclasses, nor with hooks, compile, differentiable, noise_before_gradient,
             channels_last, model_kwargs or step_kwargs, nor with autocast but for a network's to
-            bfloat16 (:func:`ops.mlp_langevin_chain` tells its error). The noise is the same, the
-            gradient differs by rounding. True: a ValueError says why it cannot. False: step by step.
+            bfloat16 (:func:`ops.mlp_langevin_chain` tells its error), nor with after_step. The
+            noise is the same, the gradient differs by rounding. True: a ValueError says why it
+            cannot. False: step by step.
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already
@@ -190,8 +201,11 @@ class LangevinSampler:
         reference_std: float | None = None,
         pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
         step_kwargs: Mapping[str, Tensor] | None = None,
+        after_step: AfterStep | None = None,
+        denoise: float | Tensor | Sequence[float] | None = None,
         return_trajectory: bool = False,
         thin: int = 1,
+        include_start: bool = False,
         stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
         autocast: torch.dtype | None = None,
@@ -207,6 +221,7 @@ class LangevinSampler:
             "negative_energy": negative_energy,
             "noise_before_gradient": noise_before_gradient,
             "return_trajectory": return_trajectory,
+            "include_start": include_start,
             "stats": stats,
             "channels_last": channels_last,
             "compile": compile,
@@ -232,8 +247,17 @@ class LangevinSampler:
                 )
         given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
         self._coefficients = Coefficients(
-            n_steps, given, reference_std=reference_std, pull=strength
+            n_steps,
+            given,
+            reference_std=reference_std,
+            pull=strength,
+            denoise=None if denoise is None else per_chain("denoise", denoise),
         )
+        self._n_steps, self._extra_steps = n_steps, int(denoise is not None)
+        if include_start and not return_trajectory:
+            raise ValueError("include_start=True needs return_trajectory=True")
+        if after_step is not None and not callable(after_step):
+            raise TypeError(f"after_step must be callable, got {type(after_step).__name__}")
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
@@ -255,7 +279,7 @@ class LangevinSampler:
         casts = CastModels(gradient, autocast, channels_last=channels_last)
         self.plan = Plan(
             gradient=gradient,
-            n_steps=n_steps,
+            n_steps=n_steps + self._extra_steps,
             differentiable=differentiable,
             coefficients=self._coefficients.combined.values,
             clips={
@@ -274,6 +298,8 @@ class LangevinSampler:
             autocast=autocast,
             channels_last=channels_last,
             casts=casts if gradient.module and (autocast or channels_last) else None,
+            keep_start=include_start,
+            after_step=after_step,
         )
         self._step_kwargs = check_step_kwargs(step_kwargs)
         check_accepted(gradient, self._step_kwargs, ())
@@ -350,9 +376,12 @@ class LangevinSampler:
                 xs=starts,
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
-                xis=normals_like(xi, starts, plan.n_steps),
+                xis=normals_like(xi, starts, plan.n_steps - self._extra_steps, self._extra_steps),
                 model_kwargs=kwargs,
                 step_kwargs=rows,
+                step_numbers=torch.arange(plan.n_steps, device=starts[0].device)
+                if plan.after_step is not None
+                else None,
             )
             if kernel is not None:
                 result = self._run_kernel(plan, inputs, kernel)
@@ -371,9 +400,9 @@ class LangevinSampler:
         """The plan of a call, and for how many chains its options have values."""
         if n_steps is None and not given:
             return self.plan, self._coefficients.combined.chain_counts
-        steps = self.plan.n_steps if n_steps is None else check_steps(n_steps)
+        steps = self._n_steps if n_steps is None else check_steps(n_steps)
         combined = self._coefficients.changed(steps, given)
-        plan = replace(self.plan, n_steps=steps, coefficients=combined.values)
+        plan = replace(self.plan, n_steps=steps + self._extra_steps, coefficients=combined.values)
         return plan, combined.chain_counts
 
     def _rows(
@@ -389,7 +418,13 @@ class LangevinSampler:
         given = check_step_kwargs(step_kwargs)
         check_accepted(plan.gradient, {**self._step_kwargs, **given}, model_kwargs or ())
         with torch.inference_mode(False):
-            return rows_for_call(self._step_kwargs, given, plan.n_steps, xs[0])
+            return rows_for_call(
+                self._step_kwargs,
+                given,
+                plan.n_steps - self._extra_steps,
+                xs[0],
+                repeat_last=bool(self._extra_steps),
+            )
 
     def _starts(self, xs: Tensors) -> Tensors:
         """Copies for a chain to overwrite."""

@@ -29,15 +29,21 @@ def check_step_kwargs(given: object) -> dict[str, Tensor]:
 
 
 def rows_for_call(
-    mine: Mapping[str, Tensor], given: Mapping[str, Tensor], n_steps: int, x: Tensor
+    mine: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    n_steps: int,
+    x: Tensor,
+    *,
+    repeat_last: bool = False,
 ) -> dict[str, Tensor]:
-    """The rows of a call on x's device, (T,) or (T, B, …).
+    """The rows of a call on x's device, (T,) or (T, B, …), or one more.
 
     Args:
         mine: the sampler's, of which the first T rows count.
         given: those of the call, with T rows, in place of the sampler's.
         n_steps: T.
         x: a tensor of the state, (B, …).
+        repeat_last: one more step has the last row again.
 
     Raises:
         ValueError: the rows are not as many as the steps, or not of as many chains as x has.
@@ -55,7 +61,14 @@ def rows_for_call(
                 f"step_kwargs[{name!r}] must have values for each of {len(x)} chains or one for "
                 f"all, shape ({n_steps}, {len(x)} or 1, …), got {tuple(value.shape)}"
             )
-        rows[name] = _placed(value[:n_steps], x)
+        value = value[:n_steps]
+        if repeat_last:
+            if not n_steps:
+                raise ValueError(
+                    f"denoise has no row of step_kwargs[{name!r}] to use: n_steps is 0"
+                )
+            value = torch.cat([value, value[-1:]])
+        rows[name] = _placed(value, x)
     return rows
 
 
