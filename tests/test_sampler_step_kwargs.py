@@ -94,7 +94,7 @@ def test_what_each_step_is_given():
         assert sigma.dtype == torch.int64
         assert sigma == k + 1
         assert label.tolist() == [k, k]
-        assert torch.equal(frame, step_kwargs["frame"][k])
+        assert torch.equal(frame, step_kwargs["frame"][k].float())  # as x is
 
 
 def test_the_samplers_own_rows_and_shorter_calls():

@@ -112,7 +112,8 @@ class LangevinSampler:
             x_ref None means that it is given at the call.
         step_kwargs: further keyword arguments of the energy or score that differ from step to step,
             tensors with a row for each: (T,) gives it a 0-d tensor at each step, (T, B or 1, …)
-            gives (B, …). A noise level, a time, a label::
+            gives (B, …); float64 beside a float64 state, else floating-point numbers come as
+            float32. A noise level, a time, a label::
 
                 sampler = cf.LangevinSampler(score=net, n_steps=T, drift=eps * sigma**2,
                                              step_kwargs={"sigma": sigma})  # sigma: (T,)

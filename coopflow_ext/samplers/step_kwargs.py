@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from coopflow_ext._tensors import arithmetic_dtype
 from coopflow_ext.samplers.gradient import Gradient
 
 
@@ -73,7 +74,9 @@ def rows_for_call(
 
 
 def _placed(value: Tensor, x: Tensor) -> Tensor:
-    value = value.to(x.device, non_blocking=True)
+    """Floating-point values in what x's steps compute in, as coefficients are."""
+    dtype = arithmetic_dtype(x.dtype) if value.is_floating_point() else value.dtype
+    value = value.to(x.device, dtype, non_blocking=True)
     if value.is_inference():  # autograd refuses to go through it
         value = value.clone()
     return value if value.ndim == 1 else value.expand(len(value), len(x), *value.shape[2:])
