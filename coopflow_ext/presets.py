@@ -23,7 +23,7 @@ from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.checks import check_count, check_flag, check_number, check_steps
 from coopflow_ext.samplers.gradient import StateFunction
 from coopflow_ext.samplers.langevin import LangevinSampler
-from coopflow_ext.samplers.schedule import Schedule, coefficient, per_chain
+from coopflow_ext.samplers.schedule import Schedule, coefficient, per_chain, sqrt
 
 __all__ = [
     "cdrl",
@@ -42,6 +42,7 @@ __all__ = [
     "life_cycle",
     "ncsn",
     "ncsnv2",
+    "score_sde_corrector",
     "short_run",
     "ula",
     "uvadlc",
@@ -365,6 +366,26 @@ def ncsnv2(
     """
     last = float(_levels(sigmas)[-1])
     return _annealed(score, overrides, sigmas, n_steps_each, step_lr, argument, denoise=last**2)
+
+
+def score_sde_corrector(
+    score: Energy = None,
+    *,
+    n_steps: int = 1,
+    snr: Schedule = 0.16,
+    alpha: Schedule = 1.0,
+    **overrides: Any,
+) -> LangevinSampler:
+    """x⁺ = x + α·s(x, t) + √(2α)·ξ, α = 2·alpha·(r·‖ξ‖/‖s‖)², the norms means over the batch.
+
+    snr is r; alpha is 1 for variance-exploding noise, 1 − β_t of the time for variance-preserving.
+    ``snr_over="chain"`` takes each chain's own norms instead. t is given at the call, as
+    ``model_kwargs`` or, for a sweep of times, ``step_kwargs``. Song et al., ICLR 2021;
+    yang-song/score_sde_pytorch, sampling.py, ``LangevinCorrector``: its x, not its x_mean.
+    """
+    ratio = coefficient("snr", snr, n_steps) * sqrt(coefficient("alpha", alpha, n_steps))
+    row: dict[str, Any] = {"n_steps": n_steps, "snr": ratio, "snr_over": "batch"}
+    return LangevinSampler(None, **{**row, "score": score, **overrides})
 
 
 def lebm_prior(

@@ -275,6 +275,7 @@ LETTERS = {
 }
 KNOW_THEIR_STEP = {
     "cdrl", "energy_matching", "lebm_posterior", "lebm_prior", "ncsn", "ncsnv2",
+    "score_sde_corrector",
 }  # fmt: skip
 """Those of test_presets_annealed.py."""
 REQUIRED = {

@@ -80,6 +80,27 @@ def test_the_name_of_the_label():
         presets.ncsn(named, **common)
 
 
+@pytest.mark.parametrize("over", ["batch", "chain"])
+@pytest.mark.parametrize("alpha", [1.0, torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]])])
+def test_score_sde_corrector(over, alpha):
+    def smooth(x: Tensor, t: Tensor) -> Tensor:
+        return -x / (1 + t[:, None]) - torch.cos(x)
+
+    x0, xi, t = normals(B, D), normals(5, B, D, seed=1), torch.rand(B, dtype=torch.float64)
+    a = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1).expand(B)
+    x = x0
+    for noise in xi:
+        grad = smooth(x, t)
+        grad_norm, noise_norm = grad.norm(dim=-1), noise.norm(dim=-1)
+        if over == "batch":
+            grad_norm, noise_norm = grad_norm.mean(), noise_norm.mean()
+        step_size = (0.16 * noise_norm / grad_norm) ** 2 * 2 * a
+        x = x + step_size[:, None] * grad + torch.sqrt(step_size * 2)[:, None] * noise
+    own = {} if over == "batch" else {"snr_over": "chain"}
+    sampler = presets.score_sde_corrector(smooth, n_steps=5, alpha=alpha, **own)
+    close(sampler(x0, xi=xi, model_kwargs={"t": t}).x, x)
+
+
 def test_lebm_prior():
     net = MLPEnergy(D).double()
     z0, xi = normals(B, D), normals(9, B, D, seed=1)

@@ -28,6 +28,7 @@ from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack, 
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.records import Records
 from coopflow_ext.samplers.schedule import place
+from coopflow_ext.samplers.step_rules import RuleOptions, StepRules
 
 Bounds = tuple[float, float]
 
@@ -42,7 +43,7 @@ class Plan:
     gradient: Gradient
     n_steps: int
     differentiable: bool | Literal["last"]
-    coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
+    coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull; or snr
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
     step_clamp: Bounds | None  # of the state after every step
     end_clamp: Bounds | None  # after the last
@@ -57,6 +58,7 @@ class Plan:
     casts: CastModels | None  # where the model computes with copies of its weights
     keep_start: bool = False  # as the first state of the trajectory
     after_step: AfterStep | None = None
+    rules: RuleOptions | None = None  # where a step is not that of the op alone
 
     @property
     def fast_steps(self) -> int:
@@ -166,11 +168,17 @@ class Chain:
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
         dtype = plan.autocast
         self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
+        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        self.rules: StepRules | None = None
+        if plan.rules is not None:
+            is_score = plan.gradient.is_score
+            self.rules = StepRules(plan.rules, xs, self.coefficients, is_score=is_score, low=dtype)
+            self.coefficients = self.rules.coefficients
+            self.lows = () if self.rules.points else self.lows
+        read = self.lows or (self.rules.points if self.rules else ()) or xs
         # Leaves share storage; a step's autograd graph is gone before they are overwritten.
         differentiate = plan.gradient.has_energy and plan.fast_steps > 0
-        self.leaves = tuple(
-            x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
-        )
+        self.leaves = tuple(x.detach().requires_grad_() if differentiate else x for x in read)
         self.leaf_state = pack(self.leaves, inputs.like)
         self.cast = None if plan.casts is None else plan.casts.take()
         self.gradient = plan.gradient if self.cast is None else self.cast.gradient
@@ -193,7 +201,6 @@ class Chain:
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
-        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
         self.steps = [self._bound_step(j) for j in range(len(xs))]
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.
@@ -216,6 +223,7 @@ class Chain:
             self.settled is not None
             or plan.noise_clamp is not None
             or plan.after_step is not None
+            or plan.rules is not None
             or plan.keeps_state(step)
         )
         return 2 if pauses or apart else 1
@@ -230,13 +238,20 @@ class Chain:
             x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
             is_score=plan.gradient.is_score,
             clamp=plan.step_clamp,
-            xi=None if self.inputs.xis is None else self.inputs.xis[j],
+            xi=self._normals(j),
             stats=self.records.sums[j] if plan.keep_stats else None,
             x_low=self.lows[j] if self.lows else None,
             active=self.active,
             freeze_nonfinite=plan.masked and not several,
             frozen_at=None if several else self.frozen_at,
         )
+
+    def _normals(self, j: int) -> Tensor | None:
+        """A row of normals for each step of tensor j; None where the op draws them."""
+        if self.rules is not None and self.rules.noises:
+            noise = self.rules.noises[j]
+            return noise.expand(self.plan.n_steps, *noise.shape)
+        return None if self.inputs.xis is None else self.inputs.xis[j]
 
     def arguments(self, step: int) -> dict[str, Any]:
         """What the energy is given beside the state."""
@@ -267,8 +282,8 @@ class Chain:
 
     def noise_arguments(self, j: int, step: int) -> dict[str, Any]:
         """Keyword arguments of ``ops.langevin_noise_`` for tensor j, all but the mask."""
-        xis = self.inputs.xis
-        xi = None if xis is None else xis[j][step]
+        xis = self._normals(j)
+        xi = None if xis is None else xis[step]
         return {"noise": self.coefficients["noise"], "step": step, "xi": xi}
 
     def run(self, n_steps: int, *, ends: bool) -> None:
@@ -284,6 +299,8 @@ class Chain:
             for step in range(n_steps):
                 if noise_to_come:
                     self._add_noise(step)
+                if self.rules is not None:
+                    self.rules.look_ahead(step)
                 grads, u = self.bound_gradient(self.arguments(step))
                 is_last = step + 1 == n_steps
                 when = self.noise_when(step, pauses=is_last) if noise_first else 0
@@ -306,6 +323,8 @@ class Chain:
                 copy.copy_(x)
         if self.cast is not None:
             self.cast.refresh()
+        if self.rules is not None:
+            self.rules.begin()
 
     def stopped(self) -> bool:
         """Whether a chain has met a gradient that is not finite: one read."""
@@ -327,6 +346,10 @@ class Chain:
 
     def update(self, step: int, grads: Tensors, *, noise_when: int, ends: bool) -> None:
         """Move ``xs`` by one step, given the gradients."""
+        if self.rules is not None:
+            if not self.plan.noise_first:
+                self.rules.draw(step, self.rngs, self.inputs.xis)
+            grads = self.rules.gradients(step, grads)
         moves = self.moves.get((noise_when, ends)) or self._bind(noise_when, ends=ends)
         if len(grads) == 1:  # nearly every chain, and a call of it costs what its calls cost
             grad, x = grads[0], self.xs[0]
@@ -374,6 +397,8 @@ class Chain:
             torch.where(per_chain_view(self.active, x), x, settled, out=settled)
 
     def _add_noise(self, step: int) -> None:
+        if self.rules is not None:
+            self.rules.draw(step, self.rngs, self.inputs.xis)
         for j, x in enumerate(self.xs):
             ops.langevin_noise_(
                 x, self.rngs[j], **self.noise_arguments(j, step), active=self.active

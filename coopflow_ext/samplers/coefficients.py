@@ -22,7 +22,7 @@ class Combined(NamedTuple):
     """What the options come to.
 
     Attributes:
-        values: drift, noise, decay, pull, by name, those that there are.
+        values: drift, noise, decay, pull, by name, those that there are; or snr.
         chain_counts: for each option that has values per chain, for how many.
     """
 
@@ -35,7 +35,7 @@ class Coefficients:
 
     Args:
         n_steps: T of the sampler.
-        given: step_size, drift, noise, temperature, those that are given.
+        given: step_size, drift, noise, temperature, those that are given; or snr alone.
         reference_std: σ; adds the decay drift/σ².
         pull: its strength; adds the pull drift·strength.
         denoise: the drift of one more step, which has no noise.
@@ -94,6 +94,9 @@ class Coefficients:
         counts = chain_counts(
             {**options, **{name: value for name, value in others.items() if value is not None}}
         )
+        if "snr" in options:
+            self._refuse_beside_snr(options, others)
+            return Combined({"snr": options["snr"]}, counts)
         drift, noise = _drift_and_noise(options)
         if self._denoise is not None:
             drift = with_last_row(drift, n_steps, self._denoise)
@@ -104,6 +107,17 @@ class Coefficients:
         if self._reference_std is not None:
             values["decay"] = drift / self._reference_std**2
         return Combined(values, counts)
+
+    def _refuse_beside_snr(
+        self, options: Mapping[str, Coefficient], others: Mapping[str, Coefficient | None]
+    ) -> None:
+        given = {**options, **others, "reference_std": self._reference_std}
+        beside = [name for name, value in given.items() if name != "snr" and value is not None]
+        if beside:
+            raise ValueError(
+                f"snr sets drift and noise from the norms of gradient and noise; give it without "
+                f"{', '.join(beside)}"
+            )
 
 
 # Options of a sampler that one given at a call stands for.
@@ -122,7 +136,7 @@ def _drift_of(step_size: Coefficient) -> Coefficient:
 def _drift_and_noise(given: Mapping[str, Coefficient]) -> tuple[Coefficient, Coefficient]:
     """The two coefficients of an update from the options that may fix them."""
     if ("step_size" in given) == ("drift" in given):
-        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift")
+        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift, or snr")
     if "noise" in given and "step_size" in given:
         raise ValueError("noise goes with drift; step_size already fixes the noise")
     if "noise" in given and "temperature" in given:

@@ -117,6 +117,8 @@ def refusal(plan: Plan, *, compile: bool, differentiable: object) -> str | None:
         return f"differentiable={differentiable!r} needs steps one by one"
     if plan.noise_first:
         return "noise_before_gradient=True needs steps one by one"
+    if plan.rules is not None:
+        return "snr, preconditioner and momentum need steps one by one"
     if plan.after_step is not None:
         return "after_step needs steps one by one"
     if plan.channels_last:

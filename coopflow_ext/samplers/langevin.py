@@ -43,6 +43,7 @@ from coopflow_ext.samplers.output import (
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Schedule, per_chain
 from coopflow_ext.samplers.step_kwargs import check_accepted, check_step_kwargs, rows_for_call
+from coopflow_ext.samplers.step_rules import RuleOptions
 
 
 class _Result(NamedTuple):
@@ -78,6 +79,16 @@ def _check_differentiable(
         raise ValueError("cuda_graph=True cannot be used with differentiable")
 
 
+def _check_rules(rules: RuleOptions, *, noise_first: bool, differentiable: object) -> None:
+    """ValueError where what a step makes of ∇U and ξ does not go with another option."""
+    names = {"snr": rules.snr_over}
+    for name in (name for name, value in names.items() if value is not None):
+        if differentiable is not False:
+            raise ValueError(f"{name} cannot be used with differentiable={differentiable!r}")
+    if rules.snr_over is not None and noise_first:
+        raise ValueError("snr cannot be used with noise_before_gradient=True")
+
+
 class LangevinSampler:
     """Langevin chains x ← x − drift·∇U(x) + noise·ξ, ξ ~ N(0, I), p ∝ exp(−U).
 
@@ -99,6 +110,13 @@ class LangevinSampler:
         drift: instead of step_size; without ``noise``, the noise is √(2·drift·temperature).
         noise: standard deviation of the noise of a step; only with ``drift``. 0 turns it off.
         temperature: multiplies the noise by its square root, leaves the drift.
+        snr: r, a schedule, instead of step_size and drift: each step has drift α = 2·(r·‖ξ‖/‖g‖)²
+            and noise √(2α), g the gradient before clips, so that the norms of what noise and
+            gradient move are as √(2α)‖ξ‖ : α‖g‖ = 1 : r. A chain whose gradient is 0 stays. Nothing
+            is read by the host; costs two launches for the noise and a dozen small ones for the
+            sizes. Not with reference_std, pull, denoise, noise_before_gradient, differentiable.
+        snr_over: "chain": the norms of each chain; "batch": their means over the batch, as
+            published, with which a chain depends on the others of its batch, and on how many.
         negative_energy: ``energy`` returns f = −U.
         grad_clip: clip each element of the gradient to ±grad_clip.
         grad_norm: then scale each chain's gradient to L2 norm ≤ grad_norm.
@@ -192,6 +210,8 @@ class LangevinSampler:
         drift: Schedule | None = None,
         noise: Schedule | None = None,
         temperature: Schedule | None = None,
+        snr: Schedule | None = None,
+        snr_over: Literal["chain", "batch"] = "chain",
         negative_energy: bool = False,
         grad_clip: float | None = None,
         grad_norm: float | None = None,
@@ -246,7 +266,13 @@ class LangevinSampler:
                 raise ValueError(
                     f"reference_std must have a square in float64, got {reference_std:g}"
                 )
-        given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
+        given = _given(
+            step_size=step_size, drift=drift, noise=noise, temperature=temperature, snr=snr
+        )
+        check_choice("snr_over", snr_over, ("chain", "batch"))
+        rules = RuleOptions(snr_over=None if snr is None else snr_over)
+        if rules != RuleOptions():
+            _check_rules(rules, noise_first=noise_before_gradient, differentiable=differentiable)
         self._coefficients = Coefficients(
             n_steps,
             given,
@@ -301,6 +327,7 @@ class LangevinSampler:
             casts=casts if gradient.module and (autocast or channels_last) else None,
             keep_start=include_start,
             after_step=after_step,
+            rules=None if rules == RuleOptions() else rules,
         )
         self._step_kwargs = check_step_kwargs(step_kwargs)
         check_accepted(gradient, self._step_kwargs, ())
