@@ -33,6 +33,7 @@ __all__ = [
     "coopvaebm",
     "drl",
     "energy_matching",
+    "eqm",
     "hat_ebm",
     "igebm",
     "improved_cd",
@@ -524,3 +525,24 @@ def energy_matching(
         clamp_when="end",
         step_kwargs={argument: times[:, None]},
     )
+
+
+def eqm(
+    score: Energy = None,
+    *,
+    n_steps: int = 249,
+    step_size: Schedule = 0.0017,
+    momentum: float | None = None,
+    **overrides: Any,
+) -> LangevinSampler:
+    """x⁺ = x + η·f(x): descent along the network's field f, given as the score.
+
+    With momentum μ, f is taken at x + ημ·f of the step before. step_size is η; labels and the scale
+    of guidance are given at the call as ``model_kwargs``, the file's times 1, 1 + η, … where the
+    network takes them as ``step_kwargs``. Wang and Du, 2025; raywang4/EqM, sample_gd.py, samplers
+    gd and ngd (whose μ is 0.3).
+    """
+    row: dict[str, Any] = {"n_steps": n_steps, "drift": step_size, "noise": 0.0}
+    if momentum is not None:
+        row.update(momentum=momentum, nesterov=True)
+    return _sampler(None, overrides, score=score, **row)

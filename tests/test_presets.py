@@ -274,7 +274,7 @@ LETTERS = {
     "ula": {"step_size": 0.1, "temperature": 0.3},
 }
 KNOW_THEIR_STEP = {
-    "cdrl", "energy_matching", "lebm_posterior", "lebm_prior", "ncsn", "ncsnv2",
+    "cdrl", "energy_matching", "eqm", "lebm_posterior", "lebm_prior", "ncsn", "ncsnv2",
     "score_sde_corrector",
 }  # fmt: skip
 """Those of test_presets_annealed.py."""

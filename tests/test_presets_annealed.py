@@ -194,6 +194,23 @@ def test_energy_matching(cutoff, at_data):
     assert got.unique().numel() > B * D // 2
 
 
+@pytest.mark.parametrize("mu", [None, 0.3])
+def test_eqm(mu):
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        return -(0.6 * x + 2 * torch.cos(2 * x)) * (1 + y[:, None])
+
+    stepsize, y = 0.05, torch.arange(B)
+    x0 = xt = normals(B, D)
+    m = torch.zeros_like(xt)
+    for _ in range(30):
+        out = model(xt if mu is None else xt + stepsize * m * mu, y)
+        m = out
+        xt = xt + out * stepsize
+    sampler = presets.eqm(model, n_steps=30, step_size=stepsize, momentum=mu)
+    close(sampler(x0, model_kwargs={"y": y}).x, xt)
+    assert presets.eqm(model).plan.n_steps == 249
+
+
 def test_wrong_letters():
     with pytest.raises(ValueError, match="sigmas must be"):
         presets.ncsn(score, sigmas=[1.0, -0.1])

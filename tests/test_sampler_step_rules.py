@@ -122,3 +122,112 @@ def test_bad_snr():
         LangevinSampler(energy, n_steps=2, snr=0.1, snr_over="all")
     with pytest.raises(ValueError, match="snr, preconditioner and momentum need steps one by one"):
         LangevinSampler(MLPEnergy(D), n_steps=2, snr=0.1, kernel=True)
+
+
+P = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("noise_first", [False, True])
+@pytest.mark.parametrize("options", [
+    {}, {"clamp": (-0.7, 0.7)}, {"grad_clip": 0.6}, {"denoise": 0.1}, {"on_nonfinite": "ignore"}
+])  # fmt: skip
+def test_preconditioner(captured, noise_first, options):
+    x0, xi = normals(B, D), normals(T, B, D, seed=1)
+    drift = torch.linspace(0.05, 0.1, B, dtype=torch.float64)[:, None]
+    noise = (2 * drift).sqrt() * P.sqrt()
+    rows, drifts = list(xi), [drift] * T
+    if "denoise" in options:
+        rows.append(torch.zeros(B, D))
+        drifts.append(torch.tensor(0.1))
+    x = x0
+    for z, a in zip(rows, drifts, strict=True):
+        x = x + noise * z if noise_first else x
+        g = P * gradient(x)
+        g = g.clamp(-0.6, 0.6) if "grad_clip" in options else g
+        x = x - a * g
+        x = x if noise_first else x + noise * z
+        x = x.clamp(*options["clamp"]) if "clamp" in options else x
+    sampler = LangevinSampler(
+        energy, n_steps=T, drift=drift.T, preconditioner=P, noise_before_gradient=noise_first,
+        **options,
+    )  # fmt: skip
+    torch.testing.assert_close(sampler(x0, xi=xi).x, x)
+
+
+def test_preconditioner_with_the_keys_noise_is_a_change_of_variables():
+    """y = x/√P moves by the plain chain of U(√P·y), with the same normals."""
+    x0, root = normals(B, D), P.sqrt()
+    common = {"n_steps": T, "step_size": 0.2}
+    got = LangevinSampler(energy, preconditioner=P, **common)(x0, key=KEY).x
+    plain = LangevinSampler(lambda y: energy(root * y), **common)(x0 / root, key=KEY).x
+    torch.testing.assert_close(got, root * plain)
+
+
+def test_preconditioner_of_several_tensors():
+    def both(state):
+        return energy(state[0]) + state[1].square().sum((1, 2))
+
+    x0 = (normals(B, D), normals(B, 2, 2, seed=1))
+    sampler = LangevinSampler(
+        both, n_steps=1, drift=0.1, noise=0.0, preconditioner=[P, torch.tensor(0.5)]
+    )
+    x, y = sampler(x0).x
+    torch.testing.assert_close(x, x0[0] - 0.1 * P * gradient(x0[0]))
+    torch.testing.assert_close(y, x0[1] - 0.1 * x0[1])
+    with pytest.raises(ValueError, match="preconditioner must have 1 tensor"):
+        sampler(x0[0])
+
+
+def test_bad_preconditioner():
+    def make(preconditioner, **options):
+        return LangevinSampler(
+            energy, n_steps=1, drift=0.1, preconditioner=preconditioner, **options
+        )
+
+    with pytest.raises(ValueError, match="preconditioner must be finite and > 0"):
+        make(torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(TypeError, match="preconditioner must be a tensor"):
+        make(2.0)
+    with pytest.raises(ValueError, match="preconditioner must not require grad"):
+        make(P.clone().requires_grad_())
+    with pytest.raises(ValueError, match="preconditioner must broadcast to the shape of a chain"):
+        make(torch.ones(B, D))(normals(B, D))
+    others = {"reference_std": 1.0, "pull": (None, 1.0), "differentiable": True}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=f"preconditioner cannot be used with {name}"):
+            make(P, **{name: value})
+    with pytest.raises(ValueError, match="snr cannot be used with preconditioner or momentum"):
+        LangevinSampler(energy, n_steps=1, snr=0.1, preconditioner=P, momentum=0.5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("score", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_momentum(captured, nesterov, score, autocast):
+    x0, mu = normals(B, D), 0.6
+    drift = torch.linspace(0.1, 0.02, T, dtype=torch.float64)
+    for n_steps in (T, 3):  # each chain starts at rest
+        x, v = x0, torch.zeros_like(x0)
+        for k in range(n_steps):
+            point = x - drift[k] * mu * v if nesterov else x
+            point = point if autocast is None else point.to(autocast)
+            g = gradient(point).double()
+            v = g if nesterov else mu * v + g
+            x = x - drift[k] * v
+        function = {"score": lambda x: -gradient(x)} if score else {"energy": energy}
+        sampler = LangevinSampler(
+            **function, n_steps=n_steps, drift=drift[:n_steps], noise=0.0, momentum=mu,
+            nesterov=nesterov, autocast=autocast,
+        )  # fmt: skip
+        got = [sampler(x0).x for _ in range(2)]
+        torch.testing.assert_close(got[0], x)
+        assert torch.equal(*got)
+
+
+def test_bad_momentum():
+    with pytest.raises(ValueError, match="momentum must be ≥ 0"):
+        LangevinSampler(energy, n_steps=1, drift=0.1, momentum=-0.1)
+    with pytest.raises(ValueError, match="nesterov=True needs momentum"):
+        LangevinSampler(energy, n_steps=1, drift=0.1, nesterov=True)
+    with pytest.raises(ValueError, match="momentum cannot be used with differentiable"):
+        LangevinSampler(energy, n_steps=1, drift=0.1, momentum=0.1, differentiable=True)

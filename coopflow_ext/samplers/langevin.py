@@ -43,7 +43,7 @@ from coopflow_ext.samplers.output import (
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Schedule, per_chain
 from coopflow_ext.samplers.step_kwargs import check_accepted, check_step_kwargs, rows_for_call
-from coopflow_ext.samplers.step_rules import RuleOptions
+from coopflow_ext.samplers.step_rules import RuleOptions, check_preconditioner
 
 
 class _Result(NamedTuple):
@@ -79,14 +79,36 @@ def _check_differentiable(
         raise ValueError("cuda_graph=True cannot be used with differentiable")
 
 
-def _check_rules(rules: RuleOptions, *, noise_first: bool, differentiable: object) -> None:
-    """ValueError where what a step makes of ∇U and ξ does not go with another option."""
-    names = {"snr": rules.snr_over}
-    for name in (name for name, value in names.items() if value is not None):
-        if differentiable is not False:
-            raise ValueError(f"{name} cannot be used with differentiable={differentiable!r}")
-    if rules.snr_over is not None and noise_first:
-        raise ValueError("snr cannot be used with noise_before_gradient=True")
+def _rules(
+    *,
+    snr_over: Literal["chain", "batch"] | None,
+    preconditioner: Tensor | Sequence[Tensor] | None,
+    momentum: float | None,
+    nesterov: bool,
+) -> RuleOptions | None:
+    """What steps make of ∇U and ξ; None where it is nothing. TypeError or ValueError."""
+    if momentum is not None:
+        momentum = check_number("momentum", momentum, minimum=0.0)
+    if nesterov and momentum is None:
+        raise ValueError("nesterov=True needs momentum")
+    diagonal = None if preconditioner is None else check_preconditioner(preconditioner)
+    rules = RuleOptions(snr_over, diagonal, momentum, nesterov)
+    return None if rules == RuleOptions() else rules
+
+
+def _check_beside(rules: RuleOptions, beside: Mapping[str, bool]) -> None:
+    """ValueError where two rules, or a rule and another option, exclude each other."""
+    on = {
+        "snr": rules.snr_over is not None,
+        "preconditioner": rules.preconditioner is not None,
+        "momentum": rules.momentum is not None,
+    }
+    names = [name for name, is_on in on.items() if is_on]
+    if on["snr"] and len(names) > 1:
+        raise ValueError(f"snr cannot be used with {' or '.join(names[1:])}")
+    for other, excluded in beside.items():
+        if excluded:
+            raise ValueError(f"{names[0]} cannot be used with {other}")
 
 
 class LangevinSampler:
@@ -117,6 +139,15 @@ class LangevinSampler:
             sizes. Not with reference_std, pull, denoise, noise_before_gradient, differentiable.
         snr_over: "chain": the norms of each chain; "batch": their means over the batch, as
             published, with which a chain depends on the others of its batch, and on how many.
+        preconditioner: the diagonal P > 0, broadcastable to a chain's shape (for a state of several
+            tensors a sequence of them): x⁺ = x − drift·P·∇U + noise·√P·ξ, of the same stationary
+            law. Clips are of P·∇U, and so is ``grad_norm`` of ``stats``. Costs four launches for
+            each tensor of the state. Not with reference_std, pull (add their terms to the energy),
+            snr, differentiable.
+        momentum: μ: v⁺ = μv + ∇U takes the place of ∇U (also in clips and ``stats``), v = 0 before
+            each chain; for descent (noise=0): with noise it no longer samples exp(−U).
+        nesterov: with momentum, x⁺ = x − drift·m⁺, m⁺ = ∇U(x − drift·μ·m): taken ahead by the
+            gradient of the step before alone, as equilibrium matching does; m is not accumulated.
         negative_energy: ``energy`` returns f = −U.
         grad_clip: clip each element of the gradient to ±grad_clip.
         grad_norm: then scale each chain's gradient to L2 norm ≤ grad_norm.
@@ -212,6 +243,9 @@ class LangevinSampler:
         temperature: Schedule | None = None,
         snr: Schedule | None = None,
         snr_over: Literal["chain", "batch"] = "chain",
+        preconditioner: Tensor | Sequence[Tensor] | None = None,
+        momentum: float | None = None,
+        nesterov: bool = False,
         negative_energy: bool = False,
         grad_clip: float | None = None,
         grad_norm: float | None = None,
@@ -240,6 +274,7 @@ class LangevinSampler:
         n_steps = check_steps(n_steps)
         flags = {
             "negative_energy": negative_energy,
+            "nesterov": nesterov,
             "noise_before_gradient": noise_before_gradient,
             "return_trajectory": return_trajectory,
             "include_start": include_start,
@@ -270,9 +305,20 @@ class LangevinSampler:
             step_size=step_size, drift=drift, noise=noise, temperature=temperature, snr=snr
         )
         check_choice("snr_over", snr_over, ("chain", "batch"))
-        rules = RuleOptions(snr_over=None if snr is None else snr_over)
-        if rules != RuleOptions():
-            _check_rules(rules, noise_first=noise_before_gradient, differentiable=differentiable)
+        rules = _rules(
+            snr_over=None if snr is None else snr_over,
+            preconditioner=preconditioner,
+            momentum=momentum,
+            nesterov=nesterov,
+        )
+        if rules is not None:
+            beside = {
+                "differentiable": differentiable is not False,
+                "noise_before_gradient": rules.snr_over is not None and noise_before_gradient,
+                "reference_std": rules.preconditioner is not None and reference_std is not None,
+                "pull": rules.preconditioner is not None and pull is not None,
+            }
+            _check_beside(rules, beside)
         self._coefficients = Coefficients(
             n_steps,
             given,
@@ -327,7 +373,7 @@ class LangevinSampler:
             casts=casts if gradient.module and (autocast or channels_last) else None,
             keep_start=include_start,
             after_step=after_step,
-            rules=None if rules == RuleOptions() else rules,
+            rules=rules,
         )
         self._step_kwargs = check_step_kwargs(step_kwargs)
         check_accepted(gradient, self._step_kwargs, ())
@@ -381,6 +427,8 @@ class LangevinSampler:
         plan, chain_counts = self._plan_for(n_steps, given)
         xs = check_state(x0)
         check_chain_counts(chain_counts, len(xs[0]))
+        if plan.rules is not None:
+            plan.rules.check_fits(xs)
         self._check_can_read(xs[0])
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))

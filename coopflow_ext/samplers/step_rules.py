@@ -4,7 +4,7 @@ none of this."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._tensors import Coefficient, arithmetic_dtype, flat, per_chain_view, table_row
+from coopflow_ext.samplers.checks import check_constant
 from coopflow_ext.samplers.output import Tensors
 
 
@@ -32,10 +33,43 @@ class RuleOptions:
     momentum: float | None = None
     nesterov: bool = False
 
+    def check_fits(self, xs: Tensors) -> None:
+        """ValueError unless the preconditioner is one for the state ``xs``."""
+        if self.preconditioner is None:
+            return
+        if len(self.preconditioner) != len(xs):
+            raise ValueError(
+                f"preconditioner must have {len(xs)} tensor(s), like x0, got "
+                f"{len(self.preconditioner)}"
+            )
+        for scale, x in zip(self.preconditioner, xs, strict=True):
+            sizes = zip(reversed(scale.shape), reversed(x.shape[1:]), strict=False)
+            if scale.ndim >= x.ndim or any(mine not in (1, size) for mine, size in sizes):
+                raise ValueError(
+                    f"preconditioner must broadcast to the shape of a chain, {tuple(x.shape[1:])}, "
+                    f"got {tuple(scale.shape)}"
+                )
+
     @property
     def own_noise(self) -> bool:
         """Whether the op is given its normals."""
         return self.snr_over is not None or self.preconditioner is not None
+
+
+def check_preconditioner(given: Tensor | Sequence[Tensor]) -> Tensors:
+    """Copies of the diagonals; TypeError or ValueError unless they are positive tensors."""
+    scales = (given,) if isinstance(given, Tensor) else given
+    if not isinstance(scales, (list, tuple)) or not all(isinstance(s, Tensor) for s in scales):
+        raise TypeError(
+            f"preconditioner must be a tensor or a sequence of them, got {type(given).__name__}"
+        )
+    check_constant("preconditioner", *scales)
+    for scale in scales:
+        if not scale.is_floating_point():
+            raise TypeError(f"preconditioner must be floating point, got {scale.dtype}")
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError("preconditioner must be finite and > 0 everywhere")
+    return tuple(scale.clone() for scale in scales)
 
 
 class StepRules:
