@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_sampler_graph import recorded  # noqa: F401
-from torch import Tensor
+from torch import Tensor, nn
 
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
@@ -127,6 +127,59 @@ def test_after_step_returns_a_state():
         run(lambda x, k: 1.0)
     with pytest.raises(TypeError, match="after_step must be callable"):
         run(1.0)
+
+
+class Recovery(nn.Module):
+    """U(x, t) + ‖x − x_ref‖²/(2σ²), where x_ref is the state with which a level began."""
+
+    def __init__(self, n_steps_each: int, shrink: Tensor) -> None:
+        super().__init__()
+        self.n_steps_each = n_steps_each
+        self.register_buffer("shrink", shrink)
+        self.register_buffer("x_ref", torch.zeros(B, D, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
+        pull = (x - self.x_ref).square().sum(1) / (2 * sigma**2)
+        return energy(x) / (1 + t) + pull
+
+    def next_level(self, x: Tensor, step: Tensor) -> Tensor:
+        over = (step + 1) % self.n_steps_each == 0
+        x = torch.where(over, x / self.shrink[step // self.n_steps_each], x)
+        self.x_ref.copy_(torch.where(over, x, self.x_ref))
+        return x
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_levels_of_recovery_likelihood_in_one_call(request, captured):
+    """From the noisiest level on: K steps pulled to where the level began, then x/a."""
+    if captured:
+        request.getfixturevalue("recorded")
+    K, levels = 7, 3
+    t = torch.arange(levels).flip(0)
+    sigma = torch.tensor([0.8, 0.5, 0.3], dtype=torch.float64)
+    shrink = torch.tensor([0.9, 0.95, 1.0], dtype=torch.float64)
+    step_size = 0.2 * sigma
+    x0, xi = normals(B, D), normals(levels * K, B, D, seed=1)
+
+    x, rows = x0, iter(xi)
+    for i in range(levels):
+        x_ref = x
+        for _ in range(K):
+            g = gradient(x) / (1 + t[i]) + (x - x_ref) / sigma[i] ** 2
+            x = x - step_size[i] ** 2 / 2 * g + step_size[i] * next(rows)
+        x = x / shrink[i]
+
+    model = Recovery(K, shrink)
+    sampler = LangevinSampler(
+        model,
+        n_steps=levels * K,
+        step_size=step_size.repeat_interleave(K),
+        step_kwargs={"t": t.repeat_interleave(K), "sigma": sigma.repeat_interleave(K)},
+        after_step=model.next_level,
+    )
+    for _ in range(2):
+        model.x_ref.copy_(x0)
+        torch.testing.assert_close(sampler(x0, xi=xi).x, x)
 
 
 @pytest.mark.parametrize("captured", [False, True])

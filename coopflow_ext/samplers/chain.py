@@ -255,8 +255,8 @@ class Chain:
 
     def arguments(self, step: int) -> dict[str, Any]:
         """What the energy is given beside the state."""
-        given, rows = self.inputs.model_kwargs, self.inputs.step_kwargs
-        return {**given, **{name: row[step] for name, row in rows.items()}} if rows else given
+        rows = {name: row[step] for name, row in self.inputs.step_kwargs.items()}
+        return {**self.inputs.model_kwargs, **rows}
 
     def _varying(self, noise_when: int, *, ends: bool) -> dict[str, Any]:
         """What differs between steps; ``ends``: it is the chain's last."""
@@ -295,17 +295,19 @@ class Chain:
         """
         noise_first = noise_to_come = self.plan.noise_first
         records = self.plan.keep_stats or self.plan.keep_trajectory
+        given, by_step = self.inputs.model_kwargs, bool(self.inputs.step_kwargs)
+        rules, follows = self.rules, self.plan.after_step is not None
         with constant(parameters_of(self.gradient.module)), self.autocast():
             for step in range(n_steps):
                 if noise_to_come:
                     self._add_noise(step)
-                if self.rules is not None:
-                    self.rules.look_ahead(step)
-                grads, u = self.bound_gradient(self.arguments(step))
+                if rules is not None:
+                    rules.look_ahead(step)
+                grads, u = self.bound_gradient(self.arguments(step) if by_step else given)
                 is_last = step + 1 == n_steps
                 when = self.noise_when(step, pauses=is_last) if noise_first else 0
                 self.update(step, grads, noise_when=when, ends=ends and is_last)
-                if self.plan.after_step is not None:
+                if follows:
                     self._follow(step)
                 noise_to_come = when == 2
                 if self.settled is not None:

@@ -171,8 +171,9 @@ class LangevinSampler:
         after_step: a callable of (x, step), called after every step: a projection, a mask of
             inpainting. x is a state that it may change in place (returning None), or it returns
             the new one; step is a 0-d int64 tensor on x's device, counted from 0 in each call.
-            Chains that have stopped keep theirs. It is captured with the chain, and what it does
-            is not counted in ``stats``.
+            Chains that have stopped keep theirs. It is captured with the chain (then what it
+            changes beside x is brought back after the capture only where that is a buffer of the
+            energy's module), and what it does is not counted in ``stats``.
         denoise: c ≥ 0, a float or (B,): one more step x ← x − c·∇U(x), which is counted like the
             others but has no noise (Tweedie's formula where c is the variance of the noise that
             the score is of). It has the last row of step_kwargs again; clips and clamp are as in
