@@ -44,6 +44,14 @@ def test_density_2d(run):
     assert Path("density_2d.png").stat().st_size > 10_000
 
 
+def test_annealed_score_2d(run):
+    pytest.importorskip("matplotlib")
+    plain, annealed = map(float, re.findall(r": (0\.\d+) of the chains", run("annealed_score_2d")))
+    assert plain == pytest.approx(0.5, abs=0.05)  # of where they start, not of the density's 0.8
+    assert annealed == pytest.approx(0.8, abs=0.07)
+    assert Path("annealed_score_2d.png").stat().st_size > 10_000
+
+
 def test_torchebm_energy(run):
     pytest.importorskip("torchebm")
     printed = run("torchebm_energy")

@@ -273,6 +273,11 @@ LETTERS = {
     "drl": {"step_size": 0.2, "pull_std": 0.5, "noise_scale": 0.5},
     "ula": {"step_size": 0.1, "temperature": 0.3},
 }
+KNOW_THEIR_STEP = {
+    "cdrl", "energy_matching", "eqm", "lebm_posterior", "lebm_prior", "ncsn", "ncsnv2",
+    "score_sde_corrector",
+}  # fmt: skip
+"""Those of test_presets_annealed.py."""
 REQUIRED = {
     "drl": {"step_size": 0.1, "pull_std": 1.0},
     "ula": {"step_size": 0.05, "temperature": 1.0},
@@ -310,7 +315,7 @@ def test_defaults_are_those_of_the_table():
     assert presets.coopflow(smooth_energy).plan.coefficients["drift"] == pytest.approx(0.03**2 / 2)
     assert presets.vaebm(smooth_energy).plan.coefficients["noise"] == pytest.approx(8e-5**0.5)
     assert presets.drl(smooth_energy, step_size=0.1, pull_std=1.0).plan.n_steps == 30
-    assert set(presets.__all__) == {*steps, "drl", "ula"}
+    assert set(presets.__all__) == {*steps, "drl", "ula", *KNOW_THEIR_STEP}
 
 
 def test_required_letters_and_wrong_values():

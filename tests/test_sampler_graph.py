@@ -93,6 +93,14 @@ OPTIONS = [
     {"drift": lambda k: 0.3 / (k + 1), "noise": [[0.1, 0.2, 0.3, 0.2, 0.1]], "stats": True},
     {"clamp": (-0.5, 0.5), "clamp_when": "end", "grad_clip": 0.3, "step_clip": 0.05,
      "reference_std": 2.0, "on_nonfinite": "freeze"},
+    {"denoise": 0.1, "return_trajectory": True, "include_start": True, "thin": 2, "stats": True},
+    {"after_step": lambda x, step: x.clamp(-0.5, 0.5) * (1 - 0.001 * step)},
+    {"after_step": lambda x, step: x.clamp_(-0.5, 0.5), "noise_before_gradient": True,
+     "autocast": torch.bfloat16},
+    {"snr": 0.1, "drift": None, "noise": None, "stats": True},
+    {"snr": 0.1, "snr_over": "batch", "drift": None, "noise": None},
+    {"preconditioner": torch.tensor(0.5), "noise_before_gradient": True, "momentum": 0.2},
+    {"momentum": 0.5, "nesterov": True},
 ]  # fmt: skip
 
 
@@ -473,6 +481,21 @@ def test_gpu_replays_equal_plain_runs(gpu, options):
         with torch.no_grad():
             for p in energy.parameters():
                 p.mul_(0.9)
+    assert len(captured._graphs._captured) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_arguments_that_differ_from_step_to_step(gpu):
+    def score(x, sigma, label):
+        return -x / (1 + sigma) + 0.1 * label[:, None]
+
+    x0, label = torch.randn(64, 3, device=gpu), torch.rand(37, 64)
+    options = {"n_steps": 37, "step_size": 0.1, "denoise": 0.1, "return_trajectory": True}
+    captured, plain = (stepwise(score=score, **options, cuda_graph=g) for g in (True, False))
+    for scale in (1.0, 2.0):
+        rows = {"sigma": scale * torch.linspace(1, 0, 37), "label": label.to(gpu)}
+        a, b = (s(x0, key=KEY, step_kwargs=rows) for s in (captured, plain))
+        torch.testing.assert_close(a.trajectory, b.trajectory, rtol=1e-5, atol=1e-6)
     assert len(captured._graphs._captured) == 1
 
 

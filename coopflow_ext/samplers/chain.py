@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,15 +20,20 @@ from coopflow_ext._tensors import (
     per_chain_view,
     table_row,
 )
+from coopflow_ext.samplers.checks import check_like
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
-from coopflow_ext.samplers.inputs import step_rows
+from coopflow_ext.samplers.inputs import first_rows, step_rows
 from coopflow_ext.samplers.nested import map_tensors, tensors_of
-from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack
+from coopflow_ext.samplers.output import ChainStatistics, State, Tensors, pack, unpack
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.records import Records
 from coopflow_ext.samplers.schedule import place
+from coopflow_ext.samplers.step_rules import RuleOptions, StepRules
 
 Bounds = tuple[float, float]
+
+AfterStep = Callable[[Any, Tensor], Any]
+"""(x, step) → x, or None where it has changed x in place; step is a 0-d int64 tensor."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Plan:
     gradient: Gradient
     n_steps: int
     differentiable: bool | Literal["last"]
-    coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
+    coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull; or snr
     clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
     step_clamp: Bounds | None  # of the state after every step
     end_clamp: Bounds | None  # after the last
@@ -51,6 +56,9 @@ class Plan:
     autocast: torch.dtype | None
     channels_last: bool
     casts: CastModels | None  # where the model computes with copies of its weights
+    keep_start: bool = False  # as the first state of the trajectory
+    after_step: AfterStep | None = None
+    rules: RuleOptions | None = None  # where a step is not that of the op alone
 
     @property
     def fast_steps(self) -> int:
@@ -69,6 +77,7 @@ class Plan:
             xs,
             self.n_steps,
             thin=self.thin if self.keep_trajectory else None,
+            start=self.keep_start,
             stats=self.keep_stats,
             energy=self.gradient.has_energy,
         )
@@ -85,6 +94,8 @@ class Inputs:
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
+        step_kwargs: those that differ from step to step, (T, …) with a row for each.
+        step_numbers: (T,), where a plan's ``after_step`` is told them.
     """
 
     like: State
@@ -93,14 +104,21 @@ class Inputs:
     x_refs: Tensors | None
     xis: Tensors | None
     model_kwargs: dict[str, Any]
+    step_kwargs: dict[str, Tensor] = field(default_factory=dict)
+    step_numbers: Tensor | None = None
 
     def constants(self) -> list[Tensor]:
         """Every tensor of which the whole chain has one, always in the same order."""
         kwargs = tensors_of(self.model_kwargs)
         return [*self.xs, *self.rngs, *(self.x_refs or ()), *kwargs]
 
+    def rows(self) -> list[Tensor]:
+        """Every tensor of which a step has a row, always in the same order."""
+        numbers = () if self.step_numbers is None else (self.step_numbers,)
+        return [*(self.xis or ()), *self.step_kwargs.values(), *numbers]
+
     def window(self, n_steps: int) -> Inputs:
-        """The same constants in tensors of its own, and room for the normals of so many steps."""
+        """The same constants in tensors of its own, and room for the rows of so many steps."""
         xis = None
         if self.xis is not None:
             xis = tuple(step_rows(x, n_steps).zero_() for x in self.xs)
@@ -111,6 +129,10 @@ class Inputs:
             x_refs=None if self.x_refs is None else clones(self.x_refs),
             xis=xis,
             model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
+            step_kwargs={name: first_rows(v, n_steps) for name, v in self.step_kwargs.items()},
+            step_numbers=None
+            if self.step_numbers is None
+            else first_rows(self.step_numbers, n_steps),
         )
 
 
@@ -146,11 +168,17 @@ class Chain:
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
         dtype = plan.autocast
         self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
+        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        self.rules: StepRules | None = None
+        if plan.rules is not None:
+            is_score = plan.gradient.is_score
+            self.rules = StepRules(plan.rules, xs, self.coefficients, is_score=is_score, low=dtype)
+            self.coefficients = self.rules.coefficients
+            self.lows = () if self.rules.points else self.lows
+        read = self.lows or (self.rules.points if self.rules else ()) or xs
         # Leaves share storage; a step's autograd graph is gone before they are overwritten.
         differentiate = plan.gradient.has_energy and plan.fast_steps > 0
-        self.leaves = tuple(
-            x.detach().requires_grad_() if differentiate else x for x in self.lows or xs
-        )
+        self.leaves = tuple(x.detach().requires_grad_() if differentiate else x for x in read)
         self.leaf_state = pack(self.leaves, inputs.like)
         self.cast = None if plan.casts is None else plan.casts.take()
         self.gradient = plan.gradient if self.cast is None else self.cast.gradient
@@ -170,11 +198,9 @@ class Chain:
             self.gradient,
             self.leaves,
             self.leaf_state,
-            inputs.model_kwargs,
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
-        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
         self.steps = [self._bound_step(j) for j in range(len(xs))]
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.
@@ -193,7 +219,13 @@ class Chain:
         plan = self.plan
         if not plan.noise_first:
             return 0
-        apart = self.settled is not None or plan.noise_clamp is not None or plan.keeps_state(step)
+        apart = (
+            self.settled is not None
+            or plan.noise_clamp is not None
+            or plan.after_step is not None
+            or plan.rules is not None
+            or plan.keeps_state(step)
+        )
         return 2 if pauses or apart else 1
 
     def _bound_step(self, j: int) -> ops.BoundStep:
@@ -206,13 +238,25 @@ class Chain:
             x_ref=None if self.inputs.x_refs is None else self.inputs.x_refs[j],
             is_score=plan.gradient.is_score,
             clamp=plan.step_clamp,
-            xi=None if self.inputs.xis is None else self.inputs.xis[j],
+            xi=self._normals(j),
             stats=self.records.sums[j] if plan.keep_stats else None,
             x_low=self.lows[j] if self.lows else None,
             active=self.active,
             freeze_nonfinite=plan.masked and not several,
             frozen_at=None if several else self.frozen_at,
         )
+
+    def _normals(self, j: int) -> Tensor | None:
+        """A row of normals for each step of tensor j; None where the op draws them."""
+        if self.rules is not None and self.rules.noises:
+            noise = self.rules.noises[j]
+            return noise.expand(self.plan.n_steps, *noise.shape)
+        return None if self.inputs.xis is None else self.inputs.xis[j]
+
+    def arguments(self, step: int) -> dict[str, Any]:
+        """What the energy is given beside the state."""
+        rows = {name: row[step] for name, row in self.inputs.step_kwargs.items()}
+        return {**self.inputs.model_kwargs, **rows}
 
     def _varying(self, noise_when: int, *, ends: bool) -> dict[str, Any]:
         """What differs between steps; ``ends``: it is the chain's last."""
@@ -238,8 +282,8 @@ class Chain:
 
     def noise_arguments(self, j: int, step: int) -> dict[str, Any]:
         """Keyword arguments of ``ops.langevin_noise_`` for tensor j, all but the mask."""
-        xis = self.inputs.xis
-        xi = None if xis is None else xis[j][step]
+        xis = self._normals(j)
+        xi = None if xis is None else xis[step]
         return {"noise": self.coefficients["noise"], "step": step, "xi": xi}
 
     def run(self, n_steps: int, *, ends: bool) -> None:
@@ -251,14 +295,20 @@ class Chain:
         """
         noise_first = noise_to_come = self.plan.noise_first
         records = self.plan.keep_stats or self.plan.keep_trajectory
+        given, by_step = self.inputs.model_kwargs, bool(self.inputs.step_kwargs)
+        rules, follows = self.rules, self.plan.after_step is not None
         with constant(parameters_of(self.gradient.module)), self.autocast():
             for step in range(n_steps):
                 if noise_to_come:
                     self._add_noise(step)
-                grads, u = self.bound_gradient()
+                if rules is not None:
+                    rules.look_ahead(step)
+                grads, u = self.bound_gradient(self.arguments(step) if by_step else given)
                 is_last = step + 1 == n_steps
                 when = self.noise_when(step, pauses=is_last) if noise_first else 0
                 self.update(step, grads, noise_when=when, ends=ends and is_last)
+                if follows:
+                    self._follow(step)
                 noise_to_come = when == 2
                 if self.settled is not None:
                     self._settle()
@@ -275,6 +325,8 @@ class Chain:
                 copy.copy_(x)
         if self.cast is not None:
             self.cast.refresh()
+        if self.rules is not None:
+            self.rules.begin()
 
     def stopped(self) -> bool:
         """Whether a chain has met a gradient that is not finite: one read."""
@@ -298,6 +350,10 @@ class Chain:
 
     def update(self, step: int, grads: Tensors, *, noise_when: int, ends: bool) -> None:
         """Move ``xs`` by one step, given the gradients."""
+        if self.rules is not None:
+            if not self.plan.noise_first:
+                self.rules.draw(step, self.rngs, self.inputs.xis)
+            grads = self.rules.gradients(step, grads)
         moves = self.moves.get((noise_when, ends)) or self._bind(noise_when, ends=ends)
         if len(grads) == 1:  # nearly every chain, and a call of it costs what its calls cost
             grad, x = grads[0], self.xs[0]
@@ -314,6 +370,30 @@ class Chain:
         for move, grad in zip(moves, grads, strict=True):
             move(grad, step)
 
+    def followed(self, xs: Tensors, step: int) -> Tensors:
+        """The state ``xs`` as ``after_step`` leaves it; ``xs`` itself is not touched."""
+        assert self.plan.after_step is not None
+        assert self.inputs.step_numbers is not None
+        given = pack(clones(xs), self.inputs.like)
+        device, number = xs[0].device.type, self.inputs.step_numbers[step]
+        with torch.autocast(device, enabled=False) if self.plan.autocast else nullcontext():
+            new = self.plan.after_step(given, number)
+        if new is None:
+            return unpack(given)
+        if not isinstance(new, (Tensor, list, tuple)):
+            raise TypeError(f"after_step must return x or None, got {type(new).__name__}")
+        return check_like("what after_step returns", new, xs)
+
+    def _follow(self, step: int) -> None:
+        """``after_step`` on the chains that have not stopped."""
+        with torch.no_grad():
+            for x, new in zip(self.xs, self.followed(self.xs, step), strict=True):
+                if self.active is not None:
+                    new = torch.where(per_chain_view(self.active, x), new, x)
+                x.copy_(new)
+            for low, x in zip(self.lows, self.xs, strict=False):
+                low.copy_(x)
+
     def _settle(self) -> None:
         assert self.active is not None
         assert self.settled is not None
@@ -321,6 +401,8 @@ class Chain:
             torch.where(per_chain_view(self.active, x), x, settled, out=settled)
 
     def _add_noise(self, step: int) -> None:
+        if self.rules is not None:
+            self.rules.draw(step, self.rngs, self.inputs.xis)
         for j, x in enumerate(self.xs):
             ops.langevin_noise_(
                 x, self.rngs[j], **self.noise_arguments(j, step), active=self.active

@@ -8,14 +8,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
-from coopflow_ext.samplers.schedule import Schedule, chain_counts, coefficient, sqrt
+from coopflow_ext.samplers.schedule import (
+    Schedule,
+    chain_counts,
+    coefficient,
+    is_off,
+    sqrt,
+    with_last_row,
+)
 
 
 class Combined(NamedTuple):
     """What the options come to.
 
     Attributes:
-        values: drift, noise, decay, pull, by name, those that there are.
+        values: drift, noise, decay, pull, by name, those that there are; or snr.
         chain_counts: for each option that has values per chain, for how many.
     """
 
@@ -28,9 +35,10 @@ class Coefficients:
 
     Args:
         n_steps: T of the sampler.
-        given: step_size, drift, noise, temperature, those that are given.
+        given: step_size, drift, noise, temperature, those that are given; or snr alone.
         reference_std: σ; adds the decay drift/σ².
         pull: its strength; adds the pull drift·strength.
+        denoise: the drift of one more step, which has no noise.
 
     Raises:
         ValueError, TypeError: an option is out of range or contradicts another; names it.
@@ -43,10 +51,12 @@ class Coefficients:
         *,
         reference_std: float | None,
         pull: Coefficient | None,
+        denoise: Coefficient | None,
     ) -> None:
         self._given, self._reference_std, self._pull = given, reference_std, pull
+        self._denoise = denoise
         self._checked = {name: coefficient(name, v, n_steps) for name, v in given.items()}
-        self.combined = self._combine(self._checked)
+        self.combined = self._combine(self._checked, n_steps)
 
     def changed(self, n_steps: int, given: Mapping[str, Schedule]) -> Combined:
         """The same with other values at a call, each of which takes the place of those of the
@@ -64,7 +74,7 @@ class Coefficients:
         kept = {name: self._for_steps(name, n_steps) for name in self._given if name not in gone}
         if "noise" in checked and "step_size" in kept:  # of which the drift remains
             kept["drift"] = _drift_of(kept.pop("step_size"))
-        return self._combine({**kept, **checked})
+        return self._combine({**kept, **checked}, n_steps)
 
     def _for_steps(self, name: str, n_steps: int) -> Coefficient:
         given, checked = self._given[name], self._checked[name]
@@ -79,16 +89,35 @@ class Coefficients:
             )
         return checked[:n_steps]
 
-    def _combine(self, options: Mapping[str, Coefficient]) -> Combined:
-        pull = {} if self._pull is None else {"pull": self._pull}
-        counts = chain_counts({**options, **pull})
+    def _combine(self, options: Mapping[str, Coefficient], n_steps: int) -> Combined:
+        others = {"pull": self._pull, "denoise": self._denoise}
+        counts = chain_counts(
+            {**options, **{name: value for name, value in others.items() if value is not None}}
+        )
+        if "snr" in options:
+            self._refuse_beside_snr(options, others)
+            return Combined({"snr": options["snr"]}, counts)
         drift, noise = _drift_and_noise(options)
+        if self._denoise is not None:
+            drift = with_last_row(drift, n_steps, self._denoise)
+            noise = noise if is_off(noise) else with_last_row(noise, n_steps, 0.0)
         values = {"drift": drift, "noise": noise}
         if self._pull is not None:
             values["pull"] = drift * self._pull
         if self._reference_std is not None:
             values["decay"] = drift / self._reference_std**2
         return Combined(values, counts)
+
+    def _refuse_beside_snr(
+        self, options: Mapping[str, Coefficient], others: Mapping[str, Coefficient | None]
+    ) -> None:
+        given = {**options, **others, "reference_std": self._reference_std}
+        beside = [name for name, value in given.items() if name != "snr" and value is not None]
+        if beside:
+            raise ValueError(
+                f"snr sets drift and noise from the norms of gradient and noise; give it without "
+                f"{', '.join(beside)}"
+            )
 
 
 # Options of a sampler that one given at a call stands for.
@@ -107,7 +136,7 @@ def _drift_of(step_size: Coefficient) -> Coefficient:
 def _drift_and_noise(given: Mapping[str, Coefficient]) -> tuple[Coefficient, Coefficient]:
     """The two coefficients of an update from the options that may fix them."""
     if ("step_size" in given) == ("drift" in given):
-        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift")
+        raise ValueError("give exactly one of step_size (drift δ²/2, noise δ) and drift, or snr")
     if "noise" in given and "step_size" in given:
         raise ValueError("noise goes with drift; step_size already fixes the noise")
     if "noise" in given and "temperature" in given:

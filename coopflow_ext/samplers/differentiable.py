@@ -43,6 +43,8 @@ class DifferentiableChain:
         masks = self._masks(first_step)
         stride = self.checkpoint_every or max(n_steps, 1)
         weights = self._leaves(xs) if self.checkpoint_every and n_steps else ()
+        if self.plan.keep_trajectory and self.plan.keep_start and not first_step:
+            self.recorded.append(xs)
         for start in range(first_step, n_steps, stride):
             segment = partial(self._segment, start, min(start + stride, n_steps))
             if self.checkpoint_every is None:
@@ -88,7 +90,7 @@ class DifferentiableChain:
         points = tuple(x.detach().requires_grad_() for x in xs)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
-                pack(points, self.chain.inputs.like), **self.chain.inputs.model_kwargs
+                pack(points, self.chain.inputs.like), **self.chain.arguments(0)
             )
         if self.plan.gradient.has_energy:
             outputs: Tensors = (check_energy(output, xs[0].shape[0]),)
@@ -126,19 +128,23 @@ class DifferentiableChain:
         points = self._with_noise_before(step, xs)
         points = tuple(p if p.requires_grad else _leaf(p) for p in points)
         state = pack(points, chain.inputs.like)
-        kwargs = chain.inputs.model_kwargs
+        kwargs = chain.arguments(step)
         with chain.autocast():
             grads, u = plan.gradient(points, state, kwargs, create_graph=create_graph)
         if not create_graph:
             points = tuple(p.detach() for p in points)
         masks = self._beside(step, points, tuple(g.detach() for g in grads), u, masks)
         grads, applied = self._joint_clip(grads) if len(xs) > 1 else (grads, {})
-        moved = []
-        for j, (x, grad) in enumerate(zip(points, grads, strict=True)):
-            new = chain.functional_step(j, step, x, laid_out(grad, x), **applied)
-            keep = per_chain_view(masks[0], x)
-            moved.append(torch.where(keep, new, xs[j]) if plan.masked else new)
-        return tuple(moved), masks
+        moved = tuple(
+            chain.functional_step(j, step, x, laid_out(grad, x), **applied)
+            for j, (x, grad) in enumerate(zip(points, grads, strict=True))
+        )
+        if plan.after_step is not None:
+            moved = chain.followed(moved, step)
+        if plan.masked:
+            pairs = zip(moved, xs, strict=True)
+            moved = tuple(torch.where(per_chain_view(masks[0], x), new, x) for new, x in pairs)
+        return moved, masks
 
     def _with_noise_before(self, step: int, xs: Tensors) -> Tensors:
         if not self.plan.noise_first:

@@ -2,7 +2,8 @@
 
 The next steps of a chain are the first steps of another that starts where it stands, at the key's
 later time. So a few recorded steps serve every one of T: before each replay its rows of the
-coefficients and of supplied normals are copied to where the recorded steps read theirs.
+coefficients, of supplied normals and of step_kwargs are copied to where the recorded steps read
+theirs.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class CapturedChain:
             if not is_off(value)
         }
         coefficients = {**plan.coefficients, **self._windows}
-        window = replace(plan, n_steps=longest, thin=1, coefficients=coefficients)
+        window = replace(plan, n_steps=longest, thin=1, keep_start=False, coefficients=coefficients)
         self.chain = Chain(window, inputs.window(longest))
         self._device = inputs.xs[0].device
         self._recording = Recording(self._device)
@@ -126,7 +127,7 @@ class CapturedChain:
             steps = slice(start, start + piece.n_steps)
             for name, table in self._tables.items():
                 self._windows[name][: piece.n_steps].copy_(table[steps])
-            for mine, given in zip(self.chain.inputs.xis or (), inputs.xis or (), strict=True):
+            for mine, given in zip(self.chain.inputs.rows(), inputs.rows(), strict=True):
                 mine[: piece.n_steps].copy_(given[steps])
             self._recording.replay(piece)
             result.records.take(self.chain.records, start, piece.n_steps)
@@ -262,6 +263,7 @@ def _kind(plan: Plan, inputs: Inputs) -> Hashable:
         tuple((name, is_off(v), columns(v)) for name, v in plan.coefficients.items()),
         (inputs.x_refs is None, inputs.xis is None),
         structure_of(inputs.model_kwargs),
+        tuple((name, v.shape[1:], v.dtype) for name, v in inputs.step_kwargs.items()),
         kind_of_module(plan.gradient.module),
     )
     try:

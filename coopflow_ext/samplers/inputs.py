@@ -30,9 +30,20 @@ def step_rows(x: Tensor, n_steps: int) -> Tensor:
     return torch.empty_strided((n_steps, *x.shape), strides, dtype=x.dtype, device=x.device)
 
 
-def normals_like(xi: State | None, xs: Tensors, n_steps: int) -> Tensors | None:
-    """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout."""
+def first_rows(values: Tensor, n_steps: int) -> Tensor:
+    """A copy of the first n_steps rows, the last of them again where there are fewer."""
+    rows = torch.arange(n_steps, device=values.device).clamp(max=len(values) - 1)
+    return values.detach().index_select(0, rows)
+
+
+def normals_like(xi: State | None, xs: Tensors, n_steps: int, without: int = 0) -> Tensors | None:
+    """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout, and zeros for so
+    many steps ``without``."""
     if xi is None:
         return None
     values = check_like("xi", xi, xs, lead=(n_steps,))
-    return tuple(step_rows(x, n_steps).copy_(v) for v, x in zip(values, xs, strict=True))
+    rows = tuple(step_rows(x, n_steps + without) for x in xs)
+    for row, value in zip(rows, values, strict=True):
+        row[:n_steps].copy_(value)
+        row[n_steps:].zero_()
+    return rows

@@ -80,7 +80,10 @@ class KernelChain:
             freeze_nonfinite=plan.masked,
         )
         self.last: Tensors = (result.x,)
-        self.trajectory = None if result.trajectory is None else (result.trajectory,)
+        self.trajectory: Tensors | None = None
+        if result.trajectory is not None:
+            states = result.trajectory
+            self.trajectory = (torch.cat([x0[None], states]) if plan.keep_start else states,)
         self.frozen_at = result.frozen_at
         self._stats = result.stats
 
@@ -114,6 +117,10 @@ def refusal(plan: Plan, *, compile: bool, differentiable: object) -> str | None:
         return f"differentiable={differentiable!r} needs steps one by one"
     if plan.noise_first:
         return "noise_before_gradient=True needs steps one by one"
+    if plan.rules is not None:
+        return "snr, preconditioner and momentum need steps one by one"
+    if plan.after_step is not None:
+        return "after_step needs steps one by one"
     if plan.channels_last:
         return "channels_last=True is for images, and its chains are vectors"
     return None
@@ -169,7 +176,7 @@ def _find_kernel(
     if torch.is_autocast_enabled(x0.device.type):
         return "torch.autocast is on"
     if model_kwargs:
-        return "it takes no model_kwargs"
+        return "it takes no model_kwargs or step_kwargs"
     owner = _owner(gradient)
     if isinstance(owner, str):
         return owner

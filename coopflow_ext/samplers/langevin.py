@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out
+from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
     check_choice,
@@ -42,6 +42,8 @@ from coopflow_ext.samplers.output import (
 )
 from coopflow_ext.samplers.precision import CastModels
 from coopflow_ext.samplers.schedule import Schedule, per_chain
+from coopflow_ext.samplers.step_kwargs import check_accepted, check_step_kwargs, rows_for_call
+from coopflow_ext.samplers.step_rules import RuleOptions, check_preconditioner
 
 
 class _Result(NamedTuple):
@@ -77,6 +79,38 @@ def _check_differentiable(
         raise ValueError("cuda_graph=True cannot be used with differentiable")
 
 
+def _rules(
+    *,
+    snr_over: Literal["chain", "batch"] | None,
+    preconditioner: Tensor | Sequence[Tensor] | None,
+    momentum: float | None,
+    nesterov: bool,
+) -> RuleOptions | None:
+    """What steps make of ∇U and ξ; None where it is nothing. TypeError or ValueError."""
+    if momentum is not None:
+        momentum = check_number("momentum", momentum, minimum=0.0)
+    if nesterov and momentum is None:
+        raise ValueError("nesterov=True needs momentum")
+    diagonal = None if preconditioner is None else check_preconditioner(preconditioner)
+    rules = RuleOptions(snr_over, diagonal, momentum, nesterov)
+    return None if rules == RuleOptions() else rules
+
+
+def _check_beside(rules: RuleOptions, beside: Mapping[str, bool]) -> None:
+    """ValueError where two rules, or a rule and another option, exclude each other."""
+    on = {
+        "snr": rules.snr_over is not None,
+        "preconditioner": rules.preconditioner is not None,
+        "momentum": rules.momentum is not None,
+    }
+    names = [name for name, is_on in on.items() if is_on]
+    if on["snr"] and len(names) > 1:
+        raise ValueError(f"snr cannot be used with {' or '.join(names[1:])}")
+    for other, excluded in beside.items():
+        if excluded:
+            raise ValueError(f"{names[0]} cannot be used with {other}")
+
+
 class LangevinSampler:
     """Langevin chains x ← x − drift·∇U(x) + noise·ξ, ξ ~ N(0, I), p ∝ exp(−U).
 
@@ -98,6 +132,22 @@ class LangevinSampler:
         drift: instead of step_size; without ``noise``, the noise is √(2·drift·temperature).
         noise: standard deviation of the noise of a step; only with ``drift``. 0 turns it off.
         temperature: multiplies the noise by its square root, leaves the drift.
+        snr: r, a schedule, instead of step_size and drift: each step has drift α = 2·(r·‖ξ‖/‖g‖)²
+            and noise √(2α), g the gradient before clips, so that the norms of what noise and
+            gradient move are as √(2α)‖ξ‖ : α‖g‖ = 1 : r. A chain whose gradient is 0 stays. Nothing
+            is read by the host; costs two launches for the noise and a dozen small ones for the
+            sizes. Not with reference_std, pull, denoise, noise_before_gradient, differentiable.
+        snr_over: "chain": the norms of each chain; "batch": their means over the batch, as
+            published, with which a chain depends on the others of its batch, and on how many.
+        preconditioner: the diagonal P > 0, broadcastable to a chain's shape (for a state of several
+            tensors a sequence of them): x⁺ = x − drift·P·∇U + noise·√P·ξ, of the same stationary
+            law. Clips are of P·∇U, and so is ``grad_norm`` of ``stats``. Costs four launches for
+            each tensor of the state. Not with reference_std, pull (add their terms to the energy),
+            snr, differentiable.
+        momentum: μ: v⁺ = μv + ∇U takes the place of ∇U (also in clips and ``stats``), v = 0 before
+            each chain; for descent (noise=0): with noise it no longer samples exp(−U).
+        nesterov: with momentum, x⁺ = x − drift·m⁺, m⁺ = ∇U(x − drift·μ·m): taken ahead by the
+            gradient of the step before alone, as equilibrium matching does; m is not accumulated.
         negative_energy: ``energy`` returns f = −U.
         grad_clip: clip each element of the gradient to ±grad_clip.
         grad_norm: then scale each chain's gradient to L2 norm ≤ grad_norm.
@@ -109,8 +159,28 @@ class LangevinSampler:
         reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U.
         pull: (x_ref, strength), adds ½·strength·‖x − x_ref‖² to U; strength a float or (B,).
             x_ref None means that it is given at the call.
+        step_kwargs: further keyword arguments of the energy or score that differ from step to step,
+            tensors with a row for each: (T,) gives it a 0-d tensor at each step, (T, B or 1, …)
+            gives (B, …); float64 beside a float64 state, else floating-point numbers come as
+            float32. A noise level, a time, a label::
+
+                sampler = cf.LangevinSampler(score=net, n_steps=T, drift=eps * sigma**2,
+                                             step_kwargs={"sigma": sigma})  # sigma: (T,)
+
+            In a captured chain, one copy for each name and piece of up to 16 steps.
+        after_step: a callable of (x, step), called after every step: a projection, a mask of
+            inpainting. x is a state that it may change in place (returning None), or it returns
+            the new one; step is a 0-d int64 tensor on x's device, counted from 0 in each call.
+            Chains that have stopped keep theirs. It is captured with the chain (then what it
+            changes beside x is brought back after the capture only where that is a buffer of the
+            energy's module), and what it does is not counted in ``stats``.
+        denoise: c ≥ 0, a float or (B,): one more step x ← x − c·∇U(x), which is counted like the
+            others but has no noise (Tweedie's formula where c is the variance of the noise that
+            the score is of). It has the last row of step_kwargs again; clips and clamp are as in
+            every step, ``xi`` has no row for it.
         return_trajectory: keep the states after steps thin, 2·thin, …
         thin: see return_trajectory.
+        include_start: x0 is the first state of the trajectory.
         stats: record :class:`ChainStatistics`.
         on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps its
             last finite state; then "raise" :class:`NonFiniteError` after the chain, or "freeze"
@@ -130,9 +200,10 @@ class LangevinSampler:
             LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
             ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
             subclasses, nor with hooks, compile, differentiable, noise_before_gradient,
-            channels_last or model_kwargs, nor with autocast but for a network's to bfloat16
-            (:func:`ops.mlp_langevin_chain` tells its error). The noise is the same, the gradient
-            differs by rounding. True: a ValueError says why it cannot. False: step by step.
+            channels_last, model_kwargs or step_kwargs, nor with autocast but for a network's to
+            bfloat16 (:func:`ops.mlp_langevin_chain` tells its error), nor with after_step. The
+            noise is the same, the gradient differs by rounding. True: a ValueError says why it
+            cannot. False: step by step.
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already
@@ -171,6 +242,11 @@ class LangevinSampler:
         drift: Schedule | None = None,
         noise: Schedule | None = None,
         temperature: Schedule | None = None,
+        snr: Schedule | None = None,
+        snr_over: Literal["chain", "batch"] = "chain",
+        preconditioner: Tensor | Sequence[Tensor] | None = None,
+        momentum: float | None = None,
+        nesterov: bool = False,
         negative_energy: bool = False,
         grad_clip: float | None = None,
         grad_norm: float | None = None,
@@ -180,8 +256,12 @@ class LangevinSampler:
         noise_before_gradient: bool = False,
         reference_std: float | None = None,
         pull: tuple[State | None, float | Tensor | Sequence[float]] | None = None,
+        step_kwargs: Mapping[str, Tensor] | None = None,
+        after_step: AfterStep | None = None,
+        denoise: float | Tensor | Sequence[float] | None = None,
         return_trajectory: bool = False,
         thin: int = 1,
+        include_start: bool = False,
         stats: bool = False,
         on_nonfinite: Literal["raise", "freeze", "ignore"] = "raise",
         autocast: torch.dtype | None = None,
@@ -195,8 +275,10 @@ class LangevinSampler:
         n_steps = check_steps(n_steps)
         flags = {
             "negative_energy": negative_energy,
+            "nesterov": nesterov,
             "noise_before_gradient": noise_before_gradient,
             "return_trajectory": return_trajectory,
+            "include_start": include_start,
             "stats": stats,
             "channels_last": channels_last,
             "compile": compile,
@@ -220,10 +302,36 @@ class LangevinSampler:
                 raise ValueError(
                     f"reference_std must have a square in float64, got {reference_std:g}"
                 )
-        given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
-        self._coefficients = Coefficients(
-            n_steps, given, reference_std=reference_std, pull=strength
+        given = _given(
+            step_size=step_size, drift=drift, noise=noise, temperature=temperature, snr=snr
         )
+        check_choice("snr_over", snr_over, ("chain", "batch"))
+        rules = _rules(
+            snr_over=None if snr is None else snr_over,
+            preconditioner=preconditioner,
+            momentum=momentum,
+            nesterov=nesterov,
+        )
+        if rules is not None:
+            beside = {
+                "differentiable": differentiable is not False,
+                "noise_before_gradient": rules.snr_over is not None and noise_before_gradient,
+                "reference_std": rules.preconditioner is not None and reference_std is not None,
+                "pull": rules.preconditioner is not None and pull is not None,
+            }
+            _check_beside(rules, beside)
+        self._coefficients = Coefficients(
+            n_steps,
+            given,
+            reference_std=reference_std,
+            pull=strength,
+            denoise=None if denoise is None else per_chain("denoise", denoise),
+        )
+        self._n_steps, self._extra_steps = n_steps, int(denoise is not None)
+        if include_start and not return_trajectory:
+            raise ValueError("include_start=True needs return_trajectory=True")
+        if after_step is not None and not callable(after_step):
+            raise TypeError(f"after_step must be callable, got {type(after_step).__name__}")
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.on_nonfinite = on_nonfinite
         _check_differentiable(differentiable, checkpoint_every, cuda_graph)
@@ -245,7 +353,7 @@ class LangevinSampler:
         casts = CastModels(gradient, autocast, channels_last=channels_last)
         self.plan = Plan(
             gradient=gradient,
-            n_steps=n_steps,
+            n_steps=n_steps + self._extra_steps,
             differentiable=differentiable,
             coefficients=self._coefficients.combined.values,
             clips={
@@ -264,7 +372,12 @@ class LangevinSampler:
             autocast=autocast,
             channels_last=channels_last,
             casts=casts if gradient.module and (autocast or channels_last) else None,
+            keep_start=include_start,
+            after_step=after_step,
+            rules=rules,
         )
+        self._step_kwargs = check_step_kwargs(step_kwargs)
+        check_accepted(gradient, self._step_kwargs, ())
         self.kernel = kernel
         self._refusal = refusal(self.plan, compile=compile, differentiable=differentiable)
         if kernel is True and self._refusal:
@@ -278,6 +391,7 @@ class LangevinSampler:
         xi: State | None = None,
         x_ref: State | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        step_kwargs: Mapping[str, Tensor] | None = None,
         n_steps: int | None = None,
         step_size: Schedule | None = None,
         drift: Schedule | None = None,
@@ -295,6 +409,8 @@ class LangevinSampler:
             x_ref: centre of the pull, shape of x0; replaces the one in ``pull=``.
             model_kwargs: further keyword arguments of the energy or score; tensors may be nested
                 in dicts, lists and tuples.
+            step_kwargs: as the sampler's, each in place of the sampler's of the same name, of which
+                a call of fewer steps uses the first rows.
             n_steps, step_size, drift, noise, temperature: for this call, instead of the sampler's:
                 step_size replaces its step_size, drift and noise; drift its step_size and drift;
                 noise its noise and temperature. A captured chain serves every number of steps and
@@ -312,13 +428,20 @@ class LangevinSampler:
         plan, chain_counts = self._plan_for(n_steps, given)
         xs = check_state(x0)
         check_chain_counts(chain_counts, len(xs[0]))
+        if plan.rules is not None:
+            plan.rules.check_fits(xs)
         self._check_can_read(xs[0])
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(plan.n_steps)
-        kwargs = check_kwargs(model_kwargs)
+        kwargs, rows = check_kwargs(model_kwargs), self._rows(step_kwargs, plan, xs, model_kwargs)
         kernel = kernel_for(
-            self.kernel, plan.gradient, x0, kwargs, refused=self._refusal, autocast=plan.autocast
+            self.kernel,
+            plan.gradient,
+            x0,
+            {**kwargs, **rows},
+            refused=self._refusal,
+            autocast=plan.autocast,
         )
         # An energy needs autograd; a score runs as it would in the caller's own loop.
         needs_grad = kernel is None and (plan.gradient.has_energy or bool(plan.differentiable))
@@ -330,8 +453,12 @@ class LangevinSampler:
                 xs=starts,
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
-                xis=normals_like(xi, starts, plan.n_steps),
+                xis=normals_like(xi, starts, plan.n_steps - self._extra_steps, self._extra_steps),
                 model_kwargs=kwargs,
+                step_kwargs=rows,
+                step_numbers=torch.arange(plan.n_steps, device=starts[0].device)
+                if plan.after_step is not None
+                else None,
             )
             if kernel is not None:
                 result = self._run_kernel(plan, inputs, kernel)
@@ -350,10 +477,31 @@ class LangevinSampler:
         """The plan of a call, and for how many chains its options have values."""
         if n_steps is None and not given:
             return self.plan, self._coefficients.combined.chain_counts
-        steps = self.plan.n_steps if n_steps is None else check_steps(n_steps)
+        steps = self._n_steps if n_steps is None else check_steps(n_steps)
         combined = self._coefficients.changed(steps, given)
-        plan = replace(self.plan, n_steps=steps, coefficients=combined.values)
+        plan = replace(self.plan, n_steps=steps + self._extra_steps, coefficients=combined.values)
         return plan, combined.chain_counts
+
+    def _rows(
+        self,
+        step_kwargs: Mapping[str, Tensor] | None,
+        plan: Plan,
+        xs: Tensors,
+        model_kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Tensor]:
+        """The arguments of the energy that have a row for each step of a call."""
+        if step_kwargs is None and not self._step_kwargs:
+            return {}
+        given = check_step_kwargs(step_kwargs)
+        check_accepted(plan.gradient, {**self._step_kwargs, **given}, model_kwargs or ())
+        with torch.inference_mode(False):
+            return rows_for_call(
+                self._step_kwargs,
+                given,
+                plan.n_steps - self._extra_steps,
+                xs[0],
+                repeat_last=bool(self._extra_steps),
+            )
 
     def _starts(self, xs: Tensors) -> Tensors:
         """Copies for a chain to overwrite."""

@@ -84,7 +84,8 @@ class SamplerOutput(_Output):
     Attributes:
         x: the last state, shape, dtype and structure of x0.
         key: the key advanced by the number of steps: pass it to continue the same path.
-        trajectory: (T // thin, *x.shape), the states after steps thin, 2·thin, …; or None.
+        trajectory: (T // thin, *x.shape), the states after steps thin, 2·thin, …, with x0 before
+            them where ``include_start`` asks for it; or None.
         stats: :class:`ChainStatistics` with ``stats=True``, else None.
         frozen_at: int64 (B,) with ``on_nonfinite="freeze"``, else None: the step at which a chain
             stopped, T where it did not.

@@ -23,21 +23,32 @@ class Records:
         thin: the states after steps thin, 2·thin, … are kept; None: none is.
         stats: whether statistics are kept.
         energy: whether the energy's value is one of them.
+        start: whether the first of the kept states is ``xs`` as it is now.
 
     Attributes:
-        trajectory: (T // thin, *x.shape) for each tensor, or None.
+        trajectory: (T // thin, *x.shape) for each tensor, one more with ``start``; or None.
         sums: (T, B, 5) for each tensor, see ``ops.langevin_step_``; empty where not kept.
         energies: (T, B), or None.
     """
 
     def __init__(
-        self, xs: Tensors, n_steps: int, *, thin: int | None, stats: bool, energy: bool
+        self,
+        xs: Tensors,
+        n_steps: int,
+        *,
+        thin: int | None,
+        stats: bool,
+        energy: bool,
+        start: bool = False,
     ) -> None:
         self._n_elements = sum(x[:1].numel() for x in xs)
-        self._thin = thin
+        self._thin, self._before = thin, int(start)
         self.trajectory: Tensors | None = None
         if thin is not None:
-            self.trajectory = tuple(new_states(x, n_steps // thin) for x in xs)
+            self.trajectory = tuple(new_states(x, self._before + n_steps // thin) for x in xs)
+            if start:
+                for kept, x in zip(self.trajectory, xs, strict=True):
+                    kept[0].copy_(x)
         self.sums: Tensors = ()
         self.energies: Tensor | None = None
         if stats:
@@ -56,7 +67,7 @@ class Records:
             self.energies[step].copy_(u)
         if self.trajectory is not None and self._thin and (step + 1) % self._thin == 0:
             for kept, x in zip(self.trajectory, xs, strict=True):
-                kept[(step + 1) // self._thin - 1].copy_(x)
+                kept[self._before + (step + 1) // self._thin - 1].copy_(x)
 
     def take(self, window: Records, start: int, n_steps: int) -> None:
         """Steps ``start``, start + 1, … are the first ``n_steps`` of a window, which keeps the
@@ -71,7 +82,7 @@ class Records:
         first, last = start // self._thin, (start + n_steps) // self._thin
         wanted = slice((first + 1) * self._thin - 1 - start, n_steps, self._thin)
         for mine, theirs in zip(self.trajectory, window.trajectory, strict=True):
-            mine[first:last].copy_(theirs[wanted])
+            mine[self._before + first : self._before + last].copy_(theirs[wanted])
 
     def statistics(self, sign: float) -> ChainStatistics | None:
         """The sums as norms and fractions over the whole state; U is sign · energies."""

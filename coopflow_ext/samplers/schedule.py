@@ -122,6 +122,14 @@ def chain_counts(values: Mapping[str, Coefficient]) -> dict[str, int]:
     return counts
 
 
+def with_last_row(value: Coefficient, n_steps: int, last: Coefficient) -> Coefficient:
+    """The table of T + 1 steps whose last has a value of its own."""
+    tables = [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (value, last)]
+    width = max(map(columns, (value, last)))
+    rows = zip(tables, (n_steps, 1), strict=True)
+    return torch.cat([table.expand(count, width) for table, count in rows])
+
+
 def sqrt(value: Coefficient) -> Coefficient:
     """Elementwise square root."""
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
