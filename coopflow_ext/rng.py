@@ -111,6 +111,7 @@ class Key:
         key and counter (data low, data high, 0, 2³¹), which no noise counter can equal.
         """
         _check_int("data", data, _SEED_LIMIT)
+        _refuse_export()
         fold_in = _extension.native().fold_in
         seed = int(fold_in(_to_signed(self.seed), _to_signed(data))) % _SEED_LIMIT
         return Key(seed, self.time, self.chain)

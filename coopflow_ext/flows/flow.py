@@ -238,7 +238,12 @@ class Flow(nn.Module):
         beside = {name: t for name, t in given.items() if t is not None}
         names = tuple(beside)
         return self._run(
-            ("log_prob", names), partial(self._log_prob, names), x.shape[0], key, x, *beside.values()
+            ("log_prob", names),
+            partial(self._log_prob, names),
+            x.shape[0],
+            key,
+            x,
+            *beside.values(),
         )
 
     def _log_prob(
