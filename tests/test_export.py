@@ -208,6 +208,7 @@ CPU = torch.device("cpu")
 KINDS = {"log_prob": log_prob_case, "sample": sample_case, "drawn": drawn_case}
 
 
+@functools.cache
 def model_case(name: str) -> Case:
     of, _, kind = name.rpartition("/")
     return KINDS[kind](of) if of else step_case()
@@ -233,6 +234,7 @@ def dynamic(case: Case, device: torch.device) -> Any:
     return (tree_map(sizes, case.inputs(BATCH, device), case.inputs(BATCH + 1, device)),)
 
 
+@functools.cache
 def export(case: Case, device: torch.device = CPU, *, strict: bool = False) -> Any:
     with torch.no_grad():
         return torch.export.export(
@@ -436,6 +438,7 @@ def test_saved_programs_run_with_torch_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     names = ("step", "realnvp-image/drawn", "realnvp-image/sample", "glow/log_prob")
     expected = {}
