@@ -52,6 +52,16 @@ def _to_signed(word: int) -> int:
     return word - _SEED_LIMIT if word >= _SPLIT_BASE else word
 
 
+def _refuse_export() -> None:
+    """ValueError while torch.export traces: the program would draw the same numbers at each run."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "a key would become a constant of the exported program, which would draw the same "
+            "numbers at each run; let the program take what is drawn (eps, z, xi) or the tensor "
+            "rng, which key.tensor() gives outside of it"
+        )
+
+
 def _check_int(name: str, value: object, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -101,6 +111,7 @@ class Key:
         key and counter (data low, data high, 0, 2³¹), which no noise counter can equal.
         """
         _check_int("data", data, _SEED_LIMIT)
+        _refuse_export()
         fold_in = _extension.native().fold_in
         seed = int(fold_in(_to_signed(self.seed), _to_signed(data))) % _SEED_LIMIT
         return Key(seed, self.time, self.chain)
@@ -141,6 +152,7 @@ class Key:
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int64[3] = (seed's 64 bits reinterpreted, time, chain), what the ops take as ``rng``."""
+        _refuse_export()
         if device is not None and torch.device(device).type == "cpu":
             numbers = (_to_signed(self.seed), self.time, self.chain)
             return torch.tensor(numbers, dtype=torch.int64, device="cpu")
@@ -163,6 +175,7 @@ class Key:
     @classmethod
     def from_default_generator(cls) -> Key:
         """A key drawn from torch's default CPU generator, so torch.manual_seed reproduces it."""
+        _refuse_export()
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()
         return cls(low | (high << 32))
 
@@ -202,6 +215,7 @@ def _traced_stream(
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device).unbind()
         zero = torch.zeros_like(low)
         return torch.stack((low | high << 32, zero, zero))
+    _refuse_export()
     # Halves, because a seed can be more than the int64 that a graph's integers are.
     low_word, high_word = key.seed % 2**32, key.seed // 2**32
     rng: torch.Tensor = _stream_op(

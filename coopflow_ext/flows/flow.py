@@ -166,7 +166,7 @@ class Flow(nn.Module):
         if not (self._n_dropouts and self.training):
             return context
         # Layers count by time steps, so the key's own time is folded into the seed.
-        rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True, batch=len(x))
+        rng = stream(key, *uses, USE_DROPOUT, device=x.device, fold_time=True, batch=x.shape[0])
         if context.compiled:
             rng = _rng_by_layer(rng, self._n_dropouts)
         return replace(context, dropout_rng=rng)
@@ -199,7 +199,7 @@ class Flow(nn.Module):
             with self._forward_pass():
                 return call_and_ladj(self.transform, x, inner, recompute=self.recompute)
         if eps is None:
-            rng = stream(key, USE_DEQUANTIZE, device=x.device, batch=len(x))
+            rng = stream(key, USE_DEQUANTIZE, device=x.device, batch=x.shape[0])
             eps = self.dequantize.draw(x, rng)
         else:
             self._check_tensor("eps", eps)
@@ -257,7 +257,12 @@ class Flow(nn.Module):
         beside = {name: t for name, t in given.items() if t is not None}
         names = tuple(beside)
         return self._run(
-            ("log_prob", names), partial(self._log_prob, names), len(x), key, x, *beside.values()
+            ("log_prob", names),
+            partial(self._log_prob, names),
+            x.shape[0],
+            key,
+            x,
+            *beside.values(),
         )
 
     def _log_prob(

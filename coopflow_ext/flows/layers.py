@@ -100,6 +100,11 @@ class ActNorm(Transform):
         reason="call flow.initialize(x) before compiling: ActNorm looks at its first batch"
     )
     def _start(self, x: Tensor) -> None:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "ActNorm starts from its first batch in training mode: call flow.initialize(x) "
+                "or flow.eval() before torch.export"
+            )
         if not self._is_initialized:  # in traced code that is news
             self.initialize(x)
 

@@ -24,10 +24,7 @@ def normal(
 
     Equivalent to :func:`coopflow_ext.reference.normal`.
     """
-    if torch.compiler.is_compiling():
-        drawn: Tensor = _traced_draw("normal", list(shape), rng, step, dtype)
-        return drawn
-    return _draw("normal", shape, rng, step, dtype)
+    return _drawn("normal", shape, rng, step, dtype)
 
 
 def uniform(
@@ -44,10 +41,15 @@ def uniform(
 
     Equivalent to :func:`coopflow_ext.reference.uniform`.
     """
-    if torch.compiler.is_compiling():
-        drawn: Tensor = _traced_draw("uniform", list(shape), rng, step, dtype)
+    return _drawn("uniform", shape, rng, step, dtype)
+
+
+def _drawn(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+    # An exported program runs where the operators of this package's Python code are not.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        drawn: Tensor = _traced_draw(op, list(shape), rng, step, dtype)
         return drawn
-    return _draw("uniform", shape, rng, step, dtype)
+    return _draw(op, shape, rng, step, dtype)
 
 
 def _draw(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype) -> Tensor:
