@@ -174,7 +174,11 @@ class Chain:
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
-        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        # Of what is learned, the values; a differentiable chain has the rest.
+        placed = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        self.coefficients = {
+            name: v.detach() if isinstance(v, Tensor) else v for name, v in placed.items()
+        }
         self.steps = [self._bound_step(j) for j in range(len(xs))]
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.

@@ -142,14 +142,15 @@ class LangevinSampler:
             through a closure have seen a few steps more). A replay does again what the device did
             in the capture, and Python sees nothing of it: an energy that draws its next minibatch
             in Python, reads a schedule from an attribute or counts its calls needs False.
-        differentiable: gradients flow through the chain to x0 and to the energy's parameters;
-            ``torch.func.grad`` goes through it too. "last": only through the last step.
+        differentiable: gradients flow through the chain to x0, to the energy's parameters and to
+            coefficients that require them; ``torch.func.grad`` goes through it too. "last": only through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
             steps between them in the backward pass. The energy's parameters must be leaves; not
             inside a transform of torch.func.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
-    tensor (T or 1, B or 1). No gradient flows to them, so they may not require it. With
+    tensor (T or 1, B or 1). With ``differentiable`` gradients flow to those that require it, and
+    each call takes the values that they have by then; without, they may not require it. With
     ``channels_last`` states, elements of a chain take their noise in storage order.
 
     Relative error of the gradient of ``ResEnergy`` at 32×32 against float64, measured on a CPU:
@@ -222,7 +223,11 @@ class LangevinSampler:
                 )
         given = _given(step_size=step_size, drift=drift, noise=noise, temperature=temperature)
         self._coefficients = Coefficients(
-            n_steps, given, reference_std=reference_std, pull=strength
+            n_steps,
+            given,
+            reference_std=reference_std,
+            pull=strength,
+            learnable=bool(differentiable),
         )
         limits = {"grad_clip": grad_clip, "grad_norm": grad_norm, "step_clip": step_clip}
         self.on_nonfinite = on_nonfinite
@@ -348,7 +353,7 @@ class LangevinSampler:
         self, n_steps: int | None, given: Mapping[str, Schedule]
     ) -> tuple[Plan, Mapping[str, int]]:
         """The plan of a call, and for how many chains its options have values."""
-        if n_steps is None and not given:
+        if n_steps is None and not given and not self._coefficients.learned:
             return self.plan, self._coefficients.combined.chain_counts
         steps = self.plan.n_steps if n_steps is None else check_steps(n_steps)
         combined = self._coefficients.changed(steps, given)
