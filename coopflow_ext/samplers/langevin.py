@@ -143,7 +143,8 @@ class LangevinSampler:
             in the capture, and Python sees nothing of it: an energy that draws its next minibatch
             in Python, reads a schedule from an attribute or counts its calls needs False.
         differentiable: gradients flow through the chain to x0, to the energy's parameters and to
-            coefficients that require them; ``torch.func.grad`` goes through it too. "last": only through the last step.
+            coefficients that require them; ``torch.func.grad`` goes through it too. "last": only
+            through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
             steps between them in the backward pass. The energy's parameters must be leaves; not
             inside a transform of torch.func.
