@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -37,20 +37,21 @@ class Plan:
 
     gradient: Gradient
     n_steps: int
-    differentiable: bool | Literal["last"]
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull
-    clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
-    step_clamp: Bounds | None  # of the state after every step
-    end_clamp: Bounds | None  # after the last
-    noise_clamp: Bounds | None  # after the noise that comes before the gradient
-    noise_first: bool
     thin: int
     keep_trajectory: bool
     keep_stats: bool
     masked: bool
     autocast: torch.dtype | None
-    channels_last: bool
     casts: CastModels | None  # where the model computes with copies of its weights
+    differentiable: bool | Literal["last"] = False
+    # Those of grad_clip, grad_norm, step_clip that are on.
+    clips: Mapping[str, float] = field(default_factory=dict)
+    step_clamp: Bounds | None = None  # of the state after every step
+    end_clamp: Bounds | None = None  # after the last
+    noise_clamp: Bounds | None = None  # after the noise that comes before the gradient
+    noise_first: bool = False
+    channels_last: bool = False
 
     @property
     def fast_steps(self) -> int:
@@ -59,18 +60,26 @@ class Plan:
             return max(self.n_steps - 1, 0)
         return 0 if self.differentiable else self.n_steps
 
+    def chain(self, inputs: Inputs) -> Chain:
+        """What makes its steps."""
+        return Chain(self, inputs)
+
     def keeps_state(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
 
     def records(self, xs: Tensors) -> Records:
         """Memory for what its steps leave behind."""
+        return self._records(xs, energy=self.gradient.has_energy)
+
+    def _records(self, xs: Tensors, *, energy: bool, columns: int | None = None) -> Records:
         return Records(
             xs,
             self.n_steps,
             thin=self.thin if self.keep_trajectory else None,
             stats=self.keep_stats,
-            energy=self.gradient.has_energy,
+            energy=energy,
+            columns=columns,
         )
 
 
@@ -81,7 +90,7 @@ class Inputs:
     Attributes:
         like: a state whose structure (tensor, list, tuple) the energy is given.
         xs: the start.
-        rngs: int64[3] for each tensor of the state.
+        rngs: int64[3] for each tensor of the state, and those of other uses after them.
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
@@ -353,3 +362,14 @@ def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | Non
     if clip is not None:
         rows = [row.clamp(-clip, clip) for row in rows]
     return norm_scale(rows, limit)
+
+
+def ran(plan: Plan, inputs: Inputs) -> Chain:
+    """A chain after its steps in place."""
+    chain = plan.chain(inputs)
+    try:
+        chain.begin()
+        chain.run(plan.fast_steps, ends=plan.fast_steps == plan.n_steps)
+    finally:
+        chain.release()
+    return chain

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import Coefficient
+from coopflow_ext._tensors import Coefficient, widest
 from coopflow_ext.samplers.checks import check_constant, check_number
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
@@ -160,7 +160,7 @@ def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
     Raises:
         ValueError: a value of the option ``name`` is not finite in that dtype.
     """
-    wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
+    wide = widest(xs)
     largest = value
     if isinstance(value, Tensor) and value.numel():
         largest = float(value.detach().amax())
