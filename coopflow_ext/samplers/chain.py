@@ -94,6 +94,7 @@ class Inputs:
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
+        velocities: of each tensor at the start, or None; like ``xs`` overwritten.
     """
 
     like: State
@@ -102,11 +103,12 @@ class Inputs:
     x_refs: Tensors | None
     xis: Tensors | None
     model_kwargs: dict[str, Any]
+    velocities: Tensors | None = None
 
     def constants(self) -> list[Tensor]:
         """Every tensor of which the whole chain has one, always in the same order."""
         kwargs = tensors_of(self.model_kwargs)
-        return [*self.xs, *self.rngs, *(self.x_refs or ()), *kwargs]
+        return [*self.xs, *self.rngs, *(self.x_refs or ()), *(self.velocities or ()), *kwargs]
 
     def window(self, n_steps: int) -> Inputs:
         """The same constants in tensors of its own, and room for the normals of so many steps."""
@@ -120,6 +122,7 @@ class Inputs:
             x_refs=None if self.x_refs is None else clones(self.x_refs),
             xis=xis,
             model_kwargs=map_tensors(Tensor.clone, self.model_kwargs),
+            velocities=None if self.velocities is None else clones(self.velocities),
         )
 
 
@@ -188,7 +191,7 @@ class Chain:
         self.coefficients = {
             name: v.detach() if isinstance(v, Tensor) else v for name, v in placed.items()
         }
-        self.steps = [self._bound_step(j) for j in range(len(xs))]
+        self.steps = self._bound_steps()
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.
         self.shrunk_drift: Tensor | None = None
@@ -208,6 +211,9 @@ class Chain:
             return 0
         apart = self.settled is not None or plan.noise_clamp is not None or plan.keeps_state(step)
         return 2 if pauses or apart else 1
+
+    def _bound_steps(self) -> list[ops.BoundStep]:
+        return [self._bound_step(j) for j in range(len(self.xs))]
 
     def _bound_step(self, j: int) -> ops.BoundStep:
         """What every step of tensor j has."""

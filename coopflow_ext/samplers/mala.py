@@ -71,7 +71,7 @@ class MALASampler:
     rejected. Roberts and Tweedie, Bernoulli 2 (1996).
 
     Args:
-        energy: as in :class:`LangevinSampler`, also of several tensors, which are accepted together;
+        energy: as in :class:`LangevinSampler`, also of several tensors, which are accepted as one;
             the acceptance needs U, so there is no ``score=``.
         n_steps: number of steps T, adaptation included.
         step_size: δ, the first one when it is adapted; a float, a callable of the step, (T,) or
@@ -85,8 +85,8 @@ class MALASampler:
         return_trajectory, thin, stats: as in :class:`LangevinSampler`; ``stats`` are
             :class:`MALAStatistics`.
         autocast, compile: as in :class:`LangevinSampler`. Chains are then exact for the energy as
-            it is in that precision: with bfloat16, U itself is rounded to 8 bits, and the acceptance
-            with it, unless the energy makes its last sum in float32.
+            it is in that precision: with bfloat16 U itself is rounded to 8 bits, unless the energy
+            makes its last sum in float32.
         kernel: "auto": where a kernel knows the energy, as in :class:`LangevinSampler`, one launch
             makes all the steps. The random numbers are the same; the energy and its gradient differ
             by rounding. True: a ValueError says why it cannot. False: step by step.
