@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -347,17 +347,18 @@ class MALAChain(Chain):
             self.log_sum.zero_()
 
     def run(self, n_steps: int, *, ends: bool) -> None:
-        keeps = self.plan.keep_stats or self.plan.keep_trajectory
+        plan = self.plan
+        keeps = plan.keep_stats or plan.keep_trajectory
         with constant(parameters_of(self.gradient.module)), self.autocast():
             for step in range(n_steps):
-                if not self.plan.adapt_steps:
+                if not plan.adapt_steps:
                     self._set_delta(step)
                 self._propose(step)
-                acceptance, accepted = self._accept(step)
+                log_ratio, accepted = self._accept(step)
                 if keeps:
-                    self._record(step, acceptance, accepted)
-                if self.plan.adapt_steps:
-                    self._adapt(step, acceptance)
+                    self._record(step, log_ratio, accepted)
+                if plan.adapt_steps:
+                    self._adapt(step, log_ratio)
 
     def _set_delta(self, step: int) -> None:
         value = self.coefficients["step_size"]
@@ -387,7 +388,7 @@ class MALAChain(Chain):
         return grads, self.gradient.sign * value.to(self.u.dtype)
 
     def _accept(self, step: int) -> tuple[Tensor, Tensor]:
-        """The probability with which each proposal is accepted, and whether it was, (B,)."""
+        """The logarithm of each proposal's ratio, and whether it was accepted, (B,)."""
         grads, u = self._evaluate()
         log_ratio = self._log_ratio(grads, u)
         uniform = ops.uniform((len(u),), self.rngs[-1], step=step)
@@ -397,31 +398,32 @@ class MALAChain(Chain):
             chains = per_chain_view(accepted, x)
             torch.where(chains, y, x, out=x)
             torch.where(chains, grad.to(kept.dtype), kept, out=kept)
-        return log_ratio.nan_to_num(-torch.inf).exp().clamp(max=1), accepted
+        return log_ratio, accepted
 
     def _log_ratio(self, grads: Tensors, u: Tensor) -> Tensor:
         """log of p(y) q(x|y) / (p(x) q(y|x)), (B,), of proposals y with these gradients and U."""
         drift = self.drift[0][:, None]
-        proposals = torch.zeros_like(u)
+        terms = []
         for x, y, grad, grad_y in zip(self.current, self.xs, self.grads, grads, strict=True):
             move = flat(y - x).to(u.dtype)
             forward = (move + drift * flat(grad)).square().sum(1)
             backward = (-move + drift * flat(grad_y)).square().sum(1)
-            proposals = proposals + (forward - backward)
-        proposals = proposals / (2 * self.delta * self.delta)
+            terms.append(forward - backward)
+        proposals = reduce(torch.add, terms) / (2 * self.delta * self.delta)
         log_ratio = (self.u - u + proposals) / self.plan.temperature
         return torch.where(u.isfinite(), log_ratio, -torch.inf)
 
-    def _record(self, step: int, acceptance: Tensor, accepted: Tensor) -> None:
+    def _record(self, step: int, log_ratio: Tensor, accepted: Tensor) -> None:
         self.records.keep(step, self.current, None)
         for sums in self.records.sums:
             squares = torch.zeros_like(self.u)
             for grad in self.grads:
                 squares = squares + flat(grad).to(self.u.dtype).square().sum(1)
+            acceptance = _probability(log_ratio)
             columns = self.u, squares, acceptance, accepted.to(self.u.dtype), self.delta
             torch.stack(columns, dim=1, out=sums[step])
 
-    def _adapt(self, step: int, acceptance: Tensor) -> None:
+    def _adapt(self, step: int, log_ratio: Tensor) -> None:
         """One step of stochastic approximation (Andrieu and Thoms, Stat. Comput. 2008): log δ moves
         toward the target, and in the end becomes the mean over the second half of its path. After
         the last such step nothing moves."""
@@ -429,17 +431,18 @@ class MALAChain(Chain):
             table_row(self.coefficients[name], step)  # type: ignore[arg-type]
             for name in ("gain", "counts", "last")
         )
-        self.log_delta.addcmul_(acceptance - self.plan.target_accept, gain.to(self.u.dtype))
+        missed = _probability(log_ratio) - self.plan.target_accept
+        self.log_delta.addcmul_(missed, gain.to(self.u.dtype))
         self.log_sum.addcmul_(self.log_delta, counts.to(self.u.dtype))
-        mean = self.log_sum / _averaged(self.plan.adapt_steps)
+        mean = self.log_sum / ((self.plan.adapt_steps + 1) // 2)  # of so many steps
         torch.where(last > 0, mean, self.log_delta, out=self.log_delta)
         torch.exp(self.log_delta, out=self.delta)
         self._derive()
 
 
-def _averaged(adapt_steps: int) -> int:
-    """How many of the steps of an adaptation are in its second half, whose mean is taken."""
-    return sum(2 * step + 1 >= adapt_steps for step in range(adapt_steps))
+def _probability(log_ratio: Tensor) -> Tensor:
+    """With which a proposal is accepted."""
+    return log_ratio.nan_to_num(-torch.inf).exp().clamp(max=1)
 
 
 def _adaptation(n_steps: int, adapt_steps: int) -> dict[str, Coefficient]:
