@@ -418,8 +418,9 @@ class _LangevinStep(torch.autograd.Function):
             for tensor, value in zip(ctx.saved_tensors, ctx.values, strict=True)
         )
         o = _Options(*options)
-        needed = dict(zip(_Options._fields, ctx.needs_input_grad[3:], strict=True))
-        learned = {t: getattr(o, t) for t in _TABLES if needed[t]}
+        # Of a raw call that leaves out its last arguments there are fewer.
+        needed = dict(zip(_Options._fields, ctx.needs_input_grad[3:], strict=False))
+        learned = {t: getattr(o, t) for t in _TABLES if needed.get(t)}
         with torch.no_grad():
             xi = _normals(x, rng, o, wanted="noise_t" in learned)
 
@@ -449,7 +450,7 @@ class _LangevinStep(torch.autograd.Function):
             )
 
         dx, dgrad, dtables = torch.func.vjp(step, x, grad, learned)[1](grad_out)
-        return (dx, dgrad, None, *[dtables.get(name) for name in _Options._fields])
+        return (dx, dgrad, None, *[dtables.get(name) for name in _Options._fields[: len(options)]])
 
 
 _call.positional("langevin_step", _LangevinStep)
