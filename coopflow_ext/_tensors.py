@@ -20,6 +20,11 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest(xs: Sequence[Tensor]) -> torch.dtype:
+    """What is computed in where tensors come together: float64 if one of them is double."""
+    return torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
+
+
 def flat(x: Tensor) -> Tensor:
     """(B, elements of a chain), also of a state (B,) and of empty ones."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -579,12 +579,35 @@ def test_autograd_notices_the_mutation(device: torch.device, op: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["x_ref", "xi", "drift", "noise"])
+@pytest.mark.parametrize("noise_when", [0, 1, 2])
+@pytest.mark.parametrize(
+    "more", [{}, {"clamp": (-0.6, 0.7), "grad_norm": 0.8}, {"step_clip": 0.2, "is_score": True}]
+)
+@pytest.mark.parametrize("supplied", [False, True])
+def test_derivatives_by_coefficients(noise_when: int, more: dict, supplied: bool) -> None:
+    """First and second, of a row for each step and of one for all, against finite differences."""
+    torch.manual_seed(0)
+    x, grad, x_ref, xi = torch.randn(4, 3, 2, dtype=torch.float64)
+    rng, step = KEY.tensor(), 1
+
+    def moved(x: Tensor, grad: Tensor, *tables: Tensor) -> Tensor:
+        names = ("drift", "noise", "decay", "pull")
+        return cf.ops.langevin_step(
+            x, grad, rng, **dict(zip(names, tables, strict=True)), x_ref=x_ref, step=step,
+            noise_when=noise_when, xi=xi if supplied else None, **more,
+        )  # fmt: skip
+
+    tables = [torch.rand(shape, dtype=torch.float64) for shape in ((3, 3), (3, 1), (1, 3), (1, 1))]
+    inputs = [t.requires_grad_() for t in (x, grad, *tables)]
+    assert torch.autograd.gradcheck(moved, inputs)
+    assert torch.autograd.gradgradcheck(moved, inputs)
+
+
+@pytest.mark.parametrize("name", ["x_ref", "xi"])
 def test_constants_that_require_grad_are_refused(device: torch.device, name: str) -> None:
     x, grad, rng, options = arguments(
         (2, 3), torch.float32, device, {"x_ref": True, "xi": True, "noise": 0.1}
     )
-    options |= {"drift": torch.rand(1, 1, device=device), "noise": torch.rand(1, 2, device=device)}
     options[name] = options[name].requires_grad_()
     with pytest.raises(ValueError, match=f"{name} is a constant"):
         cf.ops.langevin_step(x, grad, rng, **options)

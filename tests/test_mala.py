@@ -181,8 +181,3 @@ def test_negative_energy_restored_parameters_and_rejected_nonfinite_proposals():
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         MALASampler(double_well, **{"n_steps": 5, "step_size": 0.1, **options})
-
-
-def test_several_tensors_are_refused():
-    with pytest.raises(TypeError, match="one tensor"):
-        MALASampler(double_well, n_steps=1, step_size=0.1)([torch.zeros(2, 1)])

@@ -106,6 +106,165 @@ def test_modes_in_which_it_is_used_leave_no_trace(inside):
     assert not any(t.is_inference() or t.requires_grad for t in tensors)
 
 
+@pytest.mark.parametrize("structure", [list, tuple])
+def test_a_state_of_several_tensors(structure):
+    shapes = structure([(2, 3), [4]])
+
+    def make(key, **more):
+        return ReplayBuffer(shapes, size=20, key=cf.Key(key), **more)
+
+    buffer = make(1, reinit_probability=0.0)
+    alone = ReplayBuffer((2, 3), size=20, reinit_probability=0.0, key=cf.Key(1))
+    assert torch.equal(buffer.states[0], alone.states)  # as tensor 0 of a sampler has its noise
+    assert buffer.states[1].unique().numel() == 80
+    x, indices = buffer.draw(8)
+    assert type(x) is structure
+    assert torch.equal(indices, alone.draw(8).indices)
+    assert all(torch.equal(a, b[indices]) for a, b in zip(x, buffer.states, strict=True))
+
+    def energy(x):
+        return x[0].square().sum((1, 2)) + x[1].square().sum(1)
+
+    moved = cf.LangevinSampler(energy, n_steps=3, step_size=0.3)(x, key=cf.Key(2)).x
+    buffer.write(indices, moved)
+    assert all(torch.equal(a[indices], b) for a, b in zip(buffer.states, moved, strict=True))
+    other = make(5)
+    other.load_state_dict(buffer.state_dict())
+    torch.testing.assert_close(other.states, buffer.states, rtol=0, atol=0)
+    assert other.key == buffer.key
+    everything_new = make(1, reinit_probability=1.0).draw(20).x
+    assert all(part.unique().numel() == part.numel() for part in everything_new)
+    for part, shape in zip(everything_new, shapes, strict=True):
+        assert part.shape == (20, *shape)
+
+
+def test_new_chains_of_several_tensors_are_made_together():
+    def init(shapes, key, y):
+        assert type(shapes) is tuple
+        z = cf.ops.normal(shapes[1], key.tensor())
+        return [z.sum(1, keepdim=True) + y[:, None], z]
+
+    buffer = ReplayBuffer(((1,), (3,)), size=12, init=init, n_classes=4, reinit_probability=0.5)
+    for x, labels in (
+        (buffer.states, buffer.labels),
+        (draw := buffer.draw(6)).x and (draw.x, draw.y),
+    ):
+        torch.testing.assert_close(x[0][:, 0], x[1].sum(1) + labels)
+
+
+def test_labels_stay_with_their_chains():
+    """States that tell their class: drawn by label, kept when a chain starts anew."""
+
+    def init(shape, key, y):
+        return y[:, None].expand(shape).float() + 100
+
+    buffer = ReplayBuffer((2,), size=23, init=init, n_classes=5, reinit_probability=0.3,
+                          key=cf.Key(3))  # fmt: skip
+    assert torch.equal(buffer.labels, torch.arange(23) % 5)
+    buffer.write(torch.arange(23), (torch.arange(23) % 5).float()[:, None].expand(23, 2))
+    y = torch.tensor([4, 0, 4, 2, 4, 1, 0])
+    seen, new = set(), 0
+    for _ in range(50):
+        x, indices = draw = buffer.draw(7, y=y)
+        assert torch.equal(draw.y, y)
+        assert torch.equal(indices % 5, y)
+        assert len(set(indices.tolist())) == 7
+        assert torch.equal(x[:, 0] % 100, y.float())
+        new += int((x[:, 0] >= 100).sum())
+        seen |= set(indices.tolist())
+    assert seen == {i for i in range(23) if i % 5 != 3}
+    assert abs(new / 350 - 0.3) < 5 * (0.3 * 0.7 / 350) ** 0.5
+    x, indices = draw = buffer.draw(9)  # of any class
+    assert torch.equal(draw.y, indices % 5)
+    assert torch.equal(x[:, 0] % 100, draw.y.float())
+    assert torch.equal(buffer.draw(4, y=1).y, torch.full((4,), 1))
+    assert buffer.draw(2, y=[3, 0]).y.tolist() == [3, 0]
+    everything = buffer.draw(23, y=torch.arange(22, -1, -1) % 5).indices
+    assert sorted(everything.tolist()) == list(range(23))
+
+
+def test_every_chain_of_a_class_is_as_likely():
+    buffer = ReplayBuffer((1,), size=40, n_classes=4, key=cf.Key(2), reinit_probability=0.0)
+    y = torch.tensor([1, 1, 1, 2, 3])
+    counts = torch.zeros(40)
+    for _ in range(2000):
+        counts[buffer.draw(5, y=y).indices] += 1
+    for label, asked in ((0, 0), (1, 3), (2, 1), (3, 1)):
+        share = asked / 10
+        got = counts[label::4] / 2000
+        assert (got - share).abs().max() <= 5 * (share * (1 - share) / 2000) ** 0.5
+
+
+def test_a_saved_buffer_with_labels_goes_on():
+    def make(key=4, n_classes=3):
+        return ReplayBuffer((3,), size=30, n_classes=n_classes, key=cf.Key(key))
+
+    a, y = make(), torch.arange(6) % 3
+    a.draw(6, y=y)
+    b = make(9)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.draw(6, y=y).x, b.draw(6, y=y).x)
+    assert not torch.equal(a.draw(6, y=y).x, a.draw(6, y=y).x)
+    for other in (2, None):
+        with pytest.raises(ValueError, match=f"n_classes must be {other}, got 3"):
+            make(n_classes=other).load_state_dict(a.state_dict())
+    old = {"states": torch.ones(30, 3), "seed": 1, "time": 2}  # before classes and chains
+    plain = make(n_classes=None)
+    plain.load_state_dict(old)
+    assert plain.key == cf.Key(1, 2)
+    assert plain.draw(3).y is None
+    with pytest.raises(ValueError, match="n_classes must be 3, got None"):
+        a.load_state_dict(old)
+
+
+def test_bad_labels_and_bad_states_of_several_tensors():
+    buffer = ReplayBuffer((1,), size=10, n_classes=4)
+    for y, error, match in (
+        (torch.tensor([0.5, 1.0]), TypeError, r"y must be integers, got torch\.float32"),
+        (True, TypeError, r"y must be integers, got torch\.bool"),
+        ("ab", TypeError, "y must be integers, got 'ab'"),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            r"y must be one label or .*\(2,\), got \(3,\)",
+        ),
+        ([0, 4], ValueError, r"y must be labels in \[0, 4\), got 0 to 4"),
+        ([-1, 2], ValueError, r"y must be labels in \[0, 4\), got -1 to 2"),
+    ):
+        with pytest.raises(error, match=match):
+            buffer.draw(2, y=y)
+    with pytest.raises(ValueError, match=r"y asks for 3 chains of label 2, of which .* has 2"):
+        buffer.draw(4, y=[2, 1, 2, 2])
+    with pytest.raises(ValueError, match="y needs a buffer with classes; give it n_classes"):
+        ReplayBuffer((1,), size=10).draw(2, y=0)
+    with pytest.raises(ValueError, match="n_classes must be at most the buffer's size 10, got 11"):
+        ReplayBuffer((1,), size=10, n_classes=11)
+    with pytest.raises(TypeError, match="n_classes must be an int"):
+        ReplayBuffer((1,), size=10, n_classes=2.0)
+    pair = ReplayBuffer(((1,), (2,)), size=10)
+    index = torch.arange(3)
+    for x, error, match in (
+        (torch.zeros(3, 1), TypeError, "x must be a list or tuple of 2 tensors, got Tensor"),
+        ([torch.zeros(3, 1)], TypeError, "x must be a list or tuple of 2 tensors, got 1"),
+        ([torch.zeros(3, 1), 0.0], TypeError, "x must be a tensor, got float"),
+        ([torch.zeros(3, 1)] * 2, ValueError, r"x must have shape \(3, 2\), got \(3, 1\)"),
+    ):
+        before = [state.clone() for state in pair.states]
+        with pytest.raises(error, match=match):
+            pair.write(index, x)
+        assert all(map(torch.equal, pair.states, before))
+    with pytest.raises(TypeError, match=r"shape\[1\] must be a sequence of ints, such as \(2,\)"):
+        ReplayBuffer(((1,), 2))
+    with pytest.raises(ValueError, match=r"shape\[1\]\[0\] must be ≥ 0, got -1"):
+        ReplayBuffer(((1,), (-1,)))
+    with pytest.raises(TypeError, match="states must be a list or tuple of 2 tensors, got Tensor"):
+        pair.load_state_dict(buffer.state_dict() | {"n_classes": None})
+    with pytest.raises(
+        TypeError, match="init must return a list or tuple of 2 tensors, got Tensor"
+    ):
+        ReplayBuffer(((1,), (2,)), init=lambda shapes, key: torch.zeros(shapes[0]))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="size"):
         ReplayBuffer((1,), size=0)

@@ -52,6 +52,173 @@ def test_gradcheck_in_x0_and_the_parameters(energy, x0, options, checkpoint_ever
     assert torch.autograd.gradcheck(chain, [t.clone().requires_grad_() for t in inputs])
 
 
+# Values of a coefficient as callers may have them, from the learned vector (3,).
+LEARNED = {
+    "0-d": lambda v: v[0],
+    "by step": lambda v: torch.cat([v, v[:1]]),
+    "list": lambda v: [v[0], 0.2, v[1], 0.3],
+    "callable": lambda v: lambda k: v[k % 3],
+    "chains": lambda v: v[None],
+}
+
+
+def rows_of(values: object, n_steps: int) -> list[Tensor]:
+    """What the schedule is at each step, (B or 1, 1), written out."""
+    if callable(values) and not isinstance(values, Tensor):
+        values = [values(k) for k in range(n_steps)]
+    if isinstance(values, list):
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
+    if values.ndim == 2:
+        return [values.reshape(-1, 1)] * n_steps
+    return [row.reshape(1, 1) for row in values.expand(n_steps)]
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        (("step_size",), {}),
+        (("drift",), {"reference_std": 1.5, "grad_clip": 0.5}),
+        (("drift", "noise"), {"noise_before_gradient": True}),
+        (("step_size", "temperature"), {"pull": (torch.ones(3, 3), 0.3), "clamp": (-1.0, 1.2)}),
+    ],
+)
+def test_gradients_of_learned_coefficients_equal_a_plain_loop(
+    energy, x0, kind, checkpoint_every, names, more
+):
+    n_steps, xi = 4, torch.randn(4, 3, 3, dtype=torch.float64)
+
+    def plain(x: Tensor, given: dict) -> Tensor:
+        for k in range(n_steps):
+            at = {name: rows_of(values, n_steps)[k] for name, values in given.items()}
+            drift = at["drift"] if "drift" in at else at["step_size"].square() / 2
+            noise = (
+                at.get("noise", (2 * drift).sqrt()) * at.get("temperature", x.new_ones(())).sqrt()
+            )
+            if "noise_before_gradient" in more:
+                x = x + noise * xi[k]
+            (grad,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+            grad = grad.clamp(-more.get("grad_clip", 9.0), more.get("grad_clip", 9.0))
+            if "reference_std" in more:
+                grad = grad + x / more["reference_std"] ** 2
+            if "pull" in more:
+                grad = grad + more["pull"][1] * (x - more["pull"][0])
+            x = x - drift * grad
+            if "noise_before_gradient" not in more:
+                x = x + noise * xi[k]
+            x = x.clamp(*more.get("clamp", (-9.0, 9.0)))
+        return x
+
+    results = []
+    for run in ("sampler", "loop"):
+        x = x0.clone().requires_grad_()
+        vectors = [torch.linspace(0.2, 0.5, 3).double().requires_grad_() for _ in names]
+        given = {name: LEARNED[kind](v) for name, v in zip(names, vectors, strict=True)}
+        if run == "loop":
+            end = plain(x, given)
+        else:
+            sampler = LangevinSampler(energy, n_steps=n_steps, differentiable=True, **more,
+                                      checkpoint_every=checkpoint_every, **given)  # fmt: skip
+            end = sampler(x, xi=xi).x
+        inputs = [*vectors, x, *energy.parameters()]
+        results.append((end, *torch.autograd.grad(end.sin().sum(), inputs, allow_unused=True)))
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert all(grad[0] != 0 for grad in results[0][1 : 1 + len(names)])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck_in_step_sizes(energy, x0, options):
+    """The key's own noise, a value for each step."""
+
+    def chain(delta: Tensor, tau: Tensor) -> Tensor:
+        sampler = LangevinSampler(energy, n_steps=4, step_size=delta, temperature=tau,
+                                  differentiable=True, **options)  # fmt: skip
+        return sampler(x0, key=KEY).x
+
+    inputs = torch.linspace(0.3, 0.5, 4).double(), torch.tensor(0.8).double()
+    assert torch.autograd.gradcheck(chain, [t.requires_grad_() for t in inputs])
+    grad = torch.func.grad(lambda d: chain(d, inputs[1].detach()).sum())(inputs[0].detach())
+    expected = torch.autograd.grad(chain(*inputs).sum(), inputs[0])[0]
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_that_a_step_size_is_learned_changes_no_bit(options, dtype):
+    torch.manual_seed(0)
+    net, x0 = MLPEnergy(3).to(dtype), torch.randn(4, 3).to(dtype)
+    delta = torch.tensor(0.3, requires_grad=True)
+    common = {"n_steps": 5, "differentiable": True, **options}
+    fixed = LangevinSampler(net, step_size=delta.detach(), **common)(x0, key=KEY).x
+    learned = LangevinSampler(net, step_size=delta, **common)(x0, key=KEY).x
+    assert torch.equal(learned, fixed)
+    (grad,) = torch.autograd.grad(learned.float().sum(), delta)
+    assert grad.dtype == torch.float32
+    assert grad.isfinite()
+
+
+def test_a_sampler_follows_the_step_size_that_an_optimizer_changes(x0):
+    """Made once, called at every iteration, as a layer of a model does."""
+    delta = torch.nn.Parameter(torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64))
+    sampler = LangevinSampler(
+        lambda x: x.square().sum(1) / 2, n_steps=3, drift=delta, noise=0.0, differentiable=True
+    )
+    optimizer = torch.optim.SGD([delta], lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = sampler(x0).x.square().mean()
+        torch.testing.assert_close(loss, (x0 * (1 - delta).prod()).square().mean())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.2 * losses[0]
+    two = sampler(x0, n_steps=2).x
+    torch.testing.assert_close(two, x0 * (1 - delta[:2]).prod())
+    replaced = sampler(x0, drift=0.5).x
+    assert (
+        not replaced.requires_grad
+        or not torch.autograd.grad(replaced.sum(), delta, allow_unused=True)[0]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(sampler(x0).x, x0 * (1 - delta).prod())
+        inside = LangevinSampler(
+            lambda x: x.square().sum(1) / 2, n_steps=3, drift=delta, noise=0.0, differentiable=True
+        )
+    (grad,) = torch.autograd.grad(inside(x0).x.sum(), delta)
+    assert grad.all()
+
+
+def test_the_last_step_alone_gives_its_step_size_a_gradient(energy, x0):
+    delta = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for differentiable in (True, "last"):
+        out = LangevinSampler(energy, n_steps=3, step_size=delta, differentiable=differentiable)(
+            x0, key=KEY
+        )
+        grads.append(torch.autograd.grad(out.x.sum(), delta)[0])
+    assert grads[0].all()
+    assert not grads[1][:2].any()
+    torch.testing.assert_close(grads[1][2], grads[0][2])
+
+
+def test_a_learned_step_size_of_a_state_of_several_tensors(energy, x0):
+    delta = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    options = {"n_steps": 4, "drift": delta, "noise": 0.0, "grad_norm": 0.1, "grad_clip": 0.3,
+               "differentiable": True}  # fmt: skip
+    split = LangevinSampler(lambda s: energy(torch.cat(s, dim=1)), **options)(
+        (x0[:, :1], x0[:, 1:])
+    )
+    whole = LangevinSampler(energy, **options)(x0).x
+    grads = [torch.autograd.grad(x.sin().sum(), delta) for x in (torch.cat(split.x, 1), whole)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("options", [*OPTIONS, {"stats": True, "return_trajectory": True}])
 def test_torch_funcs_transforms_agree_with_autograd(energy, x0, options):
     """With respect to x0, twice, and to parameters while x0 is a constant."""

@@ -337,7 +337,8 @@ def test_other_steps_and_coefficients_need_no_other_capture(recorded):
 def test_inside_a_capture_of_the_caller_steps_run_one_by_one(recorded, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(graph, "Recording", FakeRecording)
-    monkeypatch.setattr(langevin, "_is_capturing", lambda x: True)
+    for module in (graph, langevin):
+        monkeypatch.setattr(module, "is_capturing", lambda x: True)
     energy, x0 = MLPEnergy(3), torch.randn(4, 3)
     for kernel in (False, True):
         options = {"n_steps": 3, "step_size": 0.1, "kernel": kernel}

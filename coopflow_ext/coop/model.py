@@ -238,7 +238,8 @@ class CoopFlow(nn.Module):
         rng = stream(key, USE_CHAIN, device=like.device, batch=n)
         if self.buffer is not None:
             u = ops.uniform((n, 1), rng, dtype=torch.float64)
-            return self.buffer.states[(u[:, 0] * self.buffer.size).long()]
+            states: Tensor = self.buffer.states
+            return states[(u[:, 0] * self.buffer.size).long()]
         u = ops.uniform((n, *self.event.shape), rng, dtype=like.dtype)
         low, high = self.event.range
         return low + (high - low) * u

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from coopflow_ext._tensors import Coefficient, arithmetic_dtype, check_tensors
 from coopflow_ext.ops import _call
 
 _COEFFICIENTS = ("drift", "noise", "decay", "pull", "step_size")
+_TABLES = ("drift_t", "noise_t", "decay_t", "pull_t")  # of coefficients, which may be learned
 _OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
 
 # Where the numbers of ``langevin_bound_step_`` stand in their tensor, and what is off; after them
@@ -274,18 +275,15 @@ def langevin_step(
     step: int = 0,
     xi: Tensor | None = None,
 ) -> Tensor:
-    """One Langevin update of every chain, as a function of x and grad, differentiable twice.
+    """One Langevin update of every chain, as a function of x, grad and tables of coefficients,
+    differentiable twice.
 
     Equivalent to :func:`langevin_step_` on a clone of x; the arguments are its. Clips and clamp
     pass gradients where they change nothing; the norm clip has its full Jacobian
-    (m/‖g‖)(I − ĝĝᵀ). Coefficient tables, x_ref, rng and xi are constants: a ValueError names one
-    that requires grad.
+    (m/‖g‖)(I − ĝĝᵀ). x_ref, rng and xi are constants: a ValueError names one that requires grad.
     """
     if torch.is_grad_enabled():
-        constants = {"x_ref": x_ref, "xi": xi}
-        for name, value in {"drift": drift, "noise": noise, "decay": decay, "pull": pull}.items():
-            constants[name] = value if isinstance(value, Tensor) else None
-        for name, tensor in constants.items():
+        for name, tensor in {"x_ref": x_ref, "xi": xi}.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise ValueError(
                     f"langevin_step: {name} is a constant of the derivative; detach it"
@@ -385,14 +383,17 @@ def _bounds_of(o: _Options) -> tuple[float, float] | None:
     )
 
 
-def _noise_before_clamp(x: Tensor, rng: Tensor, o: _Options) -> Tensor | None:
-    """The normals whose place in the clamp decides where gradients pass, if there are any."""
-    if _bounds_of(o) is None or o.noise_when != 0 or (o.noise == 0 and o.noise_t is None):
+def _normals(x: Tensor, rng: Tensor, o: _Options, *, wanted: bool) -> Tensor | None:
+    """The step's normals where the derivative depends on them: before a clamp they decide where
+    gradients pass, and they are the derivative by the noise's scale, if that is ``wanted``."""
+    none = o.noise_when == 2 or (o.noise == 0 and o.noise_t is None)
+    before_clamp = _bounds_of(o) is not None and o.noise_when == 0
+    if none or not (wanted or before_clamp):
         return None
     if o.xi is not None:
         return o.xi
     xi = torch.empty_like(x, dtype=arithmetic_dtype(x.dtype))
-    _call.coopflow.normal_(xi, rng, step=o.step)
+    _call.coopflow.normal_(xi, rng, step=o.step + o.noise_when)
     return xi
 
 
@@ -417,31 +418,39 @@ class _LangevinStep(torch.autograd.Function):
             for tensor, value in zip(ctx.saved_tensors, ctx.values, strict=True)
         )
         o = _Options(*options)
+        # Of a raw call that leaves out its last arguments there are fewer.
+        needed = dict(zip(_Options._fields, ctx.needs_input_grad[3:], strict=False))
+        learned = {t: getattr(o, t) for t in _TABLES if needed.get(t)}
         with torch.no_grad():
-            xi = _noise_before_clamp(x, rng, o)
+            xi = _normals(x, rng, o, wanted="noise_t" in learned)
 
-        def step(x: Tensor, grad: Tensor) -> Tensor:
+        def step(x: Tensor, grad: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+            def value(name: str) -> Coefficient:
+                table = tables.get(f"{name}_t", getattr(o, f"{name}_t"))
+                number: float = getattr(o, name)
+                return number if table is None else table
+
             return reference.langevin_step(
                 x,
                 grad,
                 rng,
-                drift=o.drift if o.drift_t is None else o.drift_t,
-                noise=0.0 if xi is None else o.noise if o.noise_t is None else o.noise_t,
-                decay=o.decay if o.decay_t is None else o.decay_t,
-                pull=o.pull if o.pull_t is None else o.pull_t,
+                drift=value("drift"),
+                noise=0.0 if xi is None else value("noise"),
+                decay=value("decay"),
+                pull=value("pull"),
                 x_ref=o.x_ref,
                 is_score=o.is_score,
                 grad_clip=o.grad_clip,
                 grad_norm=o.grad_norm,
                 step_clip=o.step_clip,
                 clamp=_bounds_of(o),
-                noise_when=2 if xi is None else 0,
+                noise_when=2 if xi is None else o.noise_when,
                 step=o.step,
                 xi=xi,
             )
 
-        gradients: tuple[Tensor, Tensor] = torch.func.vjp(step, x, grad)[1](grad_out)
-        return (*gradients, None, *[None] * len(options))
+        dx, dgrad, dtables = torch.func.vjp(step, x, grad, learned)[1](grad_out)
+        return (dx, dgrad, None, *[dtables.get(name) for name in _Options._fields[: len(options)]])
 
 
 _call.positional("langevin_step", _LangevinStep)

@@ -42,20 +42,21 @@ class Plan:
 
     gradient: Gradient
     n_steps: int
-    differentiable: bool | Literal["last"]
     coefficients: Mapping[str, Coefficient]  # drift, noise, decay, pull; or snr
-    clips: Mapping[str, float]  # those of grad_clip, grad_norm, step_clip that are on
-    step_clamp: Bounds | None  # of the state after every step
-    end_clamp: Bounds | None  # after the last
-    noise_clamp: Bounds | None  # after the noise that comes before the gradient
-    noise_first: bool
     thin: int
     keep_trajectory: bool
     keep_stats: bool
     masked: bool
     autocast: torch.dtype | None
-    channels_last: bool
     casts: CastModels | None  # where the model computes with copies of its weights
+    differentiable: bool | Literal["last"] = False
+    # Those of grad_clip, grad_norm, step_clip that are on.
+    clips: Mapping[str, float] = field(default_factory=dict)
+    step_clamp: Bounds | None = None  # of the state after every step
+    end_clamp: Bounds | None = None  # after the last
+    noise_clamp: Bounds | None = None  # after the noise that comes before the gradient
+    noise_first: bool = False
+    channels_last: bool = False
     keep_start: bool = False  # as the first state of the trajectory
     after_step: AfterStep | None = None
     rules: RuleOptions | None = None  # where a step is not that of the op alone
@@ -67,19 +68,27 @@ class Plan:
             return max(self.n_steps - 1, 0)
         return 0 if self.differentiable else self.n_steps
 
+    def chain(self, inputs: Inputs) -> Chain:
+        """What makes its steps."""
+        return Chain(self, inputs)
+
     def keeps_state(self, step: int) -> bool:
         """Whether the state after this step goes into the trajectory."""
         return self.keep_trajectory and (step + 1) % self.thin == 0
 
     def records(self, xs: Tensors) -> Records:
         """Memory for what its steps leave behind."""
+        return self._records(xs, energy=self.gradient.has_energy)
+
+    def _records(self, xs: Tensors, *, energy: bool, columns: int | None = None) -> Records:
         return Records(
             xs,
             self.n_steps,
             thin=self.thin if self.keep_trajectory else None,
             start=self.keep_start,
             stats=self.keep_stats,
-            energy=self.gradient.has_energy,
+            energy=energy,
+            columns=columns,
         )
 
 
@@ -90,12 +99,13 @@ class Inputs:
     Attributes:
         like: a state whose structure (tensor, list, tuple) the energy is given.
         xs: the start.
-        rngs: int64[3] for each tensor of the state.
+        rngs: int64[3] for each tensor of the state, and those of other uses after them.
         x_refs: centres of the pull, or None.
         xis: supplied normals for each tensor, (T, …) with a row for each step, or None.
         model_kwargs: further arguments of the energy.
         step_kwargs: those that differ from step to step, (T, …) with a row for each.
         step_numbers: (T,), where a plan's ``after_step`` is told them.
+        velocities: of each tensor at the start, or None; like ``xs`` overwritten.
     """
 
     like: State
@@ -106,11 +116,12 @@ class Inputs:
     model_kwargs: dict[str, Any]
     step_kwargs: dict[str, Tensor] = field(default_factory=dict)
     step_numbers: Tensor | None = None
+    velocities: Tensors | None = None
 
     def constants(self) -> list[Tensor]:
         """Every tensor of which the whole chain has one, always in the same order."""
         kwargs = tensors_of(self.model_kwargs)
-        return [*self.xs, *self.rngs, *(self.x_refs or ()), *kwargs]
+        return [*self.xs, *self.rngs, *(self.x_refs or ()), *(self.velocities or ()), *kwargs]
 
     def rows(self) -> list[Tensor]:
         """Every tensor of which a step has a row, always in the same order."""
@@ -133,6 +144,7 @@ class Inputs:
             step_numbers=None
             if self.step_numbers is None
             else first_rows(self.step_numbers, n_steps),
+            velocities=None if self.velocities is None else clones(self.velocities),
         )
 
 
@@ -201,7 +213,12 @@ class Chain:
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
-        self.steps = [self._bound_step(j) for j in range(len(xs))]
+        # Of what is learned, the values; a differentiable chain has the rest.
+        placed = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        self.coefficients = {
+            name: v.detach() if isinstance(v, Tensor) else v for name, v in placed.items()
+        }
+        self.steps = self._bound_steps()
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.
         self.shrunk_drift: Tensor | None = None
@@ -227,6 +244,9 @@ class Chain:
             or plan.keeps_state(step)
         )
         return 2 if pauses or apart else 1
+
+    def _bound_steps(self) -> list[ops.BoundStep]:
+        return [self._bound_step(j) for j in range(len(self.xs))]
 
     def _bound_step(self, j: int) -> ops.BoundStep:
         """What every step of tensor j has."""
@@ -433,3 +453,14 @@ def joint_norm_scale(clips: Mapping[str, float], grads: Tensors) -> Tensor | Non
     if clip is not None:
         rows = [row.clamp(-clip, clip) for row in rows]
     return norm_scale(rows, limit)
+
+
+def ran(plan: Plan, inputs: Inputs) -> Chain:
+    """A chain after its steps in place."""
+    chain = plan.chain(inputs)
+    try:
+        chain.begin()
+        chain.run(plan.fast_steps, ends=plan.fast_steps == plan.n_steps)
+    finally:
+        chain.release()
+    return chain

@@ -74,12 +74,16 @@ def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:
             raise ValueError(f"{name} has values for {count} chains, but x0 has {batch} chains")
 
 
-def check_constant(name: str, *values: object) -> None:
-    """ValueError if gradients are expected to flow to one of ``values``: they would not."""
+def check_constant(name: str, *values: object, unless: str = "") -> None:
+    """ValueError if gradients are expected to flow to one of ``values``: they would not.
+
+    Args:
+        unless: the option with which they do, for the message.
+    """
     if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        without = f"without {unless}" if unless else "not even through differentiable=True"
         raise ValueError(
-            f"{name} must not require grad: no gradient flows to it, not even through "
-            "differentiable=True; give it detached"
+            f"{name} must not require grad: no gradient flows to it, {without}; give it detached"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
@@ -39,6 +40,13 @@ class Coefficients:
         reference_std: σ; adds the decay drift/σ².
         pull: its strength; adds the pull drift·strength.
         denoise: the drift of one more step, which has no noise.
+        learnable: those of ``given`` may require grad. Then ``combined`` has their values, and
+            :meth:`changed` gives tables through which gradients flow, of the values they have by
+            then.
+
+    Attributes:
+        combined: what the options come to at the sampler's number of steps.
+        learned: names of those that require grad.
 
     Raises:
         ValueError, TypeError: an option is out of range or contradicts another; names it.
@@ -51,12 +59,21 @@ class Coefficients:
         *,
         reference_std: float | None,
         pull: Coefficient | None,
-        denoise: Coefficient | None,
+        denoise: Coefficient | None = None,
+        learnable: bool = False,
     ) -> None:
         self._given, self._reference_std, self._pull = given, reference_std, pull
-        self._denoise = denoise
-        self._checked = {name: coefficient(name, v, n_steps) for name, v in given.items()}
+        self._denoise, self._n_steps = denoise, n_steps
+        self._unless = None if learnable else "differentiable=True"
+        checked = self._check(given, n_steps)
+        tables = {name: v for name, v in checked.items() if isinstance(v, Tensor)}
+        self.learned = frozenset(name for name, table in tables.items() if table.requires_grad)
+        self._checked = {**checked, **{name: table.detach() for name, table in tables.items()}}
         self.combined = self._combine(self._checked, n_steps)
+
+    def _check(self, given: Mapping[str, Schedule], n_steps: int) -> dict[str, Coefficient]:
+        with torch.enable_grad():  # as the steps run that it is for
+            return {n: coefficient(n, v, n_steps, unless=self._unless) for n, v in given.items()}
 
     def changed(self, n_steps: int, given: Mapping[str, Schedule]) -> Combined:
         """The same with other values at a call, each of which takes the place of those of the
@@ -69,17 +86,20 @@ class Coefficients:
         Raises:
             ValueError, TypeError: as in the constructor, and where a table is shorter than T.
         """
-        checked = {name: coefficient(name, v, n_steps) for name, v in given.items()}
+        checked = self._check(given, n_steps)
         gone = {name for new in checked for name in _REPLACED_BY[new]}
         kept = {name: self._for_steps(name, n_steps) for name in self._given if name not in gone}
         if "noise" in checked and "step_size" in kept:  # of which the drift remains
             kept["drift"] = _drift_of(kept.pop("step_size"))
-        return self._combine({**kept, **checked}, n_steps)
+        with torch.enable_grad():
+            return self._combine({**kept, **checked}, n_steps)
 
     def _for_steps(self, name: str, n_steps: int) -> Coefficient:
         given, checked = self._given[name], self._checked[name]
         if callable(given) and not isinstance(given, Tensor):
-            return coefficient(name, given, n_steps)
+            return self._check({name: given}, n_steps)[name]
+        if name in self.learned:  # whose values an optimizer may have changed
+            checked = self._check({name: given}, self._n_steps)[name]
         if not isinstance(checked, Tensor) or len(checked) == 1:
             return checked
         if len(checked) < n_steps:

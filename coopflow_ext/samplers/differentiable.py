@@ -1,4 +1,5 @@
-"""Chains through which gradients flow, with respect to the start and the energy's parameters."""
+"""Chains through which gradients flow, with respect to the start, the energy's parameters and the
+coefficients of the steps."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
 from coopflow_ext.samplers.model_state import random_state, set_random_state
 from coopflow_ext.samplers.output import Tensors, pack
+from coopflow_ext.samplers.schedule import place
 
 _Masks = tuple[Tensor, Tensor]  # not frozen yet, steps until then; both (B,)
 
@@ -36,13 +38,28 @@ class DifferentiableChain:
         self.chain, self.plan = chain, chain.plan
         self.checkpoint_every = checkpoint_every
         self.recorded: list[Tensors] = []
+        # The tables of coefficients that want gradients, and their rows, (1, B or 1).
+        self.learned = {
+            name: table
+            for name, value in self.plan.coefficients.items()
+            if isinstance(table := place(name, value, *chain.xs), Tensor) and table.requires_grad
+        }
+        # Steps that are run again start a graph of their own, which ends at copies.
+        again = checkpoint_every is not None
+        self._leaves = tuple(
+            table.detach().requires_grad_() if again else table for table in self.learned.values()
+        )
+        self._rows = {
+            name: table.split(1) for name, table in zip(self.learned, self._leaves, strict=True)
+        }
 
     def run(self, xs: Tensors, first_step: int) -> Tensors:
         """The last state. Records trajectory and statistics on the way."""
         chain, n_steps = self.chain, self.plan.n_steps
         masks = self._masks(first_step)
         stride = self.checkpoint_every or max(n_steps, 1)
-        weights = self._leaves(xs) if self.checkpoint_every and n_steps else ()
+        weights = self._weights(xs) if self.checkpoint_every and n_steps else ()
+        wanted, leaves = (*weights, *self.learned.values()), (*weights, *self._leaves)
         if self.plan.keep_trajectory and self.plan.keep_start and not first_step:
             self.recorded.append(xs)
         for start in range(first_step, n_steps, stride):
@@ -51,7 +68,7 @@ class DifferentiableChain:
                 outputs = segment(masks, xs)
             else:
                 outputs = _Checkpoint.apply(  # type: ignore[no-untyped-call]
-                    segment, masks, len(xs), *xs, *weights
+                    segment, masks, leaves, *xs, *wanted
                 )
             masks = (outputs[0], outputs[1])
             states = outputs[2:]
@@ -73,6 +90,10 @@ class DifferentiableChain:
             for fast, states in zip(kept, zip(*self.recorded, strict=True), strict=True)
         )
 
+    def _learned_at(self, step: int) -> dict[str, Tensor]:
+        """The rows of coefficients that want gradients."""
+        return {name: rows[step if len(rows) > 1 else 0] for name, rows in self._rows.items()}
+
     def _masks(self, first_step: int) -> _Masks:
         chain, x = self.chain, self.chain.xs[0]
         if first_step and chain.active is not None and chain.frozen_at is not None:
@@ -80,7 +101,7 @@ class DifferentiableChain:
         ones = x.new_ones(x.shape[0], dtype=torch.bool)
         return ones, torch.full_like(ones, self.plan.n_steps, dtype=torch.int64)
 
-    def _leaves(self, xs: Tensors) -> Tensors:
+    def _weights(self, xs: Tensors) -> Tensors:
         """The tensors other than x that the model's output depends on and that want gradients."""
         if not all(p.is_leaf for p in parameters_of(self.plan.gradient.module)):
             raise ValueError(
@@ -135,8 +156,9 @@ class DifferentiableChain:
             points = tuple(p.detach() for p in points)
         masks = self._beside(step, points, tuple(g.detach() for g in grads), u, masks)
         grads, applied = self._joint_clip(grads) if len(xs) > 1 else (grads, {})
+        arguments = {**self._learned_at(step), **applied}
         moved = tuple(
-            chain.functional_step(j, step, x, laid_out(grad, x), **applied)
+            chain.functional_step(j, step, x, laid_out(grad, x), **arguments)
             for j, (x, grad) in enumerate(zip(points, grads, strict=True))
         )
         if plan.after_step is not None:
@@ -151,9 +173,15 @@ class DifferentiableChain:
             return xs
         noisy = []
         for j, x in enumerate(xs):
-            noise = torch.zeros_like(x, requires_grad=False)
-            arguments = self.chain.noise_arguments(j, step)
-            x = x + ops.langevin_noise_(noise, self.chain.rngs[j], **arguments)
+            zeros = torch.zeros_like(x, requires_grad=False)
+            arguments, rng = self.chain.noise_arguments(j, step), self.chain.rngs[j]
+            learned = self._learned_at(step).get("noise")
+            if learned is None:
+                noise = ops.langevin_noise_(zeros, rng, **arguments)
+            else:
+                arguments.update(drift=0.0, noise=learned)
+                noise = ops.langevin_step(zeros, zeros, rng, **arguments)
+            x = x + noise
             noisy.append(x if self.plan.noise_clamp is None else x.clamp(*self.plan.noise_clamp))
         return tuple(noisy)
 
@@ -209,11 +237,12 @@ class _Checkpoint(torch.autograd.Function):
         ctx: FunctionCtx,
         segment: Callable[..., Tensors],
         masks: _Masks,
-        n_states: int,
+        leaves: Tensors,
         *tensors: Tensor,
     ) -> Tensors:
-        xs, weights = tensors[:n_states], tensors[n_states:]
-        ctx.segment, ctx.weights = segment, weights  # type: ignore[attr-defined]
+        """``tensors``: the state's, and then those that want the gradients of ``leaves``."""
+        xs = tensors[: len(tensors) - len(leaves)]
+        ctx.segment, ctx.leaves = segment, leaves  # type: ignore[attr-defined]
         ctx.random = random_state(xs[0].device)  # type: ignore[attr-defined]
         ctx.autocast = as_it_is(xs[0].device.type)  # type: ignore[attr-defined]
         ctx.save_for_backward(*masks, *xs)
@@ -233,7 +262,7 @@ class _Checkpoint(torch.autograd.Function):
             set_random_state(ctx.random, device)
             with torch.enable_grad(), ctx.autocast():
                 outputs = ctx.segment((active, frozen_at), xs)[2:]
-        inputs = (*xs, *ctx.weights)
+        inputs = (*xs, *ctx.leaves)
         return (None, None, None, *torch.autograd.grad(
             outputs, inputs, grads[2:], allow_unused=True
         ))  # fmt: skip

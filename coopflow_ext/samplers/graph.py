@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class CapturedChain:
         }
         coefficients = {**plan.coefficients, **self._windows}
         window = replace(plan, n_steps=longest, thin=1, keep_start=False, coefficients=coefficients)
-        self.chain = Chain(window, inputs.window(longest))
+        self.chain = window.chain(inputs.window(longest))
         self._device = inputs.xs[0].device
         self._recording = Recording(self._device)
         self._record(_START, self.chain.begin, warm_up=self.chain.begin)
@@ -165,35 +165,48 @@ def _window(value: Coefficient, n_steps: int, xs: Tensors) -> Tensor:
     return rows
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def can_capture(x: Tensor, *, required: bool) -> bool:
+    """Whether chains from x may be captured; ValueError where they must and x is on no GPU."""
+    if required and not x.is_cuda:
+        raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {x.device}")
+    return x.is_cuda and x.numel() > 0 and not is_capturing(x)
+
+
 class Replayed:
     """What :class:`Chain` is for steps one by one, after a chain of replays.
 
     Attributes:
+        chain: whose buffers hold what the last step left.
         last: the state after the last step, in the chain's buffers.
         active: (B,), whether a chain has not stopped, or None.
         records: copies of what the steps left behind.
     """
 
     def __init__(self, plan: Plan, chain: Chain) -> None:
-        self._n_steps, self._chain = plan.n_steps, chain
+        self._n_steps, self.chain = plan.n_steps, chain
         self.last, self.active = chain.last, chain.active
         self.records = plan.records(chain.xs)
 
     def stopped(self) -> bool:
         """Whether a chain has met a gradient that is not finite: one read."""
-        return self._chain.stopped()
+        return self.chain.stopped()
 
     @property
     def frozen_at(self) -> Tensor | None:
         """(B,), the step at which a chain stopped, T where it did not."""
-        if self.active is None or self._chain.frozen_at is None:
+        if self.active is None or self.chain.frozen_at is None:
             return None
-        since_end = self._chain.frozen_at
+        since_end = self.chain.frozen_at
         return torch.where(self.active, self._n_steps, self._n_steps + since_end)
 
     def statistics(self) -> ChainStatistics | None:
         """The recorded sums as norms and fractions over the whole state."""
-        return self.records.statistics(self._chain.plan.gradient.sign)
+        return self.records.statistics(self.chain.plan.gradient.sign)
 
 
 class ChainGraphs:
@@ -249,6 +262,11 @@ class ChainGraphs:
     def _drop_oldest(self) -> None:
         _, dropped = self._captured.popitem(last=False)
         dropped.finish()
+
+
+def graphs_for(cuda_graph: bool | Literal["auto"]) -> ChainGraphs | None:
+    """What a sampler's option ``cuda_graph`` asks for."""
+    return None if cuda_graph is False else ChainGraphs(required=cuda_graph is True)
 
 
 def _new_graphs(required: bool) -> ChainGraphs:

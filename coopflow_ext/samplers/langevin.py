@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out
+from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out, ran
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
     check_choice,
@@ -29,7 +29,7 @@ from coopflow_ext.samplers.checks import (
 from coopflow_ext.samplers.coefficients import Coefficients
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.graph import ChainGraphs, Replayed
+from coopflow_ext.samplers.graph import Replayed, can_capture, graphs_for, is_capturing
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
 from coopflow_ext.samplers.kernel import Kernel, KernelChain, kernel_for, no_kernel, refusal
 from coopflow_ext.samplers.output import (
@@ -40,7 +40,7 @@ from coopflow_ext.samplers.output import (
     nonfinite_error,
     pack,
 )
-from coopflow_ext.samplers.precision import CastModels
+from coopflow_ext.samplers.precision import casts_for
 from coopflow_ext.samplers.schedule import Schedule, per_chain
 from coopflow_ext.samplers.step_kwargs import check_accepted, check_step_kwargs, rows_for_call
 from coopflow_ext.samplers.step_rules import RuleOptions, check_preconditioner
@@ -213,14 +213,16 @@ class LangevinSampler:
             through a closure have seen a few steps more). A replay does again what the device did
             in the capture, and Python sees nothing of it: an energy that draws its next minibatch
             in Python, reads a schedule from an attribute or counts its calls needs False.
-        differentiable: gradients flow through the chain to x0 and to the energy's parameters;
-            ``torch.func.grad`` goes through it too. "last": only through the last step.
+        differentiable: gradients flow through the chain to x0, to the energy's parameters and to
+            coefficients that require them; ``torch.func.grad`` goes through it too. "last": only
+            through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
             steps between them in the backward pass. The energy's parameters must be leaves; not
             inside a transform of torch.func.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
-    tensor (T or 1, B or 1). No gradient flows to them, so they may not require it. With
+    tensor (T or 1, B or 1). With ``differentiable`` gradients flow to those that require it, and
+    each call takes the values that they have by then; without, they may not require it. With
     ``channels_last`` states, elements of a chain take their noise in storage order.
 
     Relative error of the gradient of ``ResEnergy`` at 32×32 against float64, measured on a CPU:
@@ -326,6 +328,7 @@ class LangevinSampler:
             reference_std=reference_std,
             pull=strength,
             denoise=None if denoise is None else per_chain("denoise", denoise),
+            learnable=bool(differentiable),
         )
         self._n_steps, self._extra_steps = n_steps, int(denoise is not None)
         if include_start and not return_trajectory:
@@ -345,12 +348,10 @@ class LangevinSampler:
                 "without",
                 stacklevel=2,
             )
-        use_graphs = cuda_graph is not False and not differentiable
-        self._graphs = ChainGraphs(required=cuda_graph is True) if use_graphs else None
+        self._graphs = None if differentiable else graphs_for(cuda_graph)
         if autocast is not None:
             check_choice("autocast", autocast, (torch.bfloat16, torch.float16))
         gradient = Gradient(energy, score, negative_energy=negative_energy, compile=compile)
-        casts = CastModels(gradient, autocast, channels_last=channels_last)
         self.plan = Plan(
             gradient=gradient,
             n_steps=n_steps + self._extra_steps,
@@ -371,7 +372,7 @@ class LangevinSampler:
             masked=on_nonfinite != "ignore",
             autocast=autocast,
             channels_last=channels_last,
-            casts=casts if gradient.module and (autocast or channels_last) else None,
+            casts=casts_for(gradient, autocast, channels_last=channels_last),
             keep_start=include_start,
             after_step=after_step,
             rules=rules,
@@ -475,7 +476,7 @@ class LangevinSampler:
         self, n_steps: int | None, given: Mapping[str, Schedule]
     ) -> tuple[Plan, Mapping[str, int]]:
         """The plan of a call, and for how many chains its options have values."""
-        if n_steps is None and not given:
+        if n_steps is None and not given and not self._coefficients.learned:
             return self.plan, self._coefficients.combined.chain_counts
         steps = self._n_steps if n_steps is None else check_steps(n_steps)
         combined = self._coefficients.changed(steps, given)
@@ -515,7 +516,7 @@ class LangevinSampler:
         return _Result(chain.last, chain.trajectory, chain.statistics(), stops)
 
     def _run(self, plan: Plan, inputs: Inputs) -> _Result:
-        chain = _ran(plan, inputs)
+        chain = ran(plan, inputs)
         stops = self._check_finite(chain, chain.last)
         return _Result(chain.last, chain.records.trajectory, chain.statistics(), stops)
 
@@ -531,9 +532,7 @@ class LangevinSampler:
             return _Result(clones(chain.last), records.trajectory, chain.statistics(), stops)
 
     def _can_capture(self, x: Tensor) -> bool:
-        if self.cuda_graph is True and not x.is_cuda:
-            raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {x.device}")
-        return x.is_cuda and x.numel() > 0 and not _is_capturing(x)
+        return can_capture(x, required=self.cuda_graph is True)
 
     def _check_can_read(self, x: Tensor) -> None:
         if self.on_nonfinite != "raise":
@@ -543,7 +542,7 @@ class LangevinSampler:
                 "on_nonfinite='raise' reads what x0's chains became, but x0 is on the meta device "
                 "and has no data; use 'freeze' or 'ignore'"
             )
-        if _is_capturing(x):
+        if is_capturing(x):
             raise ValueError(
                 "on_nonfinite='raise' reads from the device after the chain, which cannot be done "
                 "while a CUDA graph captures its stream; use 'freeze' or 'ignore'"
@@ -551,7 +550,7 @@ class LangevinSampler:
 
     def _run_differentiable(self, plan: Plan, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""
-        chain = _ran(plan, inputs)
+        chain = ran(plan, inputs)
         whole = plan.differentiable is True
         starts = tuple(laid_out(x, buffer) for x, buffer in zip(xs, chain.xs, strict=True))
         starts = starts if whole else clones(chain.last)
@@ -589,22 +588,6 @@ class LangevinSampler:
 def _given(**schedules: Schedule | None) -> dict[str, Schedule]:
     """The options that are given."""
     return {name: schedule for name, schedule in schedules.items() if schedule is not None}
-
-
-def _ran(plan: Plan, inputs: Inputs) -> Chain:
-    """A chain after its steps in place."""
-    chain = Chain(plan, inputs)
-    try:
-        chain.begin()
-        chain.run(plan.fast_steps, ends=plan.fast_steps == plan.n_steps)
-    finally:
-        chain.release()
-    return chain
-
-
-def _is_capturing(x: Tensor) -> bool:
-    """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_pull(

@@ -146,3 +146,12 @@ class CastModels:
         """A chain is over that took it."""
         model.hand_on()
         self._idle.append(model)
+
+
+def casts_for(
+    gradient: Gradient, dtype: torch.dtype | None, *, channels_last: bool = False
+) -> CastModels | None:
+    """The models of a sampler that computes with copies of weights; None where it does not."""
+    if gradient.module is None or not (dtype or channels_last):
+        return None
+    return CastModels(gradient, dtype, channels_last=channels_last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import arithmetic_dtype, room_for
+from coopflow_ext._tensors import arithmetic_dtype, room_for, widest
 from coopflow_ext.samplers.output import (
     ChainStatistics,
     Tensors,
@@ -24,10 +24,13 @@ class Records:
         stats: whether statistics are kept.
         energy: whether the energy's value is one of them.
         start: whether the first of the kept states is ``xs`` as it is now.
+        columns: of statistics that a chain makes itself, for its state as a whole; None: the five
+            of ``ops.langevin_step_``, for each tensor.
 
     Attributes:
         trajectory: (T // thin, *x.shape) for each tensor, one more with ``start``; or None.
-        sums: (T, B, 5) for each tensor, see ``ops.langevin_step_``; empty where not kept.
+        sums: (T, B, 5) for each tensor, see ``ops.langevin_step_``, or one (T, B, columns); empty
+            where not kept.
         energies: (T, B), or None.
     """
 
@@ -40,6 +43,7 @@ class Records:
         stats: bool,
         energy: bool,
         start: bool = False,
+        columns: int | None = None,
     ) -> None:
         self._n_elements = sum(x[:1].numel() for x in xs)
         self._thin, self._before = thin, int(start)
@@ -52,13 +56,12 @@ class Records:
         self.sums: Tensors = ()
         self.energies: Tensor | None = None
         if stats:
-            shape = n_steps, len(xs[0])
-            with room_for("statistics", (len(xs), *shape, 5), arithmetic_dtype(xs[0].dtype)):
-                self.sums = tuple(
-                    x.new_empty(*shape, 5, dtype=arithmetic_dtype(x.dtype)) for x in xs
-                )
+            shape, wide = (n_steps, len(xs[0])), widest(xs)
+            dtypes = [wide] if columns else [arithmetic_dtype(x.dtype) for x in xs]
+            width = columns or 5
+            with room_for("statistics", (len(dtypes), *shape, width), dtypes[0]):
+                self.sums = tuple(xs[0].new_empty(*shape, width, dtype=dtype) for dtype in dtypes)
             if energy:
-                wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
                 self.energies = xs[0].new_empty(*shape, dtype=wide)
 
     def keep(self, step: int, xs: Tensors, u: Tensor | None) -> None:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import room_for
+from coopflow_ext._tensors import per_chain_view, room_for
 from coopflow_ext.rng import USE_BUFFER, Key
 from coopflow_ext.samplers.checks import check_count, check_number
+from coopflow_ext.samplers.inputs import rng_tensors
+from coopflow_ext.samplers.output import State, Tensors, unpack
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-Init = Literal["uniform", "normal"] | Callable[[tuple[int, ...], Key], Tensor]
+Init = Literal["uniform", "normal"] | Callable[..., Any]
 
 # What the buffer's key is folded with for each separate use.
 _FILL, _CHOOSE, _REINIT, _FRESH = range(4)
@@ -28,11 +30,16 @@ def _as_plain_tensors(method: Callable[_P, _T]) -> Callable[_P, _T]:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
-class BufferDraw(NamedTuple):
-    """Starts of chains, (n, *shape), and where in the buffer they belong, int64 (n,)."""
-
-    x: Tensor
+class _Draw(NamedTuple):
+    x: Any  # a State; what a buffer of one tensor gives is a tensor
     indices: Tensor
+
+
+class BufferDraw(_Draw):
+    """Starts of chains, (n, *shape), and where in the buffer they belong, int64 (n,); as attribute
+    ``y`` their labels, int64 (n,), where the buffer has classes, else None."""
+
+    y: Tensor | None = None
 
 
 class ReplayBuffer:
@@ -42,18 +49,25 @@ class ReplayBuffer:
         out = sampler(x0, key=key)
         buffer.write(indices, out.x)
 
-    Every draw is determined by the key and the number of draws before it.
+    Every draw is determined by the key and the number of draws before it. With classes, each chain
+    has a label, which stays its own when it starts anew; ``buffer.draw(64, y=labels)`` draws from
+    the chains of these labels, as the buffers of JEM do.
 
     Args:
-        shape: of one chain's state.
+        shape: of one chain's state; a list or tuple of shapes for a state of several tensors.
         size: number of chains.
         reinit_probability: probability that a drawn chain starts anew.
         init: what a new chain is: "uniform" on [−1, 1), "normal", or a callable
-            (shape, key) → tensor.
+            (shape, key) → tensor, with classes (shape, key, labels) → tensor. ``shape`` begins with
+            the number of chains; for several tensors it is a list or tuple of shapes, and so is
+            the result of tensors.
+        n_classes: number of classes, among which the chains are shared evenly: chain i has label
+            i modulo n_classes.
         key: where the draws come from; None draws a seed from torch's default generator.
         device, dtype: of the states.
 
     Attributes:
+        states: (size, *shape), or as many tensors as there are shapes.
         key: of the next draw.
 
     Raises:
@@ -63,11 +77,12 @@ class ReplayBuffer:
     @_as_plain_tensors
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: Sequence[int] | Sequence[Sequence[int]],
         *,
         size: int = 10_000,
         reinit_probability: float = 0.05,
         init: Init = "uniform",
+        n_classes: int | None = None,
         key: Key | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -80,38 +95,119 @@ class ReplayBuffer:
             raise TypeError(f"dtype must be floating point, got {dtype!r}")
         if not callable(init) and init not in ("uniform", "normal"):
             raise ValueError(f"init must be 'uniform', 'normal' or a callable, got {init!r}")
-        self._init = init
+        if n_classes is not None and check_count("n_classes", n_classes, 1) > self.size:
+            raise ValueError(
+                f"n_classes must be at most the buffer's size {self.size}, got {n_classes}"
+            )
+        self._init, self.n_classes = init, n_classes
         self.key = Key.or_default(key).fold_in(USE_BUFFER)
-        shape = _check_shape(shape)
-        with room_for("a buffer", (self.size, *shape), dtype):
-            self.states = torch.empty((self.size, *shape), dtype=dtype, device=device)
-        self.states.copy_(self._fresh(self.size, _FILL))
+        self._shapes, self._like = _check_shapes(shape)
+        states = []
+        for one in self._shapes:
+            with room_for("a buffer", (self.size, *one), dtype):
+                states.append(torch.empty((self.size, *one), dtype=dtype, device=device))
+        self.states: Any = self._packed(states)
+        for state, fresh in zip(states, self._fresh(self.size, _FILL), strict=True):
+            state.copy_(fresh)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 (size,) with classes, else None."""
+        if self.n_classes is None:
+            return None
+        return torch.arange(self.size, device=self._device) % self.n_classes
+
+    @property
+    def _device(self) -> torch.device:
+        return unpack(self.states)[0].device
+
+    def _packed(self, values: Sequence[Any]) -> Any:
+        """One for each tensor of a state, in the structure of the buffer's."""
+        return values[0] if self._like is None else self._like(values)
 
     @_as_plain_tensors
-    def draw(self, n: int) -> BufferDraw:
+    def draw(self, n: int, *, y: Tensor | Sequence[int] | int | None = None) -> BufferDraw:
         """n different chains, some of them started anew; the buffer's states stay as they are.
 
+        Args:
+            y: labels that the chains are to have, integers (n,) or one for all; the host reads
+                them. None: whichever.
+
         Raises:
-            ValueError: n is larger than the buffer.
+            TypeError: y is not integers.
+            ValueError: n is larger than the buffer, y is given to a buffer without classes, does
+                not fit n or the classes, or asks for more chains of a class than there are.
         """
         if check_count("n", n, 1) > self.size:
             raise ValueError(f"n must be at most the buffer's size {self.size}, got {n}")
-        device = self.states.device
+        wanted = None if y is None else self._check_labels(y, n)
         chances = ops.uniform((self.size,), self._rng(_CHOOSE))
-        indices = chances.topk(n, sorted=True).indices
-        x = self.states.index_select(0, indices)
+        if wanted is None:
+            indices = chances.topk(n, sorted=True).indices
+        else:
+            indices = self._of_labels(wanted, chances)
+        labels = None if self.n_classes is None else indices % self.n_classes
         anew = ops.uniform((n,), self._rng(_REINIT)) < self.reinit_probability
-        fresh = self._fresh(n, _FRESH).to(device, x.dtype)
-        x = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), fresh, x)
+        xs = []
+        fresh = self._fresh(n, _FRESH, labels)
+        for state, new in zip(unpack(self.states), fresh, strict=True):
+            x = state.index_select(0, indices)
+            xs.append(torch.where(per_chain_view(anew, x), new.to(x), x))
         self.key = self.key.advance(1)
-        return BufferDraw(x, indices)
+        drawn = BufferDraw(self._packed(xs), indices)
+        drawn.y = labels
+        return drawn
+
+    def _check_labels(self, y: object, n: int) -> Tensor:
+        """int64 (n,) on the host."""
+        if self.n_classes is None:
+            raise ValueError("y needs a buffer with classes; give it n_classes")
+        try:
+            labels = torch.as_tensor(y, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"y must be integers, got {y!r}") from error
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"y must be integers, got {labels.dtype}")
+        if labels.shape not in ((), (n,)):
+            raise ValueError(f"y must be one label or have shape ({n},), got {tuple(labels.shape)}")
+        labels, counts = labels.long().expand(n), self._class_sizes(self.n_classes)
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= self.n_classes:
+            raise ValueError(
+                f"y must be labels in [0, {self.n_classes}), got {lowest} to {highest}"
+            )
+        asked = labels.bincount(minlength=self.n_classes)
+        if bool((asked > counts).any()):
+            label = int((asked - counts).argmax())
+            raise ValueError(
+                f"y asks for {int(asked[label])} chains of label {label}, of which the buffer has "
+                f"{int(counts[label])}"
+            )
+        return labels
+
+    def _class_sizes(self, n_classes: int) -> Tensor:
+        """How many chains each class has, on the host."""
+        return torch.tensor([len(range(c, self.size, n_classes)) for c in range(n_classes)])
+
+    def _of_labels(self, y: Tensor, chances: Tensor) -> Tensor:
+        """For each label a chain of its class, none twice: the classes' chains in random order, and
+        of each as many from the front as are asked for."""
+        assert self.n_classes is not None
+        shuffled = chances.argsort(descending=True)
+        by_class = shuffled[(shuffled % self.n_classes).argsort(stable=True)]
+        order = y.argsort(stable=True)
+        asked, sizes = y.bincount(minlength=self.n_classes), self._class_sizes(self.n_classes)
+        first_asked, first = asked.cumsum(0) - asked, sizes.cumsum(0) - sizes
+        rank = torch.empty_like(y)
+        rank[order] = torch.arange(len(y)) - first_asked[y[order]]
+        return by_class[(first[y] + rank).to(by_class.device)]
 
     @_as_plain_tensors
-    def write(self, indices: Tensor, x: Tensor) -> None:
-        """Put the states of drawn chains back.
+    def write(self, indices: Tensor, x: State) -> None:
+        """Put the states of drawn chains back; they keep their labels.
 
         Raises:
-            TypeError: ``indices`` is not an int64 tensor, or x not a tensor.
+            TypeError: ``indices`` is not an int64 tensor, or x not a tensor, or not as many.
             ValueError: ``indices`` is not (n,), or x does not have one state for each.
             IndexError: an index is beyond the buffer.
         """
@@ -120,57 +216,97 @@ class ReplayBuffer:
             raise TypeError(f"indices must be an int64 tensor, as draw() gives, got {got}")
         if indices.ndim != 1:
             raise ValueError(f"indices must have shape (n,), got {tuple(indices.shape)}")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if x.shape != (len(indices), *self.states.shape[1:]):
-            expected = (len(indices), *self.states.shape[1:])
-            raise ValueError(f"x must have shape {expected}, got {tuple(x.shape)}")
-        self.states.index_copy_(0, indices, x.detach().to(self.states))
+        xs = self._check("x must be", "x must have", x, len(indices))
+        for state, value in zip(unpack(self.states), xs, strict=True):
+            state.index_copy_(0, indices, value.detach().to(state))
+
+    def _check(self, be: str, have: str, values: object, n: int) -> Tensors:
+        """The tensors of a state of n chains; messages begin with ``be`` or ``have``."""
+        shapes = [(n, *shape) for shape in self._shapes]
+        if self._like is None:
+            given: tuple[Any, ...] = (values,)
+        elif isinstance(values, (list, tuple)) and len(values) == len(shapes):
+            given = tuple(values)
+        else:
+            got = f"{len(values)}" if isinstance(values, (list, tuple)) else type(values).__name__
+            raise TypeError(f"{be} a list or tuple of {len(shapes)} tensors, got {got}")
+        for value, shape in zip(given, shapes, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{be} a tensor, got {type(value).__name__}")
+            if value.shape != shape:
+                raise ValueError(f"{have} shape {shape}, got {tuple(value.shape)}")
+        return given
 
     def _rng(self, use: int) -> Tensor:
-        return self.key.fold_in(use).tensor(self.states.device)
+        return self.key.fold_in(use).tensor(self._device)
 
-    def _fresh(self, n: int, use: int) -> Tensor:
-        shape = (n, *self.states.shape[1:])
+    def _fresh(self, n: int, use: int, labels: Tensor | None = None) -> Tensors:
+        """New states of n chains, which have these labels; of all by default."""
+        labels = self.labels if labels is None else labels
+        shapes, key = [(n, *shape) for shape in self._shapes], self.key.fold_in(use)
         if callable(self._init):
-            with self.states.device:  # where what does not say otherwise is made
-                fresh = self._init(shape, self.key.fold_in(use))
-            if not isinstance(fresh, Tensor):
-                raise TypeError(f"init must return a tensor, got {type(fresh).__name__}")
-            if fresh.shape != shape:
-                raise ValueError(f"init must return shape {shape}, got {tuple(fresh.shape)}")
-            return fresh
-        if self._init == "normal":
-            return ops.normal(shape, self._rng(use), dtype=self.states.dtype)
-        return 2 * ops.uniform(shape, self._rng(use), dtype=self.states.dtype) - 1
+            given = () if labels is None else (labels,)
+            with self._device:  # where what does not say otherwise is made
+                fresh = self._init(self._packed(shapes), key, *given)
+            return self._check("init must return", "init must return", fresh, n)
+        make = ops.normal if self._init == "normal" else _signed_uniform
+        states = unpack(self.states)
+        rngs = rng_tensors(key, states)
+        return tuple(
+            make(shape, rng, dtype=state.dtype)
+            for shape, rng, state in zip(shapes, rngs, states, strict=True)
+        )
 
     @_as_plain_tensors
     def state_dict(self) -> dict[str, Any]:
-        """The states and the key: a tensor and three integers."""
-        return {"states": self.states.clone(), **self.key.state_dict()}
+        """The states and the key: a tensor, or a list of them, and three integers; with classes
+        their number, too."""
+        states = [state.clone() for state in unpack(self.states)]
+        classes = {} if self.n_classes is None else {"n_classes": self.n_classes}
+        kept = states[0] if self._like is None else states
+        return {"states": kept, **self.key.state_dict(), **classes}
 
     @_as_plain_tensors
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: it is not a buffer's, or of a buffer of another size or shape.
+            ValueError: it is not a buffer's, or of a buffer of another size, shape or number of
+                classes.
+            TypeError: the states are not as many tensors as the buffer's.
         """
         if missing := {"states", "seed", "time"} - state.keys():
             raise ValueError(f"state must have {', '.join(sorted(missing))}, got {list(state)}")
-        if state["states"].shape != self.states.shape:
-            raise ValueError(
-                f"states must have shape {tuple(self.states.shape)}, "
-                f"got {tuple(state['states'].shape)}"
-            )
-        self.states.copy_(state["states"])
+        if state.get("n_classes") != self.n_classes:
+            raise ValueError(f"n_classes must be {self.n_classes}, got {state.get('n_classes')}")
+        states = self._check("states must be", "states must have", state["states"], self.size)
+        for own, given in zip(unpack(self.states), states, strict=True):
+            own.copy_(given)
         self.key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
 
 
-def _check_shape(shape: object) -> tuple[int, ...]:
+def _signed_uniform(shape: Sequence[int], rng: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """On [−1, 1)."""
+    return 2 * ops.uniform(shape, rng, dtype=dtype) - 1
+
+
+def _check_shapes(shape: object) -> tuple[list[tuple[int, ...]], type | None]:
+    """The shapes of a state's tensors, and what holds several: list or tuple; None for one."""
+    several = isinstance(shape, (list, tuple)) and any(
+        isinstance(one, Sequence) and not isinstance(one, str) for one in shape
+    )
+    if not several:
+        return [_check_shape(shape)], None
+    assert isinstance(shape, (list, tuple))
+    return [_check_shape(one, f"shape[{i}]") for i, one in enumerate(shape)], (
+        list if isinstance(shape, list) else tuple
+    )
+
+
+def _check_shape(shape: object, name: str = "shape") -> tuple[int, ...]:
     """``shape`` as a tuple of ints ≥ 0; TypeError or ValueError, by name."""
     if isinstance(shape, int):
-        raise TypeError(f"shape must be a sequence of ints, such as ({shape},), got an int")
+        raise TypeError(f"{name} must be a sequence of ints, such as ({shape},), got an int")
     if isinstance(shape, str) or not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
-    return tuple(check_count(f"shape[{i}]", length, 0) for i, length in enumerate(shape))
+        raise TypeError(f"{name} must be a sequence of ints, got {type(shape).__name__}")
+    return tuple(check_count(f"{name}[{i}]", length, 0) for i, length in enumerate(shape))

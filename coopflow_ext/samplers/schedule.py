@@ -9,14 +9,16 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from coopflow_ext._tensors import Coefficient
+from coopflow_ext._tensors import Coefficient, widest
 from coopflow_ext.samplers.checks import check_constant, check_number
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
 """A constant, a callable of the step, (T,) values, or a (T or 1, B or 1) tensor."""
 
 
-def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
+def coefficient(
+    name: str, value: Schedule, n_steps: int, *, unless: str | None = ""
+) -> Coefficient:
     """Check a non-negative schedule once and bring it to the form that the ops take: a float, or a
     float64 table on the CPU.
 
@@ -25,18 +27,20 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
         value: see :data:`Schedule`; a callable is evaluated at steps 0 … n_steps − 1, at least at
             0, and may return a float or a (B,) tensor.
         n_steps: T.
+        unless: the option without which no value may require grad, for the message; None: values
+            may, and then are a table through which gradients flow.
 
     Raises:
         TypeError: not a schedule.
         ValueError: wrong length or shape, a negative value, NaN or infinity, or a value that
-            requires grad.
+            requires grad and may not.
     """
     if isinstance(value, (int, float)):
         return check_number(name, value, minimum=0.0)
     if callable(value) and not isinstance(value, Tensor):
-        table = _called(name, value, n_steps)
+        table = _called(name, value, n_steps, unless)
     else:
-        table = _table(name, value)
+        table = _table(name, value, unless)
         if table.ndim == 1 and len(table) != n_steps:
             raise ValueError(
                 f"{name} must have one value for each of {n_steps} steps, got {len(table)}; "
@@ -51,7 +55,8 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
         )
     table = table.to("cpu", torch.float64, copy=True)
     if table.ndim == 0:
-        return check_number(name, table.item(), minimum=0.0)
+        number = check_number(name, table.detach().item(), minimum=0.0)
+        return table.reshape(1, 1) if table.requires_grad else number
     if table.numel() == n_steps == 0:
         return 0.0
     if table.ndim == 1:
@@ -63,13 +68,20 @@ def coefficient(name: str, value: Schedule, n_steps: int) -> Coefficient:
         )
     if not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError(f"{name} must be finite and ≥ 0 at every step and for every chain")
-    return float(table) if table.numel() == 1 else table
+    return float(table) if table.numel() == 1 and not table.requires_grad else table
 
 
-def _table(name: str, value: float | Tensor | Sequence[float]) -> Tensor:
-    """A tensor of the values, which may not require grad; TypeError where there is none."""
-    check_constant(name, *(value if isinstance(value, (list, tuple)) else (value,)))
+def _table(name: str, value: float | Tensor | Sequence[float], unless: str | None = "") -> Tensor:
+    """A tensor of the values; TypeError where there is none, ValueError where one requires grad
+    and may not."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if unless is not None:
+        check_constant(name, *values, unless=unless)
     try:
+        if values is value and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            return torch.stack(
+                [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in value]
+            )
         return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
@@ -78,7 +90,9 @@ def _table(name: str, value: float | Tensor | Sequence[float]) -> Tensor:
         ) from error
 
 
-def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) -> Tensor:
+def _called(
+    name: str, function: Callable[[int], float | Tensor], n_steps: int, unless: str | None
+) -> Tensor:
     """The values of a callable of the step, (T, B or 1)."""
     rows = []
     for step in range(max(n_steps, 1)):  # a chain of no steps has a constant that none uses
@@ -87,7 +101,8 @@ def _called(name: str, function: Callable[[int], float | Tensor], n_steps: int) 
             raise TypeError(
                 f"{name}({step}) must be a number or a tensor (B,), got {type(value).__name__}"
             )
-        check_constant(f"{name}({step})", value)
+        if unless is not None:
+            check_constant(f"{name}({step})", value, unless=unless)
         dtype = None if isinstance(value, Tensor) else torch.float64
         row = torch.as_tensor(value, dtype=dtype, device="cpu")
         if row.ndim > 1:
@@ -153,8 +168,10 @@ def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
     Raises:
         ValueError: a value of the option ``name`` is not finite in that dtype.
     """
-    wide = torch.float64 if torch.float64 in (x.dtype for x in xs) else torch.float32
-    largest = float(value.amax()) if isinstance(value, Tensor) and value.numel() else value
+    wide = widest(xs)
+    largest = value
+    if isinstance(value, Tensor) and value.numel():
+        largest = float(value.detach().amax())
     if wide == torch.float32 and not largest <= torch.finfo(wide).max:
         raise ValueError(f"{name} must be finite in float32, got {largest:g}")
     if not isinstance(value, Tensor):
