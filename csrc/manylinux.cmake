@@ -59,7 +59,7 @@ coopflow_old_glibc(
   pthread_spin_destroy pthread_spin_init pthread_spin_lock pthread_spin_trylock pthread_spin_unlock
   sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait)
 coopflow_old_glibc(librt.so.1 GLIBC_2.2.5 shm_open shm_unlink)
-# The CPU loops. The version of GLIBC_2.29 computes the same and leaves out an error handler of
-# System V.
+# The CPU loops. GLIBC_2.29 leaves out an error handler of System V; the numbers are the same to the
+# bit (a NaN may have the other sign).
 coopflow_old_glibc(libm.so.6 GLIBC_2.2.5 exp exp2 log pow)
 set(COOPFLOW_OLD_GLIBC libdl.so.2 libpthread.so.0 librt.so.1 libm.so.6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -108,6 +110,48 @@ def test_library_needs_no_other_torch_library_than_the_hollow_one() -> None:
     symbols = _run(readelf, "--dyn-syms", "--wide", str(_extension.library_path())).stdout
     stream = [s for s in symbols.splitlines() if "aoti_torch_get_current_cuda_stream" in s]
     assert all("WEAK" in line for line in stream)
+
+
+# The newest of each that manylinux_2_28 has, and what it calls them.
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+@in_source_tree
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are made for x86-64 alone")
+def test_library_needs_no_newer_system_than_manylinux_2_28() -> None:
+    """Whatever this machine has: a library that was built here loads wherever torch does."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    needed = _run(readelf, "--version-info", "--wide", str(_extension.library_path())).stdout
+    versions = set(re.findall(r"Name: ([A-Z]+)_([0-9.]+) ", needed))
+    assert {name for name, _ in versions} >= {"GLIBC", "GLIBCXX"}
+    assert not {
+        (name, version)
+        for name, version in versions
+        if tuple(map(int, version.split("."))) > MANYLINUX_2_28[name]
+    }
+
+
+@in_source_tree
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are made for x86-64 alone")
+def test_old_symbol_versions_exist_here() -> None:
+    """csrc/manylinux.cmake promises them to the linker; one that does not exist fails at loading."""
+    words = re.sub("#.*", "", (ROOT / "csrc" / "manylinux.cmake").read_text())
+    calls = re.findall(r"^coopflow_old_glibc\((.*?)\)", words, re.M | re.S)
+    assert [call.split()[0] for call in calls] == [
+        "libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6",
+    ]  # fmt: skip
+    find = ctypes.CDLL(None).dlvsym
+    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
+    for library, *names in map(str.split, calls):
+        handle = ctypes.CDLL(library)._handle
+        version = ""
+        for name in names:
+            if name.startswith("GLIBC_"):
+                version = name
+            else:
+                assert find(handle, name.encode(), version.encode()), (library, name, version)
 
 
 def _path_without_nvcc(folder: Path) -> str:

@@ -25,11 +25,11 @@ namespace coopflow {
   int served = 0;
   cudaDriverGetVersion(&served);
   throw std::runtime_error(
-      "BuildError: coopflow: CUDA tensors need an NVIDIA driver that serves CUDA " +
+      "BuildError: coopflow: for CUDA tensors this library needs an NVIDIA driver for CUDA " +
       std::to_string(kNeeded) + " (" + (kNeeded >= 13 ? "580" : "525") +
-      " or newer), with which this library was built; the driver here serves CUDA " +
-      std::to_string(served / 1000) + "." + std::to_string(served % 1000 / 10) +
-      ". Update the driver, or build from source with an older nvcc (>= 12.0). CPU tensors work.");
+      " or newer); the driver here serves CUDA " + std::to_string(served / 1000) + "." +
+      std::to_string(served % 1000 / 10) +
+      ". Update it, or build from source with an older nvcc (>= 12.0); CPU tensors work as it is");
 }
 
 inline void check_cuda(cudaError_t status, const char* what) {
