@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark's module lists its cases; `coopflow bench` reads the same list, without pytest."""
+    """A benchmark's module lists its cases, which `coopflow bench` reads too, without pytest."""
     if "case" in metafunc.fixturenames and hasattr(metafunc.module, "SUITE_CASES"):
         metafunc.parametrize("case", metafunc.module.SUITE_CASES, ids=lambda c: c.name)
 
