@@ -36,8 +36,9 @@ function(coopflow_old_glibc library)
                LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/glibc"
                CXX_VISIBILITY_PRESET default
                LINK_DEPENDS "${stem}.map")
-  target_compile_options(${library} PRIVATE -fno-builtin -w)
-  target_link_options(${library} PRIVATE -nostdlib "-Wl,--version-script=${stem}.map")
+  target_compile_options(${library} PRIVATE -fno-builtin -fno-sanitize=all -w)
+  target_link_options(
+    ${library} PRIVATE -nostdlib -fno-sanitize=all -Xlinker "--version-script=${stem}.map")
 endfunction()
 
 # The CUDA runtime, which is linked statically, opens the driver and has threads of its own. These
