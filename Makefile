@@ -18,6 +18,9 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 PYTEST_ARGS ?=
 JOBS ?= 2
+# What `make wheel` holds machine code for; PTX serves the GPUs that come later.
+WHEEL_ARCHITECTURES ?= 80-real;90-real;100-real;120-real;90-virtual
+WHEEL_PLATFORM := manylinux_2_28_x86_64
 
 # `make demo` on a machine without a GPU, where nothing was built yet, leaves out what it would not
 # run; a later `make test` adds that to what is compiled. Options that are given win.
@@ -33,6 +36,7 @@ FOR := , for the CPU of this machine alone: there is no GPU
 endif
 
 NATIVE_SOURCES := CMakeLists.txt coopflow_ext/_version.py \
+  csrc/manylinux.cmake \
   $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 CXX_FILES = $(shell find csrc tests -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
@@ -52,6 +56,8 @@ help:
 	@echo "Variables: PYTHON=python3 TORCH=torch==2.13.0 COOPFLOW_CUDA=auto|0|1 JOBS=2 PYTEST_ARGS=..."
 
 # --- set-up -------------------------------------------------------------------------------------------
+PIP_FAILED = { echo "pip could not install this; see above. Without a network, give it a folder of \
+  wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=/path/to/wheels make" >&2; exit 1; }
 # The first stamp also says, in one line each, what the machine lacks.
 $(VENV)/.torch: export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(VENV)/.torch:
@@ -66,21 +72,23 @@ $(VENV)/.torch:
 	@command -v "$(firstword $(CXX))" >/dev/null || { echo "missing: a C++17 compiler ($(CXX)). \
 	Install one (Debian: apt install g++) or set CXX" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy || $(PIP_FAILED)
 	touch $@
 
 $(VENV)/.build-tools: $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet 'cmake>=3.25' ninja 'pybind11>=2.13' \
-	  'scikit-build-core>=0.12' 'setuptools>=77'
+	  'scikit-build-core>=0.12' 'setuptools>=77' || $(PIP_FAILED)
 	touch $@
 
 # The package itself, editable; the library in it comes from the rule below.
 $(VENV)/.package: $(VENV)/.build-tools pyproject.toml
-	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train]'
+	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train]' \
+	  || $(PIP_FAILED)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package pyproject.toml
-	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	COOPFLOW_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' \
+	  || $(PIP_FAILED)
 	touch $@
 
 # --- the native library -------------------------------------------------------------------------------
@@ -139,11 +147,14 @@ sanitize: lint $(LIBRARY)
 check: lint $(LIBRARY)
 	tests/check.sh $(BIN)/python
 
+# auditwheel refuses a library that needs newer system libraries than the platform has, and names it.
 wheel: $(VENV)/.dev
-	rm -rf build/lib.* build/bdist.* # or setuptools packs what earlier builds left there
-	COOPFLOW_BUILD_HOST=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
-	  --wheel-dir dist .
-	@ls -1 dist/*.whl
+	rm -rf build/lib.* build/bdist.* build/wheel # or setuptools packs what earlier builds left there
+	COOPFLOW_BUILD_HOST=0 COOPFLOW_CUDA_ARCHITECTURES='$(WHEEL_ARCHITECTURES)' \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat \
+	  --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
+	@ls -1sh dist/*.whl
 
 sdist: $(VENV)/.dev
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .

@@ -30,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark's module lists its cases, which `coopflow bench` reads too, without pytest."""
+    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "SUITE_CASES"):
+        metafunc.parametrize("case", metafunc.module.SUITE_CASES, ids=lambda c: c.name)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="torch sees no CUDA device")

@@ -14,6 +14,7 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
     )
 
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 # `make` keeps an incremental native build of its own and installs only the Python part.
 skip_native = os.environ.get("COOPFLOW_SKIP_NATIVE", "0") == "1"
@@ -29,7 +30,16 @@ class BdistWheel(bdist_wheel):
         return python, abi, platform
 
 
+class BuildPy(build_py):
+    """The benchmarks lie at the top level; in an installed package `coopflow bench` finds them."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.packages = [*self.packages, "coopflow_ext._benchmarks"]
+        self.package_dir = {**self.package_dir, "coopflow_ext._benchmarks": "benchmarks"}
+
+
 setuptools.setup(
-    cmdclass={"bdist_wheel": BdistWheel},
+    cmdclass={"bdist_wheel": BdistWheel, "build_py": BuildPy},
     **({} if skip_native else {"cmake_source_dir": "."}),
 )

@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from harness import NOT_COMPILED, Case, Contest, counted_bytes, dtype_name, run_pytest
 from torch import Tensor
@@ -125,6 +124,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_affine_coupling(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

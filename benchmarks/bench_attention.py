@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from harness import NOT_COMPILED, OURS, Case, Contest, dtype_name, run_pytest
 from torch import Tensor
@@ -140,6 +139,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_attention(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

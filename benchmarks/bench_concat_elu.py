@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from harness import (
     NOT_COMPILED,
@@ -133,6 +132,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_concat_elu(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from harness import OURS, Case, Contest, run_pytest, synchronize
 
@@ -247,6 +246,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_iteration(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

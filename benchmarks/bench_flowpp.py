@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from bench_mixture_logistic import FORWARD, INVERSE, compiled_forward, compiled_inverse
 from harness import NOT_COMPILED, OURS, Case, Contest, counted_flops, run_pytest
@@ -170,6 +169,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_flowpp(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

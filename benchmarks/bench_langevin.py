@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from harness import NOT_COMPILED, Case, Contest, add_graph, dtype_name, run_pytest
 from torch import Tensor
@@ -167,6 +166,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_langevin(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from harness import NOT_COMPILED, OURS, Case, Contest, counted_bytes, dtype_name, run_pytest
 from torch import Tensor
@@ -192,6 +191,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_mixture_logistic(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

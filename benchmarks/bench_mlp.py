@@ -19,7 +19,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from harness import NOT_COMPILED, OURS, Case, Contest, add_graph, counted_flops, run_pytest
 from torch import Tensor
@@ -142,6 +141,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_mlp(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax_chain
-import pytest
 import torch
 from harness import (
     NOT_COMPILED,
@@ -466,6 +465,5 @@ SUITE_CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_chain(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

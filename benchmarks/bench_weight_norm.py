@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from bench_flowpp import SIZES
 from harness import OURS, Case, Contest, run_pytest
@@ -110,6 +109,5 @@ SUITE_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", SUITE_CASES, ids=lambda c: c.name)
 def test_weight_norm(benchmark: Any, case: Case, device: torch.device) -> None:
     run_pytest(benchmark, case, device)

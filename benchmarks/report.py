@@ -18,6 +18,8 @@ from typing import Any
 
 from harness import OURS, ROOT
 
+from coopflow_ext._optional import optional
+
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 FASTER = "Above 1, ours is faster."
 README = ROOT / "README.md"
@@ -455,6 +457,9 @@ def write(report: Report, folder: Path) -> None:
     sections = [table(report), FASTER, provenance(report), parts(report), details(report)]
     (folder / "table.md").write_text("\n\n".join(filter(None, sections)) + "\n")
     if not report["benchmarks"]:
+        return
+    if optional("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
         return
     plot_ratios(report, folder / "ratios.png")
     plot_sizes(report, folder / "sizes.png")

@@ -431,12 +431,10 @@ def _add_bench(commands: Any) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """``coopflow bench``."""
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    if not (folder / "suite.py").is_file():
-        raise FileNotFoundError(
-            "the benchmarks are part of the source tree, not of the wheel: "
-            "run `coopflow bench` from an editable install (pip install -e .)"
-        )
+    package = Path(__file__).resolve().parent
+    folder = package / "_benchmarks"  # setup.py puts them there
+    if not folder.is_dir():
+        folder = package.parent / "benchmarks"  # an editable install
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     suite = importlib.import_module("suite")

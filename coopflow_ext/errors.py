@@ -6,7 +6,8 @@ import torch
 
 
 class BuildError(RuntimeError):
-    """The native library is missing or cannot be loaded; the message says what to install."""
+    """The native library is missing, cannot be loaded, or cannot use this GPU's driver; the message
+    says what to install."""
 
 
 class RunError(RuntimeError):

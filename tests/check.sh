@@ -2,13 +2,15 @@
 # The long tier (`make check`) in three parts, all by default:
 #   tests    every test that needs no GPU, the slow ones included
 #   sanitize the CPU library under sanitizers and valgrind, see tests/sanitize.sh
-#   wheels   the source distribution, a wheel made from it, and the tests of the operators with that
-#            wheel beside other torch versions, each in a fresh virtual environment; needs the package
-#            index and about 10 GB of disk while it runs
+#   wheels   the source distribution, a manylinux wheel made from it, and the tests of the operators
+#            with that wheel beside other torch versions, each in a fresh virtual environment; the wheel
+#            imported by the other Python versions that are found; needs the package index and about
+#            10 GB of disk while it runs
 # The log of a part that passed is docs/check-PART.txt.
 #
 #   tests/check.sh PYTHON [PART…]      PYTHON: the project's development environment
 #   CHECK_TORCH="torch==2.10.0 torch==2.11.0 torch"   the versions to try
+#   CHECK_PYTHON="3.10 3.13"                          the same of Python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -16,31 +18,58 @@ shift
 parts=("$@")
 [ $# -gt 0 ] || parts=(tests sanitize wheels)
 versions=${CHECK_TORCH-torch==2.10.0 torch==2.11.0 torch}
+pythons=${CHECK_PYTHON-3.10 3.13}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p docs build
 
 source tests/op_tests.sh
 
-beside_torch() { # wheel, requirement
-  local venv=$work/venv started=$SECONDS
-  echo "=== the wheel beside $2"
-  "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$2" "$1" \
-    pytest pytest-timeout pytest-benchmark hypothesis scipy mpmath
-  # Away from the source tree, so that the installed package is what gets tested.
+# Makes $work/venv with this Python, the wheel and these packages, and imports it away from the source
+# tree.
+install() { # python, wheel, package…
+  rm -rf "$work/venv" "$work/tree"
+  "$1" -m venv "$work/venv"
+  "$work/venv/bin/python" -m pip install -qq --disable-pip-version-check "${@:2}"
   mkdir -p "$work/tree"
-  cp -r tests benchmarks conftest.py pyproject.toml "$work/tree/"
-  (
-    cd "$work/tree"
-    "$venv/bin/python" -c "
+  (cd "$work/tree" && "$work/venv/bin/python" -c "
 import torch, coopflow_ext as cf
 print('torch', torch.__version__, 'GPU', torch.cuda.is_available(), 'from', cf.__file__)
-print(cf.build_info())" | sed "s|$work|…|g"
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider -m "not gpu and not slow" "${op_tests[@]}"
-  )
-  rm -rf "$venv" "$work/tree"
+print(cf.build_info())
+assert cf.ops.normal((2, 3), cf.Key(0).tensor()).isfinite().all()")
+}
+
+beside_torch() { # wheel, requirement
+  local started=$SECONDS
+  echo "=== the wheel beside $2"
+  install "$python" "$@" pytest pytest-timeout pytest-benchmark hypothesis scipy mpmath
+  cp -r tests benchmarks conftest.py pyproject.toml "$work/tree/"
+  (cd "$work/tree" && "$work/venv/bin/python" -m pytest -q -p no:cacheprovider \
+    -m "not gpu and not slow" "${op_tests[@]}")
   echo "=== $2: right, $((SECONDS - started)) s"
+}
+
+find_python() { # 3.10: prints a program of that version, of the system, uv or pyenv
+  local candidate
+  for candidate in "python$1" "$(uv python find --no-python-downloads "$1" 2>/dev/null)" \
+    "$HOME/.pyenv/versions/$1".*/bin/python; do
+    if [ "$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]
+    then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+with_python() { # wheel, version
+  local found
+  found=$(find_python "$2")
+  if [ -z "$found" ]; then
+    echo "=== Python $2: not found"
+    return
+  fi
+  echo "=== the wheel in Python $2"
+  install "$found" "$1" torch
 }
 
 part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -n 2 --dist loadfile; }
@@ -52,10 +81,17 @@ part_wheels() {
   "$python" -m build --sdist --no-isolation --outdir "$work/sdist" . >"$work/build.log" 2>&1 ||
     { cat "$work/build.log" && return 1; }
   COOPFLOW_BUILD_HOST=0 "$python" -m pip wheel -qq --disable-pip-version-check --no-deps \
-    --no-build-isolation --wheel-dir "$work/wheel" "$work"/sdist/*.tar.gz
-  ls -1 "$work/wheel"
+    --no-build-isolation --wheel-dir "$work/linux" "$work"/sdist/*.tar.gz
+  PATH=$(dirname "$python"):$PATH auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
+    --exclude 'libtorch*.so' --wheel-dir "$work/wheel" "$work"/linux/*.whl
+  local wheel version
+  wheel=$(ls "$work"/wheel/*.whl)
+  basename "$wheel"
   for version in $versions; do
-    beside_torch "$(ls "$work"/wheel/*.whl)" "$version"
+    beside_torch "$wheel" "$version"
+  done
+  for version in $pythons; do
+    with_python "$wheel" "$version"
   done
 }
 

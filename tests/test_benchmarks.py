@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import merge  # noqa: E402
 import report  # noqa: E402
 import suite  # noqa: E402
 
+from conftest import pytest_generate_tests  # noqa: E402
 from coopflow_ext import Key, cli, ops  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -318,8 +320,10 @@ def test_pytest_runs_the_cases_of_the_suite() -> None:
     for name in suite.MODULES:
         module = importlib.import_module(name)
         tests = [f for n, f in inspect.getmembers(module) if n.startswith("test_")]
-        marks = [mark for test in tests for mark in test.pytestmark]
-        assert [mark.args for mark in marks] == [("case", module.SUITE_CASES)], name
+        assert ["case" in inspect.signature(test).parameters for test in tests] == [True], name
+        function = mock.Mock(module=module, fixturenames=["benchmark", "case", "device"])
+        pytest_generate_tests(function)
+        assert function.parametrize.call_args.args == ("case", module.SUITE_CASES), name
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -111,7 +112,52 @@ def test_library_needs_no_other_torch_library_than_the_hollow_one() -> None:
     assert all("WEAK" in line for line in stream)
 
 
-def _path_without_nvcc(folder: Path) -> str:
+# The newest of each that manylinux_2_28 has, and what it calls them.
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+@in_source_tree
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are made for x86-64 alone")
+def test_library_needs_no_newer_system_than_manylinux_2_28() -> None:
+    """Whatever this machine has: a library that was built here loads wherever torch does."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    needed = _run(readelf, "--version-info", "--wide", str(_extension.library_path())).stdout
+    versions = set(re.findall(r"Name: ([A-Z]+)_([0-9.]+) ", needed))
+    assert {name for name, _ in versions} >= {"GLIBC", "GLIBCXX"}
+    assert not {
+        (name, version)
+        for name, version in versions
+        if tuple(map(int, version.split("."))) > MANYLINUX_2_28[name]
+    }
+
+
+@in_source_tree
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels are made for x86-64 alone")
+def test_old_symbol_versions_exist_here() -> None:
+    """csrc/manylinux.cmake promises them to the linker; one that is none fails at loading."""
+    words = re.sub("#.*", "", (ROOT / "csrc" / "manylinux.cmake").read_text())
+    calls = re.findall(r"^coopflow_old_glibc\((.*?)\)", words, re.M | re.S)
+    assert [call.split()[0] for call in calls] == [
+        "libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6",
+    ]  # fmt: skip
+    find = ctypes.CDLL(None).dlvsym
+    find.restype, find.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p],
+    )
+    for library, *names in map(str.split, calls):
+        handle = ctypes.CDLL(library)._handle
+        version = ""
+        for name in names:
+            if name.startswith("GLIBC_"):
+                version = name
+            else:
+                assert find(handle, name.encode(), version.encode()), (library, name, version)
+
+
+def _path_without_nvcc(folder: Path) -> None:
     """A folder of links to every program on PATH but nvcc."""
     for directory in reversed(os.environ["PATH"].split(os.pathsep)):
         for program in Path(directory).glob("*") if directory else ():
@@ -119,24 +165,38 @@ def _path_without_nvcc(folder: Path) -> str:
             if program.name != "nvcc" and program.is_file():
                 link.unlink(missing_ok=True)
                 link.symlink_to(program)
-    return str(folder)
 
 
 @pytest.fixture
-def configure(tmp_path: Path) -> Configure:
-    """Configures the native build with no nvcc in sight."""
-    cmake, programs = _find_cmake(), tmp_path / "bin"
-    programs.mkdir()
-    path = _path_without_nvcc(programs)
+def programs(tmp_path: Path) -> Path:
+    """What is on PATH for `configure`: no nvcc."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    _path_without_nvcc(folder)
+    return folder
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def configure(tmp_path: Path, programs: Path) -> Configure:
+    """Configures the native build with no nvcc in sight."""
+    cmake = _find_cmake()
+
+    def run(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
         return _run(
             cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"),
             f"-DPython_EXECUTABLE={sys.executable}", *options,
-            PATH=path, CUDACXX="", CUDA_PATH="", CUDAToolkit_ROOT="",
+            PATH=str(programs), CUDACXX="", CUDA_PATH="", CUDAToolkit_ROOT="", **env,
         )  # fmt: skip
 
     return run
+
+
+def _program(folder: Path, name: str, script: str) -> Path:
+    path = folder / name
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
 
 
 @in_source_tree
@@ -153,6 +213,7 @@ def test_optional_cuda_is_left_out_without_nvcc(configure: Configure) -> None:
     done = configure("-DCOOPFLOW_CUDA=auto")
     assert done.returncode == 0, done.stderr
     assert "no CUDA code" in done.stdout
+    assert "compiling takes about 4 minutes of one core; all cores share it" in done.stderr
 
 
 @in_source_tree
@@ -267,6 +328,56 @@ def test_architecture_without_bfloat16_is_refused(configure: Configure) -> None:
     assert "got '80-real;75'" in message
 
 
+@in_source_tree
+def test_native_architectures_are_those_of_the_gpus(configure: Configure, programs: Path) -> None:
+    _program(programs, "nvidia-smi", "echo No devices were found; exit 6")
+    done = configure("-DCOOPFLOW_CUDA_ARCHITECTURES=native")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "=native, but nvidia-smi finds no GPU here. Name architectures instead" in message
+    _program(programs, "nvidia-smi", "echo 9.0; echo 7.5; echo 9.0")
+    done = configure("-DCOOPFLOW_CUDA_ARCHITECTURES=native")
+    assert "must be 80 or later" in " ".join(done.stderr.split())
+    assert "got '90-real;75-real'" in " ".join(done.stderr.split())
+
+
+@in_source_tree
+def test_an_old_compiler_is_named(configure: Configure, programs: Path) -> None:
+    real = shutil.which(os.environ.get("CXX", "c++"))
+    assert real is not None
+    if "Free Software" not in _run(real, "--version").stdout:
+        pytest.skip("needs GCC")
+    old = _program(programs, "old-c++", f'exec {real} -U__GNUC__ -D__GNUC__=8 "$@"')
+    done = configure(f"-DCMAKE_CXX_COMPILER={old}")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "coopflow_ext and torch's headers need GCC or Clang >= 9; found 8." in message
+    assert "set CXX to it" in message
+
+
+@in_source_tree
+def test_an_old_torch_is_named(configure: Configure, tmp_path: Path) -> None:
+    package = tmp_path / "old" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "2.9.1"\n')
+    done = configure(PYTHONPATH=str(package.parent))
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "coopflow_ext needs torch >= 2.10 at build time; found 2.9.1" in message
+    assert "pip install --upgrade torch" in message
+
+
+@in_source_tree
+@pytest.mark.slow
+def test_make_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+    """And makes a virtual environment before it knows."""
+    tree = _copy_tree(tmp_path / "tree")
+    offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    done = _run("make", "demo", f"PYTHON={sys.executable}", cwd=tree, **offline)
+    assert done.returncode != 0
+    assert "Without a network, give it a folder of wheels: PIP_NO_INDEX=1" in done.stderr
+
+
 def _copy_tree(destination: Path) -> Path:
     """The source tree as a checkout has it, without what was built in it."""
     shutil.copytree(
@@ -311,6 +422,35 @@ def test_old_setuptools_is_named(tmp_path: Path) -> None:
     done = _run(sys.executable, str(ROOT / "setup.py"), "--version", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "setuptools >= 77, found 65.5.0: pip install" in done.stderr
+
+
+@in_source_tree
+def test_installed_package_can_bench(tmp_path: Path) -> None:
+    """The Python part as a wheel has it, with nothing but its dependencies."""
+    tree, staged = _copy_tree(tmp_path / "tree"), tmp_path / "staged"
+    done = _run(
+        sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(staged),
+        cwd=tree, COOPFLOW_SKIP_NATIVE="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in staged.iterdir()] == ["coopflow_ext"]
+    bundled = {path.name for path in (staged / "coopflow_ext" / "_benchmarks").iterdir()}
+    assert bundled == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    shutil.rmtree(tree)
+    code = (
+        "import sys\n"
+        "for name in ('pytest', 'torchebm', 'jax', 'matplotlib', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "from coopflow_ext.cli import main\n"
+        "sys.exit(main(['bench', '--quick', '--device', 'cpu', '--case', 'chain/MLP',"
+        " '--out', 'out']))"
+    )
+    env = {"PYTHONPATH": str(staged), "COOPFLOW_LIBRARY": str(_extension.library_path())}
+    done = _run(sys.executable, "-c", code, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"torchebm .*not installed", done.stdout)
+    assert "no plots: matplotlib is not installed" in done.stdout
+    assert (tmp_path / "out" / "table.md").is_file()
 
 
 def _build_wheel(source: Path, out: Path, **env: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from coopflow_ext.errors import BuildError
 from coopflow_ext.ops._call import argument_error, coopflow
 
 RNG = torch.zeros(3, dtype=torch.int64)
@@ -49,6 +50,12 @@ def test_the_kind_of_an_argument_error(
 def test_the_words_of_a_message_do_not_tell_its_kind(text: str) -> None:
     error = argument_error(RuntimeError(f"coopflow::normal_: out: {text}"))
     assert type(error) is ValueError
+
+
+def test_a_library_that_cannot_compute_here_is_a_build_error() -> None:
+    error = argument_error(RuntimeError("BuildError: coopflow: the driver\nwhere it was thrown"))
+    assert type(error) is BuildError
+    assert str(error) == "coopflow: the driver"
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,18 @@ def test_a_whole_chain_is_one_launch(emulation: harness.Emulation) -> None:
         assert len(emulation.take_launches()) == launches
 
 
+def test_a_driver_that_is_too_old_is_a_build_error(emulation: harness.Emulation) -> None:
+    rng = Inputs(torch.float32, (3, 2)).rng
+    with (
+        emulation.ops(),
+        emulation.settings(driver=12040),
+        pytest.raises(cf.BuildError, match=r"^coopflow: .*CUDA 13 \(580 or newer\).*CUDA 12\.4"),
+    ):
+        cf.ops.normal((3, 2), rng)
+    with emulation.ops(), emulation.settings(driver=13020):  # every driver of that CUDA will do
+        assert cf.ops.normal((3, 2), rng).isfinite().all()
+
+
 def test_a_chain_that_a_thread_cannot_hold_is_refused(emulation: harness.Emulation) -> None:
     inputs = Inputs(torch.float32, (3, 2))
     most = cf.ops.MOST_ELEMENTS_ON_CUDA

@@ -30,8 +30,9 @@ except BuildError:
     coopflow = _Missing()
 
 
-# What csrc/ops/op_checks.h writes before the message of a type error.
+# What csrc writes before the message of a type error, and of a driver that is too old.
 _TYPE_ERROR = "TypeError: "
+_BUILD_ERROR = "BuildError: "
 # How torch begins when a call does not fit the schema; our own checks write no parentheses.
 _SCHEMA_ERROR = re.compile(r"coopflow::\w+\(\) ")
 # Of the type asked for and yet refused: an int beyond 64 bits.
@@ -39,7 +40,8 @@ _TOO_LARGE = re.compile(r"type '(\w+)' for argument .* found type '\1'\.$")
 
 
 def argument_error(error: RuntimeError) -> Exception:
-    """What a check of an op's arguments found, as ValueError or TypeError; others as they are."""
+    """What a check of an op's arguments found, as ValueError or TypeError; a library that cannot
+    compute here is a BuildError; others as they are."""
     message = str(error).partition("\n")[0]
     if message.startswith(("Could not run 'coopflow::", "unsupported memory format")):
         return ValueError(
@@ -48,6 +50,8 @@ def argument_error(error: RuntimeError) -> Exception:
         )
     if message.startswith(f"{_TYPE_ERROR}coopflow::"):
         return TypeError(message.removeprefix(_TYPE_ERROR))
+    if message.startswith(f"{_BUILD_ERROR}coopflow: "):
+        return BuildError(message.removeprefix(_BUILD_ERROR))
     if _SCHEMA_ERROR.match(message):
         if _TOO_LARGE.search(message):
             return ValueError(message.replace("found type 'int'", "found one beyond 64 bits"))

@@ -18,8 +18,23 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 
 namespace coopflow {
 
+// The driver serves an older CUDA than that of the runtime in this library. A driver serves every
+// minor version of its CUDA.
+[[noreturn]] inline void refuse_driver() {
+  constexpr int kNeeded = CUDART_VERSION / 1000;
+  int served = 0;
+  cudaDriverGetVersion(&served);
+  throw std::runtime_error(
+      "BuildError: coopflow: for CUDA tensors this library needs an NVIDIA driver for CUDA " +
+      std::to_string(kNeeded) + " (" + (kNeeded >= 13 ? "580" : "525") +
+      " or newer); the driver here serves CUDA " + std::to_string(served / 1000) + "." +
+      std::to_string(served % 1000 / 10) +
+      ". Update it, or build from source with an older nvcc (>= 12.0); CPU tensors work as it is");
+}
+
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  if (status == cudaErrorInsufficientDriver) refuse_driver();
   throw std::runtime_error(std::string("coopflow: CUDA error in ") + what + ": " +
                            cudaGetErrorString(status));
 }

@@ -527,6 +527,10 @@ EXPORTED void cuda_emulation_set_order(uint64_t seed) {
 
 EXPORTED void cuda_emulation_set_device(int device) { cuda_emulation::set_tensor_device(device); }
 
+EXPORTED void cuda_emulation_set_driver(int version) {
+  cuda_emulation::set_driver_version(version);
+}
+
 EXPORTED void cuda_emulation_set_blocks(const uint64_t* blocks, size_t count) {
   cuda_emulation::device().only_blocks.assign(blocks, blocks + count);
 }

@@ -65,6 +65,9 @@ int tensor_device();
 void set_tensor_device(int device);
 int current_device();
 void* current_stream();
+// Of the CUDA that the driver serves, such as 13000.
+int driver_version();
+void set_driver_version(int version);
 
 // --- for the race check (races.cpp) ------------------------------------------------------------
 // A thread of the running block, and how often it was synchronised with its block and its warp.

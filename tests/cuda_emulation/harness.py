@@ -31,6 +31,7 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 # Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit.
 FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS = range(3)
+DRIVER = 13000  # the CUDA that the emulated driver serves: 13.0
 # Blocks of the check of indices (index_check.cpp).
 FAR_BLOCKS = (0, 1, (1 << 22) + 1, (1 << 23) - 1)
 
@@ -156,18 +157,25 @@ class Emulation:
 
     @contextlib.contextmanager
     def settings(
-        self, *, order: int = 0, device: int = FEW_BLOCKS, blocks: Sequence[int] = ()
+        self,
+        *,
+        order: int = 0,
+        device: int = FEW_BLOCKS,
+        blocks: Sequence[int] = (),
+        driver: int = DRIVER,
     ) -> Iterator[None]:
-        """Order of blocks, warps and lanes (0: ascending, else a seed); device; blocks that run."""
-        self._set(order, device, blocks)
+        """Order of blocks, warps and lanes (0: ascending, else a seed); device; blocks that run;
+        the CUDA that the driver serves."""
+        self._set(order, device, blocks, driver)
         try:
             yield
         finally:
-            self._set(0, FEW_BLOCKS, ())
+            self._set(0, FEW_BLOCKS, (), DRIVER)
 
-    def _set(self, order: int, device: int, blocks: Sequence[int]) -> None:
+    def _set(self, order: int, device: int, blocks: Sequence[int], driver: int) -> None:
         self._c.cuda_emulation_set_order(ctypes.c_uint64(order))
         self._c.cuda_emulation_set_device(device)
+        self._c.cuda_emulation_set_driver(driver)
         array = (ctypes.c_uint64 * len(blocks))(*blocks)
         self._c.cuda_emulation_set_blocks(array, ctypes.c_size_t(len(blocks)))
 

@@ -10,6 +10,7 @@ constexpr int kNoDevice = -1;
 int the_tensor_device = 0;
 int guarded_device = kNoDevice;
 char streams[cuda_emulation::kDevices];
+int the_driver_version = 13000;
 
 }  // namespace
 
@@ -19,6 +20,8 @@ int current_device() { return guarded_device; }
 void* current_stream() { return guarded_device < 0 ? nullptr : &streams[guarded_device]; }
 int tensor_device() { return the_tensor_device; }
 void set_tensor_device(int device) { the_tensor_device = device; }
+int driver_version() { return the_driver_version; }
+void set_driver_version(int version) { the_driver_version = version; }
 
 }  // namespace cuda_emulation
 

@@ -151,7 +151,14 @@ inline int __all_sync(unsigned mask, int predicate,
 }
 
 // --- runtime -----------------------------------------------------------------------------------
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+#define CUDART_VERSION 13000
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
@@ -173,7 +180,18 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid configuration argument";
 }
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = cuda_emulation::driver_version();
+  return cudaSuccess;
+}
+
+// With an older driver nothing else works; an op asks one of these first.
+inline bool driver_is_too_old() {
+  return cuda_emulation::driver_version() / 1000 < CUDART_VERSION / 1000;
+}
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (driver_is_too_old()) return cudaErrorInsufficientDriver;
   if (device < 0 || device >= cuda_emulation::kDevices) return cudaErrorInvalidValue;
   if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = cuda_emulation::kMultiprocessors[device];
@@ -195,6 +213,7 @@ inline size_t& dynamic_shared_allowed(const void* kernel) {
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (driver_is_too_old()) return cudaErrorInsufficientDriver;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
       static_cast<size_t>(value) > cuda_emulation::kMaxDynamicShared) {
     return cudaErrorInvalidValue;
@@ -223,6 +242,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* /
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (driver_is_too_old()) return cudaErrorInsufficientDriver;
   static_assert((std::is_trivially_copyable_v<Parameters> && ...),
                 "kernel parameters are copied byte by byte");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters must fit in 4 KB");
