@@ -180,7 +180,11 @@ class Chain:
         # The model reads x itself, or with autocast a copy that the update keeps up to date.
         dtype = plan.autocast
         self.lows = tuple(torch.empty_like(x, dtype=dtype) for x in xs) if dtype else ()
-        self.coefficients = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        # Of what is learned, the values; a differentiable chain has the rest.
+        placed = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
+        self.coefficients = {
+            name: v.detach() if isinstance(v, Tensor) else v for name, v in placed.items()
+        }
         self.rules: StepRules | None = None
         if plan.rules is not None:
             is_score = plan.gradient.is_score
@@ -213,11 +217,6 @@ class Chain:
             wants_energy=self.records.energies is not None,
             ones={},  # kept by the chain, since a captured one goes on reading them
         )
-        # Of what is learned, the values; a differentiable chain has the rest.
-        placed = {name: place(name, v, *xs) for name, v in plan.coefficients.items()}
-        self.coefficients = {
-            name: v.detach() if isinstance(v, Tensor) else v for name, v in placed.items()
-        }
         self.steps = self._bound_steps()
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
         # The drift of all tensors times the factor that shrinks their joint gradient.
