@@ -306,7 +306,12 @@ def test_the_demo_builds_what_it_runs(
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("csrc", "tests", "coopflow_ext", "build"):
         (tmp_path / name).mkdir()
-    for name in ("CMakeLists.txt", "pyproject.toml", "coopflow_ext/_version.py"):
+    for name in (
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "coopflow_ext/_version.py",
+        "csrc/manylinux.cmake",
+    ):
         (tmp_path / name).touch()
     if built is not None:
         (tmp_path / "build" / ".options").write_text(f"{built}\n")
