@@ -72,7 +72,9 @@ with_python() { # wheel, version
   install "$found" "$1" torch
 }
 
-part_tests() { "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -n 2 --dist loadfile; }
+part_tests() {
+  "$python" -m pytest -q -m "not gpu" -p no:cacheprovider -n 2 --dist loadfile --durations=40
+}
 
 part_sanitize() { tests/sanitize.sh "$python"; }
 

@@ -513,6 +513,7 @@ def test_pip_install_without_cuda(editable: bool, tmp_path: Path) -> None:
 
 
 @in_source_tree
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # starts Python for every stage, twice
 def test_gpu_check_dry_run(tmp_path: Path) -> None:
     script, out = ROOT / "benchmarks" / "gpu_check.sh", tmp_path / "out"
