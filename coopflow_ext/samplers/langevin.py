@@ -173,7 +173,8 @@ class LangevinSampler:
             the new one; step is a 0-d int64 tensor on x's device, counted from 0 in each call.
             Chains that have stopped keep theirs. It is captured with the chain (then what it
             changes beside x is brought back after the capture only where that is a buffer of the
-            energy's module), and what it does is not counted in ``stats``.
+            energy's module), and what it does is not counted in ``stats``. With checkpoint_every no
+            gradient reaches what it alone reads.
         denoise: c ≥ 0, a float or (B,): one more step x ← x − c·∇U(x), which is counted like the
             others but has no noise (Tweedie's formula where c is the variance of the noise that
             the score is of). It has the last row of step_kwargs again; clips and clamp are as in
