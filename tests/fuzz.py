@@ -115,8 +115,10 @@ def call_of_an_op(chance: random.Random) -> None:
         return
     assert_unchanged({k: v for k, v in arguments.items() if k != "x"}, before)
     if not names:
-        # The bounds are of one draw; the furthest of 290,000 lay at 1.19 of one.
-        op.assert_close(tuple(t.detach() for t in results), op.reference(before), slack=1.5)
+        # The bounds are of one draw; of a million the furthest lay at 1.25 of one. Beside float64 the
+        # reference rounds too: there two results may differ that each are as close to the truth.
+        slack = 3.0 if results[0].dtype == torch.float64 else 1.5
+        op.assert_close(tuple(t.detach() for t in results), op.reference(before), slack=slack)
 
 
 OPTIONS: dict[str, list[Any]] = {
