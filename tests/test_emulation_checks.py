@@ -249,8 +249,7 @@ def test_emulation_guards_shared_memory(name: str, sign: str) -> None:
     assert "primitives.cpp" in report
 
 
-def _run_sanitized(*selection: str) -> None:
-    library = harness.build("coopflow_sanitized")
+def _run_sanitized(library: Path, *selection: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--timeout=1200", *selection],
         cwd=harness.ROOT, capture_output=True, text=True, check=False,
@@ -260,12 +259,15 @@ def _run_sanitized(*selection: str) -> None:
     assert "passed" in done.stdout
 
 
-def test_emulation_under_sanitizers_every_kernel() -> None:
-    files = ("tests/test_emulation_ops.py", "tests/test_emulation_primitives.py")
-    kernels = "variant or indices or misaligned or primitive"
-    _run_sanitized(*files, "-m", "not slow", "-k", kernels)
+def test_emulation_under_sanitizers_one_kernel() -> None:
+    """Its build is the short one."""
+    library = _mutant("", "sanitized", "random_cuda.cu")
+    _run_sanitized(library, "tests/test_emulation_primitives.py")
+    _run_sanitized(library, "tests/test_emulation_ops.py", "-k", "random_numbers or indices")
 
 
 @pytest.mark.slow
-def test_emulation_under_sanitizers_every_case() -> None:
-    _run_sanitized("tests/test_emulation_ops.py", "-k", "agrees or misaligned")
+def test_emulation_under_sanitizers_every_kernel() -> None:
+    files = ("tests/test_emulation_ops.py", "tests/test_emulation_primitives.py")
+    kernels = "agrees or variant or indices or misaligned or primitive"
+    _run_sanitized(harness.build("coopflow_sanitized"), *files, "-k", kernels)
