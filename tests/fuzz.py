@@ -115,8 +115,8 @@ def call_of_an_op(chance: random.Random) -> None:
         return
     assert_unchanged({k: v for k, v in arguments.items() if k != "x"}, before)
     if not names:
-        # The bounds are of one draw; by extended precision the furthest seen lay at 1.25 of one. The
-        # reference rounds too: in float64 attention the two were seen to differ by both.
+        # The bounds are of one draw; by extended precision the furthest seen lay at 1.25 of one.
+        # The reference rounds too: in float64 attention the two were seen to differ by both.
         both_round = op.name == "attention" and results[0].dtype == torch.float64
         slack = 3.0 if both_round else 1.5
         op.assert_close(tuple(t.detach() for t in results), op.reference(before), slack=slack)
