@@ -383,7 +383,7 @@ RawCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCall]]:
-    """Calls of every op of the library that takes tensors."""
+    """Calls of every op of the library that takes tensors; networks on CUDA are float32."""
     draw = Draw((3, 8), dtype, device=device)
     x, grad, rng = draw.normal(), draw.normal(), draw.rng()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -397,8 +397,10 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
     whole, tensors = bound_arguments(drift=0.1, noise=0.2, **masked, **rows)
     mixture = [torch.ones(2, 8).to(device, wide) for _ in range(2)]
     mixture.append(mixture[0][:, 0].contiguous())
+    of_network = torch.float32 if device.type == "cuda" else wide
+    points = x.to(of_network)
     network = tuple(
-        [torch.ones(*shape).to(device, wide) for shape in shapes]
+        [torch.ones(*shape).to(device, of_network) for shape in shapes]
         for shapes in (((4, 8), (1, 4)), ((4,), (1,)))
     )
     calls: dict[str, list[RawCall]] = {
@@ -420,10 +422,10 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
                 {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
             ),
         ],
-        "mlp_langevin_chain": [  # float32 or float64
-            ((x.to(wide), rng, *network, 0, 0.0, 0.0), {"n_steps": 3, "drift": 0.1}),
+        "mlp_langevin_chain": [
+            ((points, rng, *network, 0, 0.0, 0.0), {"n_steps": 3, "drift": 0.1}),
             (
-                (x.to(wide), rng, *network, 5, 1.0, 20.0),
+                (points, rng, *network, 5, 1.0, 20.0),
                 {"n_steps": 2, **limits, "drift": 0.0, "drift_t": table, "stats": True, "thin": 2},
             ),
         ],
@@ -440,13 +442,13 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
                 {"n_steps": 2, "step_size_t": table, "stats": True, "thin": 2},
             ),
         ],
-        "mlp_mala_chain": [  # float32 or float64
+        "mlp_mala_chain": [
             (
-                (x.to(wide), rng, rng, *network, 0, 0.0, 0.0),
+                (points, rng, rng, *network, 0, 0.0, 0.0),
                 {"n_steps": 3, "step_size": 0.1, "adapt_steps": 2},
             ),
             (
-                (x.to(wide), rng, rng, *network, 5, 1.0, 20.0),
+                (points, rng, rng, *network, 5, 1.0, 20.0),
                 {"n_steps": 2, "step_size_t": table, "stats": True, "thin": 2},
             ),
         ],
