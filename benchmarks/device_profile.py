@@ -1,9 +1,10 @@
-"""What keeps a GPU busy: kernels of a replayed step, a flow's sampling, images of a whole model.
+"""What keeps a GPU busy: kernels of a step, a flow's sampling, iterations and images of CoopFlow.
 
-    python benchmarks/device_profile.py [steps] [flow] [images]
+    python benchmarks/device_profile.py [steps] [account] [flow] [iterations] [images]
 
-Each part prints lines and takes about a minute. Times are medians of a host's clock around work
-that is waited for; "busy" adds up what the device's kernels took, under torch's profiler.
+Each part prints lines and takes about a minute; what compiles takes longer the first time, and the
+next run finds torch's caches on disk. Times are medians of a host's clock around work that is
+waited for; "busy" adds up what the device's kernels took, under torch's profiler.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import bench_coop
 import bench_sampler as bench
 import torch
-from harness import Run, quiet_stderr, synchronize
+from harness import OURS, Run, add_graph, full_float32, quiet_stderr, synchronize
 from torch.profiler import ProfilerActivity, profile
 
-from coopflow_ext import Key, flows
-from coopflow_ext.coop import TrainConfig
+from coopflow_ext import Key, data, flows
+from coopflow_ext.coop import TrainConfig, Trainer
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 
 PROBLEMS = {
@@ -30,8 +32,18 @@ PROBLEMS = {
     "free score": bench.cheap_score,
     "MLP, 4,096 chains": bench.mlp(4096),
 }
+PAPERS_ENERGY = bench.convolutional(28, 128, 30, low_precision=True)
 IGNORE = {"on_nonfinite": "ignore"}
 OPTIONS: tuple[dict[str, Any], ...] = ({}, IGNORE, {"compile": True}, {"compile": True, **IGNORE})
+LOW: dict[str, Any] = {"precision": "bfloat16", "flow_precision": "bfloat16"}
+ITERATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("reference, randn", {}),
+    (OURS, {}),
+    (OURS, {"cuda_graph": True}),
+    (OURS, {**LOW, "cuda_graph": True}),
+    (OURS, {"compile": True, "cuda_graph": True}),
+    (OURS, {**LOW, "compile": True, "cuda_graph": True}),
+)
 
 
 def median_seconds(run: Run, device: torch.device, rounds: int = 4) -> float:
@@ -76,6 +88,33 @@ def steps(device: torch.device) -> None:
         print(f"{name:22}{'plain loop':50}{each:8.2f} µs a step", flush=True)
 
 
+def account(device: torch.device) -> None:
+    """Every kernel of a step: ours step by step, and the graph of a loop that it has to meet."""
+    for name, make in {**PROBLEMS, "the paper's energy, bfloat16": PAPERS_ENERGY}.items():
+        problem = make(device)
+        for compiled in (False, True):
+            if compiled and problem.is_score:
+                continue
+            sampler = problem.sampler(compile=compiled, kernel=False)
+            score = problem.compiled_score() if compiled else problem.score()
+            runs: dict[str, Run] = {OURS: partial(sampler, problem.x0, key=bench.KEY)}
+            missing: dict[str, str] = {}
+            add_graph("graph", partial(bench.plain_loop, problem, score), runs, missing)
+            for contestant, run in runs.items():
+                each = 1e6 * median_seconds(run, device) / problem.n_steps
+                events = kernels(run, device)
+                label = f"{name}, {contestant}{', compiled' if compiled else ''}"
+                print(f"{label:50}{each:9.2f} µs a step, {of(events, problem.n_steps)}", flush=True)
+                for e in events[:12]:
+                    print(f"    {e.count / problem.n_steps:6.2f} × {each_of(e)}  {e.key[:80]}")
+            for contestant, reason in missing.items():
+                print(f"{name}, {contestant}: {reason}", flush=True)
+
+
+def each_of(event: Any) -> str:
+    return f"{event.device_time_total / event.count:8.2f} µs"
+
+
 def flow(device: torch.device) -> None:
     """Sampling the paper's Flow++ at the batch of its training and of its evaluation."""
     model = flows.flowpp().to(device).eval()
@@ -84,23 +123,43 @@ def flow(device: torch.device) -> None:
         each, events = median_seconds(run, device), kernels(run, device)
         print(f"sample({n}): {1e3 * each:.1f} ms, {of(events)}", flush=True)
         for e in events[:8]:
-            print(f"    {e.count:5} × {e.device_time_total / e.count:8.1f} µs  {e.key[:80]}")
+            print(f"    {e.count:5} × {each_of(e)}  {e.key[:80]}")
+
+
+def iterations(device: torch.device, preset: str = "cifar10", dataset: str = "patches") -> None:
+    """CoopFlow with the paper's networks at batch 28, every part in every iteration, and memory."""
+    for variant, settings in ITERATIONS:
+        config = bench_coop.config_of(preset, data=dataset, **settings)
+        trainer = Trainer(config, data.load(config.data), device)
+        torch.cuda.reset_peak_memory_stats(device)
+        # Of a captured training the first three iterations run eagerly, and the fourth is captured.
+        graph = settings.get("cuda_graph", False)
+        run = trainer.train_step if graph else partial(bench_coop.time_iteration, trainer, variant)
+        for _ in range(4 if graph else 1):
+            run()
+        seconds = median_seconds(run, device, 3)
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        print(f"{variant}, {settings}: {1e3 * seconds:.1f} ms, peak {peak:.2f} GiB", flush=True)
+        if not graph:
+            parts, _ = bench_coop.time_iteration(trainer, variant)
+            print("    " + ", ".join(f"{n} {1e3 * t:.1f} ms" for n, t in parts.items()), flush=True)
+        del trainer, run
+        torch.cuda.empty_cache()
 
 
 def images(device: torch.device) -> None:
     """1,000 images of CIFAR-10's size by the paper's networks and sampling step."""
-    low = {"precision": "bfloat16", "flow_precision": "bfloat16"}
-    for settings in ({}, low, {**low, "compile": True}):
+    for settings in ({}, LOW, {**LOW, "compile": True}):
         config = TrainConfig.from_dict({"preset": "cifar10", **settings})
         model = CoopFlow.from_config(config, EventSpec((3, 32, 32), 256)).to(device).eval()
         seconds = median_seconds(
-            lambda model=model: [model.sample(250, Key(i)) for i in range(4)], device, 2
+            lambda model=model: model.sample(1000, Key(0), batch_size=250), device, 2
         )
         print(f"1,000 images, {settings}: {seconds:.2f} s", flush=True)
 
 
 PARTS: dict[str, Callable[[torch.device], None]] = {
-    part.__name__: part for part in (steps, flow, images)
+    part.__name__: part for part in (steps, account, flow, iterations, images)
 }
 
 
@@ -113,8 +172,9 @@ def main() -> None:
             parser.error(f"part must be one of {', '.join(PARTS)}, got {name!r}")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
-    for name in args.parts or PARTS:
-        PARTS[name](torch.device("cuda"))
+    with full_float32():
+        for name in args.parts or PARTS:
+            PARTS[name](torch.device("cuda"))
 
 
 if __name__ == "__main__":

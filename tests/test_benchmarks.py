@@ -627,6 +627,36 @@ def test_device_profile(device: torch.device, monkeypatch: pytest.MonkeyPatch, c
         assert device.type == "cuda" or line.endswith("2.0 kernels, busy 6.00 µs")
 
 
+def test_device_profile_of_iterations_and_of_every_kernel(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import device_profile
+
+    free_score = device_profile.PROBLEMS["free score"]
+    monkeypatch.setattr(device_profile, "PROBLEMS", {})
+    monkeypatch.setattr(device_profile, "PAPERS_ENERGY", free_score)
+    monkeypatch.setattr(device_profile, "ITERATIONS", device_profile.ITERATIONS[:2])
+    if device.type == "cpu":
+        event = SimpleNamespace(count=800, device_time_total=2400.0, key="update")
+        monkeypatch.setattr(device_profile, "kernels", lambda *_: [event])
+        monkeypatch.setattr(
+            device_profile, "add_graph", lambda name, run, runs, missing: runs.update({name: run})
+        )
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+    device_profile.account(device)
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert [line.split(", ")[2].split()[0] for line in heads] == ["ours", "graph"]
+    if device.type == "cpu":
+        assert all(line.endswith("2.0 kernels, busy 6.00 µs") for line in heads)
+        assert lines.count("      2.00 ×     3.00 µs  update") == 2
+    device_profile.iterations(device, "digits-small", "digits")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", {}")[0] for line in lines[::2]] == ["reference, randn", "ours"]
+    assert all("flow step" in line for line in lines[1::2])
+
+
 def test_readme_agrees_with_the_committed_results() -> None:
     text = report.README.read_text()
     assert report.with_block(text, report.readme_block(report.committed())) == text
