@@ -13,6 +13,7 @@ through copies of its data that together exceed four times the last-level cache.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -120,8 +121,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python collects no cycles during a sample; between two it does.
+
+    A collection looks at all objects of the process, 10 ms of them after some compilations, and
+    whoever allocates next would pay for what another left. timeit leaves it out too.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # so that collecting what a sample left takes no time
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
 def seconds_of(run: Run, calls: int, device: torch.device) -> float:
     """Seconds of one call, from `calls` calls in a row."""
+    gc.collect()
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         synchronize(device)
@@ -157,6 +178,18 @@ def paired_samples(
     """Seconds per call of each contestant in each round, and the calls that make a sample."""
     for run in runs.values():
         seconds_of(run, 2, device)  # warm-up: compilation, allocator, caches
+    with without_collection():
+        calls = calls_of_a_sample(runs, device, effort)
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for name in in_turns(list(runs), effort.rounds):
+            samples[name].append(seconds_of(runs[name], calls[name], device))
+    return samples, calls
+
+
+def calls_of_a_sample(
+    runs: Mapping[str, Run], device: torch.device, effort: Effort
+) -> dict[str, int]:
+    """How many calls of each contestant take as long as a sample should."""
     # The best of several, in turns: what else the machine does can hold up a few calls in a row.
     once = dict.fromkeys(runs, math.inf)
     for i in range(10):
@@ -169,10 +202,7 @@ def paired_samples(
         # clock and the first call, which finds cold caches, weigh more.
         rivals = [other for other in once.values() if seconds / 2 <= other <= 2 * seconds]
         calls[name] = max(1, min(100_000, math.ceil(effort.sample_seconds / min(rivals))))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for name in in_turns(list(runs), effort.rounds):
-        samples[name].append(seconds_of(runs[name], calls[name], device))
-    return samples, calls
+    return calls
 
 
 def in_turns(names: list[str], rounds: int) -> Iterator[str]:
@@ -188,8 +218,10 @@ def samples_by_part(runs: Mapping[str, Run], effort: Effort) -> dict[str, list[d
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    for name in in_turns(list(runs), effort.rounds):
-        samples[name].append(runs[name]())
+    with without_collection():
+        for name in in_turns(list(runs), effort.rounds):
+            gc.collect()
+            samples[name].append(runs[name]())
     return samples
 
 

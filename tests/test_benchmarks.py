@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import inspect
 import json
@@ -69,6 +70,41 @@ def test_equal_functions_have_ratio_one() -> None:
     ratio = twin["extra_info"]["ratio_to_ours"]
     assert ratio["p20"] <= 1 + harness.RESOLUTION
     assert ratio["p80"] >= 1 - harness.RESOLUTION
+
+
+def test_no_sample_pays_for_the_cycles_of_another() -> None:
+    calls, sampling = 0, False
+    collections: list[int] = []  # the calls during which Python collected
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if sampling and phase == "start":
+            collections.append(calls)
+
+    def run() -> dict[str, float]:
+        nonlocal calls, sampling
+        calls, sampling = calls + 1, True
+        for _ in range(2000):
+            cycle: list[Any] = []
+            cycle.append(cycle)
+        sampling = False
+        return {"whole": 1.0}
+
+    gc.callbacks.append(note)
+    try:
+        for measure, warm_up in (
+            (lambda: harness.samples_by_part({"ours": run}, harness.QUICK), 1),
+            (lambda: harness.paired_samples({"ours": run}, torch.device("cpu"), harness.QUICK), 2),
+        ):
+            calls = 0
+            collections.clear()
+            measure()
+            assert calls >= 7
+            assert collections  # as ever, before anything is timed
+            assert max(collections) <= warm_up
+            assert gc.isenabled()
+            assert gc.get_freeze_count() == 0
+    finally:
+        gc.callbacks.remove(note)
 
 
 def test_a_slower_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
