@@ -59,22 +59,22 @@ struct ValueAndDerivative {
   A value, derivative;
 };
 
-// at(x) is the term of one element.
-template <bool kValue, int kLanes, typename A, typename Term>
-COOPFLOW_HD void sum_of_terms(int64_t per_chain, ChainLanes<A, kLanes>& lanes, const Term& at) {
-  A energy[kLanes] = {};
+// U = sum energy.term(x_e). By value: a copy that no store of a gradient can change.
+template <bool kValue, int kLanes, typename A, typename Energy>
+COOPFLOW_HD void sum_of_terms(Energy energy, int64_t per_chain, ChainLanes<A, kLanes>& lanes) {
+  A sums[kLanes] = {};
   for (int64_t e = 0; e < per_chain; ++e) {
     const A* const x = lanes.x + e * kLanes;
     A* const grad = lanes.grad + e * kLanes;
     COOPFLOW_LANES
     for (int l = 0; l < kLanes; ++l) {
-      const ValueAndDerivative<A> term = at(x[l]);
+      const ValueAndDerivative<A> term = energy.term(x[l]);
       grad[l] = term.derivative;
-      if (kValue) energy[l] += term.value;
+      if (kValue) sums[l] += term.value;
     }
   }
   if (!kValue) return;
-  for (int l = 0; l < kLanes; ++l) lanes.energy[l] = energy[l];
+  for (int l = 0; l < kLanes; ++l) lanes.energy[l] = sums[l];
 }
 
 // U = h * sum (x^2 - 1)^2.
@@ -85,19 +85,20 @@ struct DoubleWell : NoTable {
   static constexpr EnergyNumbers<1> kNumbers{{{"barrier_height", false}}};
   static constexpr int64_t kLeastDim = 1;
 
-  explicit DoubleWell(const EnergyParameters<A>& given) : barrier_height(given.numbers[0]) {}
+  explicit DoubleWell(const EnergyParameters<A>& given) : h(given.numbers[0]) {}
+
+  COOPFLOW_HD ValueAndDerivative<A> term(A x) const {
+    const A well = multiply_add(x, x, A(-1));
+    return {h * (well * well), A(4) * h * x * well};
+  }
 
   template <bool kValue, int kLanes>
   COOPFLOW_HD void operator()(const A* /*table*/, int64_t per_chain,
                               ChainLanes<A, kLanes>& lanes) const {
-    const A h = barrier_height;
-    sum_of_terms<kValue>(per_chain, lanes, [h](A x) {
-      const A well = multiply_add(x, x, A(-1));
-      return ValueAndDerivative<A>{h * (well * well), A(4) * h * x * well};
-    });
+    sum_of_terms<kValue>(*this, per_chain, lanes);
   }
 
-  A barrier_height;
+  A h;
 };
 
 // U = a * D + sum x^2 - a cos 2 pi x.
@@ -110,17 +111,17 @@ struct Rastrigin : NoTable {
 
   explicit Rastrigin(const EnergyParameters<A>& given) : a(given.numbers[0]) {}
 
+  COOPFLOW_HD ValueAndDerivative<A> term(A x) const {
+    A sine, cosine;
+    sincos_2pi(x, &sine, &cosine);
+    const A bowl = multiply_add(x, x, a), slope = A(6.283185307179586) * a;
+    return {multiply_add(-a, cosine, bowl), multiply_add(slope, sine, A(2) * x)};
+  }
+
   template <bool kValue, int kLanes>
   COOPFLOW_HD void operator()(const A* /*table*/, int64_t per_chain,
                               ChainLanes<A, kLanes>& lanes) const {
-    const A height = a, slope = A(6.283185307179586) * a;
-    sum_of_terms<kValue>(per_chain, lanes, [height, slope](A x) {
-      A sine, cosine;
-      sincos_2pi(x, &sine, &cosine);
-      const A bowl = multiply_add(x, x, height);
-      return ValueAndDerivative<A>{multiply_add(-height, cosine, bowl),
-                                   multiply_add(slope, sine, A(2) * x)};
-    });
+    sum_of_terms<kValue>(*this, per_chain, lanes);
   }
 
   A a;
