@@ -93,7 +93,7 @@ def test_no_sample_pays_for_the_cycles_of_another() -> None:
     try:
         for measure, warm_up in (
             (lambda: harness.samples_by_part({"ours": run}, harness.QUICK), 1),
-            (lambda: harness.paired_samples({"ours": run}, torch.device("cpu"), harness.QUICK), 2),
+            (lambda: harness.paired_samples({"ours": run}, torch.device("cpu"), harness.QUICK), 4),
         ):
             calls = 0
             collections.clear()
