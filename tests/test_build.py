@@ -213,7 +213,7 @@ def test_optional_cuda_is_left_out_without_nvcc(configure: Configure) -> None:
     done = configure("-DCOOPFLOW_CUDA=auto")
     assert done.returncode == 0, done.stderr
     assert "no CUDA code" in done.stdout
-    assert "compiling takes about 4 minutes of one core; all cores share it" in done.stderr
+    assert "compiling takes about 3 minutes of one core; all cores share it" in done.stderr
 
 
 @in_source_tree
