@@ -125,8 +125,8 @@ def synchronize(device: torch.device) -> None:
 def without_collection() -> Iterator[None]:
     """Python collects no cycles during a sample; between two it does.
 
-    A collection looks at all objects of the process, 10 ms of them after some compilations, and
-    whoever allocates next would pay for what another left. timeit leaves it out too.
+    A full collection looks at all objects of the process, which took 250 ms after two compilations,
+    and whoever allocates next would pay for what another left. timeit leaves it out too.
     """
     was_enabled = gc.isenabled()
     gc.collect()
