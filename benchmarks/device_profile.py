@@ -105,14 +105,16 @@ def account(device: torch.device) -> None:
                 events = kernels(run, device)
                 label = f"{name}, {contestant}{', compiled' if compiled else ''}"
                 print(f"{label:50}{each:9.2f} µs a step, {of(events, problem.n_steps)}", flush=True)
-                for e in events[:12]:
-                    print(f"    {e.count / problem.n_steps:6.2f} × {each_of(e)}  {e.key[:80]}")
+                show_first(12, events, problem.n_steps)
             for contestant, reason in missing.items():
                 print(f"{name}, {contestant}: {reason}", flush=True)
 
 
-def each_of(event: Any) -> str:
-    return f"{event.device_time_total / event.count:8.2f} µs"
+def show_first(n: int, events: list[Any], parts: int = 1) -> None:
+    """A line for each of the n most expensive kernels: how many in a part of the call, and time."""
+    for e in events[:n]:
+        each = e.device_time_total / e.count
+        print(f"    {e.count / parts:8.2f} × {each:8.2f} µs  {e.key[:80]}", flush=True)
 
 
 def flow(device: torch.device) -> None:
@@ -122,8 +124,7 @@ def flow(device: torch.device) -> None:
         run = partial(model.sample, n, key=Key(0))
         each, events = median_seconds(run, device), kernels(run, device)
         print(f"sample({n}): {1e3 * each:.1f} ms, {of(events)}", flush=True)
-        for e in events[:8]:
-            print(f"    {e.count:5} × {each_of(e)}  {e.key[:80]}")
+        show_first(8, events)
 
 
 def iterations(device: torch.device, preset: str = "cifar10", dataset: str = "patches") -> None:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from op_table import DTYPES, MIXED_DTYPES, OPS, Arguments, Draw, Op, as_tuple
 from torch import Tensor
@@ -115,11 +116,26 @@ def call_of_an_op(chance: random.Random) -> None:
         return
     assert_unchanged({k: v for k, v in arguments.items() if k != "x"}, before)
     if not names:
-        # The bounds are of one draw; by extended precision the furthest seen lay at 1.25 of one.
-        # The reference rounds too: in float64 attention the two were seen to differ by both.
-        both_round = op.name == "attention" and results[0].dtype == torch.float64
-        slack = 3.0 if both_round else 1.5
-        op.assert_close(tuple(t.detach() for t in results), op.reference(before), slack=slack)
+        # The bounds are of one draw; of 21,452 of attention in double the furthest lay at 1.41.
+        op.assert_close(tuple(t.detach() for t in results), expected(op, before), slack=1.5)
+
+
+def expected(op: Op, arguments: Arguments) -> tuple[Tensor, ...]:
+    """The reference's results, save attention's of doubles, where it rounds as the op does."""
+    if op.name == "attention" and arguments["q"].dtype == torch.float64 and arguments["q"].numel():
+        return (extended_attention(**arguments),)
+    return op.reference(arguments)
+
+
+def extended_attention(q: Tensor, k: Tensor, v: Tensor, rng: Tensor, p: float, step: int) -> Tensor:
+    """``reference.attention`` in extended precision, rounded once."""
+    wide_q, wide_k, wide_v = (t.detach().cpu().numpy().astype(np.longdouble) for t in (q, k, v))
+    scores = wide_q @ wide_k.swapaxes(-1, -2) * np.longdouble(q.shape[-1] ** -0.5)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    kept = cf.reference.uniform(weights.shape, rng.cpu(), step=step).numpy() >= p
+    wide = (weights * kept / np.longdouble(1 - p)) @ wide_v
+    return torch.from_numpy(wide.astype(np.float64))
 
 
 OPTIONS: dict[str, list[Any]] = {

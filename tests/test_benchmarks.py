@@ -686,7 +686,7 @@ def test_device_profile_of_iterations_and_of_every_kernel(
     assert [line.split(", ")[2].split()[0] for line in heads] == ["ours", "graph"]
     if device.type == "cpu":
         assert all(line.endswith("2.0 kernels, busy 6.00 µs") for line in heads)
-        assert lines.count("      2.00 ×     3.00 µs  update") == 2
+        assert lines.count("        2.00 ×     3.00 µs  update") == 2
     device_profile.iterations(device, "digits-small", "digits")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", {}")[0] for line in lines[::2]] == ["reference, randn", "ours"]

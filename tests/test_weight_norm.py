@@ -37,7 +37,8 @@ def layers(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu
 def layer_by_layer(directions: list[Tensor], gains: list[Tensor]) -> list[Tensor]:
     """With torch's operator, which divides by zero (the process ends) without rows.
 
-    Of doubles always the CPU's: on an H100 that of torch 2.11 was off by 3.5e-8, as if a float.
+    Of doubles always the CPU's: on an H100 that of torch 2.11 and ours differed by 3.5e-8, as if
+    one of them took a root in float.
     """
 
     def weight(v: Tensor, g: Tensor) -> Tensor:
