@@ -30,12 +30,12 @@ def uniforms(kind: str, shape: tuple[int, int], rng: Tensor, step: int) -> Tenso
     return torch.special.ndtr(cf.ops.normal(shape, rng, step=step, dtype=torch.float64))
 
 
-def block(kind: str, fastest: str, key: cf.Key) -> bytes:
+def block(kind: str, fastest: str, key: cf.Key) -> memoryview:
     """The words of the next steps, in the order asked for."""
     rng = key.tensor()
     cube = torch.stack([uniforms(kind, (CHAINS, ELEMENTS), rng, step) for step in range(STEPS)])
-    words = cube.movedim(DIMS[fastest], -1).contiguous().mul_(2.0**32).floor_()
-    return words.clamp_(max=2.0**32 - 1).long().numpy().astype("uint32").tobytes()
+    words = cube.mul_(2.0**32).clamp_(max=2.0**32 - 1).to(torch.uint32)
+    return words.movedim(DIMS[fastest], -1).contiguous().numpy().data
 
 
 def main() -> None:
