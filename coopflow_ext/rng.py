@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, TypedDict
 
+import numpy as np
 import torch
 
 from coopflow_ext import _extension
@@ -154,8 +155,9 @@ class Key:
         """int64[3] = (seed's 64 bits reinterpreted, time, chain), what the ops take as ``rng``."""
         _refuse_export()
         if device is not None and torch.device(device).type == "cpu":
-            numbers = (_to_signed(self.seed), self.time, self.chain)
-            return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+            # A third of what torch.tensor takes, which is 5 us.
+            numbers = np.array((_to_signed(self.seed), self.time, self.chain), np.int64)
+            return torch.from_numpy(numbers)
         # Written on the device: copying a host tensor would wait for the device's stream.
         rng = torch.full((3,), self.chain, dtype=torch.int64, device=device)
         rng[0].fill_(_to_signed(self.seed))

@@ -190,6 +190,26 @@ def test_a_chain_does_not_know_its_batch(
             assert torch.equal(few.stats, whole.stats[:, first:last])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 2, 5, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 15])
+def test_few_chains_are_those_of_many(
+    device: torch.device, count: int, dim: int, dtype: torch.dtype
+) -> None:
+    """A CPU draws the noise of a few chains for several steps at once: 40 steps need it often."""
+    x0 = normal(20, dim).to(device, dtype)
+    options = {"energy": "double_well", "numbers": [2.0], "n_steps": 40, "drift": 0.01}
+    many, few = (
+        cf.ops.analytic_langevin_chain(
+            x0[first : first + n], KEY.at_chain(KEY.chain + first).tensor(device), **options,
+            noise=0.1, thin=1,
+        )
+        for first, n in ((0, 20), (3, count))
+    )  # fmt: skip
+    assert torch.equal(few.x, many.x[3 : 3 + count])
+    assert torch.equal(few.trajectory, many.trajectory[:, 3 : 3 + count])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_change_a_bit(name: str) -> None:
     x0 = normal(2000, 3).float()

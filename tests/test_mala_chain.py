@@ -195,6 +195,20 @@ def test_a_chain_does_not_know_its_batch(
         assert torch.equal(few.step_size, whole.step_size[first:last])
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("name", ["double_well", "network"])
+def test_few_chains_are_those_of_many(device: torch.device, name: str, count: int) -> None:
+    """A CPU draws the noise of a few chains for several steps at once."""
+    family = Family(name, 5)
+    x0 = normal(20, 5).to(device)
+    options = {"n_steps": 40, "step_size": 0.2, "thin": 1}
+    many = family.run(x0, **options)
+    few = family.run(x0[3 : 3 + count], KEY.at_chain(KEY.chain + 3), **options)
+    assert many.trajectory is not None
+    assert few.trajectory is not None
+    assert torch.equal(few.trajectory, many.trajectory[:, 3 : 3 + count])
+
+
 @pytest.mark.parametrize("name", ["gaussian_mixture", "network"])
 def test_threads_do_not_change_a_bit(name: str) -> None:
     family = Family(name, 3)

@@ -12,6 +12,8 @@ from torch import Tensor
 from coopflow_ext._tensors import Coefficient, widest
 from coopflow_ext.samplers.checks import check_constant, check_number
 
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+
 Schedule = float | Tensor | Sequence[float] | Callable[[int], "float | Tensor"]
 """A constant, a callable of the step, (T,) values, or a (T or 1, B or 1) tensor."""
 
@@ -168,14 +170,13 @@ def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
     Raises:
         ValueError: a value of the option ``name`` is not finite in that dtype.
     """
-    wide = widest(xs)
     largest = value
-    if isinstance(value, Tensor) and value.numel():
-        largest = float(value.detach().amax())
-    if wide == torch.float32 and not largest <= torch.finfo(wide).max:
+    if isinstance(value, Tensor):
+        largest = float(value.detach().amax()) if value.numel() else 0.0
+    if not largest <= _LARGEST_FLOAT and widest(xs) == torch.float32:
         raise ValueError(f"{name} must be finite in float32, got {largest:g}")
     if not isinstance(value, Tensor):
         return value
     # Without waiting for the device: what leaves the host's memory has been read when this returns.
-    placed = value.to(xs[0].device, wide, non_blocking=True)
+    placed = value.to(xs[0].device, widest(xs), non_blocking=True)
     return placed.clone() if placed.is_inference() else placed
