@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import plain
 import torch
 from harness import NOT_COMPILED, OURS, Case, Contest, dtype_name, run_pytest
 from torch import Tensor
@@ -37,12 +38,6 @@ def inputs(
     projected = torch.randn((batch, length, 3, heads, dim), generator=g).to(device, dtype)
     q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
-
-
-def scores_in_memory(rng: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    mask = (ops.uniform(scores.shape, rng) >= P).to(q.dtype) / (1 - P)
-    return scores.softmax(-1) * mask @ v
 
 
 def pass_of(op: Op, given: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
@@ -98,14 +93,14 @@ def case(
     def build(device: torch.device, with_compile: bool) -> Contest:
         given = inputs(batch, heads, length, dim, device, dtype)
         rng = Key(0).tensor(device)
-        plain = partial(scores_in_memory, rng)
+        in_memory = partial(plain.attention, rng=rng, p=P)
         sources: dict[str, Op] = {
             OURS: lambda q, k, v: ops.attention(q, k, v, rng, P),
-            PLAIN: plain,
+            PLAIN: in_memory,
         }
         missing = {}
         if with_compile:
-            sources[COMPILED] = torch.compile(plain, dynamic=False)
+            sources[COMPILED] = torch.compile(in_memory, dynamic=False)
         else:
             missing[COMPILED] = NOT_COMPILED
         with_mask = dict(sources)

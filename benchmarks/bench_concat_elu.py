@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import plain
 import torch
 from harness import (
     NOT_COMPILED,
@@ -26,7 +27,6 @@ from harness import (
     run_pytest,
 )
 from torch import Tensor
-from torch.nn import functional
 
 from coopflow_ext import Key, ops, reference
 
@@ -36,14 +36,6 @@ FUSED_BYTES = {False: 3, True: 8}
 ARITHMETIC = "arithmetic: the exponential and the mask"
 HOST = "the host's part of autograd"
 Op = Callable[[Tensor], Tensor]
-
-
-def eager(rng: Tensor | None, x: Tensor) -> Tensor:
-    y = functional.elu(torch.cat((x, -x), dim=1), inplace=True)
-    if rng is None:
-        return y
-    mask = (ops.uniform(y.shape[:2], rng) >= P).to(y.dtype) / (1 - P)
-    return y * mask[..., None, None]
 
 
 def pass_of(op: Op, x: Tensor, backward: bool) -> Callable[[], Any]:
@@ -97,11 +89,11 @@ def case(
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x = x.to(device, dtype, memory_format=torch.channels_last)
         rng = Key(0).tensor(device) if dropout else None
-        plain = functools.partial(eager, rng)
-        sources: dict[str, Op] = {OURS: lambda x: ops.concat_elu(x, rng, P), EAGER: plain}
+        eager = functools.partial(plain.concat_elu, rng=rng, p=P)
+        sources: dict[str, Op] = {OURS: lambda x: ops.concat_elu(x, rng, P), EAGER: eager}
         missing = {}
         if with_compile:
-            sources[COMPILED] = torch.compile(plain, dynamic=False)
+            sources[COMPILED] = torch.compile(eager, dynamic=False)
         else:
             missing[COMPILED] = NOT_COMPILED
         runs = {name: pass_of(op, x, both) for name, op in sources.items()}

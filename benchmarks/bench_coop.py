@@ -6,8 +6,9 @@
 Contestants, same models, same batches:
 
 - ours: the compiled ops;
-- reference: every op from ``coopflow_ext.reference``, noise included (Philox in tensor operations:
-  the oracle of the tests, which nobody would run for speed; on the CPU only);
+- reference: couplings, noise and updates from ``coopflow_ext.reference`` (Philox in tensor
+  operations: the oracle of the tests, which nobody would run for speed; on the CPU only), and the
+  operators of the networks from ``plain.py``;
 - reference, randn: the same with noise from ``torch.randn``, what a user would write.
 
 On CUDA ours captures its chain, so that the chain is one part there; the references run theirs as a
@@ -26,6 +27,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import plain
 import torch
 from harness import OURS, Case, Contest, run_pytest, synchronize
 
@@ -75,16 +77,29 @@ _COUPLINGS = {
     "mixture_logistic_coupling": reference.mixture_logistic_coupling,
     "mixture_logistic_coupling_inverse": reference.mixture_logistic_coupling_inverse,
 }
+
+
+def _networks(uniform: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Their operators in plain PyTorch, with masks from this."""
+    return {
+        "attention": partial(plain.attention, uniform=uniform),
+        "concat_elu": partial(plain.concat_elu, uniform=uniform),
+        "weight_norm": plain.weight_norm,
+    }
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {"affine_coupling": ops.affine_coupling},
     "reference": {
         **_COUPLINGS,
+        **_networks(reference.uniform),
         "normal": reference.normal,
         "uniform": reference.uniform,
         "langevin_step_": _in_place(reference.langevin_step),
     },
     "reference, randn": {
         **_COUPLINGS,
+        **_networks(_rand),
         "normal": _randn,
         "uniform": _rand,
         "langevin_step_": _in_place(_randn_step),

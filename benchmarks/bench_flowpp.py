@@ -3,9 +3,10 @@
     pytest benchmarks/bench_flowpp.py --benchmark-only [--device cuda]
     python benchmarks/suite.py --case 'flowpp/*'
 
-Same model, same inputs. "reference" replaces the mixture coupling by ``coopflow_ext.reference``,
-whose inverse is the published batch-wide bisection; in "reference, compiled" torch.compile makes
-its forward, and the evaluations inside the bisection. On CUDA the whole is waited for, and the
+Same model, same inputs, same masks of dropout. "reference" replaces the mixture coupling by
+``coopflow_ext.reference``, whose inverse is the published batch-wide bisection, and the operators
+of the networks by ``plain.py``; in "reference, compiled" torch.compile makes the mixture's forward,
+and the evaluations inside the bisection. On CUDA the whole is waited for, and the
 parts are the host's share.
 """
 
@@ -20,6 +21,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import plain
 import torch
 from bench_mixture_logistic import FORWARD, INVERSE, compiled_forward, compiled_inverse
 from harness import NOT_COMPILED, OURS, Case, Contest, counted_flops, run_pytest
@@ -39,16 +41,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "paper": {"image_shape": (3, 32, 32)},
 }
 COMPILED = "reference, compiled"
+MIXTURE = (FORWARD, INVERSE)
+NETWORKS = ("attention", "concat_elu", "weight_norm")
 
 
 def variants(with_compile: bool) -> dict[str, dict[str, Any]]:
-    """The mixture's two ops, by contestant."""
-    found = {
-        OURS: {name: getattr(ops, name) for name in (FORWARD, INVERSE)},
-        "reference": {name: getattr(reference, name) for name in (FORWARD, INVERSE)},
+    """What stands for the flow's ops, by contestant."""
+    networks = {name: getattr(plain, name) for name in NETWORKS}
+    mixture = {name: getattr(reference, name) for name in MIXTURE}
+    found: dict[str, dict[str, Any]] = {
+        OURS: {name: getattr(ops, name) for name in MIXTURE},
+        "reference": {**networks, **mixture},
     }
     if with_compile:
-        found[COMPILED] = {FORWARD: compiled_forward(None), INVERSE: compiled_inverse(None)}
+        compiled = {FORWARD: compiled_forward(None), INVERSE: compiled_inverse(None)}
+        found[COMPILED] = {**networks, **compiled}
     return found
 
 
@@ -68,8 +75,10 @@ def _timed(function: Callable[..., Any], totals: Totals, part: str) -> Callable[
 
 @contextmanager
 def instrumented(variant: dict[str, Any], totals: Totals) -> Iterator[None]:
-    """The variant's ops in place, with the time spent in them and in the conditioners added up."""
-    timed_ops = {name: _timed(op, totals, "mixture op") for name, op in variant.items()}
+    """The variant's ops in place, with the time spent in the mixture's and in the conditioners
+    added up."""
+    in_place = {n: _timed(op, totals, "mixture op") if n in MIXTURE else op
+                for n, op in variant.items()}  # fmt: skip
     conditioner = flows.FlowPPConditioner
     forward = conditioner.forward
 
@@ -77,7 +86,7 @@ def instrumented(variant: dict[str, Any], totals: Totals) -> Iterator[None]:
         return _timed(forward, totals, "conditioners")(self, x, context)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(ops, **timed_ops))
+        stack.enter_context(mock.patch.multiple(ops, **in_place))
         stack.enter_context(mock.patch.object(conditioner, "forward", timed_forward))
         yield
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import plain
 import torch
 from bench_flowpp import SIZES
 from harness import OURS, Case, Contest, run_pytest
@@ -34,10 +35,6 @@ def shapes_of(size: str) -> tuple[torch.Size, ...]:
         flow = flows.flowpp(**SIZES[size])
     found = [m for m in flow.modules() if isinstance(m, WeightNormed)]
     return tuple(m.parametrizations["weight"].original1.shape for m in found)
-
-
-def by_layer(directions: Tensors, gains: Tensors) -> Tensors:
-    return [torch._weight_norm(v, g, 0) for v, g in zip(directions, gains, strict=True)]
 
 
 def layers(size: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -89,7 +86,7 @@ def case(what: str, size: str, **kw: Any) -> Case:
 
     def build(device: torch.device, with_compile: bool) -> Contest:
         directions, gains = layers(size, device)
-        sources: dict[str, Op] = {OURS: ops.weight_norm, BY_LAYER: by_layer}
+        sources: dict[str, Op] = {OURS: ops.weight_norm, BY_LAYER: plain.weight_norm}
         runs = {name: pass_of(op, directions, gains, backward) for name, op in sources.items()}
         return Contest(
             runs,

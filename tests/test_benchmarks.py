@@ -19,6 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 harness = pytest.importorskip("harness", reason="needs the source tree's benchmarks/")
 import compare  # noqa: E402
@@ -27,7 +28,8 @@ import report  # noqa: E402
 import suite  # noqa: E402
 
 from conftest import pytest_generate_tests  # noqa: E402
-from coopflow_ext import Key, cli, ops  # noqa: E402
+from coopflow_ext import Key, cli, data, flows, ops  # noqa: E402
+from coopflow_ext.coop import Trainer  # noqa: E402
 
 CPU = torch.device("cpu")
 LIMITS = {
@@ -260,6 +262,52 @@ def test_the_checks_find_a_wrong_concat_elu() -> None:
         bench.check({"wrong": other_mask}, x, rng, False)
     with pytest.raises(AssertionError, match="wrong, result 1"):
         bench.check({"wrong": bad_gradient}, x, rng, True)
+
+
+class _OurOperators(TorchDispatchMode):
+    """Their names, as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "coopflow":
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reference_runs_none_of_our_operators() -> None:
+    """But for the derivation of keys, and in a flow's cases the draws, the same for all."""
+    import bench_coop
+    import bench_flowpp
+
+    small = {"channels": 8, "components": 2, "dequant_components": 2}
+    options = {**bench_coop.config_of("digits-flowpp").flow_options, **small}
+    config = bench_coop.config_of(
+        "digits-flowpp", batch_size=2, langevin_steps=1, init_batches=1, flow_options=options
+    )
+    dataset = data.load(config.data)
+    flow = flows.flowpp(**{**bench_flowpp.SIZES["digits"], **small})
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    flow.initialize(x, key=Key(0))
+    found = {}
+    for name in bench_coop.VARIANTS:
+        if name != "reference":  # whose networks are those of the other
+            trainer = Trainer(config, dataset, CPU)
+            with _OurOperators() as ours:
+                bench_coop.time_iteration(trainer, name)
+            found[f"coop, {name}"] = ours.names
+    for name, variant in bench_flowpp.variants(False).items():
+        with _OurOperators() as ours:
+            for task in bench_flowpp.TASKS:
+                bench_flowpp.measure(task, variant, flow, x)
+        found[f"flowpp, {name}"] = ours.names
+    assert found["coop, reference, randn"] == {"fold_in"}
+    assert found["flowpp, reference"] == {"fold_in", "normal_", "uniform_"}
+    networks = {"attention", "concat_elu", "weight_norm", "mixture_logistic_coupling"}
+    assert networks < found["coop, ours"]
+    assert networks < found["flowpp, ours"]
 
 
 def test_the_checks_find_wrong_chains() -> None:

@@ -383,6 +383,19 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     assert (path / picture).read_bytes() == (finished / picture).read_bytes()
 
 
+def test_an_ignored_interrupt_stays_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt_at(monkeypatch, 1)
+        summary = coop.train(tiny(), tmp_path / "run")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert summary["steps"] == 7
+
+
 def test_killed_between_checkpoints_repeats_the_steps_that_were_lost(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,12 +39,16 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in two; a second one stops at once."""
+    """An event that Ctrl-C sets, so that a step is never cut in two; a second one stops at once.
+
+    A process that ignores Ctrl-C, as a shell starts those in its background, goes on doing so.
+    """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is signal.SIG_IGN or not in_main_thread:
         yield asked
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def ask(signum: int, frame: object) -> None:
         if asked.is_set():
