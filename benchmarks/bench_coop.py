@@ -29,11 +29,16 @@ from unittest import mock
 
 import plain
 import torch
-from harness import OURS, Case, Contest, run_pytest, synchronize
+from harness import NOT_COMPILED, OURS, Case, Contest, run_pytest, synchronize
 
 from coopflow_ext import data, ops, reference
 from coopflow_ext.coop import TrainConfig, Trainer
 from coopflow_ext.samplers import LangevinSampler, chain
+
+LOW: dict[str, Any] = {"precision": "bfloat16", "flow_precision": "bfloat16"}
+GRAPH: dict[str, Any] = {"cuda_graph": True}
+BY_OPERATOR = "ours, operator by operator"
+LOW_PRECISION, LOW_COMPILED = "ours, bfloat16", "ours, bfloat16, compiled"
 
 
 def _in_place(step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -227,30 +232,45 @@ def case(preset: str, event_shape: tuple[int, ...], *, device: str, **settings: 
     return Case(f"coop/{preset}", build, elements, devices=(device,))
 
 
-def graph_case(preset: str, event_shape: tuple[int, ...], **settings: Any) -> Case:
-    """A whole iteration as one CUDA graph, beside the same step by step and the reference."""
+def graph_case(
+    preset: str,
+    event_shape: tuple[int, ...],
+    *,
+    device: str = "cuda",
+    graph: dict[str, Any] = GRAPH,
+    **settings: Any,
+) -> Case:
+    """A whole iteration as one CUDA graph, in half precision and compiled too, beside the same step
+    by step and the reference."""
     steps = config_of(preset, **settings)
-    graph = replace(steps, cuda_graph=True)
+    captured = replace(steps, **graph)
 
     def build(device: torch.device, with_compile: bool) -> Contest:
         dataset = data.load(steps.data)
-        ours, by_steps, theirs = (Trainer(c, dataset, device) for c in (graph, steps, steps))
+        configs = {OURS: captured, BY_OPERATOR: steps, LOW_PRECISION: replace(captured, **LOW)}
+        if with_compile:
+            configs[LOW_COMPILED] = replace(captured, **LOW, compile=True)
+        ours = {name: Trainer(config, dataset, device) for name, config in configs.items()}
+        theirs = Trainer(steps, dataset, device)
 
         def check() -> None:
-            for _ in range(5):  # the last two of which are replays
-                numbers, expected = ours.train_step(), by_steps.train_step()
-            for name, value in expected.items():
-                torch.testing.assert_close(numbers[name], value, rtol=1e-2, atol=1e-3)
+            found = {}
+            for name, trainer in ours.items():
+                for _ in range(5):  # the last two of which are replays
+                    found[name] = trainer.train_step()
+            for number, expected in found[BY_OPERATOR].items():
+                torch.testing.assert_close(found[OURS][number], expected, rtol=1e-2, atol=1e-3)
+                for name, numbers in found.items():
+                    assert numbers[number].isfinite(), f"{name}: {number} is {numbers[number]}"
 
-        runs = {
-            OURS: ours.train_step,
-            "ours, operator by operator": by_steps.train_step,
-            "reference, randn": partial(time_iteration, theirs, "reference, randn"),
-        }
-        return Contest(runs, check, own_memory=frozenset([OURS]))
+        runs = {name: trainer.train_step for name, trainer in ours.items()}
+        runs["reference, randn"] = partial(time_iteration, theirs, "reference, randn")
+        missing = {} if with_compile else {LOW_COMPILED: NOT_COMPILED}
+        graphs = frozenset(configs) - {BY_OPERATOR}
+        return Contest(runs, check, missing=missing, own_memory=graphs)
 
     elements = steps.batch_size * math.prod(event_shape)
-    return Case(f"coop/{preset}, one graph", build, elements, devices=("cuda",))
+    return Case(f"coop/{preset}, one graph", build, elements, devices=(device,))
 
 
 SUITE_CASES = (

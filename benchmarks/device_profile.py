@@ -19,6 +19,7 @@ from typing import Any
 import bench_coop
 import bench_sampler as bench
 import torch
+from bench_coop import LOW
 from harness import OURS, Run, add_graph, full_float32, quiet_stderr, synchronize
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,7 +36,6 @@ PROBLEMS = {
 PAPERS_ENERGY = bench.convolutional(28, 128, 30, low_precision=True)
 IGNORE = {"on_nonfinite": "ignore"}
 OPTIONS: tuple[dict[str, Any], ...] = ({}, IGNORE, {"compile": True}, {"compile": True, **IGNORE})
-LOW: dict[str, Any] = {"precision": "bfloat16", "flow_precision": "bfloat16"}
 ITERATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("reference, randn", {}),
     (OURS, {}),

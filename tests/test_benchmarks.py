@@ -388,6 +388,20 @@ def test_cases_give_right_results(name: str, with_compile: bool, device: torch.d
         run()
 
 
+def test_an_iteration_in_half_precision_is_a_contestant() -> None:
+    """The case of the paper's networks on a GPU, here without graphs and with small networks."""
+    import bench_coop
+
+    case = bench_coop.graph_case("digits-small", (1, 8, 8), device="cpu", graph={}, batch_size=4)
+    contest = harness.checked(case, CPU, False)
+    assert list(contest.runs) == [
+        "ours", "ours, operator by operator", "ours, bfloat16", "reference, randn"
+    ]  # fmt: skip
+    assert list(contest.missing) == ["ours, bfloat16, compiled"]
+    for run in contest.runs.values():
+        run()
+
+
 def test_names_are_unique_and_cover_every_family() -> None:
     names = [c.name for c in suite.all_cases()]
     assert len(set(names)) == len(names)
