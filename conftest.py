@@ -29,7 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # the tests send to themselves and to their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # the processes share the cores
+        # The processes share the cores, and so do their children: threads that wait for one another
+        # spin, and where there are more than cores these take many times as long.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
 
