@@ -36,7 +36,6 @@ from coopflow_ext.coop import TrainConfig, Trainer
 from coopflow_ext.samplers import LangevinSampler, chain
 
 LOW: dict[str, Any] = {"precision": "bfloat16", "flow_precision": "bfloat16"}
-GRAPH: dict[str, Any] = {"cuda_graph": True}
 BY_OPERATOR = "ours, operator by operator"
 LOW_PRECISION, LOW_COMPILED = "ours, bfloat16", "ours, bfloat16, compiled"
 
@@ -237,13 +236,13 @@ def graph_case(
     event_shape: tuple[int, ...],
     *,
     device: str = "cuda",
-    graph: dict[str, Any] = GRAPH,
+    cuda_graph: bool = True,
     **settings: Any,
 ) -> Case:
     """A whole iteration as one CUDA graph, in half precision and compiled too, beside the same step
     by step and the reference."""
     steps = config_of(preset, **settings)
-    captured = replace(steps, **graph)
+    captured = replace(steps, cuda_graph=cuda_graph)
 
     def build(device: torch.device, with_compile: bool) -> Contest:
         dataset = data.load(steps.data)
