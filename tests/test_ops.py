@@ -190,11 +190,11 @@ def rows(arguments: Arguments, first: int, last: int) -> Arguments:
 
 @each(OPS)
 @pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
-@pytest.mark.parametrize("per_chain", [1, 3, 130, 20_000])
+@pytest.mark.parametrize("shape", [(70, 1), (70, 3), (7, 130), (7, 20_000)])
 def test_a_chain_does_not_know_its_batch(
-    device: torch.device, op: Op, per_chain: int, dtype: torch.dtype
+    device: torch.device, op: Op, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    arguments = op.arguments(Draw((7, per_chain), dtype, device=device))
+    arguments = op.arguments(Draw(shape, dtype, device=device))
     whole, again, one, three = (
         op(arguments), op(arguments), op(rows(arguments, 4, 5)), op(rows(arguments, 3, 6)),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 #include "langevin_loops.h"
 
+#include "noise_range.h"
 #include "noise_tile.h"
 #include "tile.h"
 
@@ -11,8 +12,9 @@ template <typename A>
 struct StatisticLanes {
   alignas(64) A sums[kStatistics][kLanes] = {};
 
-  void write(A* out) const {
-    for (int s = 0; s < kStatistics; ++s) out[s] = sum_lanes(sums[s]);
+  // Those of a chain, or a chunk of it.
+  void write(int64_t per_chain, A* out) const {
+    for (int s = 0; s < kStatistics; ++s) out[s] = sum_lanes(sums[s], per_chain);
   }
 };
 
@@ -86,91 +88,16 @@ void keep_span(const LangevinArgs<arithmetic_t<T>>& args, int64_t offset, int64_
   add_by_lane(nonfinite, n, statistics->sums[kNonFiniteElements]);
 }
 
-// Where one run of quads of a single chain lies within a tile.
-struct Run {
-  int64_t chain, first_block, blocks, quad;  // quad: index of its first quad in the tile
-};
-
-// Calls f(Run) for each chain's part of the flat range [begin, end) of quads.
-template <typename F>
-void for_each_run(int64_t quads_per_chain, int64_t begin, int64_t end, const F& f) {
-  int64_t chain = begin / quads_per_chain;
-  int64_t block = begin % quads_per_chain;
-  for (int64_t quad = begin; quad < end;) {
-    const int64_t left = quads_per_chain - block;
-    const int64_t blocks = left < end - quad ? left : end - quad;
-    f(Run{chain, block, blocks, quad - begin});
-    quad += blocks;
-    ++chain;
-    block = 0;
-  }
-}
-
-// The counters of the quads [begin, end) of the flat range.
-inline void set_counters(int64_t first_chain, int64_t quads_per_chain, int64_t begin, int64_t end,
-                         TileCounters* counters) {
-  if (quads_per_chain == 1) {  // a plain loop, which the compiler vectorises
-    for (int64_t i = 0; i < kQuadsPerTile; ++i) counters->set(i, first_chain + begin + i, 0);
-    return;
-  }
-  for_each_run(quads_per_chain, begin, end, [&](const Run& run) {
-    for (int64_t i = 0; i < run.blocks; ++i) {
-      counters->set(run.quad + i, first_chain + run.chain, run.first_block + i);
-    }
-  });
-}
-
-// Elements that a run has; its last quad may not be full.
-inline int64_t run_elements(const Run& run, int64_t per_chain) {
-  const int64_t left = per_chain - 4 * run.first_block;
-  return left < 4 * run.blocks ? left : 4 * run.blocks;
-}
-
-// Moves the noise of the quads [begin, end) together where chains do not fill their last quad.
-template <typename A>
-void close_gaps(int64_t per_chain, int64_t begin, int64_t end, A* values) {
-  if (per_chain % 4 == 0) return;
-  if (per_chain == 3) {
-    for (int64_t quad = 1; quad < kQuadsPerTile; ++quad) {
-      for (int64_t lane = 0; lane < 3; ++lane) values[3 * quad + lane] = values[4 * quad + lane];
-    }
-    return;
-  }
-  int64_t n = 0;
-  for_each_run(divide_up(per_chain, 4), begin, end, [&](const Run& run) {
-    const int64_t count = run_elements(run, per_chain);
-    for (int64_t i = 0; i < count; ++i) values[n + i] = values[4 * run.quad + i];
-    n += count;
-  });
-}
-
-// The noise of the quads [begin, end), each chain's behind the one before it.
-template <typename A>
-void fill_without_gaps(const LangevinArgs<A>& args, const TileCounters& counters, int64_t begin,
-                       int64_t end, A* xi) {
-  const PhiloxKey key = make_philox_key(args.rng[0]);
-  const uint32_t time = noise_time(args.rng, args.step);
-  if (args.per_chain == 1) return fill_tile_of_short_chains<1>(counters, key, time, xi);
-  if (args.per_chain == 2) return fill_tile_of_short_chains<2>(counters, key, time, xi);
-  fill_tile<NormalNoise>(counters, key, time, xi);
-  close_gaps(args.per_chain, begin, end, xi);
-}
-
 // One tile of the flat range of quads over all chains, which share their coefficients: they follow
 // one another in memory, so one span serves them all.
 template <typename T, bool kFull>
 void update_shared_tile(const LangevinArgs<arithmetic_t<T>>& args, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   alignas(64) A xi[kTile] = {};
-  const int64_t quads_per_chain = divide_up(args.per_chain, 4);
-  const auto first_element = [&](int64_t quad) {
-    return (quad / quads_per_chain) * args.per_chain + 4 * (quad % quads_per_chain);
-  };
-  const int64_t first = first_element(begin), n = first_element(end) - first;
+  const int64_t first = first_element(args.per_chain, begin);
+  const int64_t n = first_element(args.per_chain, end) - first;
   if (args.noise_source == NoiseSource::kPhilox) {
-    TileCounters counters{};
-    set_counters(args.rng[2], quads_per_chain, begin, end, &counters);
-    fill_without_gaps(args, counters, begin, end, xi);
+    fill_without_gaps<NormalNoise>(args.rng, args.step, args.per_chain, begin, end, xi);
   } else if (args.noise_source == NoiseSource::kGiven) {
     load<T>(args.xi, first, n, xi);
   }
@@ -244,7 +171,7 @@ void update_short_chains(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t
         update_span<T, true, true>(args, langevin_chain(args, chain), offset, per_chain, noise,
                                    &statistics);
       }
-      statistics.write(sums + chain * kStatistics);
+      statistics.write(per_chain, sums + chain * kStatistics);
     }
   }
 }
@@ -274,7 +201,7 @@ void update_chunks(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t<T>* p
       }
       update_span<T, true, true>(args, langevin_chain(args, chain), offset, n, xi, &statistics);
     });
-    statistics.write(partial_sums + index * kStatistics);
+    statistics.write(args.per_chain, partial_sums + index * kStatistics);
   }
 }
 
@@ -304,8 +231,9 @@ void reduce_chunks(const LangevinArgs<arithmetic_t<T>>& args, GradientLook<arith
       for (int64_t i = 0; i < n; ++i) nonfinite[i] = is_finite(grad[i]) ? A(0) : A(1);
       add_by_lane(nonfinite, n, nonfinite_lanes);
     });
-    for (int s = 0; s < kNormSums<A>; ++s) looks[index].norm[s] = sum_lanes(norm_lanes[s]);
-    looks[index].nonfinite = sum_lanes(nonfinite_lanes);
+    for (int s = 0; s < kNormSums<A>; ++s)
+      looks[index].norm[s] = sum_lanes(norm_lanes[s], args.per_chain);
+    looks[index].nonfinite = sum_lanes(nonfinite_lanes, args.per_chain);
   }
 }
 

@@ -2,6 +2,7 @@
 // the loop over components inside: what an element sums up over them then stays in a register.
 #include "mixture_logistic_loops.h"
 
+#include "chain_blocks.h"
 #include "tile.h"
 
 // Says that the elements of a block do not depend on one another, which are too many rows to check
@@ -25,30 +26,37 @@ void for_each_component(int64_t count, const F& f) {
   } while (++k < count);
 }
 
-// n values and zeros after them.
+// From one chain's parameters to the next one's.
+inline int64_t params_stride(const MixtureShape& shape) { return shape.rows() * shape.per_chain; }
+
+// Apart from load_block, which is inlined only when it is short.
 template <typename T, typename A>
-void load_block(const void* source, int64_t offset, int64_t n, A* values) {
-  if (n == kWidth) {
-    const T* from = static_cast<const T*>(source) + offset;
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) values[i] = to_arithmetic(from[i]);
-    __builtin_prefetch(from + kWidth);  // the next block's
-  } else {
-    for (int64_t i = n; i < kWidth; ++i) values[i] = A(0);
-    load<T>(source, offset, n, values);
-  }
+[[gnu::noinline]] void load_part(const Block& block, const T* first, int64_t stride, A* values) {
+  for (int64_t i = 0; i < kWidth; ++i) values[i] = A(0);
+  gather(block, first, stride, values);
 }
 
 template <typename T, typename A>
-void store_block(const A* values, int64_t offset, int64_t n, void* destination) {
-  if (n == kWidth) {
-    T* to = static_cast<T*>(destination) + offset;
-    COOPFLOW_INDEPENDENT
-    for (int64_t i = 0; i < kWidth; ++i) to[i] = from_arithmetic<T>(values[i]);
-    __builtin_prefetch(to + kWidth, 1);
-  } else {
-    store<T>(values, offset, n, destination);
-  }
+[[gnu::noinline]] void store_part(const Block& block, const A* values, int64_t stride, T* first) {
+  scatter(block, values, stride, first);
+}
+
+// The block's values and zeros after them. first: where its first value lies, stride: from one of
+// its chains to the next.
+template <typename T, typename A>
+void load_block(const Block& block, const T* first, int64_t stride, A* values) {
+  if (block.n < kWidth) return load_part(block, first, stride, values);
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) values[i] = to_arithmetic(first[i]);
+  __builtin_prefetch(first + kWidth);  // the next block's
+}
+
+template <typename T, typename A>
+void store_block(const Block& block, const A* values, int64_t stride, T* first) {
+  if (block.n < kWidth) return store_part(block, values, stride, first);
+  COOPFLOW_INDEPENDENT
+  for (int64_t i = 0; i < kWidth; ++i) first[i] = from_arithmetic<T>(values[i]);
+  __builtin_prefetch(first + kWidth, 1);
 }
 
 // The components of one block of elements.
@@ -60,15 +68,15 @@ class Components {
 
   ComponentBlock<A>& operator[](int64_t k) const { return blocks_[k]; }
 
-  // Rows of logits, means and log-scales lie `stride` apart. poison becomes NaN where a parameter
-  // is not finite, and else stays as it is.
+  // first: the block's first logit. poison becomes NaN where a parameter is not finite, and else
+  // stays as it is.
   template <typename P>
-  void load_rows(const void* params, int64_t offset, int64_t stride, int64_t n, A* poison) {
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t row = offset + k * stride;
-      load_block<P>(params, row, n, blocks_[k].log_weight);
-      load_block<P>(params, row + count * stride, n, blocks_[k].mean);
-      load_block<P>(params, row + 2 * count * stride, n, blocks_[k].log_scale);
+  void load_rows(const Block& block, const P* first, const MixtureShape& shape, A* poison) {
+    const int64_t stride = params_stride(shape), group = count * shape.per_chain;
+    for (int64_t k = 0; k < count; ++k, first += shape.per_chain) {
+      load_block(block, first, stride, blocks_[k].log_weight);
+      load_block(block, first + group, stride, blocks_[k].mean);
+      load_block(block, first + 2 * group, stride, blocks_[k].log_scale);
     }
     alignas(64) A peak[kWidth];
     COOPFLOW_INDEPENDENT
@@ -82,14 +90,14 @@ class Components {
     for (int64_t i = 0; i < kWidth; ++i) {
       A bad = poison[i];
       for_each_component(count, [&](int64_t k) {
-        ComponentBlock<A>& block = blocks_[k];
-        const A log_weight = block.log_weight[i], mean = block.mean[i];
-        const A log_scale = block.log_scale[i];
+        ComponentBlock<A>& component = blocks_[k];
+        const A log_weight = component.log_weight[i], mean = component.mean[i];
+        const A log_scale = component.log_scale[i];
         bad = component_poison(bad, log_weight, mean, log_scale);
         const Component<A> c = make_component(log_weight - peak[i], mean, log_scale);
-        block.log_weight[i] = log_weight - peak[i];
-        block.weight[i] = c.weight;
-        block.inv_scale[i] = c.inv_scale;
+        component.log_weight[i] = log_weight - peak[i];
+        component.weight[i] = c.weight;
+        component.inv_scale[i] = c.inv_scale;
       });
       poison[i] = bad;
     }
@@ -295,16 +303,6 @@ void solve(const Components<A>& m, const A* target, A* x, Sums<A>& sums) {
   }
 }
 
-// Calls f(chain, element, n) for each block of one chunk.
-template <typename F>
-void for_each_block_of_chunk(int64_t per_chain, int64_t index, const F& f) {
-  for_each_tile_of_chunk(per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
-    for (int64_t i = 0; i < n; i += kWidth) {
-      f(chain, e + i, n - i < kWidth ? n - i : kWidth);
-    }
-  });
-}
-
 // One block's parameters.
 template <typename A>
 struct BlockParams {
@@ -312,76 +310,77 @@ struct BlockParams {
   alignas(64) A poison[kWidth];  // of these, of the state and of the components
 
   template <typename P>
-  void load_params(const void* params, const MixtureShape& shape, int64_t chain, int64_t e,
-                   int64_t n, const A* state, Components<A>& m) {
-    const int64_t stride = shape.per_chain;
-    int64_t offset = chain * shape.rows() * stride + e;
+  void load_params(const Block& block, const void* params, const MixtureShape& shape,
+                   const A* state, Components<A>& m) {
+    const P* first = block.first<P>(params, params_stride(shape));
     if (shape.affine) {
-      load_block<P>(params, offset, n, a);
-      load_block<P>(params, offset + stride, n, b);
-      offset += 2 * stride;
+      load_block(block, first, params_stride(shape), a);
+      load_block(block, first + shape.per_chain, params_stride(shape), b);
     }
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) poison[i] = coupling_poison(state[i], a[i], b[i]);
-    m.template load_rows<P>(params, offset, stride, n, poison);
+    m.load_rows(block, first + shape.first_row() * shape.per_chain, shape, poison);
   }
 };
+
+// ladj: of each element of the block.
+template <typename T, typename P>
+void map_block(const MixtureCouplingArgs<arithmetic_t<T>>& args, const Block& block,
+               Components<arithmetic_t<T>>& m, arithmetic_t<T>* ladj) {
+  using A = arithmetic_t<T>;
+  const int64_t per_chain = args.shape.per_chain;
+  BlockParams<A> p;
+  alignas(64) A in[kWidth], x[kWidth], logit[kWidth], log_slope[kWidth], out[kWidth];
+  const auto put = [&](int64_t i, const CouplingResult<A>& result) {
+    out[i] = result.out;
+    ladj[i] = result.ladj;
+  };
+  load_block(block, block.first<T>(args.in, per_chain), per_chain, in);
+  p.template load_params<P>(block, args.params, args.shape, in, m);
+  Sums<A> sums;
+  if (args.inverse) {
+    alignas(64) A target[kWidth], correction[kWidth] = {};
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      target[i] = inverse_target(in[i], p.a[i], p.b[i]);
+      p.poison[i] = poisoned(p.poison[i], target[i]);
+      target[i] += p.poison[i];
+    }
+    if (args.legacy_cdf_clamp) {
+      COOPFLOW_INDEPENDENT
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const A clamped = legacy_clamp(target[i]);
+        correction[i] = legacy_correction(target[i], clamped);
+        target[i] = clamped;
+      }
+    }
+    solve(m, target, x, sums);
+    finish(m, x, sums, logit, log_slope);
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      put(i, mixture_inverse_result(x[i], log_slope[i], p.a[i], correction[i], p.poison[i]));
+    }
+  } else {
+    direct_sums(m, in, sums);
+    finish(m, in, sums, logit, log_slope);
+    COOPFLOW_INDEPENDENT
+    for (int64_t i = 0; i < kWidth; ++i) {
+      put(i, mixture_forward_result(logit[i], log_slope[i], p.a[i], p.b[i], p.poison[i]));
+    }
+  }
+  store_block(block, out, per_chain, block.first<T>(args.out, per_chain));
+}
 
 template <typename T, typename P>
 void map(const MixtureCouplingArgs<arithmetic_t<T>>& args, ComponentBlock<arithmetic_t<T>>* scratch,
          arithmetic_t<T>* partial_sums, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
-  const MixtureShape& shape = args.shape;
-  Components<A> m(shape.components, scratch);
-  for (int64_t index = begin; index < end; ++index) {
-    alignas(64) A lanes[kLanes] = {};
-    for_each_block_of_chunk(shape.per_chain, index, [&](int64_t chain, int64_t e, int64_t n) {
-      BlockParams<A> p;
-      alignas(64) A in[kWidth], x[kWidth], logit[kWidth], log_slope[kWidth];
-      alignas(64) A out[kWidth], ladj[kWidth];
-      const auto put = [&](int64_t i, const CouplingResult<A>& result) {
-        out[i] = result.out;
-        ladj[i] = result.ladj;
-      };
-      const int64_t offset = chain * shape.per_chain + e;
-      load_block<T>(args.in, offset, n, in);
-      p.template load_params<P>(args.params, shape, chain, e, n, in, m);
-      Sums<A> sums;
-      if (args.inverse) {
-        alignas(64) A target[kWidth], correction[kWidth] = {};
-        COOPFLOW_INDEPENDENT
-        for (int64_t i = 0; i < kWidth; ++i) {
-          target[i] = inverse_target(in[i], p.a[i], p.b[i]);
-          p.poison[i] = poisoned(p.poison[i], target[i]);
-          target[i] += p.poison[i];
-        }
-        if (args.legacy_cdf_clamp) {
-          COOPFLOW_INDEPENDENT
-          for (int64_t i = 0; i < kWidth; ++i) {
-            const A clamped = legacy_clamp(target[i]);
-            correction[i] = legacy_correction(target[i], clamped);
-            target[i] = clamped;
-          }
-        }
-        solve(m, target, x, sums);
-        finish(m, x, sums, logit, log_slope);
-        COOPFLOW_INDEPENDENT
-        for (int64_t i = 0; i < kWidth; ++i) {
-          put(i, mixture_inverse_result(x[i], log_slope[i], p.a[i], correction[i], p.poison[i]));
-        }
-      } else {
-        direct_sums(m, in, sums);
-        finish(m, in, sums, logit, log_slope);
-        COOPFLOW_INDEPENDENT
-        for (int64_t i = 0; i < kWidth; ++i) {
-          put(i, mixture_forward_result(logit[i], log_slope[i], p.a[i], p.b[i], p.poison[i]));
-        }
-      }
-      store<T>(out, offset, n, args.out);
-      add_by_lane(ladj, n, lanes);
-    });
-    partial_sums[index] = sum_lanes(lanes);
-  }
+  Components<A> m(args.shape.components, scratch);
+  sum_blocks<kWidth>(args.shape.per_chain, begin, end, partial_sums,
+                     [&](const Block& block, A* ladj) {
+                       map_block<T, P>(args, block, m, ladj);
+                       return ladj;
+                     });
 }
 
 // --- backward ---
@@ -485,16 +484,18 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
               ComponentBlock<arithmetic_t<T>>* scratch, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const MixtureShape& shape = args.shape;
-  const int64_t stride = shape.per_chain;
+  const int64_t per_chain = shape.per_chain;
   Components<A> m(shape.components, scratch);
-  const auto block = [&](int64_t chain, int64_t e, int64_t n) {
+  const auto differentiate = [&](const Block& block) {
     BlockParams<A> p;
     alignas(64) A x[kWidth], y[kWidth] = {}, grad_out[kWidth];
-    const int64_t offset = chain * stride + e;
-    load_block<T>(args.x, offset, n, x);
-    load_block<T>(args.grad_out, offset, n, grad_out);
-    if (args.inverse()) load_block<T>(args.y, offset, n, y);
-    p.template load_params<P>(args.params, shape, chain, e, n, x, m);
+    const auto load_state = [&](const void* source, A* values) {
+      load_block(block, block.first<T>(source, per_chain), per_chain, values);
+    };
+    load_state(args.x, x);
+    load_state(args.grad_out, grad_out);
+    if (args.inverse()) load_state(args.y, y);
+    p.template load_params<P>(block, args.params, shape, x, m);
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
       p.poison[i] = poisoned(poisoned(p.poison[i], grad_out[i]), y[i]);  // y is 0 without one
@@ -516,7 +517,8 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
     }
 
     alignas(64) A grad_u[kWidth], grad_l[kWidth], grad_in[kWidth], grad_a[kWidth], grad_b[kWidth];
-    const A grad_ladj = args.grad_ladj[chain];
+    alignas(64) A grad_ladj[kWidth] = {};
+    spread(block, args.grad_ladj, grad_ladj);
     alignas(64) A logit[kWidth], slope[kWidth], log_slope[kWidth];
     COOPFLOW_INDEPENDENT
     for (int64_t i = 0; i < kWidth; ++i) {
@@ -543,37 +545,36 @@ void backward(const MixtureCouplingBackwardArgs<arithmetic_t<T>>& args,
       const bool legacy = args.legacy_cdf_clamp;
       COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) {
-        put(i, mixture_inverse_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, y[i],
+        put(i, mixture_inverse_gradient(grad_out[i], grad_ladj[i], {slope[i], log_slope[i]}, y[i],
                                         p.a[i], p.b[i], legacy));
       }
     } else {
       COOPFLOW_INDEPENDENT
       for (int64_t i = 0; i < kWidth; ++i) {
-        put(i, mixture_forward_gradient(grad_out[i], grad_ladj, {slope[i], log_slope[i]}, logit[i],
-                                        p.a[i], p.b[i]));
+        put(i, mixture_forward_gradient(grad_out[i], grad_ladj[i], {slope[i], log_slope[i]},
+                                        logit[i], p.a[i], p.b[i]));
       }
     }
-    store_block<T>(grad_in, offset, n, args.grad_in);
-    int64_t row = chain * shape.rows() * stride + e;
+    store_block(block, grad_in, per_chain, block.first<T>(args.grad_in, per_chain));
+    P* row = block.first<P>(args.grad_params, params_stride(shape));
     if (shape.affine) {
-      store_block<P>(grad_a, row, n, args.grad_params);
-      store_block<P>(grad_b, row + stride, n, args.grad_params);
-      row += 2 * stride;
+      store_block(block, grad_a, params_stride(shape), row);
+      store_block(block, grad_b, params_stride(shape), row + per_chain);
+      row += 2 * per_chain;
     }
     if (any_scaled != 0) {
       component_gradients<true>(m, scaling, sums, grad_u, grad_l);
     } else {
       component_gradients<false>(m, scaling, sums, grad_u, grad_l);
     }
-    for (int64_t k = 0; k < m.count; ++k, row += stride) {
-      store_block<P>(m[k].log_weight, row, n, args.grad_params);
-      store_block<P>(m[k].mean, row + m.count * stride, n, args.grad_params);
-      store_block<P>(m[k].log_scale, row + 2 * m.count * stride, n, args.grad_params);
+    const int64_t group = m.count * per_chain;
+    for (int64_t k = 0; k < m.count; ++k, row += per_chain) {
+      store_block(block, m[k].log_weight, params_stride(shape), row);
+      store_block(block, m[k].mean, params_stride(shape), row + group);
+      store_block(block, m[k].log_scale, params_stride(shape), row + 2 * group);
     }
   };
-  for (int64_t index = begin; index < end; ++index) {
-    for_each_block_of_chunk(stride, index, block);
-  }
+  for_each_block<kWidth>(per_chain, begin, end, differentiate);
 }
 
 }  // namespace

@@ -38,12 +38,22 @@ struct NormalNoise {
   COOPFLOW_HD static Quad<A> from_words(PhiloxWords w) {
     return normals_from_words<A>(w);
   }
+
+  template <typename A>
+  COOPFLOW_HD static Pair<A> from_pair(uint32_t w0, uint32_t w1) {
+    return box_muller(w0, w1, A());
+  }
 };
 
 struct UniformNoise {
   template <typename A>
   COOPFLOW_HD static Quad<A> from_words(PhiloxWords w) {
     return uniforms_from_words<A>(w);
+  }
+
+  template <typename A>
+  COOPFLOW_HD static Pair<A> from_pair(uint32_t w0, uint32_t w1) {
+    return {uniform_from_word(w0, A()), uniform_from_word(w1, A())};
   }
 };
 
@@ -84,16 +94,16 @@ void fill_tile(const TileCounters& counters, PhiloxKey key, uint32_t time, A* va
   }
 }
 
-// The normals of chains of one or two elements, which use the first words of their only quad,
-// without gaps between the chains.
-template <int64_t kPerChain, typename A>
+// The noise of chains of one or two elements, which use the first words of their only quad, without
+// gaps between the chains.
+template <typename Noise, int64_t kPerChain, typename A>
 void fill_tile_of_short_chains(const TileCounters& counters, PhiloxKey key, uint32_t time,
                                A* values) {
   static_assert(kPerChain == 1 || kPerChain == 2);
   TileWords tile;
   philox_tile(counters, key, time, &tile);
   for (int64_t i = 0; i < kQuadsPerTile; ++i) {
-    const Pair<A> pair = box_muller(tile.words[0][i], tile.words[1][i], A());
+    const Pair<A> pair = Noise::template from_pair<A>(tile.words[0][i], tile.words[1][i]);
     values[kPerChain * i] = pair.first;
     if constexpr (kPerChain == 2) values[2 * i + 1] = pair.second;
   }

@@ -9,9 +9,9 @@ namespace {
 struct CpuRandom {
   template <typename T>
   static void fill(const RandomArgs& args, const Tensor& /*out*/) {
-    constexpr int64_t kGrain = 64;  // tiles per thread before another one pays
+    constexpr int64_t kGrain = 4096;  // quads per thread before another one pays
     const RandomLoop loop = COOPFLOW_SELECT_ISA(random_loop<T>(args.distribution));
-    torch::stable::parallel_for(0, args.batch * divide_up(args.per_chain, kRandomTile), kGrain,
+    torch::stable::parallel_for(0, args.batch * divide_up(args.per_chain, 4), kGrain,
                                 [&](int64_t begin, int64_t end) { loop(args, begin, end); });
   }
 };

@@ -9,10 +9,8 @@
 
 namespace coopflow {
 
-// Fills tiles [begin, end) = chain * tiles_per_chain + tile.
+// Fills the quads [begin, end) of the flat range over all chains, which a tile of noise serves.
 using RandomLoop = void (*)(const RandomArgs& args, int64_t begin, int64_t end);
-
-constexpr int64_t kRandomTile = 256;
 
 COOPFLOW_DECLARE_PER_ISA(template <typename T> RandomLoop random_loop(Distribution distribution))
 

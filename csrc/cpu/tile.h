@@ -77,10 +77,11 @@ void add_by_lane(const A* values, int64_t n, A* lanes) {
   for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += values[i];
 }
 
+// What n values added to the lanes; no more of them are read than so many values reach.
 template <typename A>
-A sum_lanes(const A* lanes) {
+A sum_lanes(const A* lanes, int64_t n) {
   A total = A(0);
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  for (int64_t lane = 0; lane < (n < kLanes ? n : kLanes); ++lane) total += lanes[lane];
   return total;
 }
 
