@@ -20,8 +20,7 @@ constexpr int64_t kKeys = 64;
 template <typename A>
 using TileOf = A[kKeys][kRows];
 
-// --- products
-// -------------------------------------------------------------------------------------
+// --- products ---
 
 // Element (r, k) stands at [r * row_stride + k * column_stride].
 template <typename A>
@@ -84,8 +83,7 @@ void multiply(const Matrix<A>& matrix, int64_t rows, int64_t length, const A* in
   }
 }
 
-// --- a head's tensors
-// -----------------------------------------------------------------------------
+// --- a head's tensors ---
 
 // The rows of one head in arithmetic type, side by side, and zeros around them.
 template <typename A>
@@ -165,8 +163,7 @@ struct RowTile {
   }
 };
 
-// --- the mask
-// -------------------------------------------------------------------------------------
+// --- the mask ---
 
 // The words behind a tile's weights: that of weight j of row `lane` stands at [j][lane].
 class TileOfWords {
@@ -234,8 +231,7 @@ class TileOfWords {
   alignas(64) uint32_t words_[kKeys + 4][kRows] = {};
 };
 
-// --- forward
-// --------------------------------------------------------------------------------------
+// --- forward ---
 
 // One tile of rows on its way through the keys.
 template <typename A>
@@ -336,8 +332,7 @@ void forward_tiles(const AttentionArgs<arithmetic_t<T>>& args, int64_t begin, in
   }
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------
+// --- backward ---
 
 // What the backward pass knows of a tile's rows beside their vectors.
 template <typename A>
