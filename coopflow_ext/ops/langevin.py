@@ -87,15 +87,17 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
             raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
         raw["clamp_low"], raw["clamp_high"] = clamp
     for name, value in options.items():
+        off = _OFF[name]
+        if value is off:
+            continue
         if name in _COEFFICIENTS:
             if value is None:
                 raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
             if isinstance(value, Tensor):
                 raw[f"{name}_t"] = value
                 continue
-        off = _OFF[name]
         # What is no number where one belongs has to reach the op, which refuses it.
-        if value is off or (isinstance(value, (int, float)) and value == off):
+        if isinstance(value, (int, float)) and value == off:
             continue
         raw[name] = value
     return raw
