@@ -248,6 +248,9 @@ void bind_precision(py::module_& m, const std::string& dtype) {
   m.def(("exponential_minus_one_" + dtype).c_str(),
         py::vectorize([](A x) { return coopflow::exponential_minus_one(x); }), py::arg("x"),
         "exp(x) - 1 for x <= 0.");
+  m.def(("exponential2_nonpositive_" + dtype).c_str(),
+        py::vectorize([](A x) { return coopflow::exponential2_nonpositive(x); }), py::arg("x"),
+        "2^x for x <= 0.");
   m.def(("activate_" + dtype).c_str(), &activate<A>, py::arg("activation"), py::arg("z"),
         py::arg("shape") = A(0), py::arg("threshold") = A(0),
         "(value, slope) of an activation by its number, each (N,).");
@@ -284,9 +287,6 @@ PYBIND11_MODULE(_host, m) {
         py::arg("n_blocks"), "The words of elements 0 ... 4 n_blocks - 1 of a chain at a time.");
   m.def("fold_in", &coopflow::fold_in, py::arg("seed"), py::arg("data"),
         "The seed of a separate use.");
-  m.def("exponential2_nonpositive_float32",
-        py::vectorize([](float x) { return coopflow::exponential2_nonpositive(x); }), py::arg("x"),
-        "2^x for x <= 0.");
   bind_instruction(m, "approximate_log2", coopflow::approximate_log2, "lg2.approx.ftz.f32");
   bind_instruction(m, "approximate_exp2", coopflow::approximate_exp2, "ex2.approx.ftz.f32");
   bind_instruction(m, "approximate_reciprocal", coopflow::approximate_reciprocal,

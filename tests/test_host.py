@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mpmath
 import numpy as np
 import pytest
@@ -209,14 +211,64 @@ def test_exponentials_float32_of_what_is_not_positive() -> None:
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1.2e-7), ("float64", 1e-15)])
-def test_sincos_turns(dtype: str, tolerance: float) -> None:
-    turns = _hard_words().ravel()
-    sine, cosine = getattr(_host, f"sincos_turns_{dtype}")(turns)
-    angle = 2 * np.pi * turns.astype(np.float64) * 2.0**-32
-    # float64 computes with one rounded product of the turns, so its own error is part of both.
-    np.testing.assert_allclose(sine, np.sin(angle), rtol=0, atol=tolerance)
-    np.testing.assert_allclose(cosine, np.cos(angle), rtol=0, atol=tolerance)
+def _assert_within_ulps(ulps: float, actual: Any, exact: Any) -> None:
+    """``exact`` has more digits than float64."""
+    assert np.all(np.abs(actual - exact) <= ulps * np.spacing(np.abs(exact).astype(np.float64)))
+
+
+def test_log_float64() -> None:
+    rng = np.random.default_rng(10)
+    bits = rng.integers(1, 0x7FEFFFFFFFFFFFFF, 500_000, dtype=np.uint64)  # denormal numbers too
+    close = [rng.uniform(0, 2, 500_000), rng.uniform(0.99, 1.01, 100_000)]
+    x = np.concatenate([bits.view(np.float64), rng.uniform(0, 1e-308, 1_000), *close])
+    _assert_within_ulps(1, _host.log_positive_float64(x), np.log(x.astype(np.longdouble)))
+    edges = np.array([0.0, -0.0, 5e-324, 1.0, np.inf, -1.0, -np.inf, np.nan])
+    lowest = np.log(np.longdouble(5e-324)).astype(np.float64)
+    np.testing.assert_array_equal(
+        _host.log_positive_float64(edges),
+        [-np.inf, -np.inf, lowest, 0, np.inf, np.nan, np.nan, np.nan],
+    )
+
+
+def test_exponentials_float64() -> None:
+    rng = np.random.default_rng(11)
+    x = np.concatenate([rng.uniform(-745, 709.7, 500_000), rng.uniform(-1, 1, 500_000)])
+    _assert_within_ulps(1.1, _host.exponential_float64(x), np.exp(x.astype(np.longdouble)))
+    negative = -np.abs(x) * rng.choice([1.0, 1e-5, 1e-12], x.size)
+    exact = negative.astype(np.longdouble)
+    _assert_within_ulps(1.1, _host.exponential_nonpositive_float64(negative), np.exp(exact))
+    _assert_within_ulps(1.2, _host.exponential_minus_one_float64(negative), np.expm1(exact))
+    _assert_within_ulps(1.2, _host.exponential2_nonpositive_float64(negative), np.exp2(exact))
+    edges = np.array([-np.inf, -1e300, -745.2, -745.1, 0.0, 709.79, np.inf, np.nan])
+    np.testing.assert_array_equal(
+        _host.exponential_float64(edges), [0, 0, 0, 5e-324, 1, np.inf, np.inf, np.nan]
+    )
+    edges = np.array([-np.inf, -1e300, -1076.0, -1074.0, -1.0, 0.0, np.nan])
+    np.testing.assert_array_equal(
+        _host.exponential2_nonpositive_float64(edges), [0, 0, 0, 5e-324, 0.5, 1, np.nan]
+    )
+    np.testing.assert_array_equal(
+        _host.exponential_minus_one_float64(edges)[[0, 1, 2, 5, 6]], [-1, -1, -1, 0, np.nan]
+    )
+
+
+def _sincos_of_turns(turns: Any) -> tuple[Any, Any]:
+    """In long double: of 2 pi times uint32 words * 2^-32, less than a quarter turn at a time."""
+    quadrant = (turns + np.uint32(0x20000000)) >> np.uint32(30)
+    rest = (turns - (quadrant << np.uint32(30))).view(np.int32).astype(np.longdouble)
+    angle = rest * (2 * np.arccos(np.longdouble(-1)) * np.longdouble(2.0) ** -32)
+    s, c = np.sin(angle), np.cos(angle)
+    return np.choose(quadrant % 4, [s, c, -s, -c]), np.choose(quadrant % 4, [c, -s, -c, s])
+
+
+def test_sincos_turns() -> None:
+    words = np.random.default_rng(12).integers(0, 2**32, 500_000, dtype=np.uint32)
+    turns = np.concatenate([_hard_words().ravel(), words])
+    exact = _sincos_of_turns(turns)
+    for actual, wanted in zip(_host.sincos_turns_float32(turns), exact, strict=True):
+        np.testing.assert_allclose(actual, wanted.astype(np.float64), rtol=0, atol=1.2e-7)
+    for actual, wanted in zip(_host.sincos_turns_float64(turns), exact, strict=True):
+        _assert_within_ulps(2, actual, wanted)
 
 
 DTYPES = [("float32", 2.0**-23), ("float64", 2.0**-52)]

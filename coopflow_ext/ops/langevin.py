@@ -70,7 +70,7 @@ _OFF = {
     "bfloat16": False,
     "n_steps": None,
     "thin": None,
-    "step_size": None,
+    "step_size": 0.0,
     "temperature": 1.0,
     "adapt_steps": 0,
     "target_accept": 0.574,

@@ -1,11 +1,12 @@
-// Branch-free float32 elementary functions that a compiler can vectorise, bit-identical on every
-// instruction set because each rounding is written out. Polynomial coefficients are those of the
-// Cephes library (S. Moshier). float64 and device code call the standard library.
+// Branch-free elementary functions that a compiler can vectorise, bit-identical on every
+// instruction set because each rounding is written out. Coefficients are those of the Cephes
+// library (S. Moshier). Device code calls the standard library.
 //
-// Outside the arguments that a function is for, device code differs: the logarithm of zero is -inf
-// there, and an ordinary number here. A kernel that runs on a CPU in a device's place gets what the
-// device makes of such arguments; of ordinary ones it gets the bits of the CPU loops, with which
-// its results are compared.
+// Those of float64 err by less than 2 ulp; its logarithm and its exponential are for every
+// argument. Outside the arguments that a function of float32 is for, device code differs: the
+// logarithm of zero is -inf there, and an ordinary number here. A kernel that runs on a CPU in a
+// device's place gets what the device makes of such arguments; of ordinary ones it gets the bits of
+// the CPU loops, with which its results are compared.
 #pragma once
 
 #include <cmath>
@@ -54,7 +55,41 @@ COOPFLOW_HD float log_positive(float x) {
 #endif
 }
 
-COOPFLOW_HD double log_positive(double x) { return std::log(x); }
+// log x for every x.
+COOPFLOW_HD double log_positive(double x) {
+#if COOPFLOW_DEVICE_CODE
+  return log(x);
+#else
+  constexpr uint64_t kSqrtHalf = 0x3FE6A09E667F3BCD;
+  const bool denormal = x < 0x1p-1022;
+  const uint64_t bits = double_bits(denormal ? x * 0x1p54 : x);
+  // As for float32, but that 1024 keeps the exponent from becoming negative: then its bits are the
+  // last ones of a double beside 2^52.
+  const uint64_t exponent = (bits - kSqrtHalf + (uint64_t{1024} << 52)) >> 52;
+  const double e =
+      bits_double(exponent | double_bits(0x1p52)) - (denormal ? 0x1p52 + 1024 + 54 : 0x1p52 + 1024);
+  const double f = bits_double(((bits - kSqrtHalf) & 0x000FFFFFFFFFFFFF) + kSqrtHalf) - 1.0;
+  double p = 1.01875663804580931796e-4;
+  p = multiply_add(p, f, 4.97494994976747001425e-1);
+  p = multiply_add(p, f, 4.70579119878881725854);
+  p = multiply_add(p, f, 1.44989225341610930846e1);
+  p = multiply_add(p, f, 1.79368678507819816313e1);
+  p = multiply_add(p, f, 7.70838733755885391666);
+  double q = f + 1.12873587189167450590e1;
+  q = multiply_add(q, f, 4.52279145837532221105e1);
+  q = multiply_add(q, f, 8.29875266912776603211e1);
+  q = multiply_add(q, f, 7.11544750618563894466e1);
+  q = multiply_add(q, f, 2.31251620126765340583e1);
+  const double f2 = f * f;
+  double y = f * (f2 * p / q);
+  y = multiply_add(e, -2.121944400546905827679e-4, y);
+  y = multiply_add(-0.5, f2, y);
+  y = multiply_add(e, 0.693359375, f + y);
+  y = x == 0.0 ? -INFINITY : y;
+  y = x < 0.0 ? NAN : y;
+  return x < INFINITY ? y : x;  // infinity and NaN stay
+#endif
+}
 
 // The same in few instructions: on a GPU absolute error 2^-22 for x in [1/2, 2], else 2 ulp.
 COOPFLOW_HD float quick_log_positive(float x) {
@@ -104,7 +139,51 @@ COOPFLOW_HD float exponential(float x) {
 #endif
 }
 
-COOPFLOW_HD double exponential(double x) { return std::exp(x); }
+constexpr double kDoubleRounder = 0x1.8p52;  // as kRounder
+
+struct ScaledExponential64 {
+  double excess, shifted;
+};
+
+// e^r - 1 for |r| <= log(2) / 2, with the coefficients of fdlibm.
+COOPFLOW_HD double exponential_excess(double r) {
+  const double r2 = r * r;
+  double p = 4.13813679705723846039e-8;
+  p = multiply_add(p, r2, -1.65339022054652515390e-6);
+  p = multiply_add(p, r2, 6.61375632143793436117e-5);
+  p = multiply_add(p, r2, -2.77777777770155933842e-3);
+  p = multiply_add(p, r2, 1.66666666666666019037e-1);
+  const double c = multiply_add(-r2, p, r);
+  return r + r * c / (2.0 - c);
+}
+
+COOPFLOW_HD ScaledExponential64 scaled_exponential(double t) {
+  const double shifted = multiply_add(t, 1.4426950408889634, kDoubleRounder);
+  const double n = shifted - kDoubleRounder;
+  const double r = multiply_add(n, -6.93145751953125e-1, t);
+  return {exponential_excess(multiply_add(n, -1.42860682030941723212e-6, r)), shifted};
+}
+
+// 2^n for the n in the low bits of shifted, where that is normal.
+COOPFLOW_HD double power_of_two(double shifted) {
+  return bits_double((double_bits(shifted) << 52) + double_bits(1.0));
+}
+
+// (1 + excess) * 2^n, in two factors, since n can leave the exponent range of either one alone.
+COOPFLOW_HD double scaled(const ScaledExponential64& e) {
+  const double half = multiply_add(e.shifted - kDoubleRounder, 0.5, kDoubleRounder);
+  const double rest = e.shifted - half + kDoubleRounder;
+  return (e.excess + 1.0) * power_of_two(half) * power_of_two(rest);
+}
+
+// exp x for every x.
+COOPFLOW_HD double exponential(double x) {
+#if COOPFLOW_DEVICE_CODE
+  return exp(x);
+#else
+  return scaled(scaled_exponential(clamp_keep_nan(x, -746.0, 710.0)));
+#endif
+}
 
 // exp x for x <= 88; below -87 anything up to exp(-87).
 COOPFLOW_HD float exponential_normal(float x) {
@@ -136,7 +215,7 @@ COOPFLOW_HD float exponential_nonpositive(float x) {
 #endif
 }
 
-COOPFLOW_HD double exponential_nonpositive(double x) { return std::exp(x); }
+COOPFLOW_HD double exponential_nonpositive(double x) { return exponential(x); }
 
 // exp(x) - 1 for x <= 0 and NaN, accurate near 0 too.
 COOPFLOW_HD float exponential_minus_one(float x) {
@@ -149,7 +228,15 @@ COOPFLOW_HD float exponential_minus_one(float x) {
 #endif
 }
 
-COOPFLOW_HD double exponential_minus_one(double x) { return std::expm1(x); }
+COOPFLOW_HD double exponential_minus_one(double x) {
+#if COOPFLOW_DEVICE_CODE
+  return expm1(x);
+#else
+  const ScaledExponential64 e = scaled_exponential(x < -700.0 ? -700.0 : x);
+  const double scale = power_of_two(e.shifted);
+  return multiply_add(e.excess, scale, scale - 1.0);
+#endif
+}
 
 // 2^x for x <= 0 and NaN; results below 2^kLeast come out as that (as 0 below 2^-126 on a GPU).
 template <int kLeast = -125>
@@ -175,7 +262,14 @@ COOPFLOW_HD float exponential2_nonpositive(float x) {
 
 template <int kLeast = -125>
 COOPFLOW_HD double exponential2_nonpositive(double x) {
-  return std::exp2(x);
+#if COOPFLOW_DEVICE_CODE
+  return exp2(x);
+#else
+  const double t = x < -1080.0 ? -1080.0 : x;
+  const double shifted = t + kDoubleRounder;
+  const double f = t - (shifted - kDoubleRounder);
+  return scaled({exponential_excess(f * 0.69314718055994530942), shifted});
+#endif
 }
 
 COOPFLOW_HD float reciprocal(float x) {
@@ -216,13 +310,35 @@ COOPFLOW_HD void sincos_turns(uint32_t turns, float* sine, float* cosine) {
   sincos_quadrant(quadrant, r, sine, cosine);
 }
 
+COOPFLOW_HD void sincos_quadrant(uint64_t quadrant, double r, double* sine, double* cosine) {
+  const double r2 = r * r;
+  double s = multiply_add(1.58962301576546568060e-10, r2, -2.50507477628578072866e-8);
+  s = multiply_add(s, r2, 2.75573136213857245213e-6);
+  s = multiply_add(s, r2, -1.98412698295895385996e-4);
+  s = multiply_add(s, r2, 8.33333333332211858878e-3);
+  s = multiply_add(s, r2, -1.66666666666666307295e-1);
+  s = multiply_add(s * r2, r, r);
+  double c = multiply_add(-1.13585365213876817300e-11, r2, 2.08757008419747316778e-9);
+  c = multiply_add(c, r2, -2.75573141792967388112e-7);
+  c = multiply_add(c, r2, 2.48015872888517045348e-5);
+  c = multiply_add(c, r2, -1.38888888888730564116e-3);
+  c = multiply_add(c, r2, 4.16666666666665929218e-2);
+  c = multiply_add(c * r2, r2, multiply_add(-0.5, r2, 1.0));
+  const bool odd = (quadrant & 1) != 0;
+  const uint64_t sine_sign = (quadrant & 2) << 62;
+  const uint64_t cosine_sign = ((quadrant + 1) & 2) << 62;
+  *sine = bits_double(double_bits(odd ? c : s) ^ sine_sign);
+  *cosine = bits_double(double_bits(odd ? s : c) ^ cosine_sign);
+}
+
 COOPFLOW_HD void sincos_turns(uint32_t turns, double* sine, double* cosine) {
 #if COOPFLOW_DEVICE_CODE
   sincospi(static_cast<double>(turns) * 0x1p-31, sine, cosine);
 #else
-  const double angle = static_cast<double>(turns) * 1.4629180792671596e-9;  // 2 * pi * 2^-32
-  *sine = std::sin(angle);
-  *cosine = std::cos(angle);
+  const uint32_t quadrant = (turns + 0x20000000u) >> 30;
+  const double r = static_cast<double>(static_cast<int32_t>(turns - (quadrant << 30))) *
+                   1.46291807926715968105e-9;  // 2 * pi * 2^-32
+  sincos_quadrant(uint64_t{quadrant}, r, sine, cosine);
 #endif
 }
 
@@ -243,9 +359,10 @@ COOPFLOW_HD void sincos_2pi(double x, double* sine, double* cosine) {
 #if COOPFLOW_DEVICE_CODE
   sincospi(2.0 * x, sine, cosine);
 #else
-  const double angle = (x - std::nearbyint(x)) * 6.283185307179586;
-  *sine = std::sin(angle);
-  *cosine = std::cos(angle);
+  const double turn = x - std::nearbyint(x);
+  const double shifted = multiply_add(turn, 4.0, kDoubleRounder);
+  const double rest = multiply_add(shifted - kDoubleRounder, -0.25, turn);
+  sincos_quadrant(double_bits(shifted), rest * 6.28318530717958647693, sine, cosine);
 #endif
 }
 

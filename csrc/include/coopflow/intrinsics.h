@@ -60,6 +60,26 @@ COOPFLOW_HD float bits_float(uint32_t bits) {
 #endif
 }
 
+COOPFLOW_HD uint64_t double_bits(double x) {
+#if COOPFLOW_DEVICE_CODE
+  return static_cast<uint64_t>(__double_as_longlong(x));
+#else
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
+COOPFLOW_HD double bits_double(uint64_t bits) {
+#if COOPFLOW_DEVICE_CODE
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
 // min(max(x, low), high) that keeps NaN, as torch.clamp does.
 COOPFLOW_HD float clamp_keep_nan(float x, float low, float high) {
 #if COOPFLOW_DEVICE_CODE

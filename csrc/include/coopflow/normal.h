@@ -40,7 +40,7 @@ COOPFLOW_HD Pair<float> box_muller(uint32_t w0, uint32_t w1, float /*arithmetic*
 
 COOPFLOW_HD Pair<double> box_muller(uint32_t w0, uint32_t w1, double /*arithmetic*/) {
   const double u = (static_cast<double>(w0) + 0.5) * 0x1p-32;
-  const double radius = std::sqrt(-2.0 * std::log(u));
+  const double radius = std::sqrt(-2.0 * log_positive(u));
   double sine, cosine;
   sincos_turns(w1, &sine, &cosine);
   return {radius * cosine, radius * sine};
