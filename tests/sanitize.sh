@@ -23,10 +23,11 @@ cxx=${CXX:-c++}
 PATH=$(dirname "$python"):$PATH
 export OMP_NUM_THREADS=1 PYTHONPATH=$root
 
-# A report ends the process: pytest must not keep what it says (--capture=sys).
 # Compiling with torch.compile under a preloaded sanitizer checks the compiler, not this library.
 source tests/op_tests.sh
 select="not slow and not gpu"
+# A report ends the process, so that pytest must not keep what it says.
+shown=(-q --capture=sys -p no:cacheprovider)
 
 # The library built with -fsanitize=$1.
 build_with() {
@@ -74,7 +75,7 @@ check_address() {
   local checked=(env "LD_PRELOAD=$preloaded" ASAN_OPTIONS=detect_leaks=0
     UBSAN_OPTIONS=print_stacktrace=1 "$python")
   must_find write_past_the_end heap-buffer-overflow -fsanitize=address "${checked[@]}"
-  "${checked[@]}" -m pytest -q --capture=sys -p no:cacheprovider -m "$select" -k "not compile" --timeout=900 \
+  "${checked[@]}" -m pytest "${shown[@]}" -m "$select" -k "not compile" --timeout=900 \
     "${op_tests[@]}"
 }
 
@@ -90,7 +91,7 @@ check_thread() {
   local checked=(env "LD_PRELOAD=$preloaded" "TSAN_OPTIONS=$options"
     setarch --addr-no-randomize "$python")
   must_find share_an_element "data race" -fsanitize=thread "${checked[@]}"
-  "${checked[@]}" -m pytest -q --capture=sys -p no:cacheprovider -m "$select" -k "thread and not instruction" \
+  "${checked[@]}" -m pytest "${shown[@]}" -m "$select" -k "thread and not instruction" \
     --timeout=900 "${op_tests[@]}"
 }
 
