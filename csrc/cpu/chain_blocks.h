@@ -30,7 +30,8 @@ struct Block {
   }
 };
 
-// Where a block's first element lies, and from one chain to the next.
+// The block's values, one beside the other. first: where the first of them lies, stride: from one
+// of its chains to the next.
 template <typename T, typename A>
 void gather(const Block& block, const T* first, int64_t stride, A* values) {
   if (block.chains == 1) return load<T>(first, 0, block.n, values);

@@ -41,8 +41,7 @@ template <typename T, typename A>
   scatter(block, values, stride, first);
 }
 
-// The block's values and zeros after them. first: where its first value lies, stride: from one of
-// its chains to the next.
+// The block's values and zeros after them; arguments as for gather.
 template <typename T, typename A>
 void load_block(const Block& block, const T* first, int64_t stride, A* values) {
   if (block.n < kWidth) return load_part(block, first, stride, values);

@@ -1,6 +1,5 @@
 // A tile of noise for a flat range of quads over all chains, so that short chains share one. For
-// the
-// *_loops.cpp files only, each compiled once per instruction set: everything here has internal
+// the *_loops.cpp files only, each compiled once per instruction set: everything here has internal
 // linkage.
 #pragma once
 
