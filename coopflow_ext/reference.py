@@ -57,6 +57,20 @@ def noise_words(batch: int, per_chain: int, rng: Tensor, *, step: int = 0) -> Te
     return torch.stack(philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=-1)
 
 
+def _cos_sin_of_turns(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2π·word·2⁻³². Whole quarter turns are taken off as integers: an angle of
+    several radians would be rounded by more than float64's bound allows."""
+    quarter = (words + 2**29) >> 30
+    rest = (words - (quarter << 30)).double() * (2 * math.pi * 2.0**-32)
+    odd = quarter % 2 == 1
+    cosine = torch.where(odd, rest.sin(), rest.cos())
+    sine = torch.where(odd, rest.cos(), rest.sin())
+    return (
+        torch.where((quarter + 1) & 2 > 0, -cosine, cosine),
+        torch.where(quarter & 2 > 0, -sine, sine),
+    )
+
+
 def normal(
     shape: Sequence[int],
     rng: Tensor,
@@ -69,10 +83,10 @@ def normal(
     Dimension 0 counts the chains; elements are counted row-major within a chain.
     """
     batch, per_chain = shape[0], math.prod(shape[1:])
-    words = noise_words(batch, per_chain, rng, step=step).double()
-    radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 0.5) * 2.0**-32))
-    angle = 2 * math.pi * words[..., 1::2] * 2.0**-32
-    lanes = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    words = noise_words(batch, per_chain, rng, step=step)
+    radius = torch.sqrt(-2 * torch.log((words[..., 0::2].double() + 0.5) * 2.0**-32))
+    cosine, sine = _cos_sin_of_turns(words[..., 1::2])
+    lanes = torch.stack((radius * cosine, radius * sine), dim=-1)
     return flat(lanes)[:, :per_chain].reshape(tuple(shape)).to(dtype)
 
 
