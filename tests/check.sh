@@ -19,6 +19,7 @@ parts=("$@")
 [ $# -gt 0 ] || parts=(tests sanitize wheels)
 versions=${CHECK_TORCH-torch==2.10.0 torch==2.11.0 torch}
 pythons=${CHECK_PYTHON-3.10 3.13}
+stdlib=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p docs build
@@ -108,6 +109,6 @@ run() {
 
 for part in "${parts[@]}"; do
   SECONDS=0
-  run "$part" 2>&1 | sed -u -e "s|$work|…|g" -e "s|$PWD|.|g" | tee "build/check-$part.txt"
+  run "$part" 2>&1 | sed -u -e "s|$work|…|g" -e "s|$PWD|.|g" -e "s|$stdlib|…|g" | tee "build/check-$part.txt"
   cp "build/check-$part.txt" "docs/check-$part.txt"
 done
