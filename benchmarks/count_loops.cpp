@@ -37,6 +37,11 @@ std::vector<float> values(int64_t n, float scale = 1, float offset = 0) {
   return out;
 }
 
+template <typename Forward, typename Backward>
+void repeat(int64_t runs, bool backward, const Forward& forward, const Backward& derivative) {
+  for (int64_t i = 0; i < runs; ++i) backward ? derivative() : forward();
+}
+
 template <typename T>
 void langevin(int64_t runs) {
   std::vector<float> x = values(kElements), grad = values(kElements);  // long enough for half too
@@ -77,13 +82,9 @@ void affine(int64_t runs, int64_t per_chain, bool backward) {
   const AffineCouplingBackwardArgs<float> gradient{x.data(),      ones.data(), x.data(),
                                                    params.data(), out.data(),  grad_params.data(),
                                                    batch,         per_chain,   false};
-  for (int64_t i = 0; i < runs; ++i) {
-    if (backward) {
-      loops.backward(gradient, 0, batch);
-    } else {
-      loops.map(args, sums.data(), 0, batch);
-    }
-  }
+  repeat(
+      runs, backward, [&] { loops.map(args, sums.data(), 0, batch); },
+      [&] { loops.backward(gradient, 0, batch); });
 }
 
 constexpr MixtureShape kMixture{kBatch, kPerChain, kComponents, true};
@@ -130,13 +131,9 @@ void concat_elu(int64_t runs, bool backward) {
   const ConcatEluBackwardArgs<float> gradient{y.data(), y.data(), out.data(), shape, dropout};
   const auto loops = COOPFLOW_ISA::concat_elu_loops<float>();
   const int64_t blocks = ConcatEluBlocks(shape).count;
-  for (int64_t i = 0; i < runs; ++i) {
-    if (backward) {
-      loops.backward(gradient, 0, blocks);
-    } else {
-      loops.forward(args, 0, blocks);
-    }
-  }
+  repeat(
+      runs, backward, [&] { loops.forward(args, 0, blocks); },
+      [&] { loops.backward(gradient, 0, blocks); });
 }
 
 void attention(int64_t runs, bool backward) {
@@ -163,13 +160,10 @@ void attention(int64_t runs, bool backward) {
   gradient.dropout = args.dropout;
   gradient.scale = 0.25F;
   const auto loops = COOPFLOW_ISA::attention_loops<float>();
-  for (int64_t i = 0; i < runs; ++i) {
-    if (backward) {
-      loops.backward(gradient, 0, kHeads);
-    } else {
-      loops.forward(args, 0, kHeads * divide_up(shape.length, kAttentionRows));
-    }
-  }
+  repeat(
+      runs, backward,
+      [&] { loops.forward(args, 0, kHeads * divide_up(shape.length, kAttentionRows)); },
+      [&] { loops.backward(gradient, 0, kHeads); });
 }
 
 void weight_norm(int64_t runs, bool backward) {
@@ -182,13 +176,9 @@ void weight_norm(int64_t runs, bool backward) {
                                          kPerRow};
   const int64_t first_row = 0;
   const auto loops = COOPFLOW_ISA::weight_norm_loops<float>();
-  for (int64_t i = 0; i < runs; ++i) {
-    if (backward) {
-      loops.backward({&gradient, &first_row, 1}, 0, kRows);
-    } else {
-      loops.forward({&layer, &first_row, 1}, 0, kRows);
-    }
-  }
+  repeat(
+      runs, backward, [&] { loops.forward({&layer, &first_row, 1}, 0, kRows); },
+      [&] { loops.backward({&gradient, &first_row, 1}, 0, kRows); });
 }
 
 struct Loop {

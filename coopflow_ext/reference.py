@@ -62,9 +62,9 @@ def _cos_sin_of_turns(words: Tensor) -> tuple[Tensor, Tensor]:
     several radians would be rounded by more than float64's bound allows."""
     quarter = (words + 2**29) >> 30
     rest = (words - (quarter << 30)).double() * (2 * math.pi * 2.0**-32)
+    c, s = rest.cos(), rest.sin()
     odd = quarter % 2 == 1
-    cosine = torch.where(odd, rest.sin(), rest.cos())
-    sine = torch.where(odd, rest.cos(), rest.sin())
+    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
     return (
         torch.where((quarter + 1) & 2 > 0, -cosine, cosine),
         torch.where(quarter & 2 > 0, -sine, sine),

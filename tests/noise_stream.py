@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     key, written = cf.Key(args.seed), 0
     try:
-        for _ in range(args.blocks) if args.blocks is not None else itertools.count():
+        for _ in itertools.islice(itertools.count(), args.blocks):
             written += sys.stdout.buffer.write(block(args.kind, args.fastest, key))
             key = key.advance(STEPS)
             if key.time >= 2**31:

@@ -154,9 +154,7 @@ void update_short_chains(const LangevinArgs<arithmetic_t<T>>& args, arithmetic_t
     alignas(64) A xi[kTile] = {};
     if (args.noise_source == NoiseSource::kPhilox) {
       TileCounters counters{};
-      for (int64_t i = 0; i < (last - first) * quads; ++i) {
-        counters.set(i, args.rng[2] + first + i / quads, i % quads);
-      }
+      set_counters(args.rng[2], quads, first * quads, last * quads, &counters);
       fill_tile<NormalNoise>(counters, make_philox_key(args.rng[0]),
                              noise_time(args.rng, args.step), xi);
     }

@@ -106,11 +106,12 @@ COOPFLOW_HD double quick_log_positive(double x) { return log_positive(x); }
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
 // e^t = (1 + excess) * 2^n for a t that is not large; n is the integer in the low bits of shifted.
+template <typename A>
 struct ScaledExponential {
-  float excess, shifted;
+  A excess, shifted;
 };
 
-COOPFLOW_HD ScaledExponential scaled_exponential(float t) {
+COOPFLOW_HD ScaledExponential<float> scaled_exponential(float t) {
   const float shifted = multiply_add(t, 1.44269504f, kRounder);
   const float n = shifted - kRounder;
   float r = multiply_add(n, -0.693359375f, t);
@@ -129,7 +130,7 @@ COOPFLOW_HD float exponential(float x) {
 #if COOPFLOW_DEVICE_CODE
   return expf(x);
 #else
-  const ScaledExponential e = scaled_exponential(clamp_keep_nan(x, -104.0f, 89.0f));
+  const ScaledExponential<float> e = scaled_exponential(clamp_keep_nan(x, -104.0f, 89.0f));
   // 2^n in two factors, since n can leave the exponent range of either one alone.
   const int32_t exponent = static_cast<int32_t>(float_bits(e.shifted) - float_bits(kRounder));
   const int32_t half = exponent >> 1;
@@ -140,10 +141,6 @@ COOPFLOW_HD float exponential(float x) {
 }
 
 constexpr double kDoubleRounder = 0x1.8p52;  // as kRounder
-
-struct ScaledExponential64 {
-  double excess, shifted;
-};
 
 // e^r - 1 for |r| <= log(2) / 2, with the coefficients of fdlibm.
 COOPFLOW_HD double exponential_excess(double r) {
@@ -157,7 +154,7 @@ COOPFLOW_HD double exponential_excess(double r) {
   return r + r * c / (2.0 - c);
 }
 
-COOPFLOW_HD ScaledExponential64 scaled_exponential(double t) {
+COOPFLOW_HD ScaledExponential<double> scaled_exponential(double t) {
   const double shifted = multiply_add(t, 1.4426950408889634, kDoubleRounder);
   const double n = shifted - kDoubleRounder;
   const double r = multiply_add(n, -6.93145751953125e-1, t);
@@ -170,7 +167,7 @@ COOPFLOW_HD double power_of_two(double shifted) {
 }
 
 // (1 + excess) * 2^n, in two factors, since n can leave the exponent range of either one alone.
-COOPFLOW_HD double scaled(const ScaledExponential64& e) {
+COOPFLOW_HD double scaled(const ScaledExponential<double>& e) {
   const double half = multiply_add(e.shifted - kDoubleRounder, 0.5, kDoubleRounder);
   const double rest = e.shifted - half + kDoubleRounder;
   return (e.excess + 1.0) * power_of_two(half) * power_of_two(rest);
@@ -191,7 +188,7 @@ COOPFLOW_HD float exponential_normal(float x) {
   return expf(x);
 #else
   if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
-  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const ScaledExponential<float> e = scaled_exponential(x < -87.0f ? -87.0f : x);
   return bits_float(float_bits(e.excess + 1.0f) + (float_bits(e.shifted) << 23));
 #endif
 }
@@ -199,7 +196,7 @@ COOPFLOW_HD float exponential_normal(float x) {
 COOPFLOW_HD double exponential_normal(double x) { return exponential(x); }
 
 // 2^n of a ScaledExponential, where that is normal.
-COOPFLOW_HD float power_of_two(const ScaledExponential& e) {
+COOPFLOW_HD float power_of_two(const ScaledExponential<float>& e) {
   return bits_float(float_bits(1.0f) + (float_bits(e.shifted) << 23));
 }
 
@@ -209,7 +206,7 @@ COOPFLOW_HD float exponential_nonpositive(float x) {
   return expf(x);
 #else
   if (COOPFLOW_EMULATED_DEVICE && is_special(x, std::exp(x))) return std::exp(x);
-  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const ScaledExponential<float> e = scaled_exponential(x < -87.0f ? -87.0f : x);
   const float scale = power_of_two(e);
   return multiply_add(e.excess, scale, scale);
 #endif
@@ -222,7 +219,7 @@ COOPFLOW_HD float exponential_minus_one(float x) {
 #if COOPFLOW_DEVICE_CODE
   return expm1f(x);
 #else
-  const ScaledExponential e = scaled_exponential(x < -87.0f ? -87.0f : x);
+  const ScaledExponential<float> e = scaled_exponential(x < -87.0f ? -87.0f : x);
   const float scale = power_of_two(e);
   return multiply_add(e.excess, scale, scale - 1.0f);
 #endif
@@ -232,7 +229,7 @@ COOPFLOW_HD double exponential_minus_one(double x) {
 #if COOPFLOW_DEVICE_CODE
   return expm1(x);
 #else
-  const ScaledExponential64 e = scaled_exponential(x < -700.0 ? -700.0 : x);
+  const ScaledExponential<double> e = scaled_exponential(x < -700.0 ? -700.0 : x);
   const double scale = power_of_two(e.shifted);
   return multiply_add(e.excess, scale, scale - 1.0);
 #endif
@@ -268,7 +265,7 @@ COOPFLOW_HD double exponential2_nonpositive(double x) {
   const double t = x < -1080.0 ? -1080.0 : x;
   const double shifted = t + kDoubleRounder;
   const double f = t - (shifted - kDoubleRounder);
-  return scaled({exponential_excess(f * 0.69314718055994530942), shifted});
+  return scaled(ScaledExponential<double>{exponential_excess(f * 0.69314718055994530942), shifted});
 #endif
 }
 
