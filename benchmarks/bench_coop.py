@@ -88,6 +88,7 @@ def _networks(uniform: Callable[..., torch.Tensor]) -> dict[str, Any]:
     return {
         "attention": partial(plain.attention, uniform=uniform),
         "concat_elu": partial(plain.concat_elu, uniform=uniform),
+        "gate_add_norm": plain.gate_add_norm,
         "weight_norm": plain.weight_norm,
     }
 

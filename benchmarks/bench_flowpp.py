@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 COMPILED = "reference, compiled"
 MIXTURE = (FORWARD, INVERSE)
-NETWORKS = ("attention", "concat_elu", "weight_norm")
+NETWORKS = ("attention", "concat_elu", "gate_add_norm", "weight_norm")
 
 
 def variants(with_compile: bool) -> dict[str, dict[str, Any]]:

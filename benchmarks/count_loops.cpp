@@ -12,6 +12,7 @@
 #include "affine_coupling_loops.h"
 #include "attention_loops.h"
 #include "concat_elu_loops.h"
+#include "gate_add_norm_loops.h"
 #include "langevin_loops.h"
 #include "mixture_logistic_loops.h"
 #include "random_loops.h"
@@ -166,6 +167,25 @@ void attention(int64_t runs, bool backward) {
       [&] { loops.backward(gradient, 0, kHeads); });
 }
 
+void gate_add_norm(int64_t runs, bool backward) {
+  constexpr int64_t kChannels = 32, kRows = kElements / kChannels;
+  const std::vector<float> x = values(kElements), gates = values(2 * kElements);
+  const std::vector<float> weight = values(kChannels), bias = values(kChannels);
+  std::vector<float> y(kElements), grad_gates(2 * kElements), sums(2 * kElements);
+  std::vector<float> scratch(kGateAddNormScratch * kGateAddNormBlock * kChannels);
+  std::vector<NormRow<float>> norms(kRows, {0, 1});
+  const GateAddNormArgs<float> args{x.data(),    gates.data(), weight.data(),
+                                    bias.data(), y.data(),     norms.data(),
+                                    kRows,       kChannels,    1e-5F};
+  const GateAddNormBackwardArgs<float> gradient{
+      x.data(), x.data(),          gates.data(), weight.data(), norms.data(),
+      y.data(), grad_gates.data(), sums.data(),  kRows,         kChannels};
+  const auto loops = COOPFLOW_ISA::gate_add_norm_loops<float>();
+  repeat(
+      runs, backward, [&] { loops.forward(args, scratch.data(), 0, kRows); },
+      [&] { loops.backward(gradient, scratch.data(), 0, divide_up(kRows, kGateAddNormRows)); });
+}
+
 void weight_norm(int64_t runs, bool backward) {
   constexpr int64_t kRows = 16, kPerRow = kElements / kRows;
   const std::vector<float> direction = values(kElements), gain = values(kRows);
@@ -202,6 +222,8 @@ constexpr Loop kLoops[] = {
     {"concat_elu_backward", [](int64_t runs) { concat_elu(runs, true); }},
     {"attention_forward", [](int64_t runs) { attention(runs, false); }},
     {"attention_backward", [](int64_t runs) { attention(runs, true); }},
+    {"gate_add_norm_forward", [](int64_t runs) { gate_add_norm(runs, false); }},
+    {"gate_add_norm_backward", [](int64_t runs) { gate_add_norm(runs, true); }},
     {"weight_norm_forward", [](int64_t runs) { weight_norm(runs, false); }},
     {"weight_norm_backward", [](int64_t runs) { weight_norm(runs, true); }},
 };

@@ -30,6 +30,7 @@ SOURCES = (
     "affine_coupling",
     "attention",
     "concat_elu",
+    "gate_add_norm",
     "langevin",
     "mixture_logistic",
     "random",

@@ -105,7 +105,7 @@ class Op:
     @property
     def is_layer(self) -> bool:
         """Of a network: its input has dimensions that the drawn shape has not."""
-        return self.name in ("attention", "concat_elu", "weight_norm")
+        return self.name in ("attention", "concat_elu", "gate_add_norm", "weight_norm")
 
     @property
     def takes_any_strides(self) -> bool:
@@ -233,6 +233,21 @@ def concat_elu_with_dropout(draw: Draw) -> Arguments:
     return {"x": x, "rng": draw.rng(), "p": 0.3, "step": 2}
 
 
+# --- gate, sum and LayerNorm ----------------------------------------------------------------------
+
+
+def gate_add_norm_arguments(draw: Draw) -> Arguments:
+    """Rows of the drawn shape's last dimension and five more: of two numbers a row that is normed
+    says nothing but which is larger."""
+    *sizes, last = draw.shape if len(draw.shape) > 1 else (*draw.shape, 0)
+    shapes = {"x": (*sizes, last + 5), "gates": (*sizes, 2 * last + 10)}
+    parameters = {"weight": (last + 5,), "bias": (last + 5,)}
+    return {
+        name: draw.normal(*shape).to(draw.device, draw.dtype)
+        for name, shape in {**shapes, **parameters}.items()
+    }
+
+
 # --- weight norm ----------------------------------------------------------------------------------
 
 
@@ -308,6 +323,11 @@ _CONCAT_ELU: dict[str, Any] = {
     "gradient_bounds": Bounds(2e-7, 5e-16, half=1),
     "differentiable": ("x",),
 }
+_GATE_ADD_NORM: dict[str, Any] = {
+    "bounds": (Bounds(2e-6, 4e-15),),
+    "gradient_bounds": Bounds(4e-6, 1e-14, half=1),
+    "differentiable": ("x", "gates", "weight", "bias"),
+}
 _WEIGHT_NORM: dict[str, Any] = {
     "bounds": (Bounds(5e-7, 1e-15),) * 3,
     "gradient_bounds": Bounds(2e-6, 5e-15, half=1),
@@ -334,6 +354,7 @@ OPS: tuple[Op, ...] = (
     Op("attention", attention_of(40), **_ATTENTION, variant="d40"),
     Op("concat_elu", concat_elu_with_dropout, **_CONCAT_ELU, variant="dropout"),
     Op("concat_elu", _concat_elu, **_CONCAT_ELU, variant="plain"),
+    Op("gate_add_norm", gate_add_norm_arguments, **_GATE_ADD_NORM),
     Op("weight_norm", weight_norm_layers, **_WEIGHT_NORM),
     *coupling("affine_coupling", affine_params, _AFFINE, _AFFINE),
     # Components that are streamed, and two numbers of them that are held in registers.

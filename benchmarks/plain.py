@@ -52,3 +52,11 @@ def concat_elu(
 def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> list[Tensor]:
     """A call of torch's operator for each layer."""
     return [torch._weight_norm(v, g, 0) for v, g in zip(directions, gains, strict=True)]
+
+
+def gate_add_norm(
+    x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """GLU, sum and LayerNorm."""
+    sums = x + functional.glu(gates, -1)
+    return functional.layer_norm(sums, weight.shape, weight, bias, eps)

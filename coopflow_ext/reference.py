@@ -471,6 +471,17 @@ def _channel_factors(y: Tensor, rng: Tensor | None, p: float, step: int) -> Tens
     return (kept.to(y.dtype) / (1 - p)).reshape(kept.shape + (1,) * (y.ndim - 2))
 
 
+def gate_add_norm(
+    x: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm over the last dimension of x + a·σ(b), x (..., C) and gates (a, b) (..., 2C)."""
+    work = arithmetic_dtype(x.dtype)
+    sums = x.to(work) + functional.glu(gates.to(work), -1)
+    centred = sums - sums.mean(-1, keepdim=True)
+    normalized = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normalized * weight.to(work) + bias.to(work)).to(x.dtype)
+
+
 def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """g·v/‖v‖ for every row of each layer, v (rows, …) and g (rows, 1, …)."""
 

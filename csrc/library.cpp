@@ -157,6 +157,15 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def(
       "concat_elu_backward(Tensor grad_y, Tensor y, Tensor? rng=None, float p=0.0, "
       "SymInt step=0) -> Tensor");
+  // LayerNorm over the last dimension of x + a * sigma(b), x (..., C) and gates (a, b) (..., 2C),
+  // with mean and one over the standard deviation of each row (..., 2); and what its backward pass
+  // needs: gradients of x, of the gates, and of weight and bias (2, C).
+  m.def(
+      "gate_add_norm(Tensor x, Tensor gates, Tensor weight, Tensor bias, float eps=1e-05) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "gate_add_norm_backward(Tensor grad_y, Tensor x, Tensor gates, Tensor weight, Tensor norms, "
+      "float eps=1e-05) -> (Tensor, Tensor, Tensor)");
   // w = g * v / |v| for every row of many layers' weights at once: directions v (rows, ...) and
   // gains g (rows, 1, ...) of each; and what its backward pass needs.
   m.def("weight_norm(Tensor[] directions, Tensor[] gains) -> Tensor[]");

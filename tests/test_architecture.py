@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "coopflow_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STEMS = (
-    "affine_coupling", "analytic_langevin_chain", "attention", "concat_elu", "langevin",
-    "mixture_logistic", "mlp", "random", "weight_norm",
+    "affine_coupling", "analytic_langevin_chain", "attention", "concat_elu", "gate_add_norm",
+    "langevin", "mixture_logistic", "mlp", "random", "weight_norm",
 )  # fmt: skip
 # Where the file of a stem bears another name.
 HEADERS = {"analytic_langevin_chain": "analytic_energies"}

@@ -264,6 +264,24 @@ def test_the_checks_find_a_wrong_concat_elu() -> None:
         bench.check({"wrong": bad_gradient}, x, rng, True)
 
 
+def test_the_checks_find_a_wrong_gate_add_norm() -> None:
+    import bench_gate_add_norm as bench
+
+    given = bench.inputs((3, 5, 8), CPU, torch.float32)
+
+    def not_normed(x: torch.Tensor, gates: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.glu(gates, -1)
+
+    def bad_gradient(x: torch.Tensor, gates: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
+        return ops.gate_add_norm(x, gates, *of) + 1e-3 * (x - x.detach())
+
+    bench.check({"right": ops.gate_add_norm}, given, True)
+    with pytest.raises(AssertionError, match="wrong, result 0"):
+        bench.check({"wrong": not_normed}, given, False)
+    with pytest.raises(AssertionError, match="wrong, result 1"):
+        bench.check({"wrong": bad_gradient}, given, True)
+
+
 class _OurOperators(TorchDispatchMode):
     """Their names, as they are called."""
 
@@ -305,7 +323,7 @@ def test_a_reference_runs_none_of_our_operators() -> None:
         found[f"flowpp, {name}"] = ours.names
     assert found["coop, reference, randn"] == {"fold_in"}
     assert found["flowpp, reference"] == {"fold_in", "normal_", "uniform_"}
-    networks = {"attention", "concat_elu", "weight_norm", "mixture_logistic_coupling"}
+    networks = {*bench_flowpp.NETWORKS, "mixture_logistic_coupling"}
     assert networks < found["coop, ours"]
     assert networks < found["flowpp, ours"]
 
@@ -352,6 +370,7 @@ FAST = [
     "mixture_logistic/forward/bf16/K32/16384",
     "attention/forward+backward/fp32/64x4x32x8",
     "concat_elu/forward+backward/fp32/64x32x8x4",
+    "gate_add_norm/forward+backward/fp32/64x32x32",
     "chain/mixture, closed form",
     "chain/cheap score, one chain",
     "chain/ResEnergy",
@@ -408,8 +427,8 @@ def test_names_are_unique_and_cover_every_family() -> None:
     names = [c.name for c in suite.all_cases()]
     assert len(set(names)) == len(names)
     assert {n.partition("/")[0] for n in names} >= {
-        "langevin", "affine_coupling", "mixture_logistic", "attention", "concat_elu", "chain",
-        "flowpp", "coop",
+        "langevin", "affine_coupling", "mixture_logistic", "attention", "concat_elu",
+        "gate_add_norm", "weight_norm", "chain", "flowpp", "coop",
     }  # fmt: skip
 
 

@@ -393,7 +393,5 @@ def test_the_flows_layer_has_the_mask_that_it_had(memory_format: torch.memory_fo
     never = 0.0
     h = layer.conv(as_the_flows_did(x, rng, never))
     h = h + layer.aux(as_the_flows_did(aux, rng, never))
-    gated = layer.gate(as_the_flows_did(h, rng, 0.3, step=4))
-    torch.testing.assert_close(
-        layer(x, flows.Context(aux, rng)), functional.glu(gated, 1), rtol=1e-5, atol=1e-6
-    )
+    gates = layer.gate(as_the_flows_did(h, rng, 0.3, step=4))
+    torch.testing.assert_close(layer(x, flows.Context(aux, rng)), gates, rtol=1e-5, atol=1e-6)

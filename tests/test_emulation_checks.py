@@ -89,6 +89,10 @@ CAUGHT = {
         "checked", "concat_elu_cuda.cu", "concat_elu",
         ("concat_elu, (3, 5)", "channels_last=False, dropout=True: y: tensor(", "is not"),
     ),
+    "parts_without_a_barrier": (
+        "checked", "gate_add_norm_cuda.cu", "gate_add_norm_parts",
+        ("shared memory", "gate_add_norm_cuda.cu", "no barrier between them", "block ("),
+    ),
     "sums_of_one_part": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
         ("32 x torch.float32", "(sum): tensor(", "is not"),

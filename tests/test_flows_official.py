@@ -197,7 +197,8 @@ def test_a_network_without_attention_has_one_layer_norm_a_block():
     assert not any("norm_2" in name or "attn" in name for name in names)
     block = flow.transform.transforms[1].transforms[2].net.blocks[0].eval()
     x = torch.randn(2, 4, 8, 4)
-    normed = block.norm1((x + block.conv(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    gated = torch.nn.functional.glu(block.conv(x), 1)
+    normed = block.norm1((x + gated).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(block(x, torch.zeros(32, 4)), normed)
 
 

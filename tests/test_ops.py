@@ -21,6 +21,7 @@ from op_table import (
     as_tuple,
     attention_of,
     concat_elu_with_dropout,
+    gate_add_norm_arguments,
     weight_norm_layers,
 )
 from torch import Tensor
@@ -138,7 +139,7 @@ def test_matches_the_reference(
     arguments = op.arguments(Draw(shape, dtype, params_dtype, device))
     results = op(arguments)
     op.assert_close(results, op.reference(arguments))
-    like = {"attention": "q", "weight_norm": "directions"}.get(op.name)
+    like = {"attention": "q", "gate_add_norm": "x", "weight_norm": "directions"}.get(op.name)
     expected = [shape] if like is None else [t.shape for t in as_tuple(arguments[like])]
     if op.name == "concat_elu":
         batch, channels, *positions = arguments["x"].shape
@@ -183,6 +184,8 @@ def rows(arguments: Arguments, first: int, last: int) -> Arguments:
             part[name] = (last - first, *value[1:])
         elif name in ("drift", "noise") and isinstance(value, Tensor):
             part[name] = value[:, first:last]
+        elif name in ("weight", "bias"):
+            part[name] = value.clone()
         else:
             part[name] = tree_map_only(Tensor, lambda t: t[first:last].clone(), value)
     return part
@@ -431,6 +434,7 @@ def raw_calls(device: torch.device, dtype: torch.dtype) -> dict[str, list[RawCal
         ],
         **attention_calls(draw),
         **concat_elu_calls(draw),
+        **gate_add_norm_calls(draw),
         **weight_norm_calls(draw),
         "analytic_mala_chain": [  # float32 or float64
             (
@@ -489,6 +493,17 @@ def concat_elu_calls(draw: Draw) -> dict[str, list[RawCall]]:
             ((y, y, rng, p, step), {}),
             ((y, native().concat_elu(dense)), {}),
         ],
+    }
+
+
+def gate_add_norm_calls(draw: Draw) -> dict[str, list[RawCall]]:
+    x, gates, *parameters = gate_add_norm_arguments(draw).values()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (t.to(wide) for t in parameters)
+    _, norms = native().gate_add_norm(x, gates, weight, bias)
+    return {
+        "gate_add_norm": [((x, gates, weight, bias), {}), ((x, gates, weight, bias, 0.1), {})],
+        "gate_add_norm_backward": [((x, x, gates, weight, norms), {})],
     }
 
 

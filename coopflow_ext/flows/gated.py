@@ -24,11 +24,7 @@ AUX_CHANNELS = 32
 Layer = Callable[[Tensor], Tensor]
 # The effective weight of a layer, and its bias.
 Affine = tuple[Tensor, Tensor | None]
-
-
-def _gate(x: Tensor, dim: int) -> Tensor:
-    """a·sigmoid(b) of the two halves of a dimension."""
-    return F.glu(x, dim)
+Norm = tuple[Tensor, Tensor]
 
 
 def sinusoidal_positions(n_positions: int, channels: int) -> Tensor:
@@ -46,7 +42,7 @@ def sinusoidal_positions(n_positions: int, channels: int) -> Tensor:
     return F.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, channels % 2))
 
 
-def _gated_conv(
+def _conv_gates(
     x: Tensor,
     features: Tensor | None,
     masks: Masks,
@@ -54,16 +50,17 @@ def _gated_conv(
     aux: Layer | None,
     gate: Layer,
 ) -> Tensor:
+    """(B, 2C, H, W): values, and behind them their gates."""
     h = conv(ops.concat_elu(x))
     if aux is not None and features is not None:
         h = h + aux(features)
-    h = ops.concat_elu(h, masks.rng, masks.p, step=masks.step)
-    return _gate(gate(h), 1)
+    return gate(ops.concat_elu(h, masks.rng, masks.p, step=masks.step))
 
 
-def _gated_attention(
+def _attention_gates(
     x: Tensor, positions: Tensor, masks: Masks, project: Layer, gate: Layer
 ) -> Tensor:
+    """(B, positions, 2C): values, and behind them their gates."""
     B, L, C = x.shape
     heads = project(x + positions).view(B, L, 3, N_HEADS, C // N_HEADS)
     keys, values, queries = (of.transpose(1, 2) for of in heads.unbind(2))
@@ -72,17 +69,27 @@ def _gated_attention(
     else:
         # The mask comes from our own key, which torch's fused attention cannot take.
         mixed = ops.attention(queries, keys, values, masks.rng, masks.p, step=masks.step)
-    return _gate(gate(mixed.transpose(1, 2).reshape(B, L, C)), 2)
+    return gate(mixed.transpose(1, 2).reshape(B, L, C))
+
+
+def _gate_add_norm(x: Tensor, gates: Tensor, norm: Norm) -> Tensor:
+    """Of x's dtype, which in autocast is that of the layer before, half precision."""
+    return ops.gate_add_norm(x, gates.to(x.dtype), *norm)
 
 
 def _block(
-    x: Tensor, conv: Layer, norm1: Layer, attention: Layer | None, norm2: Layer | None
+    x: Tensor,
+    conv_gates: Layer,
+    norm1: Norm,
+    attention_gates: Layer | None,
+    norm2: Norm | None,
 ) -> Tensor:
     B, C, H, W = x.shape
     # In channels_last the change to (B, H·W, C) and back moves no data.
-    h = norm1((x + conv(x)).permute(0, 2, 3, 1).reshape(B, H * W, C))
-    if attention is not None and norm2 is not None:
-        h = norm2(h + attention(h))
+    gates = conv_gates(x).permute(0, 2, 3, 1)
+    h = _gate_add_norm(x.permute(0, 2, 3, 1), gates, norm1).view(B, H * W, C)
+    if attention_gates is not None and norm2 is not None:
+        h = _gate_add_norm(h, attention_gates(h), norm2)
     return h.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
@@ -96,16 +103,17 @@ def _as_linear(affine: Affine) -> Layer:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-def _as_norm(affine: Affine) -> Layer:
-    weight, bias = affine
-    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias)
-
-
 def _affine(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> Affine:
     """Detached without gradients, where some weights are folded so and others not: compiled code
     is for one or the other."""
     weight, bias = layer.weight, layer.bias
     return (weight if torch.is_grad_enabled() else weight.detach()), bias
+
+
+def _norm(layer: nn.LayerNorm) -> Norm:
+    weight, bias = _affine(layer)
+    assert bias is not None
+    return weight, bias
 
 
 def _block_of_tensors(
@@ -114,14 +122,14 @@ def _block_of_tensors(
     features: Tensor | None,
     masks: tuple[Masks, Masks | None],
     convs: tuple[Affine, Affine | None, Affine],
-    norm1: Affine,
+    norm1: Norm,
     linears: tuple[Affine, Affine] | None,
-    norm2: Affine | None,
+    norm2: Norm | None,
 ) -> Tensor:
     """The same of tensors alone, which can be compiled for all blocks of a kind."""
     conv, aux, gate = convs
-    gated_conv = partial(
-        _gated_conv,
+    conv_gates = partial(
+        _conv_gates,
         features=features,
         masks=masks[0],
         conv=_as_conv(conv),
@@ -129,16 +137,19 @@ def _block_of_tensors(
         gate=_as_conv(gate),
     )
     if linears is None or masks[1] is None or norm2 is None:
-        return _block(x, gated_conv, _as_norm(norm1), None, None)
+        return _block(x, conv_gates, norm1, None, None)
     project, out = map(_as_linear, linears)
-    attention = partial(
-        _gated_attention, positions=positions, masks=masks[1], project=project, gate=out
+    attention_gates = partial(
+        _attention_gates, positions=positions, masks=masks[1], project=project, gate=out
     )
-    return _block(x, gated_conv, _as_norm(norm1), attention, _as_norm(norm2))
+    return _block(x, conv_gates, norm1, attention_gates, norm2)
 
 
 class GatedConv(nn.Module):
-    """concat-ELU, conv3×3, [+ conv1×1(concat-ELU(aux))], concat-ELU, dropout, conv1×1, gate."""
+    """concat-ELU, conv3×3, [+ conv1×1(concat-ELU(aux))], concat-ELU, dropout, conv1×1.
+
+    The result are values and, behind them, their gates: what uses it multiplies a by σ(b).
+    """
 
     def __init__(self, channels: int, dropout: float = 0.0, aux_channels: int = 0) -> None:
         super().__init__()
@@ -150,13 +161,14 @@ class GatedConv(nn.Module):
     def forward(
         self, x: Tensor, context: Context = NO_CONTEXT, features: Tensor | None = None
     ) -> Tensor:
-        """``features`` is concat-ELU(aux), from a caller who needs it more than once."""
+        """(B, 2C, H, W). ``features`` is concat-ELU(aux), from a caller who needs it more than
+        once."""
         if self.aux is not None and features is None:
             if context.aux is None:
                 raise ValueError("this network is conditioned: context.aux is missing")
             features = ops.concat_elu(context.aux)
         masks = self.dropout.masks(context)
-        return _gated_conv(x, features, masks, self.conv, self.aux, self.gate)
+        return _conv_gates(x, features, masks, self.conv, self.aux, self.gate)
 
     def affines(self) -> tuple[Affine, Affine | None, Affine]:
         aux = None if self.aux is None else _affine(self.aux)
@@ -164,9 +176,10 @@ class GatedConv(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """Self-attention over the positions of (B, positions, channels), then a gated linear layer.
+    """Self-attention over the positions of (B, positions, channels), then a linear layer.
 
-    The projection's output is (keys, values, queries), each split into heads.
+    The projection's output is (keys, values, queries), each split into heads. The result are values
+    and, behind them, their gates, as of :class:`GatedConv`.
     """
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
@@ -181,8 +194,9 @@ class GatedAttention(nn.Module):
         self.gate = WeightNormedLinear(channels, 2 * channels, bias=True)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        """(B, positions, 2C)."""
         masks = self.dropout.masks(context)
-        return _gated_attention(x, positions, masks, self.project, self.gate)
+        return _attention_gates(x, positions, masks, self.project, self.gate)
 
     def affines(self) -> tuple[Affine, Affine]:
         return _affine(self.project), _affine(self.gate)
@@ -210,11 +224,12 @@ class ConditionerBlock(nn.Module):
         """``features`` as for :class:`GatedConv`."""
         if context.compiled:
             return self._compiled(x, positions, context, features)
-        conv = partial(self.conv, context=context, features=features)
-        attention = None
+        conv_gates = partial(self.conv, context=context, features=features)
+        attention_gates = None
         if self.attention is not None:
-            attention = partial(self.attention, positions=positions, context=context)
-        return _block(x, conv, self.norm1, attention, self.norm2)
+            attention_gates = partial(self.attention, positions=positions, context=context)
+        norm2 = None if self.norm2 is None else _norm(self.norm2)
+        return _block(x, conv_gates, _norm(self.norm1), attention_gates, norm2)
 
     def _compiled(
         self, x: Tensor, positions: Tensor, context: Context, features: Tensor | None
@@ -236,9 +251,9 @@ class ConditionerBlock(nn.Module):
             features,
             masks,
             conv.affines(),
-            _affine(self.norm1),
+            _norm(self.norm1),
             None if attention is None else attention.affines(),
-            None if self.norm2 is None else _affine(self.norm2),
+            None if self.norm2 is None else _norm(self.norm2),
         )
 
 
@@ -309,8 +324,8 @@ class FlowPPConditioner(Conditioner):
         aux = conditioning(context, self.aux_channels, x)
         features = None if aux is None else ops.concat_elu(aux)  # once for all blocks
         context = replace(context, aux=aux)
-        positions = self._place_positions()
         h = self.first(x.contiguous(memory_format=torch.channels_last))
+        positions = self._place_positions().to(h.dtype)  # half precision in autocast
         for block in self.blocks:
             h = block(h, positions, context, features)
         # The couplings read (B, 2 + 3K, C, H, W) row-major, so leave channels_last here, where
@@ -327,6 +342,8 @@ class AuxNet(nn.Module):
         self.layers.extend(GatedConv(channels) for _ in range(gated_layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
+        first, *gated = self.layers
+        x = first(x)
+        for layer in gated:
+            x = F.glu(layer(x), 1)
         return x

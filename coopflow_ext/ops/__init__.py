@@ -14,6 +14,7 @@ from coopflow_ext.ops.analytic_langevin_chain import (
 )
 from coopflow_ext.ops.attention import ATTENTION_MAX_DIM, attention
 from coopflow_ext.ops.concat_elu import concat_elu
+from coopflow_ext.ops.gate_add_norm import gate_add_norm
 from coopflow_ext.ops.langevin import BoundStep, langevin_noise_, langevin_step, langevin_step_
 from coopflow_ext.ops.mixture_logistic import (
     mixture_logistic_coupling,
@@ -35,6 +36,7 @@ __all__ = [
     "analytic_mala_chain",
     "attention",
     "concat_elu",
+    "gate_add_norm",
     "langevin_noise_",
     "langevin_step",
     "langevin_step_",

@@ -106,6 +106,12 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
+def leave_unused(ctx: Any) -> None:
+    """Results that nobody used, or that have no gradient, get None in backward, not zeros."""
+    if not torch.compiler.is_compiling():  # which cannot trace it
+        ctx.set_materialize_grads(False)
+
+
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """The Function's derivative for those who call the raw op; torch.func needs the Function."""
     if not isinstance(coopflow, _Missing):

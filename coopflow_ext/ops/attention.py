@@ -87,6 +87,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, rng, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
+        _call.leave_unused(ctx)
         ctx.save_for_backward(q, k, v, rng, *output)
 
     @staticmethod

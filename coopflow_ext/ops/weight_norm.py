@@ -82,8 +82,7 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:
-        if not torch.compiler.is_compiling():  # which cannot trace it
-            ctx.set_materialize_grads(False)
+        _call.leave_unused(ctx)
         ctx.save_for_backward(*inputs)
 
     @staticmethod

@@ -65,6 +65,14 @@ void put_back(const arithmetic_t<T>* values, int64_t offset, int64_t n, void* de
   if constexpr (!kInPlace<T>) store<T>(values, offset, n, destination);
 }
 
+// Calls f(first element, n) for the parts of a row: one, where nothing is converted through
+// buffers.
+template <typename T, typename F>
+void for_each_part(int64_t per_row, const F& f) {
+  const int64_t most = kInPlace<T> ? per_row : kTile;
+  for (int64_t e = 0; e < per_row; e += most) f(e, per_row - e < most ? per_row - e : most);
+}
+
 template <typename A>
 void add_by_lane(const A* values, int64_t n, A* lanes) {
   A sums[kLanes];  // a copy stays in registers
@@ -75,6 +83,19 @@ void add_by_lane(const A* values, int64_t n, A* lanes) {
   }
   for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
   for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += values[i];
+}
+
+// By halves, whose additions do not wait for one another.
+template <int64_t kCount, typename A>
+A sum_by_halves(const A (&lanes)[kCount]) {
+  if constexpr (kCount == 1) {
+    return lanes[0];
+  } else {
+    constexpr int64_t kHalf = kCount / 2;
+    A half[kHalf];
+    for (int64_t lane = 0; lane < kHalf; ++lane) half[lane] = lanes[lane] + lanes[lane + kHalf];
+    return sum_by_halves(half);
+  }
 }
 
 // What n values added to the lanes; no more of them are read than so many values reach.

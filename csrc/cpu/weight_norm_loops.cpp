@@ -16,14 +16,6 @@ void for_each_row(const LayerRows<Layer>& rows, int64_t begin, int64_t end, cons
   }
 }
 
-// Calls f(first element, n) for the parts of a row: one, where nothing is converted through
-// buffers.
-template <typename T, typename F>
-void for_each_part(int64_t per_row, const F& f) {
-  const int64_t most = kInPlace<T> ? per_row : kTile;
-  for (int64_t e = 0; e < per_row; e += most) f(e, per_row - e < most ? per_row - e : most);
-}
-
 // Enough for the additions that a processor has in flight: rows are short.
 constexpr int64_t kRowLanes = 2 * kLanes;
 
@@ -44,15 +36,6 @@ void add_products_by_lane(const A* a, const A* b, int64_t n, A* lanes) {
   }
 }
 
-// By halves, whose additions do not wait for one another.
-template <typename A>
-A sum_of_lanes(A* lanes) {
-  for (int64_t half = kRowLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
 template <typename T>
 arithmetic_t<T> gain_of(const void* gains, int64_t row) {
   return to_arithmetic(static_cast<const T*>(gains)[row]);
@@ -69,7 +52,7 @@ void forward(const LayerRows<WeightNormLayer>& rows, int64_t begin, int64_t end)
       const A* v = view<T>(layer.direction, first + e, n, v_buffer);
       add_products_by_lane(v, v, n, lanes);
     });
-    const A factor = weight_norm_factor(gain_of<T>(layer.gain, row), sum_of_lanes(lanes));
+    const A factor = weight_norm_factor(gain_of<T>(layer.gain, row), sum_by_halves(lanes));
     for_each_part<T>(layer.per_row, [&](int64_t e, int64_t n) {
       alignas(64) A v_buffer[kTile], w_buffer[kTile];
       const A* v = view<T>(layer.direction, first + e, n, v_buffer);
@@ -95,7 +78,7 @@ void backward(const LayerRows<WeightNormBackwardLayer>& rows, int64_t begin, int
       add_products_by_lane(v, grad, n, products);
     });
     const WeightNormGradient<A> gradient = weight_norm_gradient(
-        gain_of<T>(layer.gain, row), sum_of_lanes(squares), sum_of_lanes(products));
+        gain_of<T>(layer.gain, row), sum_by_halves(squares), sum_by_halves(products));
     static_cast<T*>(layer.grad_gain)[row] = from_arithmetic<T>(gradient.gain);
     for_each_part<T>(layer.per_row, [&](int64_t e, int64_t n) {
       alignas(64) A v_buffer[kTile], grad_buffer[kTile], out_buffer[kTile];

@@ -73,6 +73,14 @@ __device__ __forceinline__ void for_held_items(int items, const F& f) {
   }
 }
 
+// Calls f(first element, n) for this lane's items of a row that its warp reads.
+template <int kCount, typename F>
+__device__ __forceinline__ void for_each_item_of_row(int64_t per_row, const F& f) {
+  for (int64_t e = team_rank<WarpTeam>() * kCount; e < per_row; e += kWarp * kCount) {
+    f(e, per_row - e < kCount ? static_cast<int>(per_row - e) : kCount);
+  }
+}
+
 // Elements of an item that exist.
 template <int kCount>
 __device__ __forceinline__ int item_size(int64_t per_chain, int item) {

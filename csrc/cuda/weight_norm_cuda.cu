@@ -30,14 +30,6 @@ __device__ __forceinline__ void for_each_row(const LayerTable<Layer>& table, con
   }
 }
 
-// Calls f(first element, n) for this thread's items of a row.
-template <int kCount, typename F>
-__device__ __forceinline__ void for_each_item_of_row(int64_t per_row, const F& f) {
-  for (int64_t e = team_rank<WarpTeam>() * kCount; e < per_row; e += kWarp * kCount) {
-    f(e, per_row - e < kCount ? static_cast<int>(per_row - e) : kCount);
-  }
-}
-
 template <typename T>
 __device__ __forceinline__ arithmetic_t<T> gain_of(const void* gains, int64_t row) {
   return to_arithmetic(static_cast<const T*>(gains)[row]);

@@ -559,6 +559,49 @@ def concat_elu_not_finite(inputs: Inputs) -> Results:
     return results
 
 
+def _gate_add_norm(
+    inputs: Inputs, rows: int, channels: int, spoil: Callable[[Tensor, Tensor], None] | None = None
+) -> Results:
+    """All results depend on sums."""
+    x, gates = inputs.normal(rows, channels), inputs.normal(rows, 2 * channels)
+    if spoil is not None:
+        spoil(x, gates)
+    parameters = [inputs.normal(channels, dtype=inputs.sum_dtype) for _ in range(2)]
+    leaves = [t.requires_grad_() for t in (x, gates, *parameters)]
+    y = cf.ops.gate_add_norm(*leaves)
+    grads = torch.autograd.grad(y, leaves, inputs.normal(rows, channels))
+    how = "(after a sum)" if inputs.dtype.itemsize == 2 else "(sum)"
+    names = ("y", "grad_x", "grad_gates")
+    results = {f"{name} {how}": t.detach() for name, t in zip(names, (y, *grads), strict=False)}
+    return {**results, "grad_weight (sum)": grads[2], "grad_bias (sum)": grads[3]}
+
+
+def gate_add_norm(inputs: Inputs) -> Results:
+    """Rows that wide accesses fill and such that they do not."""
+    return _gate_add_norm(inputs, *inputs.shape)
+
+
+def gate_add_norm_parts(inputs: Inputs) -> Results:
+    """Parameters whose gradients have several parts, with more channels than a warp has lanes."""
+    one_shape = _one_shape(inputs, 1)
+    return {} if one_shape is None else _gate_add_norm(one_shape, 300, 40)
+
+
+def gate_add_norm_not_finite(inputs: Inputs) -> Results:
+    """Values and gates with NaN and infinity, and gates that are shut and open."""
+    one_shape = _one_shape(inputs, 1)
+    if one_shape is None:
+        return {}
+
+    def spoil(x: Tensor, gates: Tensor) -> None:
+        for row, value in enumerate(NOT_FINITE):
+            x[row, 1] = value
+            gates[len(NOT_FINITE) + row, 2] = value
+        gates[-1, -2:] = torch.tensor([-1e4, 1e4])
+
+    return _gate_add_norm(one_shape, 2 * len(NOT_FINITE) + 1, 16, spoil)
+
+
 def _weight_norm(
     inputs: Inputs,
     shapes: tuple[tuple[int, ...], ...],
@@ -937,6 +980,9 @@ CASES: dict[str, Case] = {
         mixture_logistic_coupling,
         mixture_logistic_options,
         mixture_logistic_not_finite,
+        gate_add_norm,
+        gate_add_norm_parts,
+        gate_add_norm_not_finite,
         weight_norm,
         weight_norm_not_finite,
     )

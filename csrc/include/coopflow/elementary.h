@@ -281,6 +281,20 @@ COOPFLOW_HD float reciprocal(float x) {
 
 COOPFLOW_HD double reciprocal(double x) { return 1.0 / x; }
 
+// sigma(t) and 1 - sigma(t), neither of them formed from the other; e = exp(-|t|) and r = 1/(1+e).
+template <typename A>
+struct Sigmoid {
+  A below, above, e, r;
+};
+
+template <typename A>
+COOPFLOW_HD Sigmoid<A> sigmoid(A t) {
+  const A e = exponential_nonpositive(-absolute(t));
+  const A r = reciprocal(A(1) + e);
+  const A small = e * r;
+  return {t < A(0) ? small : r, t < A(0) ? r : small, e, r};
+}
+
 // Sine and cosine of quadrant * pi / 2 + r for |r| <= pi / 4; of the quadrant the low two bits
 // count.
 COOPFLOW_HD void sincos_quadrant(uint32_t quadrant, float r, float* sine, float* cosine) {

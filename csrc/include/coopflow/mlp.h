@@ -36,20 +36,6 @@ struct ActivationResult {
   A value, slope;
 };
 
-// sigma(t) and 1 - sigma(t), neither of them formed from the other; e = exp(-|t|) and r = 1/(1+e).
-template <typename A>
-struct Sigmoid {
-  A below, above, e, r;
-};
-
-template <typename A>
-COOPFLOW_HD Sigmoid<A> sigmoid(A t) {
-  const A e = exponential_nonpositive(-absolute(t));
-  const A r = reciprocal(A(1) + e);
-  const A small = e * r;
-  return {t < A(0) ? small : r, t < A(0) ? r : small, e, r};
-}
-
 // The upper tail of a standard normal, for a >= 0; e = exp(-a^2 / 2).
 COOPFLOW_HD float normal_tail(float a, float e) {
   // R(t), t = 1 / (1 + 0.35 a), with relative error 7e-8 in float for a <= 14.
