@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def in_precision(precision: str, device_type: str) -> AbstractContextManager[Any]:
@@ -21,6 +22,13 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """In which a product would take x here: autocast's, where it is on and x is in float32."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 @contextmanager

@@ -17,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from coopflow_ext import Key, flows
 from coopflow_ext.flows import Flow, recompute
 from coopflow_ext.flows.folding import folding
-from coopflow_ext.flows.weight_norm import WeightNormed, WeightNormedLinear
+from coopflow_ext.flows.weight_norm import (
+    Rescale,
+    WeightNormed,
+    WeightNormedConv2d,
+    WeightNormedLinear,
+)
 
 SMALL = {"channels": 8, "blocks": 1, "components": 3, "dequant_blocks": 1, "dequant_components": 2}
 
@@ -105,6 +110,68 @@ def test_a_pass_norms_all_weights_by_one_operator() -> None:
     assert counted.norms() == (0, 0, 0)
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_autocast_finds_its_weights_rounded(by_layer: bool) -> None:
+    """All at once, to the bits of one at a time; with autocast off they are as they were."""
+    flow, x = small(recompute=by_layer, dropout=0.2), torch.rand(3, 1, 4, 4)
+    parameters = list(flow.parameters())
+
+    def step() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow.log_prob(x, key=Key(1)).sum()
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    ours = step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightNormed, "_is_factor", False)
+        expected = step()
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one, other)
+    net = next(m for m in flow.modules() if isinstance(m, flows.FlowPPConditioner))
+    with torch.autocast("cpu", torch.bfloat16), flow.folded():
+        assert net.first.weight.dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert net.first.weight.dtype == torch.float32
+    half = small().bfloat16()
+    with half.folded():
+        half.inverse_and_ladj(torch.randn(2, 1, 4, 4).bfloat16())
+
+
+def test_autocast_rounds_no_weight_by_itself() -> None:
+    flow, x = small(), torch.rand(3, 1, 4, 4)
+
+    class Casts(TorchDispatchMode):
+        """Of weights, which have two dimensions or four."""
+
+        found: int = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                sizes = {tuple(m.weight.shape) for m in layers}
+                self.found += tuple(args[0].shape) in sizes
+            return func(*args, **(kwargs or {}))
+
+    layers = [m for m in flow.modules() if isinstance(m, (WeightNormedConv2d, WeightNormedLinear))]
+    with Casts() as casts:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow.log_prob(x, key=Key(1)).sum()
+        loss.backward()
+    assert layers
+    assert casts.found == 0
+
+
+def test_weights_that_nobody_used_are_not_rounded_back() -> None:
+    flow, x = small(), torch.rand(3, 1, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        v, _ = flow.dequantize.call_and_ladj(x, torch.randn_like(x), flow._context(None))
+        with folding(flow, WeightNormed):
+            inside, _ = flow.dequantize.call_and_ladj(x, torch.randn_like(x), flow._context(None))
+    assert v.shape == inside.shape
+    inside.float().sum().backward()
+    assert all(p.grad is None for p in flow.transform.parameters())
+    assert any(p.grad is not None for p in flow.dequantize.parameters())
+
+
 def test_with_memory_constant_in_depth_it_is_one_for_each_step() -> None:
     """Once in the forward pass, once in the backward pass; there is never more than one step's."""
     flow = small(recompute=True, dequant_blocks=0)
@@ -172,8 +239,9 @@ def test_modes_and_copies() -> None:
         assert torch.equal(flow.log_prob(x, key=Key(1)), expected)
     assert torch.equal(flow.log_prob(x, key=Key(1)), expected)  # with gradients afterwards
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), folding(flow, WeightNormed):
-        weights = [m.weight for m in flow.modules() if isinstance(m, WeightNormed)]
-        assert {w.dtype for w in weights} == {torch.float32}
+        dtypes = {type(m): m.weight.dtype for m in flow.modules() if isinstance(m, WeightNormed)}
+    assert dtypes.pop(Rescale) == torch.float32  # of the maps
+    assert set(dtypes.values()) == {torch.bfloat16}
     scaled = {name: 1.05 * p.detach() for name, p in flow.named_parameters()}
     with torch.no_grad():
         by_call = torch.func.functional_call(flow, scaled, (x,), {"key": Key(1)})

@@ -6,13 +6,37 @@ pickled, and whose weight one flow in one thread can fold, together with those o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext.autocast import autocast_dtype
 from coopflow_ext.flows.folding import Foldable
+
+
+class _Cast(torch.autograd.Function):
+    """(dtype, *tensors of one dtype) -> the same in this dtype, by one operator for all."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        cast = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(cast, tensors)
+        return tuple(cast)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """None for weights that nobody used."""
+        given = [grad for grad in grads if grad is not None]
+        cast = iter(_Cast.apply(ctx.dtype, *given) if given else ())  # type: ignore[no-untyped-call]
+        return (None, *(None if grad is None else next(cast) for grad in grads))
 
 
 class _GainAndDirection(nn.Module):
@@ -31,6 +55,9 @@ class _GainAndDirection(nn.Module):
 class WeightNormed(Foldable, nn.Module):
     """A module whose ``weight`` is computed from its gain g and direction v."""
 
+    # Whether autocast rounds the weight: it is a factor of a product or a convolution.
+    _is_factor = True
+
     def _normalise(self) -> None:
         """Put gain and direction in the place of the parameter ``weight``."""
         weight = self._parameters.pop("weight")
@@ -41,7 +68,14 @@ class WeightNormed(Foldable, nn.Module):
     def weight(self) -> Tensor:
         # Before _normalise this is an AttributeError, for which nn.Module gives the parameter.
         folded: Tensor | None = self.folded()
-        return self.fold() if folded is None else folded
+        return self.fold() if folded is None or self._was_rounded(folded) else folded
+
+    def _was_rounded(self, folded: Tensor) -> bool:
+        """For autocast, which has been left since."""
+        if folded.dtype.itemsize > 2:
+            return False
+        v: Tensor = self.parametrizations["weight"].original1  # type: ignore[assignment]
+        return folded.dtype != autocast_dtype(v)
 
     def fold(self) -> Tensor:
         """By torch's own operator, which is quicker for one layer, and which compilers fuse."""
@@ -51,17 +85,22 @@ class WeightNormed(Foldable, nn.Module):
     @staticmethod
     def fold_all(layers: Sequence[WeightNormed]) -> list[Tensor]:
         """By one operator for those of a dtype and a device; those that are frozen by another, so
-        that nothing of theirs is differentiated."""
-        given = [layer.parametrizations["weight"] for layer in layers]
-        pairs = [(norm.original1, norm.original0) for norm in given]
-        kinds: dict[Hashable, list[int]] = {}
-        for i, (v, g) in enumerate(pairs):
+        that nothing of theirs is differentiated. In autocast factors are rounded by one more, where
+        autocast would round each by itself when it is used."""
+        given: list[Any] = [layer.parametrizations["weight"] for layer in layers]
+        pairs: list[tuple[Tensor, Tensor]] = [(of.original1, of.original0) for of in given]
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i, (layer, (v, g)) in enumerate(zip(layers, pairs, strict=True)):
             learns = v.requires_grad or g.requires_grad
-            kinds.setdefault((v.dtype, v.device, learns), []).append(i)
+            dtype = autocast_dtype(v) if layer._is_factor else v.dtype
+            kinds.setdefault((dtype, v.dtype, v.device, learns), []).append(i)
         weights: dict[int, Tensor] = {}
-        for numbers in kinds.values():
+        for (dtype, own, *_), numbers in kinds.items():
             directions, gains = zip(*(pairs[i] for i in numbers), strict=True)
-            weights.update(zip(numbers, ops.weight_norm(directions, gains), strict=True))
+            normed = ops.weight_norm(directions, gains)
+            if dtype != own:
+                normed = _Cast.apply(dtype, *normed)  # type: ignore[no-untyped-call]
+            weights.update(zip(numbers, normed, strict=True))
         return [weights[i] for i in range(len(layers))]
 
 
@@ -83,6 +122,8 @@ class WeightNormedLinear(WeightNormed, nn.Linear):  # type: ignore[override]
 
 class Rescale(WeightNormed):
     """One factor per channel, at first 1, for (B, features, H, W)."""
+
+    _is_factor = False
 
     def __init__(self, features: int) -> None:
         super().__init__()
