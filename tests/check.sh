@@ -101,12 +101,13 @@ part_wheels() {
 run() {
   echo "part    $1"
   echo "date    $(date -u +%Y-%m-%dT%H:%M:%SZ)"
-  echo "commit  $(git describe --always --dirty --abbrev=40)"
+  echo "commit  $commit"
   echo "machine $(uname -sm), $(nproc) cores"
   "part_$1"
   echo "=== passed in $SECONDS s"
 }
 
+commit=$(git describe --always --dirty --abbrev=40)  # before a part's log changes the tree
 paths="s|$work|…|g; s|$PWD|.|g; s|$stdlib|…|g"  # logs do not hold those of a machine
 for part in "${parts[@]}"; do
   SECONDS=0
