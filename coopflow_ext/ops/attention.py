@@ -91,7 +91,9 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, rng, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 7
         found: Gradients = _call.apply(
             _ATTENTION_BACKWARD, grad_out, *ctx.saved_tensors, *ctx.options
         )

@@ -72,7 +72,9 @@ class GateAddNorm(torch.autograd.Function):
         ctx.save_for_backward(x, gates, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return (None,) * 5
         grad_x, grad_gates, grad_parameters = _call.apply(
             _GATE_ADD_NORM_BACKWARD, grad_y, *ctx.saved_tensors, ctx.eps
         )
