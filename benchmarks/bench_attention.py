@@ -19,7 +19,7 @@ from typing import Any
 
 import plain
 import torch
-from harness import NOT_COMPILED, OURS, Case, Contest, dtype_name, run_pytest
+from harness import NOT_COMPILED, OURS, Case, Contest, dtype_name, pass_of, run_pytest
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,23 +38,6 @@ def inputs(
     projected = torch.randn((batch, length, 3, heads, dim), generator=g).to(device, dtype)
     q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
-
-
-def pass_of(op: Op, given: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
-    if not backward:
-
-        def run() -> Any:
-            with torch.no_grad():
-                return op(*given)
-
-        return run
-    leaves = tuple(t.detach().requires_grad_() for t in given)
-    grad_out = torch.ones_like(given[0])
-
-    def run_both() -> Any:
-        return torch.autograd.grad(op(*leaves), leaves, grad_out)
-
-    return run_both
 
 
 def check(sources: dict[str, Op], given: tuple[Tensor, ...], rng: Tensor, backward: bool) -> None:

@@ -24,6 +24,7 @@ from harness import (
     Contest,
     counted_bytes,
     dtype_name,
+    pass_of,
     run_pytest,
 )
 from torch import Tensor
@@ -36,23 +37,6 @@ FUSED_BYTES = {False: 3, True: 8}
 ARITHMETIC = "arithmetic: the exponential and the mask"
 HOST = "the host's part of autograd"
 Op = Callable[[Tensor], Tensor]
-
-
-def pass_of(op: Op, x: Tensor, backward: bool) -> Callable[[], Any]:
-    if not backward:
-
-        def run() -> Any:
-            with torch.no_grad():
-                return op(x)
-
-        return run
-    leaf = x.detach().requires_grad_()
-    grad_y = torch.ones_like(op(x))
-
-    def run_both() -> Any:
-        return torch.autograd.grad(op(leaf), leaf, grad_y)
-
-    return run_both
 
 
 def check(sources: dict[str, Op], x: Tensor, rng: Tensor | None, backward: bool) -> None:
@@ -96,7 +80,7 @@ def case(
             sources[COMPILED] = torch.compile(eager, dynamic=False)
         else:
             missing[COMPILED] = NOT_COMPILED
-        runs = {name: pass_of(op, x, both) for name, op in sources.items()}
+        runs = {name: pass_of(op, (x,), both) for name, op in sources.items()}
         fused = FUSED_BYTES[both] * x.nbytes
         on_cuda = {OURS: HOST} if both else {}
         return Contest(

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -630,6 +630,24 @@ def run_pytest(benchmark: Any, case: Case, device: torch.device) -> None:
 
 
 # --- pieces that several cases use ----------------------------------------------------------------
+
+
+def pass_of(op: Callable[..., Tensor], given: Sequence[Tensor], backward: bool) -> Run:
+    """The op without gradients, or with those of all that it is given, of a sum of its results."""
+    if not backward:
+
+        def run() -> Any:
+            with torch.no_grad():
+                return op(*given)
+
+        return run
+    leaves = tuple(t.detach().requires_grad_() for t in given)
+    ones = torch.ones_like(op(*given))
+
+    def run_both() -> Any:
+        return torch.autograd.grad(op(*leaves), leaves, ones)
+
+    return run_both
 
 
 def add_graph(name: str, run: Run, runs: dict[str, Run], missing: dict[str, str]) -> None:
