@@ -14,24 +14,23 @@ namespace {
 constexpr int kOfLane = 4;
 
 // Some neighbours of a row.
-template <typename A, int kCount>
+template <typename A>
 struct SumItem {
-  A sums[kCount], a[kCount];
-  Gate<A> gates[kCount];
+  A sums[kOfLane], a[kOfLane];
+  Gate<A> gates[kOfLane];
 };
 
 // Elements [e, e + n) of the row whose x begins at `first`.
-template <typename T, int kVec, int kCount, typename Args>
-__device__ __forceinline__ SumItem<arithmetic_t<T>, kCount> load_sums(const Args& args,
-                                                                      int64_t first, int64_t e,
-                                                                      int n) {
-  SumItem<arithmetic_t<T>, kCount> item;
-  arithmetic_t<T> x[kCount], b[kCount];
+template <typename T, int kVec, typename Args>
+__device__ __forceinline__ SumItem<arithmetic_t<T>> load_sums(const Args& args, int64_t first,
+                                                              int64_t e, int n) {
+  SumItem<arithmetic_t<T>> item;
+  arithmetic_t<T> x[kOfLane], b[kOfLane];
   load_item<T, kVec>(args.x, first + e, n, x);
   load_item<T, kVec>(args.gates, 2 * first + e, n, item.a);
   load_item<T, kVec>(args.gates, 2 * first + args.channels + e, n, b);
   COOPFLOW_UNROLL
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kOfLane; ++i) {
     item.gates[i] = gate(b[i]);
     item.sums[i] = gated_sum(x[i], item.a[i], item.gates[i].value);
   }
@@ -39,23 +38,23 @@ __device__ __forceinline__ SumItem<arithmetic_t<T>, kCount> load_sums(const Args
 }
 
 // The same with the gradients of what was normalized, and that in place of the sums.
-template <typename A, int kCount>
+template <typename A>
 struct GradientItem {
-  SumItem<A, kCount> at;
-  A grads[kCount];
+  SumItem<A> at;
+  A grads[kOfLane];
 };
 
-template <typename T, int kVec, int kCount>
-__device__ __forceinline__ GradientItem<arithmetic_t<T>, kCount> load_gradients(
+template <typename T, int kVec>
+__device__ __forceinline__ GradientItem<arithmetic_t<T>> load_gradients(
     const GateAddNormBackwardArgs<arithmetic_t<T>>& args, const NormRow<arithmetic_t<T>>& norm,
     int64_t first, int64_t e, int n) {
   using A = arithmetic_t<T>;
-  GradientItem<A, kCount> item{load_sums<T, kVec, kCount>(args, first, e, n), {}};
-  A weight[kCount];
+  GradientItem<A> item{load_sums<T, kVec>(args, first, e, n), {}};
+  A weight[kOfLane];
   load_item<A, kVec>(args.weight, e, n, weight);
   load_item<T, kVec>(args.grad_y, first + e, n, item.grads);
   COOPFLOW_UNROLL
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kOfLane; ++i) {
     item.grads[i] *= weight[i];
     item.at.sums[i] = norm.normalized(item.at.sums[i]);
   }
@@ -66,22 +65,21 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     gate_add_norm_kernel(const __grid_constant__ GateAddNormArgs<arithmetic_t<T>> args) {
   using A = arithmetic_t<T>;
-  constexpr int kCount = kOfLane;
   const A channels = static_cast<A>(args.channels);
   for (int64_t row = team_index<WarpTeam>(); row < args.rows; row += team_count<WarpTeam>()) {
     const int64_t first = row * args.channels;
     A total[1] = {}, squares[1] = {};
-    for_each_item_of_row<kCount>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec, kCount>(args, first, e, n);
+    for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
+      const auto item = load_sums<T, kVec>(args, first, e, n);
       COOPFLOW_UNROLL
-      for (int i = 0; i < kCount; ++i) total[0] += i < n ? item.sums[i] : A(0);
+      for (int i = 0; i < kOfLane; ++i) total[0] += i < n ? item.sums[i] : A(0);
     });
     warp_sum(total);
     const A mean = total[0] / channels;
-    for_each_item_of_row<kCount>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec, kCount>(args, first, e, n);
+    for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
+      const auto item = load_sums<T, kVec>(args, first, e, n);
       COOPFLOW_UNROLL
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kOfLane; ++i) {
         const A distance = i < n ? item.sums[i] - mean : A(0);
         squares[0] = multiply_add(distance, distance, squares[0]);
       }
@@ -89,13 +87,13 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     warp_sum(squares);
     const NormRow<A> norm{mean, norm_factor(squares[0] / channels, args.eps)};
     if (team_rank<WarpTeam>() == 0) args.norms[row] = norm;
-    for_each_item_of_row<kCount>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec, kCount>(args, first, e, n);
-      A weight[kCount], bias[kCount], y[kCount];
+    for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
+      const auto item = load_sums<T, kVec>(args, first, e, n);
+      A weight[kOfLane], bias[kOfLane], y[kOfLane];
       load_item<A, kVec>(args.weight, e, n, weight);
       load_item<A, kVec>(args.bias, e, n, bias);
       COOPFLOW_UNROLL
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kOfLane; ++i) {
         y[i] = multiply_add(norm.normalized(item.sums[i]), weight[i], bias[i]);
       }
       store_item<T, kVec>(y, first + e, n, args.y);
@@ -108,27 +106,26 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>) gate_add_norm_backward_kernel(
     const __grid_constant__ GateAddNormBackwardArgs<arithmetic_t<T>> args) {
   using A = arithmetic_t<T>;
-  constexpr int kCount = kOfLane;
   const A channels = static_cast<A>(args.channels);
   for (int64_t row = team_index<WarpTeam>(); row < args.rows; row += team_count<WarpTeam>()) {
     const int64_t first = row * args.channels;
     const NormRow<A> norm = args.norms[row];
     A totals[2] = {};
-    for_each_item_of_row<kCount>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_gradients<T, kVec, kCount>(args, norm, first, e, n);
+    for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
+      const auto item = load_gradients<T, kVec>(args, norm, first, e, n);
       COOPFLOW_UNROLL
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kOfLane; ++i) {
         totals[0] += i < n ? item.grads[i] : A(0);
         totals[1] += i < n ? item.grads[i] * item.at.sums[i] : A(0);
       }
     });
     warp_sum(totals);
     const NormGradient<A> means{totals[0] / channels, totals[1] / channels};
-    for_each_item_of_row<kCount>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_gradients<T, kVec, kCount>(args, norm, first, e, n);
-      A grad_x[kCount], grad_a[kCount], grad_b[kCount];
+    for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
+      const auto item = load_gradients<T, kVec>(args, norm, first, e, n);
+      A grad_x[kOfLane], grad_a[kOfLane], grad_b[kOfLane];
       COOPFLOW_UNROLL
-      for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kOfLane; ++i) {
         grad_x[i] = sum_gradient(norm, means, item.grads[i], item.at.sums[i]);
         const GateGradient<A> gradient = gate_gradient(grad_x[i], item.at.a[i], item.at.gates[i]);
         grad_a[i] = gradient.a;
