@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from instruction_sets import fingerprints
+from thread_counts import by_threads
 from torch import Tensor, nn
 
 import coopflow_ext as cf
@@ -213,15 +214,8 @@ def test_few_chains_are_those_of_many(
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_change_a_bit(name: str) -> None:
     x0 = normal(2000, 3).float()
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(run(name, x0, 5, drift=0.01, noise=0.1).x)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    one, *others = by_threads(lambda: run(name, x0, 5, drift=0.01, noise=0.1).x)
+    assert all(torch.equal(one, other) for other in others)
 
 
 _FINGERPRINT = """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from instruction_sets import fingerprints
+from thread_counts import by_threads
 from torch import Tensor
 from torch.nn import functional
 
@@ -209,18 +210,11 @@ def test_a_row_does_not_know_the_others(device: torch.device, dtype: torch.dtype
 
 
 def test_gradients_do_not_know_the_threads() -> None:
-    of, before = given((2000, 40)), torch.get_num_threads()
+    of = given((2000, 40))
     # Nothing but our ops runs on several threads: torch's own are no business of a race detector.
     fixed = torch.randn(2000, 40, generator=torch.Generator().manual_seed(1))
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(torch.autograd.grad(ops.gate_add_norm(*of), of, fixed))
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, results[0], results[1]))
-    assert all(map(torch.equal, results[0], results[2]))
+    one, *others = by_threads(lambda: torch.autograd.grad(ops.gate_add_norm(*of), of, fixed))
+    assert all(all(map(torch.equal, one, other)) for other in others)
 
 
 _FINGERPRINT = """

@@ -15,6 +15,7 @@ from instruction_sets import fingerprints
 from test_analytic_langevin_chain import described, make, normal
 from test_mlp import arguments, cast
 from test_sampler_kernel import ENERGIES, CountOps, starts
+from thread_counts import by_threads
 from torch import Tensor, nn
 
 import coopflow_ext as cf
@@ -213,15 +214,8 @@ def test_few_chains_are_those_of_many(device: torch.device, name: str, count: in
 def test_threads_do_not_change_a_bit(name: str) -> None:
     family = Family(name, 3)
     x0 = normal(2000, 3).float()
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(family.run(x0, step_size=0.8, adapt_steps=2).x)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    one, *others = by_threads(lambda: family.run(x0, step_size=0.8, adapt_steps=2).x)
+    assert all(torch.equal(one, other) for other in others)
 
 
 _FINGERPRINT = """

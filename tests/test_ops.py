@@ -24,6 +24,7 @@ from op_table import (
     gate_add_norm_arguments,
     weight_norm_layers,
 )
+from thread_counts import by_threads
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
 from torch.library import opcheck
@@ -210,14 +211,7 @@ def test_a_chain_does_not_know_its_batch(
 @each(FACES)
 def test_threads_do_not_change_a_bit(op: Op) -> None:
     arguments = op.arguments(Draw((9, 20_000)))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(op(arguments))
-    finally:
-        torch.set_num_threads(before)
+    results = by_threads(lambda: op(arguments))
     for first, *others in zip(*results, strict=True):
         assert all(torch.equal(first, other) for other in others)
 

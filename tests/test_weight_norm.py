@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from instruction_sets import fingerprints
+from thread_counts import by_threads
 from torch import Tensor
 
 from coopflow_ext import ops
@@ -131,19 +132,12 @@ def test_a_layer_does_not_know_the_others(device: torch.device, dtype: torch.dty
 
 
 def test_gradients_do_not_know_the_threads() -> None:
-    given, before = layers(), torch.get_num_threads()
+    given = layers()
     # Nothing but our ops runs on several threads: torch's own are no business of a race detector.
     fixed = cotangents(given[0])
-    results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            weights = ops.weight_norm(*given)
-            results.append(torch.autograd.grad(weights, [*given[0], *given[1]], fixed))
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, results[0], results[1]))
-    assert all(map(torch.equal, results[0], results[2]))
+    leaves = [*given[0], *given[1]]
+    one, *others = by_threads(lambda: torch.autograd.grad(ops.weight_norm(*given), leaves, fixed))
+    assert all(all(map(torch.equal, one, other)) for other in others)
 
 
 _FINGERPRINT = """
