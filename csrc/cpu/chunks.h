@@ -19,6 +19,15 @@ void parallel_chunks(int64_t batch, int64_t per_chain, const F& f, int64_t grain
                               per_chain >= grain ? 1 : divide_up(grain, per_chain), f);
 }
 
+// out[i] = the sum of partial_sums[part][i] over the parts, in order.
+template <typename A>
+void sum_parts(const A* partial_sums, int64_t parts, int64_t width, A* out) {
+  for (int64_t i = 0; i < width; ++i) out[i] = A(0);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t i = 0; i < width; ++i) out[i] += partial_sums[part * width + i];
+  }
+}
+
 // Calls f(partial_sums, begin, end), which writes `width` sums per chunk, and adds each chain's
 // chunks up into out (batch, width).
 template <typename A, typename F>
@@ -31,13 +40,7 @@ void reduce_chunks_in_order(int64_t batch, int64_t per_chain, int64_t width, A* 
       batch, per_chain, [&](int64_t begin, int64_t end) { f(sums, begin, end); }, grain);
   if (chunks == 1) return;
   for (int64_t chain = 0; chain < batch; ++chain) {
-    for (int64_t w = 0; w < width; ++w) {
-      A total = A(0);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        total += sums[(chain * chunks + chunk) * width + w];
-      }
-      out[chain * width + w] = total;
-    }
+    sum_parts(sums + chain * chunks * width, chunks, width, out + chain * width);
   }
 }
 

@@ -28,21 +28,13 @@ struct CpuGateAddNorm {
                                   loops.backward(args, scratch<T>(args.channels).data(), begin,
                                                  end);
                                 });
-    if (parts > 1) add_parts(args.partial_sums, parts, 2 * args.channels, grad_parameters);
+    if (parts > 1) sum_parts(args.partial_sums, parts, 2 * args.channels, grad_parameters);
   }
 
  private:
   template <typename T>
   static std::vector<arithmetic_t<T>> scratch(int64_t channels) {
     return std::vector<arithmetic_t<T>>(kGateAddNormScratch * kGateAddNormBlock * channels);
-  }
-
-  template <typename A>
-  static void add_parts(const A* partial_sums, int64_t parts, int64_t width, A* out) {
-    for (int64_t i = 0; i < width; ++i) out[i] = partial_sums[i];
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t i = 0; i < width; ++i) out[i] += partial_sums[part * width + i];
-    }
   }
 };
 
