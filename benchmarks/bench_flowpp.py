@@ -95,13 +95,18 @@ def sample(flow: flows.Flow, x: Tensor) -> list[Tensor]:
     return [flow.sample(len(x), Key(1))]
 
 
-def train_step(flow: flows.Flow, x: Tensor, totals: Totals | None = None) -> list[Tensor]:
+def train_step(flow: flows.Flow, x: Tensor, totals: Totals | None = None) -> None:
     flow.zero_grad(set_to_none=True)
     loss = -flow.log_prob(x, key=Key(2)).mean()
     begin = time.perf_counter()
     loss.backward()
     if totals is not None:
         totals["backward"] += time.perf_counter() - begin
+
+
+def gradients(flow: flows.Flow, x: Tensor) -> list[Tensor]:
+    """Of a training step."""
+    train_step(flow, x)
     return [p.grad for p in flow.parameters() if p.grad is not None]
 
 
@@ -136,7 +141,7 @@ def check_equal(variants: dict[str, dict[str, Any]], flow: flows.Flow, x: Tensor
         with instrumented(variant, defaultdict(float)):
             with torch.no_grad():
                 log_prob = flow.log_prob(x, key=Key(2))
-            results[name] = (sample(flow, x)[0], log_prob, train_step(flow, x))
+            results[name] = (sample(flow, x)[0], log_prob, gradients(flow, x))
     ours, our_log_prob, our_grads = results.pop(OURS)
     for name, (theirs, log_prob, grads) in results.items():
         error = (ours - theirs).abs().flatten().quantile(0.99).item()

@@ -143,14 +143,14 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
       "Tensor x, Tensor params, bool affine=True, bool legacy_cdf_clamp=False) -> "
       "(Tensor, Tensor)");
   // Self-attention over (B, H, L, d) whose weights are dropped where the uniforms (B, H, L, L) of
-  // (rng, step) are below p, with the log-sum-exp of each row of scores (B, H, L); and what its
-  // backward pass needs. scale None: d^-1/2.
+  // (rng, step) are below p, with the log-sum-exp of each row of scores (B, H, L); and its
+  // gradients, those of k, v and q side by side, (B, L, 3, H, d). scale None: d^-1/2.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor rng, float p, SymInt step=0, "
       "float? scale=None) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rng, Tensor out, "
-      "Tensor lse, float p, SymInt step=0, float? scale=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor lse, float p, SymInt step=0, float? scale=None) -> Tensor");
   // elu of x (B, C, ...) and of -x, (B, 2C, ...); whole channels are zero where the uniforms
   // (B, 2C) of (rng, step) are below p, the others divided by 1 - p. And its gradient.
   m.def("concat_elu(Tensor x, Tensor? rng=None, float p=0.0, SymInt step=0) -> Tensor");

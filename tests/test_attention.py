@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from coopflow_ext import Key, flows, ops, reference
+from coopflow_ext.ops.attention import split_heads
 
 LENGTHS = (1, 7, 64, 65, 257)
 DIMS = (8, 20, 32, 64)
@@ -269,8 +270,65 @@ def test_a_grad_out_of_any_strides(device: torch.device) -> None:
 def test_joining_the_heads_moves_no_data(device: torch.device) -> None:
     q, k, v = leaves(*inputs(9, 8, device=device))
     out = ops.attention(q, k, v, KEY.tensor(device), 0.2)
-    for t in (out, *gradients(out, (q, k, v))):
-        assert t.transpose(1, 2).is_contiguous()
+    assert out.transpose(1, 2).is_contiguous()
+
+
+class _Operators(TorchDispatchMode):
+    """Names of those that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_a_projection_is_not_copied(device: torch.device) -> None:
+    """But for a second derivative, and where gradients come from elsewhere."""
+    rng = KEY.tensor(device)
+    plain = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64).to(device)
+
+    def gradient(mixed_by: Any, split: Any, **options: Any) -> tuple[Tensor, bool]:
+        projected = plain.clone().requires_grad_()
+        k, v, q = split(projected)
+        out = mixed_by(q, k, v, rng, 0.2).sin().sum()
+        with _Operators() as operators:
+            (found,) = torch.autograd.grad(out, projected, **options)
+        return found, "aten::stack" in operators.names
+
+    def unbound(projected: Tensor) -> list[Tensor]:
+        return [part.transpose(1, 2) for part in projected.unbind(2)]
+
+    expected, copied = gradient(ops.attention, unbound)
+    assert copied
+    ours, copied = gradient(ops.attention, split_heads)
+    assert torch.equal(ours, expected)
+    assert ours.is_contiguous()
+    assert not copied
+    other, copied = gradient(reference.attention, split_heads)
+    torch.testing.assert_close(other, expected)
+    assert copied
+    twice, _ = gradient(ops.attention, split_heads, create_graph=True)
+    assert torch.equal(twice, expected)
+    swapped, copied = gradient(lambda q, k, v, *of: ops.attention(v, k, q, *of), split_heads)
+    assert copied
+    assert torch.equal(
+        swapped, gradient(lambda q, k, v, *of: ops.attention(v, k, q, *of), unbound)[0]
+    )
+
+
+def test_second_derivatives_of_a_projection(device: torch.device) -> None:
+    rng = KEY.tensor(device)
+    projected = torch.randn(2, 3, 3, 1, 4, dtype=torch.float64).to(device).requires_grad_()
+
+    def mixed(projected: Tensor) -> Tensor:
+        k, v, q = split_heads(projected)
+        return ops.attention(q, k, v, rng, 0.2)
+
+    assert torch.autograd.gradcheck(mixed, projected)
+    assert torch.autograd.gradgradcheck(mixed, projected)
 
 
 class _Largest(TorchDispatchMode):
@@ -299,7 +357,7 @@ def test_no_operator_makes_a_tensor_of_scores(device: torch.device) -> None:
 
     with _Largest() as mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ops.attention(*given, KEY.tensor(device), 0.2).sum().backward()
-    assert 0 < mode.elements <= length * dim
+    assert 0 < mode.elements <= 3 * length * dim
     assert sum(saved) <= 4 * length * dim + length + 3  # q, k, v, out, log-sum-exp, rng
 
 

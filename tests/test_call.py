@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from coopflow_ext import ops, reference
 from coopflow_ext.errors import BuildError
 from coopflow_ext.ops._call import argument_error, coopflow
 
@@ -64,3 +67,23 @@ def test_a_library_that_cannot_compute_here_is_a_build_error() -> None:
 def test_other_errors_stay_as_they_are(text: str) -> None:
     error = RuntimeError(text)
     assert argument_error(error) is error
+
+
+def test_without_gradients_inside_of_a_transform() -> None:
+    """Where an op skips torch's autograd, the transforms of torch.func still find it."""
+    x = torch.linspace(-2, 2, 24).view(2, 3, 4)
+
+    def gradients(op: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        def loss(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                factors = op(x)
+            return (factors * op(x)).sum()
+
+        once = torch.func.grad(loss)
+        return once(x), torch.func.grad(lambda x: once(x).square().sum())(x)
+
+    torch.testing.assert_close(gradients(ops.concat_elu), gradients(reference.concat_elu))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            ops.concat_elu(dual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -108,6 +109,47 @@ def test_a_pass_norms_all_weights_by_one_operator() -> None:
     with flow.folded(), CountOps() as counted:
         flow.log_prob(x, key=Key(1)), flow.sample(3, Key(1)), flow.inverse_and_ladj(z)
     assert counted.norms() == (0, 0, 0)
+
+
+def test_a_pass_takes_the_determinants_of_matrices_of_a_size_by_one_operator() -> None:
+    """And the logarithms of all scales of a number of channels; large matrices stay alone."""
+    flow, x = small(), torch.rand(3, 1, 4, 4)
+    sizes = {m.weight.shape for m in flow.modules() if isinstance(m, flows.InvertibleConv1x1)}
+    assert len(sizes) > 1
+    with CountOps() as counted:
+        flow.log_prob(x, key=Key(1)).sum().backward()
+    assert counted.counts["_linalg_slogdet"] == len(sizes)
+    norms = [m for m in flow.modules() if isinstance(m, flows.ActNorm)]
+    with CountOps() as counted, folding(nn.ModuleList(norms)):
+        pass
+    assert counted.counts["log"] == len({norm.inv_std.shape for norm in norms})
+    for rows, calls in ((16, 1), (17, 3)):
+        layers = nn.ModuleList(flows.InvertibleConv1x1(rows) for _ in range(3))
+        with CountOps() as counted, folding(layers):
+            found = [layer.folded() for layer in layers]
+        assert counted.counts["_linalg_slogdet"] == counted.counts["linalg_inv_ex"] == calls
+        for layer, (inverse, logabsdet) in zip(layers, found, strict=True):
+            assert torch.equal(inverse, layer.fold()[0])
+            assert torch.equal(logabsdet, layer.fold()[1])
+
+
+def test_frozen_determinants_are_not_differentiated() -> None:
+    layers = nn.ModuleList([flows.InvertibleConv1x1(2), flows.InvertibleConv1x1(2)])
+    layers.extend([flows.ActNorm(2), flows.ActNorm(2)])
+    layers[0].requires_grad_(False), layers[2].requires_grad_(False)
+    with folding(layers):
+        learning = [layer.call_and_ladj(torch.ones(3, 2))[1].requires_grad for layer in layers]
+    assert learning == [False, True, False, True]
+
+
+def test_an_actnorm_that_starts_in_a_pass_has_its_new_determinant() -> None:
+    torch.manual_seed(0)
+    flow, x = flows.Flow(flows.ActNorm(3), (3, 4, 4)), 5 * torch.randn(7, 3, 4, 4)
+    z, ladj = flow.call_and_ladj(x)  # it starts here
+    again, expected = flow.call_and_ladj(x)
+    assert torch.equal(z, again)
+    assert torch.equal(ladj, expected)
+    torch.testing.assert_close(ladj.mean().item(), 16 * -3 * math.log(5), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

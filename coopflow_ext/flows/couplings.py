@@ -153,8 +153,9 @@ def _net_output(
 
 def _bound_a(raw: Tensor, rescale: Tensor) -> Tensor:
     """raw (B, n, features, …) with its first entry replaced by a = rescale·tanh(·)."""
-    a = rescale * torch.tanh(raw[:, :1])
-    return torch.cat((a.to(raw.dtype), raw[:, 1:]), dim=1)  # raw is half precision in autocast
+    raw_a, others = raw.split([1, raw.shape[1] - 1], dim=1)
+    a = rescale * torch.tanh(raw_a)
+    return torch.cat((a.to(raw.dtype), others), dim=1)  # raw is half precision in autocast
 
 
 def check_finite(params: Tensor) -> None:

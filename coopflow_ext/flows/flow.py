@@ -18,7 +18,6 @@ from coopflow_ext.flows.folding import folding, is_folded
 from coopflow_ext.flows.nets import Dropout
 from coopflow_ext.flows.preprocessing import Dequantize, Logit, VariationalDequantize
 from coopflow_ext.flows.recompute import call_and_ladj, check_invertible
-from coopflow_ext.flows.weight_norm import WeightNormed
 from coopflow_ext.graphed_calls import GraphedCalls
 from coopflow_ext.recorded_key import RecordedKey
 from coopflow_ext.rng import USE_DEQUANTIZE, USE_DROPOUT, USE_PRIOR, Key, stream
@@ -215,13 +214,13 @@ class Flow(nn.Module):
         return z, ladj + ladj_logit + ladj_dequantize
 
     def _forward_pass(self) -> AbstractContextManager[None]:
-        """For which all weights are normed together, before it begins; not where ``recompute``
+        """For which all layers are folded together, before it begins; not where ``recompute``
         keeps no more than a layer's at a time."""
         by_layer = self.recompute and torch.is_grad_enabled()
-        return nullcontext() if by_layer else folding(self, WeightNormed)
+        return nullcontext() if by_layer else folding(self)
 
     def _inverse_pass(self) -> AbstractContextManager[None]:
-        return folding(self.transform, WeightNormed)
+        return folding(self.transform)
 
     def inverse_and_ladj(
         self, z: Tensor, *, context: Tensor | None = None
@@ -355,15 +354,16 @@ class Flow(nn.Module):
     def folded(self) -> AbstractContextManager[None]:
         """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.
 
-        That is the weights of weight-normed layers and the inverses of 1×1 convolutions. Inside,
-        they get no gradients, and a change of them is not seen.
+        That is the weights of weight-normed layers, the inverses of 1×1 convolutions, and the
+        log-determinants of these and of ActNorms. Inside, they get no gradients, and a change of
+        them is not seen.
 
         The flow itself is not changed: what was computed is used by this flow's layers in this
         thread (or asyncio task) alone. Another thread may train the same flow meanwhile; this one
         then sees its new biases and other parameters, but the folded ones of the moment of entry.
         A compiled graph does without. Inside, no CUDA graph is captured or replayed.
 
-        Outside, each pass norms its weights by itself, all together before it begins.
+        Outside, each pass computes them for itself, all together before it begins.
         """
         return folding(self, frozen=True)
 

@@ -3,14 +3,16 @@ passes, need of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+_T = TypeVar("_T")
 
 # By layer. A context variable: every thread, and every asyncio task, has its own.
 _folded: ContextVar[Mapping[Foldable, Any]] = ContextVar(
@@ -34,6 +36,17 @@ class Foldable:
     def folded(self) -> Any | None:
         """The value that is folded where this runs, or None. A compiled graph uses none."""
         return None if torch.compiler.is_compiling() else _folded.get().get(self)
+
+
+def by_kind(kinds: Sequence[Hashable], fold: Callable[[list[int]], Iterable[_T]]) -> list[_T]:
+    """The values of layers in their order, from ``fold`` of the numbers of those of a kind."""
+    numbers: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        numbers.setdefault(kind, []).append(i)
+    values: dict[int, _T] = {}
+    for together in numbers.values():
+        values.update(zip(together, fold(together), strict=True))
+    return [values[i] for i in range(len(kinds))]
 
 
 def folding(

@@ -17,6 +17,7 @@ from coopflow_ext.flows.base import NO_CONTEXT, Context
 from coopflow_ext.flows.compiled import compiled_for
 from coopflow_ext.flows.nets import Conditioner, Dropout, Masks, conditioning
 from coopflow_ext.flows.weight_norm import WeightNormedConv2d, WeightNormedLinear
+from coopflow_ext.ops.attention import split_heads
 
 N_HEADS = 4
 AUX_CHANNELS = 32
@@ -63,7 +64,7 @@ def _attention_gates(
     """(B, positions, 2C): values, and behind them their gates."""
     B, L, C = x.shape
     heads = project(x + positions).view(B, L, 3, N_HEADS, C // N_HEADS)
-    keys, values, queries = (of.transpose(1, 2) for of in heads.unbind(2))
+    keys, values, queries = split_heads(heads)
     if masks.rng is None:
         mixed = F.scaled_dot_product_attention(queries, keys, values)
     else:

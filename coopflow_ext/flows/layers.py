@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from coopflow_ext.autocast import full_precision
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
-from coopflow_ext.flows.folding import Foldable
+from coopflow_ext.flows.folding import Foldable, by_kind
 from coopflow_ext.flows.kept import Kept
 
 
@@ -44,7 +45,17 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-class ActNorm(Transform):
+def _kind(parameter: Tensor) -> tuple[Any, ...]:
+    """Parameters of a kind can be stacked; the frozen ones are not differentiated with others."""
+    return parameter.shape, parameter.dtype, parameter.device, parameter.requires_grad
+
+
+def _at_every_position(x: Tensor, logabsdet: Tensor) -> Tensor:
+    """The ladj (B,) of a map of the channels that is the same everywhere."""
+    return (math.prod(x.shape[2:]) * logabsdet).expand(x.shape[0])
+
+
+class ActNorm(Foldable, Transform):
     """z = (x − mean)·inv_std per channel (dimension 1), initialised from the first batch.
 
     The first call of :meth:`call_and_ladj` in training mode sets mean and inv_std so that every
@@ -132,25 +143,47 @@ class ActNorm(Transform):
         self.initialized.fill_(1)
         _ = self._is_initialized
 
+    def fold(self) -> Tensor:
+        """The log-determinant at one position."""
+        return self._logabsdet(self.inv_std)
+
+    @classmethod
+    def fold_all(cls, layers: Sequence[ActNorm]) -> list[Tensor]:
+        scales = [layer.inv_std for layer in layers]
+
+        def fold(numbers: list[int]) -> Iterable[Tensor]:
+            return cls._logabsdet(torch.stack([scales[i] for i in numbers])).unbind()
+
+        return by_kind([_kind(scale) for scale in scales], fold)
+
+    @staticmethod
+    def _logabsdet(inv_std: Tensor) -> Tensor:
+        return inv_std.abs().log().sum(-1)
+
     def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1) + (1,) * (x.ndim - 2)
         return self.mean.view(shape), self.inv_std.view(shape)
 
-    def _ladj(self, x: Tensor) -> Tensor:
-        positions = math.prod(x.shape[2:])
-        return (positions * self.inv_std.abs().log().sum()).expand(x.shape[0])
-
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         _check_channels(self, x, self.mean.shape[0])
+        logabsdet = self.folded()
         if self.training and not self._is_initialized:
             self._start(x)
+            logabsdet = None  # what was folded is from before
         mean, inv_std = self._per_channel(x)
-        return (x - mean) * inv_std, self._ladj(x)
+        ladj = _at_every_position(x, self.fold() if logabsdet is None else logabsdet)
+        return (x - mean) * inv_std, ladj
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         _check_channels(self, z, self.mean.shape[0])
+        logabsdet = self.folded()
         mean, inv_std = self._per_channel(z)
-        return z / inv_std + mean, -self._ladj(z)
+        ladj = _at_every_position(z, self.fold() if logabsdet is None else logabsdet)
+        return z / inv_std + mean, -ladj
+
+
+# Of more rows torch may leave a batch of matrices to MAGMA, which waits for the device.
+_MOST_ROWS_TOGETHER = 16
 
 
 class InvertibleConv1x1(Foldable, Transform):
@@ -170,17 +203,33 @@ class InvertibleConv1x1(Foldable, Transform):
         self.weight = nn.Parameter(rotation.contiguous())
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """The inverse matrix and the log-determinant."""
-        return self._inverse_matrix(), self._logabsdet()
+        """The inverse matrix and the log-determinant at one position."""
+        return self._inverse(self.weight), self._logabsdet(self.weight)
 
-    def _inverse_matrix(self) -> Tensor:
+    @classmethod
+    def fold_all(cls, layers: Sequence[InvertibleConv1x1]) -> list[tuple[Tensor, Tensor]]:
+        matrices = [layer.weight for layer in layers]
+
+        def fold(numbers: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+            stack = torch.stack([matrices[i] for i in numbers])
+            return zip(cls._inverse(stack).unbind(), cls._logabsdet(stack).unbind(), strict=True)
+
+        kinds = [
+            (*_kind(matrix), i if len(matrix) > _MOST_ROWS_TOGETHER else None)
+            for i, matrix in enumerate(matrices)
+        ]
+        return by_kind(kinds, fold)
+
+    @staticmethod
+    def _inverse(matrices: Tensor) -> Tensor:
         # inv_ex without its check: reading the error code would wait for the device.
-        inverse: Tensor = torch.linalg.inv_ex(self.weight.double()).inverse
-        return inverse.to(self.weight.dtype)
+        inverse: Tensor = torch.linalg.inv_ex(matrices.double()).inverse
+        return inverse.to(matrices.dtype)
 
-    def _logabsdet(self) -> Tensor:
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
-        logabsdet: Tensor = torch.linalg.slogdet(weight).logabsdet
+    @staticmethod
+    def _logabsdet(matrices: Tensor) -> Tensor:
+        matrices = matrices if matrices.dtype == torch.float64 else matrices.float()
+        logabsdet: Tensor = torch.linalg.slogdet(matrices).logabsdet
         return logabsdet
 
     def _apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -190,21 +239,19 @@ class InvertibleConv1x1(Foldable, Transform):
             if x.ndim == 2:
                 return F.linear(x, matrix)
             if x.ndim == 4:
-                return F.conv2d(x, matrix[:, :, None, None])
+                # A convolution of so few channels takes 2 to 25 times as long on a CPU, and on
+                # CUDA rounds to TF32 by default, which the inverse would not undo.
+                return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape)
         raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
-
-    @staticmethod
-    def _ladj(x: Tensor, logabsdet: Tensor) -> Tensor:
-        return (math.prod(x.shape[2:]) * logabsdet).expand(x.shape[0])
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         folded = self.folded()
-        logabsdet = self._logabsdet() if folded is None else folded[1]
-        return self._apply_matrix(x, self.weight), self._ladj(x, logabsdet)
+        logabsdet = self._logabsdet(self.weight) if folded is None else folded[1]
+        return self._apply_matrix(x, self.weight), _at_every_position(x, logabsdet)
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         inverse, logabsdet = self.folded() or self.fold()
-        return self._apply_matrix(z, inverse), -self._ladj(z, logabsdet)
+        return self._apply_matrix(z, inverse), -_at_every_position(z, logabsdet)
 
 
 class _Rearrangement(Transform):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext.autocast import autocast_dtype
-from coopflow_ext.flows.folding import Foldable
+from coopflow_ext.flows.folding import Foldable, by_kind
 
 
 class _Cast(torch.autograd.Function):
@@ -89,19 +89,23 @@ class WeightNormed(Foldable, nn.Module):
         autocast would round each by itself when it is used."""
         given: list[Any] = [layer.parametrizations["weight"] for layer in layers]
         pairs: list[tuple[Tensor, Tensor]] = [(of.original1, of.original0) for of in given]
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for i, (layer, (v, g)) in enumerate(zip(layers, pairs, strict=True)):
-            learns = v.requires_grad or g.requires_grad
+
+        def kind(layer: WeightNormed, v: Tensor, g: Tensor) -> tuple[Any, ...]:
             dtype = autocast_dtype(v) if layer._is_factor else v.dtype
-            kinds.setdefault((dtype, v.dtype, v.device, learns), []).append(i)
-        weights: dict[int, Tensor] = {}
-        for (dtype, own, *_), numbers in kinds.items():
+            return dtype, v.dtype, v.device, v.requires_grad or g.requires_grad
+
+        kinds = [kind(layer, *pair) for layer, pair in zip(layers, pairs, strict=True)]
+
+        def norm(numbers: list[int]) -> Sequence[Tensor]:
+            dtype, own, *_ = kinds[numbers[0]]
             directions, gains = zip(*(pairs[i] for i in numbers), strict=True)
             normed = ops.weight_norm(directions, gains)
-            if dtype != own:
-                normed = _Cast.apply(dtype, *normed)  # type: ignore[no-untyped-call]
-            weights.update(zip(numbers, normed, strict=True))
-        return [weights[i] for i in range(len(layers))]
+            if dtype == own:
+                return normed
+            rounded: Sequence[Tensor] = _Cast.apply(dtype, *normed)  # type: ignore[no-untyped-call]
+            return rounded
+
+        return by_kind(kinds, norm)
 
 
 class WeightNormedConv2d(WeightNormed, nn.Conv2d):  # type: ignore[override]

@@ -106,6 +106,16 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
+def compute(op: str, *args: Any) -> Any:
+    """What a raw op returns, for the forward of its Function, where nothing has derivatives: torch
+    would go through Python code to find that out, which takes as long again as calling the op."""
+    raw = getattr(coopflow, op)
+    if torch.compiler.is_compiling():
+        return raw(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return raw.default(*args)
+
+
 def leave_unused(ctx: Any) -> None:
     """Results that nobody used, or that have no gradient, get None in backward, not zeros."""
     if not torch.compiler.is_compiling():  # which cannot trace it

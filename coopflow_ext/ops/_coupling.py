@@ -67,7 +67,7 @@ def differentiable(
     class Coupling(torch.autograd.Function):
         @staticmethod
         def forward(state: Tensor, params: Tensor, *options: bool) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = getattr(_call.coopflow, op)(state, params, *options)
+            result: tuple[Tensor, Tensor] = _call.compute(op, state, params, *options)
             return result
 
         @staticmethod
@@ -95,7 +95,7 @@ def _backward(op: str, gradients: Map) -> Function:
     class CouplingBackward(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = getattr(_call.coopflow, op)(*inputs)
+            result: tuple[Tensor, Tensor] = _call.compute(op, *inputs)
             return result
 
         @staticmethod

@@ -17,7 +17,7 @@ from coopflow_ext.ops import _call
 ATTENTION_MAX_DIM = 64
 """The largest d of :func:`attention` with dropout: what a block of a GPU holds."""
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def attention(
@@ -75,12 +75,65 @@ def attention(
     return mixed
 
 
+def split_heads(projected: Tensor) -> Three:
+    """Keys, values and queries (B, H, L, d) of what one projection made of every position,
+    (B, L, 3, H, d), whose gradient is that of the three without a copy if it comes from
+    :func:`attention`."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found: Three = _SplitHeads.apply(projected)  # type: ignore[no-untyped-call]
+        return found
+    return _split(projected)
+
+
+def _split(heads: Tensor) -> Three:
+    k, v, q = (of.transpose(1, 2) for of in heads.unbind(2))
+    return k, v, q
+
+
+def _stacked(*parts: Tensor) -> Tensor:
+    return torch.stack([part.transpose(1, 2) for part in parts], dim=2)
+
+
+def _lie_side_by_side(parts: Sequence[Tensor]) -> bool:
+    """As those of one tensor (B, L, 3, H, d)."""
+    first = parts[0]
+    _, H, L, d = first.shape
+    strides = (3 * L * H * d, d, 3 * H * d, 1)
+    return all(
+        part.stride() == strides
+        and part.storage_offset() == first.storage_offset() + i * H * d
+        and part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        for i, part in enumerate(parts)
+    )
+
+
+class _SplitHeads(torch.autograd.Function):
+    """(B, L, 3, H, d) -> its three parts, as (B, H, L, d)."""
+
+    @staticmethod
+    def forward(projected: Tensor) -> Three:
+        return _split(projected)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Three) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # A second derivative has to know all three.
+        if torch.is_grad_enabled() or not _lie_side_by_side(grads):
+            return _stacked(*grads)
+        B, H, L, d = grads[0].shape
+        row = 3 * H * d
+        return grads[0].as_strided((B, L, 3, H, d), (L * row, row, H * d, d, 1))
+
+
 class Attention(torch.autograd.Function):
     """(q, k, v, rng, p, step, scale) -> (out, log-sum-exp of the scores)."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _call.coopflow.attention(*inputs)
+        result: tuple[Tensor, Tensor] = _call.compute("attention", *inputs)
         return result
 
     @staticmethod
@@ -94,27 +147,26 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 7
-        found: Gradients = _call.apply(
-            _ATTENTION_BACKWARD, grad_out, *ctx.saved_tensors, *ctx.options
-        )
-        return (*found, None, None, None, None)
+        heads: Tensor = _call.apply(_ATTENTION_BACKWARD, grad_out, *ctx.saved_tensors, *ctx.options)
+        k, v, q = _split(heads)
+        return (q, k, v, None, None, None, None)
 
 
 class AttentionBackward(torch.autograd.Function):
-    """(grad_out, q, k, v, rng, out, lse, p, step, scale) -> gradients of q, k and v."""
+    """(grad_out, q, k, v, rng, out, lse, p, step, scale) -> gradients of k, v and q, as heads."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Gradients:
-        result: Gradients = _call.coopflow.attention_backward(*inputs)
+    def forward(*inputs: Any) -> Tensor:
+        result: Tensor = _call.compute("attention_backward", *inputs)
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_out, q, k, v, rng, _, _, *ctx.options = inputs
         ctx.save_for_backward(grad_out, q, k, v, rng)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """`out` and `lse` are functions of q, k and v, and so are the gradients without them."""
         *differentiable, rng = ctx.saved_tensors
         p, step, scale = ctx.options
@@ -122,12 +174,13 @@ class AttentionBackward(torch.autograd.Function):
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return reference.attention(q, k, v, rng, p, step=step, scale=scale)
 
-        def gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-            found: Gradients = torch.func.vjp(mix, q, k, v)[1](grad_out)
-            return found
+        def gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found: Three = torch.func.vjp(mix, q, k, v)[1](grad_out)
+            grad_q, grad_k, grad_v = found
+            return _stacked(grad_k, grad_v, grad_q)
 
         pull_back = torch.func.vjp(gradients, *differentiable)[1]
-        return (*pull_back(grads), *[None] * 6)
+        return (*pull_back(grad), *[None] * 6)
 
 
 def _like(q: Tensor) -> Tensor:
@@ -139,8 +192,9 @@ def _shapes(q: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty(q.shape[:-1], dtype=arithmetic_dtype(q.dtype))
 
 
-def _backward_shapes(grad_out: Tensor, q: Tensor, *others: Any, **options: Any) -> Gradients:
-    return _like(q), _like(q), _like(q)
+def _backward_shapes(grad_out: Tensor, q: Tensor, *others: Any, **options: Any) -> Tensor:
+    B, H, L, d = q.shape
+    return q.new_empty(B, L, 3, H, d)
 
 
 def _flops(q: Sequence[int], *others: Any, **options: Any) -> int:

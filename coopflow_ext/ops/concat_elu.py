@@ -58,7 +58,7 @@ class ConcatElu(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        result: Tensor = _call.coopflow.concat_elu(*inputs)
+        result: Tensor = _call.compute("concat_elu", *inputs)
         return result
 
     @staticmethod
@@ -77,7 +77,7 @@ class ConcatEluBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        result: Tensor = _call.coopflow.concat_elu_backward(*inputs)
+        result: Tensor = _call.compute("concat_elu_backward", *inputs)
         return result
 
     @staticmethod

@@ -61,7 +61,7 @@ class GateAddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _call.coopflow.gate_add_norm(*inputs)
+        result: tuple[Tensor, Tensor] = _call.compute("gate_add_norm", *inputs)
         return result
 
     @staticmethod
@@ -87,7 +87,7 @@ class GateAddNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Gradients:
-        result: Gradients = _call.coopflow.gate_add_norm_backward(*inputs)
+        result: Gradients = _call.compute("gate_add_norm_backward", *inputs)
         return result
 
     @staticmethod

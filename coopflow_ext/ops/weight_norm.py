@@ -78,7 +78,7 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(*tensors: Tensor) -> Tensors:
-        return tuple(_call.coopflow.weight_norm(*_parts(_without_context(tensors), 2)))
+        return tuple(_call.compute("weight_norm", *_parts(_without_context(tensors), 2)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:
@@ -109,7 +109,7 @@ class WeightNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(*tensors: Tensor) -> Tensors:
         lists = _parts(_without_context(tensors), 3)
-        grad_directions, grad_gains = _call.coopflow.weight_norm_backward(*lists)
+        grad_directions, grad_gains = _call.compute("weight_norm_backward", *lists)
         return (*grad_directions, *grad_gains)
 
     @staticmethod

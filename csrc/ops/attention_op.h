@@ -68,6 +68,12 @@ class AttentionOp {
     return torch::stable::transpose(rows, 1, 2);
   }
 
+  // Gradients side by side, (B, L, 3, H, d): of k, v and q, the order of a Flow++ projection, whose
+  // own gradient they are then without a copy.
+  Tensor new_gradients() const {
+    return torch::stable::new_empty(q_, {shape.batch, shape.length, 3, shape.heads, shape.dim});
+  }
+
   template <typename A>
   Dropout<A> dropout() const {
     return {rng_, step_, dropout_threshold(p_), static_cast<A>(1 / (1 - p_))};
@@ -98,6 +104,12 @@ inline AttentionOutput attention_output(const Tensor& t) {
   return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
+// One of those side by side, as (B, H, L, d).
+inline AttentionOutput attention_output(const Tensor& gradients, int64_t which) {
+  return attention_output(
+      torch::stable::transpose(torch::stable::select(gradients, 2, which), 1, 2));
+}
+
 template <typename Backend>
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rng, double p,
                                      int64_t step, std::optional<double> scale) {
@@ -123,30 +135,35 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor rng, d
 
 // out and lse are those of attention for the other arguments.
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
-                                                      Tensor rng, Tensor out, Tensor lse, double p,
-                                                      int64_t step, std::optional<double> scale) {
+Tensor attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rng, Tensor out,
+                          Tensor lse, double p, int64_t step, std::optional<double> scale) {
   const AttentionOp op("attention_backward", q, k, v, rng, p, step, scale);
   op.check_like_q("grad_out", grad_out);
   op.check_like_q("out", out);
   op.check_lse(lse);
-  Tensor grad_q = op.new_like_q();
-  Tensor grad_k = op.new_like_q();
-  Tensor grad_v = op.new_like_q();
-  if (op.is_empty()) return {grad_q, grad_k, grad_v};
+  Tensor gradients = op.new_gradients();
+  if (op.is_empty()) return gradients;
+  const AttentionOutput grad_k = attention_output(gradients, 0);
+  const AttentionOutput grad_v = attention_output(gradients, 1);
+  const AttentionOutput grad_q = attention_output(gradients, 2);
   dispatch_floating(q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = arithmetic_t<T>;
-    const AttentionBackwardArgs<A> args{
-        attention_input(grad_out), attention_input(q),
-        attention_input(k),        attention_input(v),
-        attention_input(out),      static_cast<const A*>(lse.const_data_ptr()),
-        attention_output(grad_q),  attention_output(grad_k),
-        attention_output(grad_v),  op.shape,
-        op.template dropout<A>(),  static_cast<A>(op.scale())};
+    const AttentionBackwardArgs<A> args{attention_input(grad_out),
+                                        attention_input(q),
+                                        attention_input(k),
+                                        attention_input(v),
+                                        attention_input(out),
+                                        static_cast<const A*>(lse.const_data_ptr()),
+                                        grad_q,
+                                        grad_k,
+                                        grad_v,
+                                        op.shape,
+                                        op.template dropout<A>(),
+                                        static_cast<A>(op.scale())};
     Backend::template run_backward<T>(args, lse);
   });
-  return {grad_q, grad_k, grad_v};
+  return gradients;
 }
 
 }  // namespace coopflow
