@@ -577,11 +577,15 @@ class _CountLaunches(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
+@pytest.mark.parametrize(
+    ("bfloat16", "launches", "most_mib"), [(False, 3_400, 510), (True, 3_500, 260)]
+)
+def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is(bfloat16, launches, most_mib):
     """Batch 2: operators that launch something, and MiB that the graph keeps beside the parameters.
-    Both were larger while attention kept its scores: 8,449 and 1,866; while concat-ELU with its
-    dropout was several operators, and each weight was normed by itself: 6,587 and 550; while gate,
-    residual and LayerNorm were three: 4,263."""
+    In float32 both were larger while attention kept its scores: 8,449 and 1,866; while concat-ELU
+    with its dropout was several operators, and each weight was normed by itself: 6,587 and 550;
+    while gate, residual and LayerNorm were three: 4,263. In bfloat16 there were 5,192 while each
+    weight, and 4,332 while each bias, was rounded by itself."""
     torch.manual_seed(0)
     flow, x = flows.flowpp((3, 32, 32)), torch.rand(2, 3, 32, 32) * 2 - 1
     flow.initialize(x)
@@ -595,8 +599,9 @@ def test_a_training_step_of_the_paper_s_flow_stays_as_small_as_it_is():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), _CountLaunches() as counted:
-        loss = flow.log_prob(x, key=Key(1)).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = flow.log_prob(x, key=Key(1)).sum()
         mib = sum(n for storage, n in kept.items() if storage not in parameters) / 2**20
         loss.backward()
-    assert mib <= 510
-    assert counted.launches <= 3_600
+    assert mib <= most_mib
+    assert counted.launches <= launches

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from coopflow_ext import Key, flows
 from coopflow_ext.flows import Flow, recompute
 from coopflow_ext.flows.folding import folding
+from coopflow_ext.flows.gated import AuxNet
 from coopflow_ext.flows.weight_norm import (
     Rescale,
     WeightNormed,
@@ -179,26 +180,29 @@ def test_autocast_finds_its_weights_rounded(by_layer: bool) -> None:
         half.inverse_and_ladj(torch.randn(2, 1, 4, 4).bfloat16())
 
 
-def test_autocast_rounds_no_weight_by_itself() -> None:
+def test_autocast_rounds_no_weight_and_no_bias_by_itself() -> None:
     flow, x = small(), torch.rand(3, 1, 4, 4)
 
     class Casts(TorchDispatchMode):
-        """Of weights, which have two dimensions or four."""
+        """Of parameters, as they are or as an effective weight, and of their gradients."""
 
         found: int = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten._to_copy.default:
-                sizes = {tuple(m.weight.shape) for m in layers}
                 self.found += tuple(args[0].shape) in sizes
             return func(*args, **(kwargs or {}))
 
     layers = [m for m in flow.modules() if isinstance(m, (WeightNormedConv2d, WeightNormedLinear))]
+    sizes = {tuple(t.shape) for m in layers for t in m.affine() if t is not None}
+    assert {len(size) for size in sizes} == {1, 2, 4}
+    for module in flow.modules():  # a plain layer, whose parameters autocast rounds
+        if isinstance(module, AuxNet):
+            module.layers[0] = WeightNormedConv2d(2, 32, 3)
     with Casts() as casts:
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow.log_prob(x, key=Key(1)).sum()
         loss.backward()
-    assert layers
     assert casts.found == 0
 
 
@@ -264,11 +268,27 @@ def test_layers_of_several_dtypes_are_normed_with_their_own() -> None:
     layers[1].double(), layers[3].bfloat16(), layers[4].requires_grad_(False)
     with folding(layers, WeightNormed):
         for layer in layers:
-            alone = layer.fold()
+            alone, _ = layer.fold()
             assert layer.weight.dtype == alone.dtype
             assert layer.weight.requires_grad == alone.requires_grad
             bound = 2 * torch.finfo(alone.dtype).eps
             torch.testing.assert_close(layer.weight, alone, rtol=bound, atol=0)
+
+
+def test_biases_are_rounded_with_their_weights() -> None:
+    """But those that are no factor's, or of another dtype than the weight."""
+    layers = nn.ModuleList(WeightNormedLinear(5, 3, bias=i < 3) for i in range(4))
+    layers[1].bias.data = layers[1].bias.data.double()
+    layers[2].bias.requires_grad_(False)
+    for given, autocast in ((torch.float32, False), (torch.bfloat16, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), folding(layers):
+            biases = [layer.affine()[1] for layer in layers]
+        assert biases[0].dtype == biases[2].dtype == given
+        assert torch.equal(biases[0], layers[0].bias.to(given))
+        assert biases[1] is layers[1].bias
+        assert biases[3] is None
+    (grad,) = torch.autograd.grad(biases[0].float().sum(), layers[0].bias)
+    assert torch.equal(grad, torch.ones(3))
 
 
 def test_modes_and_copies() -> None:

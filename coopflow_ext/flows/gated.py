@@ -16,15 +16,18 @@ from coopflow_ext import ops
 from coopflow_ext.flows.base import NO_CONTEXT, Context
 from coopflow_ext.flows.compiled import compiled_for
 from coopflow_ext.flows.nets import Conditioner, Dropout, Masks, conditioning
-from coopflow_ext.flows.weight_norm import WeightNormedConv2d, WeightNormedLinear
+from coopflow_ext.flows.weight_norm import (
+    Affine,
+    WeightNormed,
+    WeightNormedConv2d,
+    WeightNormedLinear,
+)
 from coopflow_ext.ops.attention import split_heads
 
 N_HEADS = 4
 AUX_CHANNELS = 32
 
 Layer = Callable[[Tensor], Tensor]
-# The effective weight of a layer, and its bias.
-Affine = tuple[Tensor, Tensor | None]
 Norm = tuple[Tensor, Tensor]
 
 
@@ -104,17 +107,17 @@ def _as_linear(affine: Affine) -> Layer:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-def _affine(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> Affine:
-    """Detached without gradients, where some weights are folded so and others not: compiled code
-    is for one or the other."""
-    weight, bias = layer.weight, layer.bias
-    return (weight if torch.is_grad_enabled() else weight.detach()), bias
+def _affine(layer: WeightNormed) -> Affine:
+    """Detached without gradients, where some layers are folded so and others not: compiled code is
+    for one or the other."""
+    weight, bias = layer.affine()
+    if torch.is_grad_enabled():
+        return weight, bias
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def _norm(layer: nn.LayerNorm) -> Norm:
-    weight, bias = _affine(layer)
-    assert bias is not None
-    return weight, bias
+    return layer.weight, layer.bias
 
 
 def _block_of_tensors(

@@ -6,15 +6,19 @@ pickled, and whose weight one flow in one thread can fold, together with those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext.autocast import autocast_dtype
 from coopflow_ext.flows.folding import Foldable, by_kind
+
+# The weight of a layer, and its bias.
+Affine = tuple[Tensor, Tensor | None]
 
 
 class _Cast(torch.autograd.Function):
@@ -33,7 +37,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """None for weights that nobody used."""
+        """None for those that nobody used."""
         given = [grad for grad in grads if grad is not None]
         cast = iter(_Cast.apply(ctx.dtype, *given) if given else ())  # type: ignore[no-untyped-call]
         return (None, *(None if grad is None else next(cast) for grad in grads))
@@ -67,8 +71,12 @@ class WeightNormed(Foldable, nn.Module):
     @property
     def weight(self) -> Tensor:
         # Before _normalise this is an AttributeError, for which nn.Module gives the parameter.
-        folded: Tensor | None = self.folded()
-        return self.fold() if folded is None or self._was_rounded(folded) else folded
+        return self.affine()[0]
+
+    def affine(self) -> Affine:
+        """Weight and bias as this layer uses them here."""
+        folded: Affine | None = self.folded()
+        return self.fold() if folded is None or self._was_rounded(folded[0]) else folded
 
     def _was_rounded(self, folded: Tensor) -> bool:
         """For autocast, which has been left since."""
@@ -77,16 +85,19 @@ class WeightNormed(Foldable, nn.Module):
         v: Tensor = self.parametrizations["weight"].original1  # type: ignore[assignment]
         return folded.dtype != autocast_dtype(v)
 
-    def fold(self) -> Tensor:
+    def _bias(self) -> Tensor | None:
+        return self._parameters.get("bias")
+
+    def fold(self) -> Affine:
         """By torch's own operator, which is quicker for one layer, and which compilers fuse."""
         weight: Tensor = self.parametrizations["weight"]()
-        return weight
+        return weight, self._bias()
 
     @staticmethod
-    def fold_all(layers: Sequence[WeightNormed]) -> list[Tensor]:
+    def fold_all(layers: Sequence[WeightNormed]) -> list[Affine]:
         """By one operator for those of a dtype and a device; those that are frozen by another, so
-        that nothing of theirs is differentiated. In autocast factors are rounded by one more, where
-        autocast would round each by itself when it is used."""
+        that nothing of theirs is differentiated. In autocast factors and their biases are rounded
+        by one more, where autocast would round each by itself when it is used."""
         given: list[Any] = [layer.parametrizations["weight"] for layer in layers]
         pairs: list[tuple[Tensor, Tensor]] = [(of.original1, of.original0) for of in given]
 
@@ -96,16 +107,26 @@ class WeightNormed(Foldable, nn.Module):
 
         kinds = [kind(layer, *pair) for layer, pair in zip(layers, pairs, strict=True)]
 
-        def norm(numbers: list[int]) -> Sequence[Tensor]:
+        def norm(numbers: list[int]) -> Iterable[Affine]:
             dtype, own, *_ = kinds[numbers[0]]
             directions, gains = zip(*(pairs[i] for i in numbers), strict=True)
-            normed = ops.weight_norm(directions, gains)
-            if dtype == own:
-                return normed
-            rounded: Sequence[Tensor] = _Cast.apply(dtype, *normed)  # type: ignore[no-untyped-call]
-            return rounded
+            weights: Sequence[Tensor] = ops.weight_norm(directions, gains)
+            biases = [layers[i]._bias() for i in numbers]
+            if dtype != own:
+                weights, biases = _rounded(dtype, weights, biases)
+            return zip(weights, biases, strict=True)
 
         return by_kind(kinds, norm)
+
+
+def _rounded(
+    dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    own = weights[0].dtype
+    which = [i for i, bias in enumerate(biases) if bias is not None and bias.dtype == own]
+    cast = _Cast.apply(dtype, *weights, *(biases[i] for i in which))  # type: ignore[no-untyped-call]
+    found = dict(zip(which, cast[len(weights) :], strict=True))
+    return cast[: len(weights)], [found.get(i, bias) for i, bias in enumerate(biases)]
 
 
 class WeightNormedConv2d(WeightNormed, nn.Conv2d):  # type: ignore[override]
@@ -115,6 +136,10 @@ class WeightNormedConv2d(WeightNormed, nn.Conv2d):  # type: ignore[override]
         super().__init__(n_in, n_out, size, padding=size // 2)
         self._normalise()
 
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine()
+        return F.conv2d(x, weight, bias, padding=self.padding)
+
 
 class WeightNormedLinear(WeightNormed, nn.Linear):  # type: ignore[override]
     """``nn.Linear``."""
@@ -122,6 +147,10 @@ class WeightNormedLinear(WeightNormed, nn.Linear):  # type: ignore[override]
     def __init__(self, n_in: int, n_out: int, *, bias: bool) -> None:
         super().__init__(n_in, n_out, bias=bias)
         self._normalise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine()
+        return F.linear(x, weight, bias)
 
 
 class Rescale(WeightNormed):
