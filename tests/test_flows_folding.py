@@ -113,13 +113,18 @@ def test_a_pass_norms_all_weights_by_one_operator() -> None:
 
 
 def test_a_pass_takes_the_determinants_of_matrices_of_a_size_by_one_operator() -> None:
-    """And the logarithms of all scales of a number of channels; large matrices stay alone."""
+    """And the logarithms of all scales of a number of channels; large matrices stay alone. Only
+    inverse passes need inverses."""
     flow, x = small(), torch.rand(3, 1, 4, 4)
     sizes = {m.weight.shape for m in flow.modules() if isinstance(m, flows.InvertibleConv1x1)}
     assert len(sizes) > 1
     with CountOps() as counted:
         flow.log_prob(x, key=Key(1)).sum().backward()
     assert counted.counts["_linalg_slogdet"] == len(sizes)
+    assert counted.counts["linalg_inv_ex"] == 0
+    with CountOps() as counted:
+        flow.sample(3, Key(1))
+    assert counted.counts["_linalg_slogdet"] == counted.counts["linalg_inv_ex"] == len(sizes)
     norms = [m for m in flow.modules() if isinstance(m, flows.ActNorm)]
     with CountOps() as counted, folding(nn.ModuleList(norms)):
         pass

@@ -217,7 +217,7 @@ class Flow(nn.Module):
         """For which all layers are folded together, before it begins; not where ``recompute``
         keeps no more than a layer's at a time."""
         by_layer = self.recompute and torch.is_grad_enabled()
-        return nullcontext() if by_layer else folding(self)
+        return nullcontext() if by_layer else folding(self, inverse=False)
 
     def _inverse_pass(self) -> AbstractContextManager[None]:
         return folding(self.transform)

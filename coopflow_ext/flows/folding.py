@@ -28,9 +28,9 @@ class Foldable:
         raise NotImplementedError
 
     @staticmethod
-    def fold_all(layers: Sequence[Any]) -> Sequence[Any]:
+    def fold_all(layers: Sequence[Any], *, inverse: bool) -> Sequence[Any]:
         """The values of several layers, all of which have this method; for one operator that
-        computes them together."""
+        computes them together. ``inverse``: also what only inverse passes need."""
         return [layer.fold() for layer in layers]
 
     def folded(self) -> Any | None:
@@ -50,19 +50,28 @@ def by_kind(kinds: Sequence[Hashable], fold: Callable[[list[int]], Iterable[_T]]
 
 
 def folding(
-    module: nn.Module, kind: type[Foldable] = Foldable, *, frozen: bool = False
+    module: nn.Module,
+    kind: type[Foldable] = Foldable,
+    *,
+    frozen: bool = False,
+    inverse: bool = True,
 ) -> AbstractContextManager[None]:
     """Inside, in this thread (or task) only, the layers in ``module`` are folded.
 
     Args:
         kind: which layers; those that are folded already stay as they are.
         frozen: their values have no gradients; otherwise they have where gradients are on.
+        inverse: also what only inverse passes need.
     """
-    return nullcontext() if torch.compiler.is_compiling() else _folding(module, kind, frozen)
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return _folding(module, kind, frozen, inverse)
 
 
 @contextmanager
-def _folding(module: nn.Module, kind: type[Foldable], frozen: bool) -> Iterator[None]:
+def _folding(
+    module: nn.Module, kind: type[Foldable], frozen: bool, inverse: bool
+) -> Iterator[None]:
     values = dict(_folded.get())
     together: dict[Callable[..., Sequence[Any]], list[Foldable]] = {}
     for layer in dict.fromkeys(_foldable(module)):  # a shared one once
@@ -70,7 +79,7 @@ def _folding(module: nn.Module, kind: type[Foldable], frozen: bool) -> Iterator[
             together.setdefault(layer.fold_all, []).append(layer)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for fold_all, layers in together.items():
-            values.update(zip(layers, fold_all(layers), strict=True))
+            values.update(zip(layers, fold_all(layers, inverse=inverse), strict=True))
     token = _folded.set(values)
     try:
         yield

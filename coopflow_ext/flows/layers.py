@@ -148,7 +148,7 @@ class ActNorm(Foldable, Transform):
         return self._logabsdet(self.inv_std)
 
     @classmethod
-    def fold_all(cls, layers: Sequence[ActNorm]) -> list[Tensor]:
+    def fold_all(cls, layers: Sequence[ActNorm], *, inverse: bool) -> list[Tensor]:
         scales = [layer.inv_std for layer in layers]
 
         def fold(numbers: list[int]) -> Iterable[Tensor]:
@@ -207,12 +207,15 @@ class InvertibleConv1x1(Foldable, Transform):
         return self._inverse(self.weight), self._logabsdet(self.weight)
 
     @classmethod
-    def fold_all(cls, layers: Sequence[InvertibleConv1x1]) -> list[tuple[Tensor, Tensor]]:
+    def fold_all(
+        cls, layers: Sequence[InvertibleConv1x1], *, inverse: bool
+    ) -> list[tuple[Tensor | None, Tensor]]:
         matrices = [layer.weight for layer in layers]
 
-        def fold(numbers: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        def fold(numbers: list[int]) -> Iterable[tuple[Tensor | None, Tensor]]:
             stack = torch.stack([matrices[i] for i in numbers])
-            return zip(cls._inverse(stack).unbind(), cls._logabsdet(stack).unbind(), strict=True)
+            inverses = cls._inverse(stack).unbind() if inverse else [None] * len(stack)
+            return zip(inverses, cls._logabsdet(stack).unbind(), strict=True)
 
         kinds = [
             (*_kind(matrix), i if len(matrix) > _MOST_ROWS_TOGETHER else None)
@@ -250,7 +253,8 @@ class InvertibleConv1x1(Foldable, Transform):
         return self._apply_matrix(x, self.weight), _at_every_position(x, logabsdet)
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        inverse, logabsdet = self.folded() or self.fold()
+        folded = self.folded()
+        inverse, logabsdet = self.fold() if folded is None or folded[0] is None else folded
         return self._apply_matrix(z, inverse), -_at_every_position(z, logabsdet)
 
 

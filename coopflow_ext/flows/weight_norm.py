@@ -94,7 +94,7 @@ class WeightNormed(Foldable, nn.Module):
         return weight, self._bias()
 
     @staticmethod
-    def fold_all(layers: Sequence[WeightNormed]) -> list[Affine]:
+    def fold_all(layers: Sequence[WeightNormed], *, inverse: bool) -> list[Affine]:
         """By one operator for those of a dtype and a device; those that are frozen by another, so
         that nothing of theirs is differentiated. In autocast factors and their biases are rounded
         by one more, where autocast would round each by itself when it is used."""
