@@ -93,6 +93,14 @@ CAUGHT = {
         "checked", "gate_add_norm_cuda.cu", "gate_add_norm_parts",
         ("shared memory", "gate_add_norm_cuda.cu", "no barrier between them", "block ("),
     ),
+    "tile_without_a_barrier": (
+        "checked", "attention_cuda.cu", "attention_bfloat16",
+        ("shared memory", "attention_bfloat16.cuh", "no barrier between them", "block ("),
+    ),
+    "votes_of_the_wrong_keys": (
+        "checked", "attention_cuda.cu", "attention_bfloat16",
+        ("attention_bfloat16, ", "k.grad (bfloat16): tensor(", "is not"),
+    ),
     "sums_of_one_part": (
         "checked", "mixture_logistic_*.cu", "mixture_logistic_coupling",
         ("32 x torch.float32", "(sum): tensor(", "is not"),

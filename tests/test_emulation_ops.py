@@ -374,6 +374,7 @@ def test_wide_networks_agree_with_the_cpu_op(
 BANKS = {
     "analytic_chains": 1.0,
     "attention": 1.19,
+    "attention_bfloat16": 1.1,
     "mlp_chain": 1.02,
     "mlp_chain_bfloat16": 1.03,
     "mlp_mala_chain": 1.02,

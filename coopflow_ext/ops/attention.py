@@ -34,7 +34,9 @@ def attention(
 
     Neither the L × L scores nor the mask are ever in memory: both passes walk through them in tiles
     and draw the mask anew, so that memory grows as L·d. Sums are in float32 (float64 for double)
-    and in a fixed order. Second derivatives are the reference's, which has the weights in memory.
+    and in a fixed order. On CUDA bfloat16 has its products on tensor cores, for which weights and
+    the gradients of scores are rounded to it, as PyTorch's own attention does. Second derivatives
+    are the reference's, which has the weights in memory.
 
     Equivalent to::
 

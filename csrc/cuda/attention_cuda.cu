@@ -1,9 +1,11 @@
-// attention and its derivative on CUDA. A block has a tile of scores, 64 x 64 (32 x 32 in float64),
-// of which a thread has 4 x 4 (2 x 2). Forward and the gradient of q walk along the keys, the
-// gradients of k and v along the rows, so that every result belongs to one block and sums have a
-// fixed order.
+// attention and its derivative on CUDA; for bfloat16 see attention_bfloat16.cuh. A block has a tile
+// of scores, 64 x 64 (32 x 32 in float64), of which a thread has 4 x 4 (2 x 2). Forward and the
+// gradient of q walk along the keys, the gradients of k and v along the rows, so that every result
+// belongs to one block and sums have a fixed order.
 #include <type_traits>
 
+#include "attention.cuh"
+#include "attention_bfloat16.cuh"
 #include "coopflow/attention.h"
 #include "coopflow/packed.h"
 #include "coopflow/reduction.h"
@@ -179,39 +181,6 @@ class Block {
   const int first_, second_;
 };
 
-// The mask of one head's weights.
-template <typename A>
-class HeadMask {
- public:
-  __device__ __forceinline__ HeadMask(const Dropout<A>& dropout, const AttentionShape& shape,
-                                      int64_t head)
-      : dropout_(dropout),
-        length_(shape.length),
-        key_(make_philox_key(dropout.rng[0])),
-        time_(static_cast<uint32_t>(dropout.rng[1] + dropout.step)),
-        chain_(dropout.rng[2] + head / shape.heads),
-        first_(head % shape.heads * shape.length * shape.length) {}
-
-  // Bit i: whether the weight of key first_key + i is kept, i < 4.
-  __device__ __forceinline__ uint32_t kept(int64_t row, int64_t first_key) const {
-    return kept_of_four(key_, chain_, time_, first_ + row * length_ + first_key,
-                        dropout_.threshold);
-  }
-
- private:
-  const Dropout<A>& dropout_;
-  const int64_t& length_;
-  const PhiloxKey key_;
-  const uint32_t time_;
-  const int64_t chain_, first_;
-};
-
-template <typename A, int kCount>
-__device__ __forceinline__ void fill(A (&values)[kCount], A value) {
-  COOPFLOW_UNROLL
-  for (int i = 0; i < kCount; ++i) values[i] = value;
-}
-
 // --- forward
 // --------------------------------------------------------------------------------------
 
@@ -310,33 +279,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // --- backward
 // -------------------------------------------------------------------------------------
-
-// Of rows that exist: delta, and lse beside it, into shared memory; delta is kept for the gradients
-// of keys and values. A barrier must follow.
-template <typename T, int kTile>
-__device__ __forceinline__ void load_row_sums(const AttentionBackwardArgs<arithmetic_t<T>>& args,
-                                              int64_t head, int64_t first_row, arithmetic_t<T>* lse,
-                                              arithmetic_t<T>* delta, arithmetic_t<T>* deltas) {
-  using A = arithmetic_t<T>;
-  const AttentionShape& shape = args.shape;
-  const int64_t row = first_row + threadIdx.x;
-  if (threadIdx.x >= kTile) return;
-  A sum = A(0);
-  const int64_t at = head * shape.length + row;
-  if (row < shape.length) {
-    const T* const out = static_cast<const T*>(args.out.data) + args.out.head_offset(shape, head) +
-                         row * args.out.row_stride;
-    const T* const grad = static_cast<const T*>(args.grad_out.data) +
-                          args.grad_out.head_offset(shape, head) + row * args.grad_out.row_stride;
-    for (int64_t k = 0; k < shape.dim; ++k) {
-      sum = multiply_add(to_arithmetic(grad[k * args.grad_out.dim_stride]),
-                         to_arithmetic(out[k * args.out.dim_stride]), sum);
-    }
-    deltas[at] = sum;
-  }
-  delta[threadIdx.x] = sum;
-  lse[threadIdx.x] = row < shape.length ? args.lse[at] : A(0);
-}
 
 // Writes deltas, (batch, heads, length), too.
 template <typename T, int kDim>
@@ -480,9 +422,15 @@ struct CudaAttention {
   static void run(const AttentionArgs<arithmetic_t<T>>& args, const Tensor& q) {
     dispatch_dim(args.shape.dim, [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
-      using Layout = TileLayout<arithmetic_t<T>, kDim>;
-      launch_with_memory<attention_kernel<T, kDim>>(q, units<Layout>(args.shape), kThreads,
-                                                    Layout::bytes(Layout::kForward), args);
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        using Warp = AttentionWarp<kDim>;
+        launch_with_memory<attention_bfloat16_kernel<kDim>>(q, units(args.shape, Warp::kTile),
+                                                            Warp::kThreads, Warp::kBytes, args);
+      } else {
+        using Layout = TileLayout<arithmetic_t<T>, kDim>;
+        launch_with_memory<attention_kernel<T, kDim>>(q, units(args.shape, Layout::kTile), kThreads,
+                                                      Layout::bytes(Layout::kForward), args);
+      }
     });
   }
 
@@ -493,19 +441,27 @@ struct CudaAttention {
     A* const at = static_cast<A*>(deltas.mutable_data_ptr());
     dispatch_dim(args.shape.dim, [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
-      using Layout = TileLayout<A, kDim>;
-      const int64_t blocks = units<Layout>(args.shape);
-      launch_with_memory<attention_query_gradient_kernel<T, kDim>>(
-          lse, blocks, kThreads, Layout::bytes(Layout::kQueryGradient), args, at);
-      launch_with_memory<attention_key_gradient_kernel<T, kDim>>(
-          lse, blocks, kThreads, Layout::bytes(Layout::kKeyGradient), args, at);
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        using Warp = AttentionWarp<kDim>;
+        const int64_t blocks = units(args.shape, Warp::kTile);
+        launch_with_memory<attention_query_gradient_bfloat16_kernel<kDim>>(
+            lse, blocks, Warp::kThreads, Warp::kBytes, args, at);
+        launch_with_memory<attention_key_gradient_bfloat16_kernel<kDim>>(
+            lse, blocks, Warp::kThreads, Warp::kBytes, args, at);
+      } else {
+        using Layout = TileLayout<A, kDim>;
+        const int64_t blocks = units(args.shape, Layout::kTile);
+        launch_with_memory<attention_query_gradient_kernel<T, kDim>>(
+            lse, blocks, kThreads, Layout::bytes(Layout::kQueryGradient), args, at);
+        launch_with_memory<attention_key_gradient_kernel<T, kDim>>(
+            lse, blocks, kThreads, Layout::bytes(Layout::kKeyGradient), args, at);
+      }
     });
   }
 
  private:
-  template <typename Layout>
-  static int64_t units(const AttentionShape& shape) {
-    return shape.batch * shape.heads * divide_up(shape.length, Layout::kTile);
+  static int64_t units(const AttentionShape& shape, int64_t tile) {
+    return shape.batch * shape.heads * divide_up(shape.length, tile);
   }
 };
 

@@ -155,4 +155,32 @@ __device__ __forceinline__ MatrixB load_b(const bfloat16* corner, int stride, in
   return b;
 }
 
+// The same of columns j < 8 and of eight more; or B(k, j) = corner[k * stride + j] where
+// kTransposed.
+template <bool kTransposed>
+__device__ __forceinline__ void load_b_pair(const bfloat16* corner, int stride, int lane,
+                                            MatrixB (&b)[2]) {
+  // The second quarter has rows 8 to 15 of B, the third its columns 8 to 15.
+  const int in_quarter = lane % 8, lower = 8 * (lane / 8 % 2), right = 8 * (lane / 16);
+  const int row = in_quarter + (kTransposed ? lower : right);  // as they are stored
+  const int column = kTransposed ? right : lower;
+  uint32_t words[4];
+  load_quarters<kTransposed>(corner + row * stride + column, words);
+  b[0] = {{words[0], words[1]}};
+  b[1] = {{words[2], words[3]}};
+}
+
+// Sums of 16 columns, rounded, as the factor A of another product.
+__device__ __forceinline__ MatrixA round_to_a(const MatrixSums& left, const MatrixSums& right) {
+  const auto round = [](float first, float second) {
+    bfloat16 pair[2];
+    from_arithmetic_pair<bfloat16>(first, second, pair);
+    uint32_t word;
+    memcpy(&word, pair, sizeof(word));
+    return word;
+  };
+  return {{round(left[0], left[1]), round(left[2], left[3]), round(right[0], right[1]),
+           round(right[2], right[3])}};
+}
+
 }  // namespace coopflow

@@ -457,23 +457,27 @@ def _attention(
     shape: tuple[int, ...],
     p: float,
     spoil: Callable[[tuple[Tensor, ...]], None] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
     **options: float,
 ) -> Results:
-    """Narrow results are sums that were rounded."""
-    given = tuple(inputs.normal(*shape) for _ in range(3))
+    """Narrow results are sums that were rounded, those of bfloat16 of rounded terms."""
+    dtype = dtype or inputs.dtype
+    given = tuple(inputs.normal(*shape, dtype=dtype) for _ in range(3))
     if spoil is not None:
         spoil(given)
     q, k, v = (t.requires_grad_() for t in given)
     out = cf.ops.attention(q, k, v, inputs.rng, p, **options)
-    out.backward(inputs.normal(*shape))
+    out.backward(inputs.normal(*shape, dtype=dtype))
     results = {"out": out, "q.grad": q.grad, "k.grad": k.grad, "v.grad": v.grad}
-    how = "(after a sum)" if inputs.dtype.itemsize == 2 else "(sum)"
+    kinds = {torch.bfloat16: "(bfloat16)", torch.float16: "(after a sum)"}
+    how = kinds.get(dtype, "(sum)")
     return {f"{shape}: {name} {how}": t.detach() for name, t in results.items() if t is not None}
 
 
 def attention(inputs: Inputs) -> Results:
-    """Vectors of both lengths that kernels are made for, with room and full. No kernel has accesses
-    that need alignment."""
+    """Vectors of both lengths that kernels are made for, with room and full. Accesses that need
+    alignment are in the next case."""
     if inputs.shape not in ATTENTION_SHAPES or not inputs.aligned:
         return {}
     batch, length = inputs.shape
@@ -483,6 +487,16 @@ def attention(inputs: Inputs) -> Results:
     if batch < 3:
         results |= _attention(inputs, (min(batch, 1), 1, length, 64), 0.6, scale=-0.1)
     return results
+
+
+def attention_bfloat16(inputs: Inputs) -> Results:
+    """Vectors that fill words of 16 bytes and such that do not, few positions and more than a tile
+    of scores has, rows of weights that begin with a block of words and such that do not."""
+    lengths = {(2, 7): (7, 16), (2, 8): (20, 8), (3, 5): (5, 20), (2, 16391): (68, 24)}
+    if inputs.dtype != torch.float32 or inputs.shape not in lengths:
+        return {}
+    length, dim = lengths[inputs.shape]
+    return _attention(inputs, (1, 2, length, dim), 0.3, dtype=torch.bfloat16)
 
 
 def attention_not_finite(inputs: Inputs) -> Results:
@@ -974,6 +988,7 @@ CASES: dict[str, Case] = {
         affine_coupling_not_finite,
         affine_coupling_mixed,
         attention,
+        attention_bfloat16,
         attention_not_finite,
         concat_elu,
         concat_elu_not_finite,
