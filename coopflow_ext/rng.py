@@ -106,7 +106,9 @@ class Key:
 
     def fold_in(self, data: int) -> Key:
         """A key with an independent seed, determined by this seed and ``data``; time and
-        chain are kept.
+        chain are kept. Tensor j > 0 of a state of several tensors has the noise of
+        ``key.fold_in(j)``: for a use of your own beside such a state take a number beyond its
+        tensors.
 
         ``data`` is in [0, 2⁶⁴). The new seed is words 0, 1 of Philox4x32-10 with this seed as the
         key and counter (data low, data high, 0, 2³¹), which no noise counter can equal.
@@ -154,6 +156,8 @@ class Key:
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int64[3] = (seed's 64 bits reinterpreted, time, chain), what the ops take as ``rng``."""
         _refuse_export()
+        if torch.compiler.is_compiling():
+            return _traced_stream(self, (), device, fold_time=False)
         if device is not None and torch.device(device).type == "cpu":
             # A third of what torch.tensor takes, which is 5 us.
             numbers = np.array((_to_signed(self.seed), self.time, self.chain), np.int64)
@@ -199,7 +203,7 @@ def stream(
     that the next key needs no other graph.
     """
     if torch.compiler.is_compiling():
-        return _traced_stream(key, uses, device, fold_time)
+        return _traced_stream(key, uses, device, fold_time=fold_time)
     key = Key.or_default(key)
     key.check_batch(batch)
     for use in uses:
@@ -210,7 +214,7 @@ def stream(
 
 
 def _traced_stream(
-    key: Key | None, uses: tuple[int, ...], device: torch.device | str | None, fold_time: bool
+    key: Key | None, uses: tuple[int, ...], device: torch.device | str | None, *, fold_time: bool
 ) -> torch.Tensor:
     device = torch.get_default_device() if device is None else torch.device(device)
     if key is None:  # a fresh seed at each call needs no uses to tell it from others

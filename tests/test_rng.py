@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,3 +318,49 @@ def test_words_equal_those_of_torchs_stateless_philox() -> None:
     # torch keeps the low 24 bits of a word for a float32.
     words = [expected_words(key, 0, 0, element) & (2**24 - 1) for element in range(64)]
     assert (drawn.double() * 2**24).tolist() == words
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, backend="aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_has_the_numbers_of_its_key() -> None:
+    """Also of seeds beyond 32 and 63 bits, which change from call to call, and of folded ones."""
+    seeds = (2**40 + 1, 2**40 + 2, 2**41 + 2, 2, 2**63 + 7)
+    for device in ("cpu", None):
+        tensor = _compiled(lambda key, device=device: key.tensor(device) + 0)
+        for seed in seeds:
+            key = cf.Key(seed, time=seed % 5, chain=seed % 7)
+            assert torch.equal(tensor(key), key.tensor(device))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_samplers_in_compiled_code_have_the_noise_of_their_key() -> None:
+    def energy(state: Any) -> torch.Tensor:
+        return sum(x.square().sum(1) for x in (state if isinstance(state, list) else [state])) / 2
+
+    x0 = torch.zeros(3, 2)
+    options = {"n_steps": 2, "step_size": 0.1}
+    sampler, mala = cf.LangevinSampler(energy, **options), cf.MALASampler(energy, **options)
+    one = _compiled(lambda key: sampler(x0, key=key).x)
+    two = _compiled(lambda key: sampler([x0, x0], key=key).x)
+    accepted = _compiled(lambda key: mala(x0, key=key).x)
+    for i in range(3):
+        key = cf.Key(0).fold_in(i)
+        assert torch.equal(one(key), sampler(x0, key=key).x)
+        assert all(map(torch.equal, two(key), sampler([x0, x0], key=key).x))
+        assert torch.equal(accepted(key), mala(x0, key=key).x)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_buffer_in_compiled_code_draws_what_it_draws_elsewhere() -> None:
+    buffer, twin = (cf.ReplayBuffer((2,), size=50, key=cf.Key(3)) for _ in range(2))
+    draw = _compiled(lambda: buffer.draw(5).indices)
+    for _ in range(3):
+        assert torch.equal(draw(), twin.draw(5).indices)

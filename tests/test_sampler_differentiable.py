@@ -349,10 +349,89 @@ def test_dropout_is_the_same_when_recomputed(x0):
             net, n_steps=4, step_size=0.4, differentiable=True, checkpoint_every=every
         )
         torch.manual_seed(5)
-        if every is None:
-            net(x0)  # with checkpoints, the search for the parameters draws first
         grads.append(torch.autograd.grad(sampler(x, key=KEY).x.sum(), x)[0])
     torch.testing.assert_close(*grads)
+
+
+class _OneForEachLevel(torch.nn.Module):
+    """Whose parameters have their turns, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.layers[int(level)](x.tanh()).squeeze(1)
+
+
+def test_checkpoints_find_parameters_of_every_step(x0):
+    grads = []
+    for every in (None, 1, 2):
+        torch.manual_seed(0)
+        net = _OneForEachLevel().double()
+        sampler = LangevinSampler(
+            net, n_steps=4, step_size=0.9, differentiable=True, checkpoint_every=every,
+            step_kwargs={"level": torch.arange(4)},
+        )  # fmt: skip
+        sampler(x0, key=KEY).x.square().mean().backward()
+        grads.append([layer.weight.grad for layer in net.layers])
+    assert all(grad is not None for grad in grads[0])
+    torch.testing.assert_close(grads[1:], [grads[0], grads[0]])
+
+
+def test_checkpoints_refuse_to_lose_a_gradient(x0):
+    """Of a tensor that no module owns and that the first step did not meet."""
+    near, far = (torch.tensor(c, dtype=x0.dtype, requires_grad=True) for c in (1.0, 2.0))
+
+    def energy(x: Tensor) -> Tensor:
+        r = x.square().sum(1)
+        return -(near if bool((r < 1).all()) else far) * r
+
+    sampler = LangevinSampler(
+        energy, n_steps=4, step_size=0.9, differentiable=True, checkpoint_every=2
+    )
+    out = sampler(torch.full_like(x0, 0.3), key=KEY).x
+    with pytest.raises(RuntimeError, match=r"no parameters of a module.*in the first step"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_checkpoints_take_arguments_that_a_network_made(x0, by_step):
+    grads = []
+    for every in (None, 2):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(10, 3).double()
+        numbers = torch.arange(4 * len(x0)) % 10
+        label = table(numbers).view(4, len(x0), 3).tanh()
+        sampler = LangevinSampler(
+            lambda x, label: (x - label).square().sum(1), n_steps=4, step_size=0.5,
+            differentiable=True, checkpoint_every=every,
+            step_kwargs={"label": label} if by_step else None,
+        )  # fmt: skip
+        kwargs = {} if by_step else {"label": label[0]}
+        out = sampler(x0, key=KEY, model_kwargs=kwargs).x
+        (out.square().sum() + label.sum()).backward()
+        grads.append(table.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_checkpoints_leave_buffers_and_generators_alone(x0):
+    """What finds the parameters is no pass of the chain. A graph that saved the buffers stays."""
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double()
+    states = []
+    for every in (None, 2):
+        net[0].reset_running_stats()
+        torch.manual_seed(5)
+        sampler = LangevinSampler(
+            net, n_steps=5, step_size=0.1, differentiable=True, checkpoint_every=every
+        )
+        sampler(x0, key=KEY)
+        states.append([*map(torch.clone, net.buffers()), torch.rand(3)])
+    torch.testing.assert_close(*states)
+    net.eval()
+    earlier = net(x0).sum()
+    sampler(x0, key=KEY)
+    earlier.backward()
 
 
 def test_a_state_of_several_tensors(energy, x0):

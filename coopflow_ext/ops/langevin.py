@@ -347,8 +347,9 @@ class BoundStep:
         """The step of a state, as a function of (grad, step); options that are given here replace
         the bound ones."""
         numbers, tensors = bound_arguments(**{**self.options, **replaced})
-        # Without the Python method around torch's function, a tenth of what the call takes.
-        op = _call.coopflow.langevin_bound_step_.default._op
+        op = _call.coopflow.langevin_bound_step_.default
+        if not torch.compiler.is_compiling():
+            op = op._op  # without a method in Python, which is a tenth of what the call takes
 
         def move(grad: Tensor, step: int) -> None:
             try:

@@ -4,6 +4,7 @@ coefficients of the steps."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from coopflow_ext._tensors import per_chain_view
 from coopflow_ext.autocast import as_it_is
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
-from coopflow_ext.samplers.model_state import random_state, set_random_state
+from coopflow_ext.samplers.model_state import ModelState, random_state, set_random_state
+from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import Tensors, pack
 from coopflow_ext.samplers.schedule import place
 
@@ -46,12 +48,14 @@ class DifferentiableChain:
         }
         # Steps that are run again start a graph of their own, which ends at copies.
         again = checkpoint_every is not None
-        self._leaves = tuple(
-            table.detach().requires_grad_() if again else table for table in self.learned.values()
-        )
+        tables = [_leaf_copy(table) if again else table for table in self.learned.values()]
         self._rows = {
-            name: table.split(1) for name, table in zip(self.learned, self._leaves, strict=True)
+            name: table.split(1) for name, table in zip(self.learned, tables, strict=True)
         }
+        self._wanted: Tensors = tuple(self.learned.values())
+        self._leaves: Tensors = tuple(tables)
+        if again:
+            self._copy_arguments()
 
     def run(self, xs: Tensors, first_step: int) -> Tensors:
         """The last state. Records trajectory and statistics on the way."""
@@ -59,7 +63,7 @@ class DifferentiableChain:
         masks = self._masks(first_step)
         stride = self.checkpoint_every or max(n_steps, 1)
         weights = self._weights(xs) if self.checkpoint_every and n_steps else ()
-        wanted, leaves = (*weights, *self.learned.values()), (*weights, *self._leaves)
+        wanted, leaves = (*weights, *self._wanted), (*weights, *self._leaves)
         if self.plan.keep_trajectory and self.plan.keep_start and not first_step:
             self.recorded.append(xs)
         for start in range(first_step, n_steps, stride):
@@ -101,35 +105,49 @@ class DifferentiableChain:
         ones = x.new_ones(x.shape[0], dtype=torch.bool)
         return ones, torch.full_like(ones, self.plan.n_steps, dtype=torch.int64)
 
+    def _copy_arguments(self) -> None:
+        """Gives the energy copies of its arguments that want gradients, which may be results of the
+        caller's own graph."""
+        copies: dict[Tensor, Tensor] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            return copies.setdefault(tensor, _leaf_copy(tensor))
+
+        inputs = self.chain.inputs
+        self.chain.inputs = replace(
+            inputs,
+            model_kwargs=map_tensors(copied, inputs.model_kwargs),
+            step_kwargs=map_tensors(copied, inputs.step_kwargs),
+        )
+        self._wanted += tuple(copies)
+        self._leaves += tuple(copies.values())
+
     def _weights(self, xs: Tensors) -> Tensors:
-        """The tensors other than x that the model's output depends on and that want gradients."""
-        if not all(p.is_leaf for p in parameters_of(self.plan.gradient.module)):
+        """The model's parameters that want gradients, and what else its output depends on at x0 in
+        the first step."""
+        module, device = self.plan.gradient.module, xs[0].device
+        parameters = list(parameters_of(module))
+        if not all(p.is_leaf for p in parameters):
             raise ValueError(
                 "checkpoint_every needs an energy whose parameters are leaves: its steps are run "
                 "again in the backward pass, when torch.func.functional_call is over"
             )
         points = tuple(x.detach().requires_grad_() for x in xs)
+        before = ModelState(module, device)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
                 pack(points, self.chain.inputs.like), **self.chain.arguments(0)
             )
+        before.restore(if_changed=True)
         if self.plan.gradient.has_energy:
             outputs: Tensors = (check_energy(output, xs[0].shape[0]),)
         else:
             outputs = check_score(output, xs)
-        seen: set[Any] = set()
-        found: list[Tensor] = []
-        nodes = [o.grad_fn for o in outputs]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, Tensor) and not any(leaf is p for p in points):
-                found.append(leaf)
-        return tuple(found)
+        others = _leaves_under(outputs).difference(points, self._leaves)
+        learning = [p for p in parameters if p.requires_grad]
+        return tuple(dict.fromkeys([*learning, *others]))
 
     def _segment(
         self, start: int, stop: int, masks: _Masks, xs: Tensors, create_graph: bool = True
@@ -225,6 +243,28 @@ def _leaf(x: Tensor) -> Tensor:
     return leaf
 
 
+def _leaf_copy(tensor: Tensor) -> Tensor:
+    """The same numbers, where a graph ends."""
+    return tensor.detach().requires_grad_()
+
+
+def _leaves_under(outputs: Tensors) -> set[Tensor]:
+    """The tensors that want gradients and that these depend on."""
+    seen: set[Any] = set()
+    found = set()
+    nodes = [o.grad_fn for o in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found.add(leaf)
+    return found
+
+
 class _Checkpoint(torch.autograd.Function):
     """A segment of a chain that keeps its inputs and is run again for its gradient.
 
@@ -263,6 +303,14 @@ class _Checkpoint(torch.autograd.Function):
             with torch.enable_grad(), ctx.autocast():
                 outputs = ctx.segment((active, frozen_at), xs)[2:]
         inputs = (*xs, *ctx.leaves)
+        if forgotten := _leaves_under(outputs).difference(inputs):
+            shapes = sorted(tuple(t.shape) for t in forgotten)
+            raise RuntimeError(
+                "checkpoint_every: the energy uses tensors that require grad, of shapes "
+                f"{shapes}, that are no parameters of a module and that it did not use at x0 in "
+                "the first step, and their gradients would be lost; give the energy as a module "
+                "that has them as parameters, or give them as arguments"
+            )
         return (None, None, None, *torch.autograd.grad(
             outputs, inputs, grads[2:], allow_unused=True
         ))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coopflow_ext.rng import Key
+from coopflow_ext.rng import Key, stream
 from coopflow_ext.samplers.checks import check_like
 from coopflow_ext.samplers.output import State, Tensors
 
@@ -19,9 +19,10 @@ def state_copy(x: Tensor, *, channels_last: bool = False) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def rng_tensors(key: Key, xs: Tensors) -> Tensors:
-    """Tensor 0 of a state uses the key's seed, tensor j folds in j."""
-    return tuple((key.fold_in(j) if j else key).tensor(x.device) for j, x in enumerate(xs))
+def rng_tensors(key: Key, xs: Tensors, *uses: int) -> Tensors:
+    """Tensor 0 of a state uses the key's seed, or what ``uses`` make of it; tensor j folds in j."""
+    folded = ((*uses, j) if j else uses for j in range(len(xs)))
+    return tuple(stream(key, *of, device=x.device) for of, x in zip(folded, xs, strict=True))
 
 
 def step_rows(x: Tensor, n_steps: int) -> Tensor:

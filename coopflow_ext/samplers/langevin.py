@@ -218,8 +218,9 @@ class LangevinSampler:
             coefficients that require them; ``torch.func.grad`` goes through it too. "last": only
             through the last step.
         checkpoint_every: with differentiable, keep only every so many states and recompute the
-            steps between them in the backward pass. The energy's parameters must be leaves; not
-            inside a transform of torch.func.
+            steps between them in the backward pass. The energy's parameters must be leaves; what
+            it uses beside them and its arguments must be used at x0 in the first step already, else
+            the backward pass raises. Not inside a transform of torch.func.
 
     step_size, drift, noise and temperature are a float, a callable of the step, (T,) values, or a
     tensor (T or 1, B or 1). With ``differentiable`` gradients flow to those that require it, and

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row, widest
-from coopflow_ext.rng import USE_ACCEPT, Key
+from coopflow_ext.rng import USE_ACCEPT, Key, stream
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, ran
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
@@ -195,7 +195,7 @@ class MALASampler:
             return self._run_kernel(kernel, x0, key, xi)
         with torch.inference_mode(False), torch.enable_grad():
             starts = tuple(state_copy(x) for x in xs)
-            accept_rng = key.fold_in(USE_ACCEPT).tensor(xs[0].device)
+            accept_rng = stream(key, USE_ACCEPT, device=xs[0].device)
             inputs = Inputs(
                 like=x0,
                 xs=starts,
@@ -248,8 +248,8 @@ class MALASampler:
             xis = normals_like(xi, (x0,), self.plan.n_steps)
             result = kernel.mala(
                 x0,
-                rng=key.tensor(x0.device),
-                accept_rng=key.fold_in(USE_ACCEPT).tensor(x0.device),
+                rng=stream(key, device=x0.device),
+                accept_rng=stream(key, USE_ACCEPT, device=x0.device),
                 **kernel.energy,
                 n_steps=self.plan.n_steps,
                 step_size=place("step_size", self.delta, x0),

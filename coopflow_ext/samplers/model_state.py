@@ -42,14 +42,16 @@ class ModelState:
         places = [place for place, _ in self._buffers] + self._parameters
         return [place.path for place in places if place.left()]
 
-    def restore(self) -> None:
-        """Everything as it was."""
+    def restore(self, *, if_changed: bool = False) -> None:
+        """Everything as it was. ``if_changed``: buffers that are as they were are not written, for
+        graphs that have them; that reads them on the host."""
         with torch.no_grad():
             for place in self._parameters:
                 place.put_back()
             for place, values in self._buffers:
                 place.put_back()
-                place.alias.copy_(values)
+                if not (if_changed and torch.equal(place.alias, values)):
+                    place.alias.copy_(values)
         set_random_state(self._random, self._device)
 
 

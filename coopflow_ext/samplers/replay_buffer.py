@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._tensors import per_chain_view, room_for
-from coopflow_ext.rng import USE_BUFFER, Key
+from coopflow_ext.rng import USE_BUFFER, Key, stream
 from coopflow_ext.samplers.checks import check_count, check_number
 from coopflow_ext.samplers.inputs import rng_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
@@ -238,20 +238,20 @@ class ReplayBuffer:
         return given
 
     def _rng(self, use: int) -> Tensor:
-        return self.key.fold_in(use).tensor(self._device)
+        return stream(self.key, use, device=self._device)
 
     def _fresh(self, n: int, use: int, labels: Tensor | None = None) -> Tensors:
         """New states of n chains, which have these labels; of all by default."""
         labels = self.labels if labels is None else labels
-        shapes, key = [(n, *shape) for shape in self._shapes], self.key.fold_in(use)
+        shapes = [(n, *shape) for shape in self._shapes]
         if callable(self._init):
             given = () if labels is None else (labels,)
             with self._device:  # where what does not say otherwise is made
-                fresh = self._init(self._packed(shapes), key, *given)
+                fresh = self._init(self._packed(shapes), self.key.fold_in(use), *given)
             return self._check("init must return", "init must return", fresh, n)
         make = ops.normal if self._init == "normal" else _signed_uniform
         states = unpack(self.states)
-        rngs = rng_tensors(key, states)
+        rngs = rng_tensors(self.key, states, use)
         return tuple(
             make(shape, rng, dtype=state.dtype)
             for shape, rng, state in zip(shapes, rngs, states, strict=True)

@@ -252,7 +252,7 @@ class UnderdampedLangevinSampler:
             given = check_like("velocity", velocity, xs)
             return tuple(laid_out(v.detach(), x) for v, x in zip(given, xs, strict=True))
         std = place("start_std", self.start_std, *xs)
-        rngs = rng_tensors(key.fold_in(USE_MOMENTUM), xs)
+        rngs = rng_tensors(key, xs, USE_MOMENTUM)
         drawn = [
             ops.langevin_noise_(torch.zeros_like(x), rng, noise=std)
             for x, rng in zip(xs, rngs, strict=True)
