@@ -46,7 +46,7 @@ def split_rhat(samples: Tensor) -> Tensor:
         samples: (T, B, *event), T ≥ 4, B ≥ 2.
 
     Returns:
-        (*event,) float64; NaN where a sample is not finite.
+        (*event,) float64; NaN where a sample is not finite, or all are equal.
 
     Raises:
         ValueError: for another shape. TypeError: samples are not floating point.
@@ -70,8 +70,10 @@ def autocorrelation(samples: Tensor, max_lag: int | None = None) -> Tensor:
     max_lag = n - 1 if max_lag is None else max_lag
     if not 0 <= max_lag < n:
         raise ValueError(f"max_lag must be in [0, {n - 1}], got {max_lag}")
-    covariance = _autocovariance(samples.double())
-    return (covariance / covariance[:1])[: max_lag + 1]
+    samples = samples.double()
+    covariance = _autocovariance(samples)
+    constant = samples.amax(0) == samples.amin(0)
+    return (covariance / covariance[:1])[: max_lag + 1].masked_fill(constant, torch.nan)
 
 
 def _finite_only(estimate: Any, samples: Tensor, *, min_chains: int) -> Tensor:
@@ -84,6 +86,8 @@ def _finite_only(estimate: Any, samples: Tensor, *, min_chains: int) -> Tensor:
             f"got {tuple(samples.shape)}"
         )
     flat = samples.detach().double().flatten(2) if samples.ndim > 2 else samples.double()[..., None]
+    if flat.numel() == 0:
+        return flat.new_empty(samples.shape[2:])
     result = estimate(flat)
     result = result.masked_fill(~flat.isfinite().all(0).all(0), torch.nan)
     event: Tensor = result.reshape(samples.shape[2:])
@@ -119,8 +123,9 @@ def _autocovariance(x: Tensor) -> Tensor:
 
 def _potential_scale_reduction(x: Tensor) -> Tensor:
     draws = x.shape[0]
-    between = draws * x.mean(0).var(0)
-    within = x.var(0).mean(0)
+    # From a draw on, so that what is constant has no variance by rounding.
+    between = draws * (x - x[:1, :1]).mean(0).var(0)
+    within = (x - x[:1]).var(0).mean(0)
     return ((between / within + draws - 1) / draws).sqrt()
 
 
@@ -146,7 +151,7 @@ def _effective_size(samples: Tensor) -> Tensor:
     tau = -1 + 2 * kept + last.clamp(min=0)
     floor = 1 / torch.log10(torch.tensor(float(total), device=x.device, dtype=x.dtype))
     size = total / tau.clamp(min=floor)
-    constant = samples.amax((0, 1)) - samples.amin((0, 1)) < torch.finfo(samples.dtype).resolution
+    constant = samples.amax((0, 1)) == samples.amin((0, 1))
     return size.masked_fill(constant, float(samples.shape[0] * samples.shape[1]))
 
 
@@ -155,7 +160,8 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
 
     Args:
         out: of any sampler with ``return_trajectory=True``. Tensors of a state of several are named
-            x0, x1, …; a single one x.
+            x0, x1, …; a single one x. Where there are statistics, a start that the trajectory
+            includes is left out: it has none.
         thin: of that sampler; statistics are taken at the steps whose states were kept.
 
     Raises:
@@ -173,7 +179,10 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
     if out.stats is not None:
         kept = len(next(iter(states.values())))
         columns = {k: v[thin - 1 :: thin] for k, v in vars(out.stats).items() if v is not None}
-        if any(len(column) != kept for column in columns.values()):
+        (rows,) = {len(column) for column in columns.values()}
+        if kept == rows + 1:
+            groups["posterior"] = {name: _chain_first(x[1:]) for name, x in states.items()}
+        elif kept != rows:
             raise ValueError(f"thin={thin} does not fit a trajectory of {kept} states")
         groups["sample_stats"] = {name: _chain_first(v) for name, v in columns.items()}
     return arviz.from_dict(**groups)

@@ -21,7 +21,9 @@ class NonFiniteError(RuntimeError):
         step: first step (counted from 0 in this call) at which a gradient was not finite, or
             ``None`` when it was not recorded; of a training, how many steps were done.
         chains: indices of the chains concerned, int64, on the CPU; None where it was no chain.
-        x: the last finite state of every chain, same shape and device as the sampler's state.
+        x: the state of every chain where its gradient was last looked at, same shape and device as
+            the sampler's state. It is finite unless it overflowed in the step before, while its
+            gradient did not.
     """
 
     def __init__(

@@ -435,3 +435,15 @@ def test_a_chain_that_a_thread_cannot_hold_is_refused() -> None:
     run("double_well", torch.zeros(3, most, device="cuda"), drift=0.1)
     with pytest.raises(ValueError, match=f"x0: must have D <= {most} on CUDA"):
         run("double_well", torch.zeros(3, most + 1, device="cuda"), drift=0.1)
+
+
+def test_a_chain_says_that_it_has_no_derivative() -> None:
+    """Of its coefficients; parameters of the energy get none, as in a sampler."""
+    x, rng = torch.randn(2, 3), cf.Key(0).tensor()
+    means = torch.randn(4, 3, requires_grad=True)
+    energy = {"energy": "gaussian_mixture", "tensors": [means, torch.ones(4, 3), torch.zeros(4)]}
+    drift = torch.full((1, 1), 0.1, requires_grad=True)
+    with pytest.raises(ValueError, match="drift requires grad, but a whole chain has no deriv"):
+        cf.ops.analytic_langevin_chain(x, rng, **energy, n_steps=2, drift=drift)
+    out = cf.ops.analytic_langevin_chain(x, rng, **energy, n_steps=2, drift=0.1)
+    assert not out.x.requires_grad

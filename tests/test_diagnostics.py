@@ -90,6 +90,16 @@ def test_constant_and_nonfinite_samples():
     x[4, 1, 1] = torch.nan
     assert diagnostics.ess(x)[1].isnan()
     assert diagnostics.split_rhat(x)[1].isnan()
+    for value in (0.5, 0.1):  # the mean of the latter is rounded
+        constant = torch.full((10, 3), value, dtype=torch.float64)
+        assert diagnostics.split_rhat(constant).isnan()
+        assert diagnostics.autocorrelation(constant).isnan().all()
+        constant[:, 1] += 1
+        assert diagnostics.split_rhat(constant).isposinf()
+    tiny = 1e-20 * ar1(200, 2, 0.9)
+    torch.testing.assert_close(diagnostics.ess(tiny), diagnostics.ess(1e20 * tiny))
+    assert diagnostics.ess(torch.zeros(10, 3, 0, 2)).shape == (0, 2)
+    assert diagnostics.split_rhat(torch.zeros(10, 3, 0)).shape == (0,)
 
 
 def test_bad_samples():
@@ -119,6 +129,9 @@ def test_to_arviz():
     np.testing.assert_array_equal(
         data.sample_stats["energy"].values[:, 1], out.stats.energy[9].numpy()
     )
+    with_start = sampled(return_trajectory=True, thin=5, stats=True, include_start=True)
+    data = diagnostics.to_arviz(with_start, thin=5)
+    np.testing.assert_array_equal(data.posterior["x"].values[:, 1], out.trajectory[1].numpy())
     with pytest.raises(ValueError, match="thin=2 does not fit"):
         diagnostics.to_arviz(out, thin=2)
     with pytest.raises(ValueError, match="no trajectory"):

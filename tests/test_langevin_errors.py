@@ -402,3 +402,29 @@ def test_autograd_sees_that_outputs_were_written(device: torch.device) -> None:
     versions = {name: t._version for name, t in outputs.items()}
     cf.ops.langevin_step_(x, x.clone(), rng, drift=0.1, freeze_nonfinite=True, **outputs)
     assert all(outputs[name]._version > version for name, version in versions.items())
+
+
+@pytest.mark.parametrize("name", ["drift", "noise", "pull", "x_ref", "xi"])
+def test_what_is_read_must_not_want_a_gradient(device: torch.device, name: str) -> None:
+    """Which an op in place would lose; under no_grad nobody asks for one."""
+    x, rng = torch.ones(4, 6, device=device), KEY.tensor(device)
+    given: dict[str, Any] = {
+        "drift": torch.full((1, 4), 0.1), "noise": torch.full((1, 1), 0.2),
+        "pull": torch.full((1, 1), 0.2), "x_ref": torch.zeros(4, 6), "xi": torch.ones(4, 6),
+    }  # fmt: skip
+    given = {key: value.to(device) for key, value in given.items()}
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"langevin_step_: {name} requires grad"):
+        cf.ops.langevin_step_(x, x, rng, **given)
+    if name in ("noise", "xi"):
+        noise = {"noise": given["noise"], "xi": given["xi"]}
+        with pytest.raises(ValueError, match=f"langevin_noise_: {name} requires grad"):
+            cf.ops.langevin_noise_(x, rng, **noise)
+    assert (x == 1).all()
+    with torch.no_grad():
+        cf.ops.langevin_step_(x, x, rng, **given)
+
+
+def test_an_option_that_no_step_has_is_named() -> None:
+    with pytest.raises(TypeError, match="langevin_step_ has no option 'nois'"):
+        cf.ops.BoundStep(drift=0.1, nois=0.2).in_place(torch.ones(2, 3), KEY.tensor())

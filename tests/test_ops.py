@@ -336,6 +336,27 @@ def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device, op: 
         call(*map(make_dual, inputs, ones))
 
 
+@each(DIFFERENTIABLE)
+def test_vmap_raises(device: torch.device, op: Op) -> None:
+    """With and without gradients."""
+    call, inputs = function(op, op.arguments(Draw((2, 3), device=device)))
+    stacked = tuple(torch.stack((t, t)) for t in inputs)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(RuntimeError, match="vmap"):
+            torch.func.vmap(call)(*stacked)
+
+
+def test_ops_in_place_refuse_forward_mode(device: torch.device) -> None:
+    x, rng = torch.ones(2, 3, device=device), cf.Key(0).tensor(device)
+    for call in (
+        lambda x: cf.ops.langevin_step_(x.clone(), x, rng, drift=0.1),
+        lambda x: cf.ops.langevin_noise_(torch.zeros_like(x), rng, noise=x[:1, :1]),
+    ):
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context, pytest.raises(RuntimeError, match="has a tangent"):
+                torch.func.jvp(call, (x,), (torch.ones_like(x),))
+
+
 # --- torch.compile and opcheck --------------------------------------------------------------------
 
 

@@ -305,7 +305,7 @@ def test_bad_arguments():
         buffer.write(torch.tensor(1), torch.zeros(1, 1))
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         buffer.write(torch.tensor([1]), [[0.0]])
-    with pytest.raises(IndexError, match="out of bounds"):
+    with pytest.raises(IndexError, match=r"indices must be in \[0, "):
         buffer.write(torch.tensor([10]), torch.zeros(1, 1))
     with pytest.raises(ValueError, match=r"state must have seed, time, got \['states'\]"):
         buffer.load_state_dict({"states": buffer.states})
@@ -315,3 +315,14 @@ def test_bad_arguments():
         buffer.write(torch.arange(3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="states must have shape"):
         buffer.load_state_dict(ReplayBuffer((2,), size=10).state_dict())
+
+
+def test_what_is_refused_changes_nothing():
+    pair = ReplayBuffer([(1,), (1,)], size=3, key=cf.Key(0))
+    before = [state.clone() for state in pair.states]
+    for indices in ([0, 9], [-1, 0]):
+        with pytest.raises(IndexError, match=r"indices must be in \[0, 3\)"):
+            pair.write(torch.tensor(indices), [torch.full((2, 1), 7.0)] * 2)
+    with pytest.raises(ValueError, match="seed must be"):
+        pair.load_state_dict({"states": [torch.full((3, 1), 7.0)] * 2, "seed": -1, "time": 0})
+    assert all(map(torch.equal, pair.states, before))

@@ -384,3 +384,27 @@ def test_compiled_by_inductor():
     options = {"n_steps": T, "step_size": 0.3}
     out = LangevinSampler(energy, compile=True, **options)(x0, key=KEY).x
     torch.testing.assert_close(out, LangevinSampler(energy, **options)(x0, key=KEY).x)
+
+
+class _Breaks(torch.nn.Module):
+    broken = False
+
+    def forward(self, x):
+        if self.broken:
+            raise KeyError("mine")
+        return x.square().sum(1)
+
+
+def test_an_error_of_the_energy_is_no_failure_to_compile(recwarn):
+    """It reaches the caller as it is, and the gradient stays compiled."""
+    net = _Breaks()
+    sampler = LangevinSampler(net, n_steps=2, step_size=0.1, compile=True, kernel=False)
+    x0 = torch.ones(2, 3)
+    expected = sampler(x0, key=KEY).x
+    net.broken = True
+    with pytest.raises(KeyError, match="mine"):
+        sampler(x0, key=KEY)
+    net.broken = False
+    assert torch.equal(sampler(x0, key=KEY).x, expected)
+    assert sampler.plan.gradient._compiled is not None
+    assert not [w for w in recwarn if "could not compile" in str(w.message)]

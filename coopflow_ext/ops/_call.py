@@ -99,11 +99,26 @@ def _argument_names(op: str) -> list[str]:
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``; its forward alone, at a third of the cost, without derivatives.
 
-    Forward mode, which works under no_grad too, has to reach ``apply``: there it raises.
+    Forward mode and ``vmap``, which work under no_grad too, have to reach ``apply``: there they
+    raise.
     """
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(*args)
-    return function.apply(*args)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+        return function.apply(*args)
+    return function.forward(*args)
+
+
+def _in_transform() -> bool:
+    """Of torch.func."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_tangents(op: str, **tensors: Any) -> None:
+    """RuntimeError where forward mode would go through an op in place, which has no derivative."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: {name} has a tangent, but the op has no forward derivative")
 
 
 def compute(op: str, *args: Any) -> Any:

@@ -65,19 +65,26 @@ def _run(
     op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
 ) -> tuple[Any, ...]:
     """(x, trajectory or None, statistics or None, …)."""
-    if torch.is_grad_enabled() and isinstance(x0, Tensor) and x0.requires_grad:
-        raise ValueError(
-            f"{op}: x0 requires grad, but a whole chain has no derivative; call it under "
-            "torch.no_grad(), detach x0, or use ops.langevin_step"
-        )
+    if torch.is_grad_enabled():
+        _refuse_autograd(op, x0=x0, **options)
     if thin is not None and thin < 1:
         raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
     raw = raw_options(op, thin=thin, stats=stats, **options)
     try:
-        x, trajectory, sums, *others = getattr(_call.coopflow, op)(x0, *energy, **raw)
+        with torch.no_grad():  # parameters of the energy may want gradients, and get none
+            x, trajectory, sums, *others = getattr(_call.coopflow, op)(x0, *energy, **raw)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return x, None if thin is None else trajectory, sums if stats else None, *others
+
+
+def _refuse_autograd(op: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, but a whole chain has no derivative; call it under "
+                f"torch.no_grad(), detach {name}, or use ops.langevin_step"
+            )
 
 
 def fake_results(

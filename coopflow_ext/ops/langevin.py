@@ -87,6 +87,8 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
             raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
         raw["clamp_low"], raw["clamp_high"] = clamp
     for name, value in options.items():
+        if name not in _OFF:
+            raise TypeError(f"{op} has no option {name!r}")
         off = _OFF[name]
         if value is off:
             continue
@@ -103,8 +105,12 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
     return raw
 
 
-def _refuse_autograd(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _refuse_derivatives(op: str, **values: Any) -> None:
+    """Of an op in place, which has none."""
+    _call.refuse_tangents(op, **values)
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in values.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but an in-place op has no derivative; call it under "
@@ -193,36 +199,35 @@ def langevin_step_(
     """
     check_tensors(x=x)
     written = {"x": x, "x_low": x_low, "stats": stats, "active": active, "frozen_at": frozen_at}
-    if torch.is_grad_enabled():
-        _refuse_autograd("langevin_step_", grad=grad, **written)
+    read = {
+        "grad": grad, "drift": drift, "noise": noise, "decay": decay, "pull": pull,
+        "x_ref": x_ref, "xi": xi,
+    }  # fmt: skip
+    _refuse_derivatives("langevin_step_", **written, **read)
     _refuse_negated("langevin_step_", **written)
+    options = raw_options(
+        "langevin_step_",
+        drift=drift,
+        noise=noise,
+        decay=decay,
+        pull=pull,
+        x_ref=x_ref,
+        is_score=is_score,
+        grad_clip=grad_clip,
+        grad_norm=grad_norm,
+        step_clip=step_clip,
+        clamp=clamp,
+        noise_when=noise_when,
+        step=step,
+        xi=xi,
+        x_low=x_low,
+        stats=stats,
+        active=active,
+        freeze_nonfinite=freeze_nonfinite,
+        frozen_at=frozen_at,
+    )
     try:
-        _call.coopflow.langevin_step_(
-            x,
-            grad,
-            rng,
-            **raw_options(
-                "langevin_step_",
-                drift=drift,
-                noise=noise,
-                decay=decay,
-                pull=pull,
-                x_ref=x_ref,
-                is_score=is_score,
-                grad_clip=grad_clip,
-                grad_norm=grad_norm,
-                step_clip=step_clip,
-                clamp=clamp,
-                noise_when=noise_when,
-                step=step,
-                xi=xi,
-                x_low=x_low,
-                stats=stats,
-                active=active,
-                freeze_nonfinite=freeze_nonfinite,
-                frozen_at=frozen_at,
-            ),
-        )
+        _call.coopflow.langevin_step_(x, grad, rng, **options)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     torch.autograd.graph.increment_version(
@@ -246,8 +251,7 @@ def langevin_noise_(
     the arguments are those of :func:`langevin_step_`.
     """
     check_tensors(x=x)
-    if torch.is_grad_enabled():
-        _refuse_autograd("langevin_noise_", x=x)
+    _refuse_derivatives("langevin_noise_", x=x, noise=noise, xi=xi)
     _refuse_negated("langevin_noise_", x=x)
     options = raw_options("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
     try:

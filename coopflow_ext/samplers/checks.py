@@ -28,7 +28,8 @@ def check_number(
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     number = float(value)
     if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        allowed = "finite" if minimum == -math.inf else f"{'>' if exclusive else '≥'} {minimum:g}"
+        bound = f"{'>' if exclusive else '≥'} {minimum:g}"
+        allowed = bound if math.isfinite(number) else "finite"
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return number
 

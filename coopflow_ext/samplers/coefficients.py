@@ -103,9 +103,10 @@ class Coefficients:
         if not isinstance(checked, Tensor) or len(checked) == 1:
             return checked
         if len(checked) < n_steps:
+            advice = f"; give {name} at the call too" if name in _REPLACED_BY else ""
             raise ValueError(
                 f"n_steps={n_steps} needs as many values of {name}, and the sampler has "
-                f"{len(checked)}; give {name} at the call too"
+                f"{len(checked)}{advice}"
             )
         return checked[:n_steps]
 

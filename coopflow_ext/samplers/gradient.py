@@ -192,10 +192,31 @@ class Gradient:
             wants_energy: whether its value is asked for; a compiled gradient leaves it out if not.
             ones: where a loop keeps the gradients of ΣU with respect to U from step to step.
         """
+        failed: Exception | None = None
         if self._compiled is not None and not create_graph:
-            result = self._call_compiled(leaves, state, model_kwargs, wants_energy)
-            if result is not None:
-                return result
+            try:
+                return self._call_compiled(leaves, state, model_kwargs, wants_energy)
+            except Exception as error:
+                failed = error
+        # Where the energy itself raises, it does so here, and stays compiled.
+        found = self._call_plain(leaves, state, model_kwargs, create_graph, ones)
+        if failed is not None:
+            self._compiled = None
+            warnings.warn(
+                "compile=True: torch.compile could not compile the gradient, which runs without: "
+                f"{reason(failed)}",
+                stacklevel=2,
+            )
+        return found
+
+    def _call_plain(
+        self,
+        leaves: Tensors,
+        state: State,
+        model_kwargs: Mapping[str, Any],
+        create_graph: bool,
+        ones: dict[torch.dtype, Tensor] | None,
+    ) -> tuple[Tensors, Tensor | None]:
         if not self.has_energy:
             scores = check_score(self.function(state, **model_kwargs), leaves)
             return scores if create_graph else _detached(scores), None
@@ -240,24 +261,15 @@ class Gradient:
         state: State,
         model_kwargs: Mapping[str, Any],
         wants_energy: bool,
-    ) -> tuple[Tensors, Tensor | None] | None:
-        """The compiled gradient; None, after one warning, where torch.compile cannot do it."""
+    ) -> tuple[Tensors, Tensor | None]:
+        """The compiled gradient; whatever torch.compile or the energy raises."""
         assert self._compiled is not None
-        try:
-            plain = pack([leaf.detach() for leaf in leaves], state)
-            # Without it, a gradient of the energy would be one to its parameters, too.
-            grad_mode = torch.is_grad_enabled() and not self.has_energy
-            with torch.set_grad_enabled(grad_mode):
-                found, u = self._compiled(plain, model_kwargs, len(leaves[0]), wants_energy)
-            grads = check_score(found, leaves)
-        except Exception as error:
-            self._compiled = None
-            warnings.warn(
-                "compile=True: torch.compile could not compile the gradient, which runs without: "
-                f"{reason(error)}",
-                stacklevel=2,
-            )
-            return None
+        plain = pack([leaf.detach() for leaf in leaves], state)
+        # Without it, a gradient of the energy would be one to its parameters, too.
+        grad_mode = torch.is_grad_enabled() and not self.has_energy
+        with torch.set_grad_enabled(grad_mode):
+            found, u = self._compiled(plain, model_kwargs, len(leaves[0]), wants_energy)
+        grads = check_score(found, leaves)
         if self.has_energy and not self._depends:
             raise ValueError(_DETACHED)
         return _detached(grads), u

@@ -183,9 +183,9 @@ class LangevinSampler:
         thin: see return_trajectory.
         include_start: x0 is the first state of the trajectory.
         stats: record :class:`ChainStatistics`.
-        on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps its
-            last finite state; then "raise" :class:`NonFiniteError` after the chain, or "freeze"
-            silently. "ignore": no mask, no check.
+        on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps the
+            state that it had then; then "raise" :class:`NonFiniteError` after the chain, or
+            "freeze" silently. "ignore": no mask, no check.
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
             made once per chain; the state keeps its dtype. Weights can be copied where the energy
             or score is an nn.Module or a method of one; the caller's module is left as it is.

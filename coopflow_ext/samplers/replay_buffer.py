@@ -217,8 +217,19 @@ class ReplayBuffer:
         if indices.ndim != 1:
             raise ValueError(f"indices must have shape (n,), got {tuple(indices.shape)}")
         xs = self._check("x must be", "x must have", x, len(indices))
+        self._check_indices(indices)
         for state, value in zip(unpack(self.states), xs, strict=True):
             state.index_copy_(0, indices, value.detach().to(state))
+
+    def _check_indices(self, indices: Tensor) -> None:
+        """IndexError on the CPU; elsewhere the device looks: asking it here would wait for it."""
+        if indices.device.type != "cpu" or indices.numel() == 0:
+            return
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= self.size:
+            raise IndexError(
+                f"indices must be in [0, {self.size}), got numbers from {low} to {high}"
+            )
 
     def _check(self, be: str, have: str, values: object, n: int) -> Tensors:
         """The tensors of a state of n chains; messages begin with ``be`` or ``have``."""
@@ -280,9 +291,10 @@ class ReplayBuffer:
         if state.get("n_classes") != self.n_classes:
             raise ValueError(f"n_classes must be {self.n_classes}, got {state.get('n_classes')}")
         states = self._check("states must be", "states must have", state["states"], self.size)
+        key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
         for own, given in zip(unpack(self.states), states, strict=True):
             own.copy_(given)
-        self.key = Key(int(state["seed"]), int(state["time"]), int(state.get("chain", 0)))
+        self.key = key
 
 
 def _signed_uniform(shape: Sequence[int], rng: Tensor, *, dtype: torch.dtype) -> Tensor:
