@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -102,14 +102,21 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     Forward mode and ``vmap``, which work under no_grad too, have to reach ``apply``: there they
     raise.
     """
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _under_vmap(args):
         return function.apply(*args)
     return function.forward(*args)
 
 
-def _in_transform() -> bool:
-    """Of torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _under_vmap(args: Iterable[Any]) -> bool:
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or not functorch.maybe_current_level():
+        return False
+    for tensor in args:
+        while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def refuse_tangents(op: str, **tensors: Any) -> None:

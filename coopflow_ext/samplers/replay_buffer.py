@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._tensors import per_chain_view, room_for
+from coopflow_ext.errors import reason
 from coopflow_ext.rng import USE_BUFFER, Key, stream
 from coopflow_ext.samplers.checks import check_count, check_number
 from coopflow_ext.samplers.inputs import rng_tensors
@@ -223,13 +224,12 @@ class ReplayBuffer:
 
     def _check_indices(self, indices: Tensor) -> None:
         """IndexError on the CPU; elsewhere the device looks: asking it here would wait for it."""
-        if indices.device.type != "cpu" or indices.numel() == 0:
+        if indices.device.type != "cpu":
             return
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= self.size:
-            raise IndexError(
-                f"indices must be in [0, {self.size}), got numbers from {low} to {high}"
-            )
+        try:  # by an operator, for code that is recorded: it could read no value
+            torch.empty(1).expand(self.size).index_select(0, indices)
+        except (IndexError, RuntimeError) as error:
+            raise IndexError(f"indices must be in [0, {self.size}): {reason(error)}") from None
 
     def _check(self, be: str, have: str, values: object, n: int) -> Tensors:
         """The tensors of a state of n chains; messages begin with ``be`` or ``have``."""
