@@ -87,14 +87,22 @@ def check_tensors(**arguments: object) -> None:
 def check_tensor(name: str, value: object, dtype: torch.dtype | None = None) -> None:
     """TypeError unless ``value`` is a floating-point tensor, of ``dtype`` where one is given.
 
-    Under autocast any floating-point dtype passes: the layers cast for themselves.
+    Under autocast float32 and autocast's own pass too: the layers cast for themselves. Not beside
+    parameters in float64, which autocast leaves alone.
     """
     if not isinstance(value, Tensor):
         raise _not_a_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    if dtype in (None, value.dtype) or torch.is_autocast_enabled(value.device.type):
+    if dtype in (None, value.dtype):
         return
+    device_type = value.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        allowed = dict.fromkeys((dtype, torch.float32, torch.get_autocast_dtype(device_type)))
+        if value.dtype in allowed:
+            return
+        names = " or ".join(map(str, allowed))
+        raise TypeError(f"{name} must be {names} under this autocast, got {value.dtype}")
     raise TypeError(f"{name} must be {dtype}, the dtype of the parameters, got {value.dtype}")
 
 

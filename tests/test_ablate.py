@@ -134,6 +134,28 @@ def test_other_rates_are_refused_and_more_steps_are_trained(tmp_path: Path) -> N
         run_ablation(plan(steps=5, energy_lr=1e-5), tmp_path / "o")
 
 
+def test_an_interrupted_extension_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the old summary, which is still there, is not taken for the result."""
+
+    def plan(steps: int) -> Ablation:
+        rows = {"CoopFlow(T=2)": {"steps": steps}}
+        return Ablation.read(write_plan(tmp_path / "plan.json", seeds=[0], rows=rows))
+
+    run_ablation(plan(4), tmp_path / "o")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_ablation(plan(6), tmp_path / "o")
+    (run,) = (tmp_path / "o" / "runs").iterdir()
+    assert json.loads((run / "config.json").read_text())["steps"] == 6
+    assert (run / "summary.json").exists()
+    assert run_ablation(plan(6), tmp_path / "o")[0]["energy_updates"] == 6
+
+
+def interrupted(self: Trainer) -> None:
+    raise KeyboardInterrupt
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {"flow alone": ROWS["flow alone"]}
     path = write_plan(tmp_path / "plan.json", seeds=[0], rows=rows)

@@ -11,6 +11,7 @@ import torch
 from instruction_sets import fingerprints
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -369,6 +370,20 @@ def test_without_dropout_it_is_torchs_own(device: torch.device) -> None:
     for scale in (None, 0.2):
         ours = ops.attention(q, k, v, KEY.tensor(device), 0.0, scale=scale)
         assert torch.equal(ours, functional.scaled_dot_product_attention(q, k, v, scale=scale))
+
+
+def test_without_dropout_second_derivatives_need_torchs_formula(device: torch.device) -> None:
+    given = leaves(*inputs(5, 4, device=device))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = ops.attention(*given, KEY.tensor(device), 0.0)
+    grads = torch.autograd.grad(out.sin().sum(), given, create_graph=True)
+    expected = reference.attention(*given, KEY.tensor(device), 0.0)
+    others = torch.autograd.grad(expected.sin().sum(), given, create_graph=True)
+    for one, other in zip(grads, others, strict=True):
+        seconds = (
+            torch.autograd.grad(g.square().sum(), given, retain_graph=True) for g in (one, other)
+        )
+        torch.testing.assert_close(*seconds)
 
 
 @pytest.mark.parametrize("which", range(3))

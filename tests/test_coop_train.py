@@ -680,6 +680,8 @@ def test_settings_of_another_type(changes: dict[str, Any], message: str) -> None
         ({"noise": -0.1}, "noise must be finite and ≥ 0, got -0.1"),
         ({"step_size": math.nan}, "step_size must be finite"),
         ({"flow_ema": 1.0}, r"flow_ema must be in \[0, 1\), got 1.0"),
+        ({"flow_betas": (1.0, 0.5)}, r"flow_betas must be two numbers in \[0, 1\), got \(1.0"),
+        ({"energy_betas": (0.5, math.nan)}, r"energy_betas must be two numbers in \[0, 1\)"),
         ({"step_clip": 0.0}, "step_clip must be > 0"),
         ({"steps": 0, "pretrain_steps": 0}, "must be ≥ 1, got 0"),
         ({"energy_skip_norm": 0.0}, "energy_skip_norm must be > 0, or none for no bound"),

@@ -552,3 +552,53 @@ def test_messages_about_types_name_argument_and_types(dtype):
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_flow_without_parameters(device):
+    flow, x = flows.Flow(flows.Flip(), (4,)), torch.randn(2, 4, device=device)
+    with torch.no_grad():
+        assert flow.log_prob(x).shape == (2,)
+    assert flow.sample(3, Key(0)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["glow", "flowpp", "realnvp"])
+def test_autocast_takes_its_own_dtype(name, given):
+    torch.manual_seed(0)
+    shape = (4,) if name == "realnvp" else (1, 4, 4)
+    make = {
+        "realnvp": lambda: flows.realnvp(dim=4, couplings=2, widths=(8,)),
+        "glow": lambda: flows.glow(shape, steps=2, channels=4, blocks=1),
+        "flowpp": lambda: flows.flowpp(
+            shape, scales=((0, 1),), channels=8, blocks=1, components=2, dequant_blocks=0
+        ),
+    }
+    flow = make[name]()
+    x = torch.rand(4, *shape) * 1.8 - 0.9
+    flow.initialize(x, key=Key(0))
+    flow.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flow.log_prob(x.to(given), key=Key(0)).isfinite().all()
+        assert flow.inverse_and_ladj(x.to(given))[0].isfinite().all()
+        for other in (torch.float64, torch.float16):
+            with pytest.raises(TypeError, match=r"float32 or torch\.bfloat16 under this autocast"):
+                flow.log_prob(x.to(other), key=Key(0))
+
+
+def test_a_mixture_of_coordinates_has_a_rescale_for_each():
+    class Net(flows.Conditioner):
+        def forward(self, x, context=None):
+            return x.sum(1, keepdim=True).expand(-1, 16)
+
+    mask = torch.tensor([True, False, True, False])
+    coupling = flows.MixtureLogisticCoupling(Net(), 2, 2, flows.VectorSplit(mask))
+    with torch.no_grad():
+        coupling.rescale.parametrizations["weight"].original0.copy_(
+            torch.tensor([0.5, 2.0]).view(2, 1, 1)
+        )
+    rows = [coupling.call_and_ladj(torch.ones(batch, 4)) for batch in (1, 2, 3)]
+    for z, ladj in rows:
+        torch.testing.assert_close(z, rows[0][0].expand_as(z))
+        torch.testing.assert_close(ladj, rows[0][1].expand_as(ladj))
+    back, _ = coupling.inverse_and_ladj(rows[2][0])
+    torch.testing.assert_close(back, torch.ones(3, 4))

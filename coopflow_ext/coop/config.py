@@ -154,6 +154,9 @@ class TrainConfig:
             raise ValueError(
                 f"buffer_size must be ≥ batch_size {self.batch_size}, got {self.buffer_size}"
             )
+        for name in ("flow_betas", "energy_betas"):
+            if not all(0 <= beta < 1 for beta in getattr(self, name)):
+                raise ValueError(f"{name} must be two numbers in [0, 1), got {getattr(self, name)}")
         for name in ("flow_ema", "energy_ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

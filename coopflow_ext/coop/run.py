@@ -222,8 +222,17 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has made all the steps of its settings, which may have become more since."""
+        if not (self.path / "summary.json").exists():
+            return False
+        summary = self.summary()
+        done = summary.get("pretrain_steps"), summary.get("steps")
+        return done == (self.config.pretrain_steps, self.config.steps)
+
     def summary(self) -> dict[str, Any]:
-        """``summary.json``; RunError when the run has not finished."""
+        """``summary.json``, of when the run finished last; RunError when it never has."""
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(f"{self.path} has no summary.json: the run has not finished")

@@ -52,8 +52,8 @@ class ResEnergy(nn.Module):
 
     Raises:
         ValueError: for an image size that is not in the list, or an x of another shape.
-        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
-            taken under autocast), or that is no tensor.
+        TypeError: for an x of another dtype than the parameters' (float32 and autocast's
+            own are taken under autocast), or that is no tensor.
     """
 
     def __init__(self, channels: int = 3, width: int = 128, image_size: int = 32) -> None:
@@ -93,8 +93,8 @@ class MLPEnergy(nn.Module):
 
     Raises:
         ValueError: for a size below 1, an unknown activation, or an x of another size.
-        TypeError: for an x of another dtype than the parameters' (any floating-point dtype is
-            taken under autocast), or that is no tensor.
+        TypeError: for an x of another dtype than the parameters' (float32 and autocast's
+            own are taken under autocast), or that is no tensor.
     """
 
     def __init__(

@@ -257,7 +257,8 @@ class MixtureLogisticCoupling(Transform):
     def _params(self, kept: Tensor, context: Context) -> Tensor:
         per_feature = 2 + 3 * self.components
         raw = _net_output(self.net, kept, context, self.features, per_feature)
-        return _bound_a(raw, self.rescale.weight)
+        shape = (-1,) + (1,) * (kept.ndim - 2)
+        return _bound_a(raw, self.rescale.weight.view(shape))
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         changed, kept = self.split.split(x)

@@ -59,7 +59,7 @@ class Flow(nn.Module):
     ``context`` (B, context_dim) is what a flow with ``context_dim`` is conditioned on; the
     variational dequantiser does without it.
 
-    x, z, eps and context have the parameters' dtype, or any floating-point dtype under autocast;
+    x, z, eps and context have the parameters' dtype, or under autocast float32 or autocast's;
     TypeError for another, and for what is no tensor.
 
     On CUDA ``sample``, and ``log_prob`` under no_grad, are captured as a CUDA graph at the second
@@ -127,8 +127,16 @@ class Flow(nn.Module):
         return self.dequantize is not None
 
     def _check_tensor(self, name: str, value: object) -> None:
-        like = next(self.parameters(), None)
-        check_tensor(name, value, None if like is None else like.dtype)
+        has_parameters = any(True for _ in self.parameters())
+        check_tensor(name, value, self._like().dtype if has_parameters else None)
+
+    def _like(self) -> Tensor:
+        """What has the dtype and the device of samples: a parameter, else a buffer, else torch's
+        defaults."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        return torch.empty(0)
 
     def _check_events(self, name: str, x: Tensor) -> None:
         self._check_tensor(name, x)
@@ -315,7 +323,7 @@ class Flow(nn.Module):
         return self._run(("sample", n), partial(self._sample, n), n, key, *given)
 
     def _sample(self, n: int, key: Key | None, aux: Tensor | None = None) -> Tensor:
-        like = next(self.parameters())
+        like = self._like()
         rng = stream(key, USE_PRIOR, device=like.device, batch=n)
         z = ops.normal((n, *self.event_shape), rng, dtype=like.dtype)
         inner = self._context(aux)
@@ -348,15 +356,14 @@ class Flow(nn.Module):
     def _can_capture(self, batch: int) -> bool:
         if not self.cuda_graph or batch == 0 or torch.is_grad_enabled():
             return False
-        on_cuda = next(self.parameters()).is_cuda
-        return on_cuda and not torch.cuda.is_current_stream_capturing()
+        return self._like().is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def folded(self) -> AbstractContextManager[None]:
         """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.
 
-        That is the weights of weight-normed layers, the inverses of 1×1 convolutions, and the
-        log-determinants of these and of ActNorms. Inside, they get no gradients, and a change of
-        them is not seen.
+        That is the weights of weight-normed layers, 1×1 convolutions with their inverses, and the
+        scales of ActNorms, these two with their log-determinants. Inside, they get no gradients,
+        and a change of them is not seen, but for an ActNorm that starts there.
 
         The flow itself is not changed: what was computed is used by this flow's layers in this
         thread (or asyncio task) alone. Another thread may train the same flow meanwhile; this one

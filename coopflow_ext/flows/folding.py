@@ -3,10 +3,9 @@ passes, need of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +13,15 @@ from torch import nn
 
 _T = TypeVar("_T")
 
-# By layer. A context variable: every thread, and every asyncio task, has its own.
-_folded: ContextVar[Mapping[Foldable, Any]] = ContextVar(
-    "coopflow_folded", default=MappingProxyType({})
-)
+
+class _Values(dict[Any, Any]):
+    """By layer; ``outer`` are those that were folded around them, which are in here too."""
+
+    outer: _Values | None = None
+
+
+# A context variable: every thread, and every asyncio task, has its own.
+_folded: ContextVar[_Values | None] = ContextVar("coopflow_folded", default=None)
 
 
 class Foldable:
@@ -28,14 +32,24 @@ class Foldable:
         raise NotImplementedError
 
     @staticmethod
-    def fold_all(layers: Sequence[Any], *, inverse: bool) -> Sequence[Any]:
+    def fold_all(layers: Sequence[Any], *, frozen: bool, inverse: bool) -> Sequence[Any]:
         """The values of several layers, all of which have this method; for one operator that
-        computes them together. ``inverse``: also what only inverse passes need."""
+        computes them together. For ``frozen`` and ``inverse`` see :func:`folding`."""
         return [layer.fold() for layer in layers]
 
     def folded(self) -> Any | None:
         """The value that is folded where this runs, or None. A compiled graph uses none."""
-        return None if torch.compiler.is_compiling() else _folded.get().get(self)
+        if torch.compiler.is_compiling():
+            return None
+        values = _folded.get()
+        return None if values is None else values.get(self)
+
+    def unfold(self) -> None:
+        """Forgets the value where this runs, because the layer has changed itself."""
+        values = None if torch.compiler.is_compiling() else _folded.get()
+        while values is not None:
+            values.pop(self, None)
+            values = values.outer
 
 
 def by_kind(kinds: Sequence[Hashable], fold: Callable[[list[int]], Iterable[_T]]) -> list[_T]:
@@ -72,14 +86,30 @@ def folding(
 def _folding(
     module: nn.Module, kind: type[Foldable], frozen: bool, inverse: bool
 ) -> Iterator[None]:
-    values = dict(_folded.get())
+    outer = _folded.get()
+    values = _Values(outer or ())
+    values.outer = outer
     together: dict[Callable[..., Sequence[Any]], list[Foldable]] = {}
     for layer in dict.fromkeys(_foldable(module)):  # a shared one once
         if isinstance(layer, kind) and layer not in values:
             together.setdefault(layer.fold_all, []).append(layer)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for fold_all, layers in together.items():
-            values.update(zip(layers, fold_all(layers, inverse=inverse), strict=True))
+            values.update(
+                zip(layers, fold_all(layers, frozen=frozen, inverse=inverse), strict=True)
+            )
+    with _entered(values):
+        yield
+
+
+def as_folded_here() -> Callable[[], AbstractContextManager[None]]:
+    """What enters again what is folded at this moment, for a pass that is recomputed later."""
+    values = _folded.get()
+    return lambda: _entered(values)
+
+
+@contextmanager
+def _entered(values: _Values | None) -> Iterator[None]:
     token = _folded.set(values)
     try:
         yield
@@ -90,7 +120,7 @@ def _folding(
 def is_folded(module: nn.Module) -> bool:
     """Whether a layer in ``module`` is folded where this runs."""
     folded = _folded.get()
-    return bool(folded) and any(layer in folded for layer in _foldable(module))
+    return folded is not None and any(layer in folded for layer in _foldable(module))
 
 
 def _foldable(module: nn.Module) -> Iterator[Foldable]:

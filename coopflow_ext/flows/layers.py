@@ -141,18 +141,22 @@ class ActNorm(Foldable, Transform):
         self.mean.copy_(mean)
         self.inv_std.copy_(torch.where(std > rounding, 1 / (std + self.eps), 1.0))
         self.initialized.fill_(1)
+        self.unfold()
         _ = self._is_initialized
 
-    def fold(self) -> Tensor:
-        """The log-determinant at one position."""
-        return self._logabsdet(self.inv_std)
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """The scale, and the log-determinant at one position."""
+        return self.inv_std, self._logabsdet(self.inv_std)
 
     @classmethod
-    def fold_all(cls, layers: Sequence[ActNorm], *, inverse: bool) -> list[Tensor]:
+    def fold_all(
+        cls, layers: Sequence[ActNorm], *, frozen: bool, inverse: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         scales = [layer.inv_std for layer in layers]
 
-        def fold(numbers: list[int]) -> Iterable[Tensor]:
-            return cls._logabsdet(torch.stack([scales[i] for i in numbers])).unbind()
+        def fold(numbers: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+            stack = torch.stack([scales[i] for i in numbers])
+            return zip(stack.unbind(), cls._logabsdet(stack).unbind(), strict=True)
 
         return by_kind([_kind(scale) for scale in scales], fold)
 
@@ -160,27 +164,27 @@ class ActNorm(Foldable, Transform):
     def _logabsdet(inv_std: Tensor) -> Tensor:
         return inv_std.abs().log().sum(-1)
 
-    def _per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and scale as x has its channels, and the ladj of the forward map."""
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        return self.mean.view(shape), self.inv_std.view(shape)
+        inv_std, logabsdet = self.folded() or self.fold()
+        return self.mean.view(shape), inv_std.view(shape), _at_every_position(x, logabsdet)
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         _check_channels(self, x, self.mean.shape[0])
-        logabsdet = self.folded()
         if self.training and not self._is_initialized:
             self._start(x)
-            logabsdet = None  # what was folded is from before
-        mean, inv_std = self._per_channel(x)
-        ladj = _at_every_position(x, self.fold() if logabsdet is None else logabsdet)
+        mean, inv_std, ladj = self._parts(x)
         return (x - mean) * inv_std, ladj
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         _check_channels(self, z, self.mean.shape[0])
-        logabsdet = self.folded()
-        mean, inv_std = self._per_channel(z)
-        ladj = _at_every_position(z, self.fold() if logabsdet is None else logabsdet)
+        mean, inv_std, ladj = self._parts(z)
         return z / inv_std + mean, -ladj
 
+
+# The matrix, its inverse, where that is needed, and its log-determinant at one position.
+_Matrix = tuple[Tensor, Tensor | None, Tensor]
 
 # Of more rows torch may leave a batch of matrices to MAGMA, which waits for the device.
 _MOST_ROWS_TOGETHER = 16
@@ -202,20 +206,19 @@ class InvertibleConv1x1(Foldable, Transform):
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
         self.weight = nn.Parameter(rotation.contiguous())
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """The inverse matrix and the log-determinant at one position."""
-        return self._inverse(self.weight), self._logabsdet(self.weight)
+    def fold(self) -> _Matrix:
+        return self.weight, self._inverse(self.weight), self._logabsdet(self.weight)
 
     @classmethod
     def fold_all(
-        cls, layers: Sequence[InvertibleConv1x1], *, inverse: bool
-    ) -> list[tuple[Tensor | None, Tensor]]:
+        cls, layers: Sequence[InvertibleConv1x1], *, frozen: bool, inverse: bool
+    ) -> list[_Matrix]:
         matrices = [layer.weight for layer in layers]
 
-        def fold(numbers: list[int]) -> Iterable[tuple[Tensor | None, Tensor]]:
+        def fold(numbers: list[int]) -> Iterable[_Matrix]:
             stack = torch.stack([matrices[i] for i in numbers])
             inverses = cls._inverse(stack).unbind() if inverse else [None] * len(stack)
-            return zip(inverses, cls._logabsdet(stack).unbind(), strict=True)
+            return zip(stack.unbind(), inverses, cls._logabsdet(stack).unbind(), strict=True)
 
         kinds = [
             (*_kind(matrix), i if len(matrix) > _MOST_ROWS_TOGETHER else None)
@@ -237,6 +240,9 @@ class InvertibleConv1x1(Foldable, Transform):
 
     def _apply_matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
         _check_channels(self, x, matrix.shape[0])
+        if x.dtype != matrix.dtype:  # it comes from autocast, or is given in it
+            dtype = torch.promote_types(x.dtype, matrix.dtype)
+            x, matrix = x.to(dtype), matrix.to(dtype)
         # A state that autocast rounded would no longer belong to its log-determinant.
         with full_precision(x.device.type):
             if x.ndim == 2:
@@ -249,12 +255,16 @@ class InvertibleConv1x1(Foldable, Transform):
 
     def call_and_ladj(self, x: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
         folded = self.folded()
-        logabsdet = self._logabsdet(self.weight) if folded is None else folded[1]
-        return self._apply_matrix(x, self.weight), _at_every_position(x, logabsdet)
+        if folded is None:  # without the inverse
+            matrix, logabsdet = self.weight, self._logabsdet(self.weight)
+        else:
+            matrix, _, logabsdet = folded
+        return self._apply_matrix(x, matrix), _at_every_position(x, logabsdet)
 
     def inverse_and_ladj(self, z: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, Tensor]:
-        folded = self.folded()
-        inverse, logabsdet = self.fold() if folded is None or folded[0] is None else folded
+        matrix, inverse, logabsdet = self.folded() or self.fold()
+        if inverse is None:  # of a forward pass that this is a part of
+            inverse = self._inverse(matrix)
         return self._apply_matrix(z, inverse), -_at_every_position(z, logabsdet)
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from coopflow_ext.autocast import as_it_is
 from coopflow_ext.flows.base import Compose, Context, Transform
 from coopflow_ext.flows.couplings import MixtureLogisticCoupling
-from coopflow_ext.flows.folding import folding
+from coopflow_ext.flows.folding import as_folded_here, folding
 from coopflow_ext.flows.layers import SplitPrior, halves
 from coopflow_ext.flows.weight_norm import WeightNormed
 
@@ -128,6 +128,7 @@ class _Recompute(torch.autograd.Function):
                 total = total + ladj
         ctx.steps, ctx.context = steps, replace(context, aux=None)
         ctx.checked, ctx.autocast = list(witnesses), as_it_is(x.device.type)
+        ctx.folded = as_folded_here()
         ctx.deferred = _deferred.get()  # of this thread: a backward pass may run in another
         ctx.save_for_backward(x, aux, *witnesses.values())
         return x, total
@@ -144,7 +145,7 @@ class _Recompute(torch.autograd.Function):
         stack: list[Tensor] = []
         grad_stack: list[Tensor] = []
         errors = []
-        with ctx.autocast():
+        with ctx.autocast(), ctx.folded():
             for index in reversed(range(len(ctx.steps))):
                 step = ctx.steps[index]
                 if isinstance(step, _Factor):

@@ -94,10 +94,11 @@ class WeightNormed(Foldable, nn.Module):
         return weight, self._bias()
 
     @staticmethod
-    def fold_all(layers: Sequence[WeightNormed], *, inverse: bool) -> list[Affine]:
+    def fold_all(layers: Sequence[WeightNormed], *, frozen: bool, inverse: bool) -> list[Affine]:
         """By one operator for those of a dtype and a device; those that are frozen by another, so
-        that nothing of theirs is differentiated. In autocast factors and their biases are rounded
-        by one more, where autocast would round each by itself when it is used."""
+        that nothing of theirs is differentiated. In autocast factors and, but for frozen passes,
+        their biases are rounded by one more, where autocast would round each by itself when it is
+        used."""
         given: list[Any] = [layer.parametrizations["weight"] for layer in layers]
         pairs: list[tuple[Tensor, Tensor]] = [(of.original1, of.original0) for of in given]
 
@@ -113,7 +114,9 @@ class WeightNormed(Foldable, nn.Module):
             weights: Sequence[Tensor] = ops.weight_norm(directions, gains)
             biases = [layers[i]._bias() for i in numbers]
             if dtype != own:
-                weights, biases = _rounded(dtype, weights, biases)
+                rounded = [None if frozen else bias for bias in biases]
+                weights, rounded = _rounded(dtype, weights, rounded)
+                biases = biases if frozen else rounded
             return zip(weights, biases, strict=True)
 
         return by_kind(kinds, norm)

@@ -44,7 +44,8 @@ def attention(
         kept = ops.uniform((B, H, L, L), rng, step=step) >= p
         return (weights * kept / (1 - p)) @ v
 
-    but for p = 0, which is :func:`torch.nn.functional.scaled_dot_product_attention`.
+    but for p = 0, which is :func:`torch.nn.functional.scaled_dot_product_attention`: it has second
+    derivatives inside of ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` alone.
 
     Args:
         q, k, v: (B, H, L, d), d ≤ 64, of one floating dtype and any strides.

@@ -121,7 +121,7 @@ def _one_run(
     run = RunFolder.open(path)
     # Rows are compared, so none may have been trained at other rates for a part of its steps.
     changes = run.changes(config, adjustable=("steps",))
-    if not changes and (path / "summary.json").exists():
+    if not changes and run.is_finished:
         return run.summary()
     return train(config, path, resume=True, device=device)
 

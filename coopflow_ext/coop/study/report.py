@@ -49,8 +49,7 @@ class _Report:
         self.metrics = run.metrics()
         self.summary = run.summary() if (run.path / "summary.json").exists() else {}
         self.done = max((line["step"] for line in self.metrics), default=0)
-        phases = (self.summary.get("pretrain_steps"), self.summary.get("steps"))
-        self.finished = phases == (self.config.pretrain_steps, self.config.steps)
+        self.finished = run.is_finished
         self.studies = {
             name: read_json(run.path / name / study.file)
             for name, study in STUDIES.items()
