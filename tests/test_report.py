@@ -174,6 +174,16 @@ def test_a_run_that_has_not_finished(copied: Path) -> None:
         report_run(copied.parent)
 
 
+def test_studies_from_before_a_run_went_on_are_old(copied: Path) -> None:
+    """And offered again, while one of the newest checkpoint is not."""
+    coop.train(tiny(steps=12), copied, resume=True)
+    assert cli.main(["diagnose", str(copied), "--n", "8", "--long", "2"]) == 0
+    page = Page(report_run(copied))
+    assert page.text.count("From step 10, before the run went on.") == 1
+    assert "coopflow evaluate" in page.text
+    assert "coopflow diagnose" not in page.text
+
+
 def test_a_run_that_has_only_begun(copied: Path) -> None:
     """One line of numbers, no picture, nothing measured; then no line at all."""
     (copied / "summary.json").unlink()

@@ -219,6 +219,13 @@ class RunFolder:
         """What is needed to reproduce that the training left the finite numbers."""
         write_json(self.divergence_path, facts)
 
+    def write_study(self, path: Path, results: dict[str, Any]) -> dict[str, Any]:
+        """What was found out of the newest checkpoint, whose step is written beside it; returns
+        both."""
+        results = {"step": self.checkpoints()[-1][0], **results}
+        write_json(path, results)
+        return results
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.files import write_atomically, write_json
+from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow, build_sampler
 from coopflow_ext.coop.pictures import figure_bytes, save_panels
@@ -78,8 +78,7 @@ def diagnose_run(
         "long_chains": [{k: v for k, v in c.items() if k != "trace"} for c in chains],
         "pictures": [str(out / "long_chains.png"), str(out / "energies.png")],
     }
-    write_json(out / "summary.json", summary)
-    return summary
+    return run.write_study(out / "summary.json", summary)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext._optional import require
-from coopflow_ext.coop.files import write_atomically, write_json
+from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow
 from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels
@@ -110,8 +110,7 @@ def evaluate_run(
         summary["png"] = str(export_png)
     for values in summary["energy"].values():
         values.pop("values")
-    write_json(out / "summary.json", summary)
-    return summary
+    return run.write_study(out / "summary.json", summary)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from coopflow_ext.coop import inversion
-from coopflow_ext.coop.files import write_json
 from coopflow_ext.coop.pictures import save_panels
 from coopflow_ext.coop.run import RunFolder, open_run
 from coopflow_ext.data import Dataset
@@ -44,7 +43,7 @@ def reconstruct_run(
     out = _folder(run, "reconstruct")
     panels = {"observed": observed, "start of the chain": found.start, "result": found.result}
     save_panels(out / "reconstruct.png", panels)
-    return _finish(
+    return run.write_study(
         out / "errors.json",
         {
             "n": n,
@@ -90,7 +89,7 @@ def inpaint_run(
     save_panels(out / "inpaint.png", {caption: rows.flatten(0, 1)}, columns=chains + 2)
     hole = ~known
     error = (filled - observed[:, None])[..., hole].square().sum((2, 3)) / hole.sum().clamp(min=1)
-    return _finish(
+    return run.write_study(
         out / "errors.json",
         {
             "n": n,
@@ -148,7 +147,7 @@ def interpolate_run(
         caption = f"from left to right, {points} points"
         save_panels(out / f"{name}.png", {caption: lines.flatten(0, 1)}, columns=points)
     ends = torch.cat((between[:, 0], between[:, -1]))
-    return _finish(
+    return run.write_study(
         out / "errors.json",
         {
             "n": n,
@@ -167,8 +166,3 @@ def _folder(run: RunFolder, name: str) -> Path:
     out = run.path / name
     out.mkdir(exist_ok=True)
     return out
-
-
-def _finish(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    write_json(path, results)
-    return results

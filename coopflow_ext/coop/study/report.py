@@ -207,14 +207,21 @@ class _Report:
             return ""
         return page.side_by_side(page.figure(found[i], self.caption(found[i])) for i in chosen)
 
+    def is_old(self, name: str) -> bool:
+        """Whether the run went on after it was studied; older versions did not write when."""
+        steps = self.run.checkpoints()
+        return bool(steps) and self.studies[name].get("step", steps[-1][0]) < steps[-1][0]
+
     def study(self, name: str) -> str:
         study, values = STUDIES[name], self.studies[name]
+        old = f"From step {values['step']:,}, before the run went on." if self.is_old(name) else ""
         pictures = (
             page.figure(self.run.path / name / file, caption)
             for file, caption in study.pictures.items()
         )
         chains = values.get("long_chains") or []
-        return page.table(rows_of(values, study.quantities)) + _chains(chains) + "".join(pictures)
+        table = page.table(rows_of(values, study.quantities))
+        return page.paragraph(old, "warning") + table + _chains(chains) + "".join(pictures)
 
     def next_steps(self) -> str:
         run = shlex.quote(str(self.run.path))
@@ -225,9 +232,10 @@ class _Report:
         if not self.finished:
             return page.commands([f"coopflow train --out {run} --resume"])
         lines = [f"coopflow sample {run} --out samples.png"]
-        if "evaluation" not in self.studies:
+        current = {name for name in self.studies if not self.is_old(name)}
+        if "evaluation" not in current:
             lines.append(f"coopflow evaluate {run}")
-        if "diagnose" not in self.studies and self.config.langevin_steps:
+        if "diagnose" not in current and self.config.langevin_steps:
             lines.append(f"coopflow diagnose {run}")
         return page.commands(lines)
 
