@@ -510,6 +510,24 @@ def test_a_data_set_too_small_to_be_judged_leaves_nothing_behind(tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_has_grown_is_other_data(tmp_path: Path) -> None:
+    """Of which another part is held out."""
+    images, pixels = tmp_path / "images", np.random.default_rng(0)
+    images.mkdir()
+
+    def write(name: str) -> None:
+        values = pixels.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(values).save(images / f"{name}.png")
+
+    for i in range(40):
+        write(f"{i:03d}")
+    config = tiny(data=f"folder:{images}", steps=2, pretrain_steps=0)
+    coop.train(config, tmp_path / "run")
+    write("000a")
+    with pytest.raises(RunError, match=r"began with other data: .*36.* has .*37.* now"):
+        coop.train(dataclasses.replace(config, steps=3), tmp_path / "run", resume=True)
+
+
 def test_truncated_checkpoint_is_named_and_the_older_one_works(
     finished: Path, tmp_path: Path
 ) -> None:

@@ -352,15 +352,27 @@ class Trainer:
             "step": self.step,
             "key": self.key.state_dict(),
             "seconds": self.seconds,
+            "events": self._events(),
         }
+
+    def _events(self) -> dict[str, int]:
+        """How many there are in each split of the data: another number is another split."""
+        return {"train": len(self.data.train), "held_out": len(self.data.held_out)}
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Continue from a checkpoint, all of which is checked before anything changes.
 
         Raises:
-            RunError: a tensor or a number is missing or does not fit; names it.
+            RunError: a tensor or a number is missing or does not fit, or the data are not as many
+                as they were; names it.
         """
         step, key, seconds = _position(metadata)
+        before, now = metadata.get("events", self._events()), self._events()
+        if before != now:
+            raise RunError(
+                f"the run began with other data: {before} events, and {self.data.name} has {now} "
+                "now; what was held out would be trained on"
+            )
         contents = Contents(tensors)
         flow, energy = self.flow.read(contents), self.energy.read(contents)
         chains = self.model.read_buffer(contents)
