@@ -128,14 +128,14 @@ def refuse_tangents(op: str, **tensors: Any) -> None:
             raise RuntimeError(f"{op}: {name} has a tangent, but the op has no forward derivative")
 
 
-def compute(op: str, *args: Any) -> Any:
-    """What a raw op returns, for the forward of its Function, where nothing has derivatives: torch
+def compute(op: str, *args: Any, **options: Any) -> Any:
+    """What a raw op returns where nothing has derivatives, as in the forward of its Function: torch
     would go through Python code to find that out, which takes as long again as calling the op."""
     raw = getattr(coopflow, op)
     if torch.compiler.is_compiling():
-        return raw(*args)
+        return raw(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
-        return raw.default(*args)
+        return raw.default(*args, **options)
 
 
 def leave_unused(ctx: Any) -> None:

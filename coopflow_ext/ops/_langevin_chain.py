@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from coopflow_ext.ops.langevin import raw_options
 
 _COLUMNS = 6  # of the statistics
 _MALA_COLUMNS = 5
+
+# What may be a tensor and must not want a gradient.
+_NO_DERIVATIVE = ("x0", "drift", "noise", "decay", "pull", "x_ref", "xi", "step_size")
 
 
 class ChainResult(NamedTuple):
@@ -66,20 +70,21 @@ def _run(
 ) -> tuple[Any, ...]:
     """(x, trajectory or None, statistics or None, …)."""
     if torch.is_grad_enabled():
-        _refuse_autograd(op, x0=x0, **options)
+        _refuse_autograd(op, {"x0": x0, **options})
     if thin is not None and thin < 1:
         raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
     raw = raw_options(op, thin=thin, stats=stats, **options)
     try:
-        with torch.no_grad():  # parameters of the energy may want gradients, and get none
-            x, trajectory, sums, *others = getattr(_call.coopflow, op)(x0, *energy, **raw)
+        # Parameters of the energy may want gradients, and get none.
+        x, trajectory, sums, *others = _call.compute(op, x0, *energy, **raw)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return x, None if thin is None else trajectory, sums if stats else None, *others
 
 
-def _refuse_autograd(op: str, **arguments: Any) -> None:
-    for name, value in arguments.items():
+def _refuse_autograd(op: str, arguments: Mapping[str, Any]) -> None:
+    for name in _NO_DERIVATIVE:
+        value = arguments.get(name)
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but a whole chain has no derivative; call it under "

@@ -21,8 +21,9 @@ def state_copy(x: Tensor, *, channels_last: bool = False) -> Tensor:
 
 def rng_tensors(key: Key, xs: Tensors, *uses: int) -> Tensors:
     """Tensor 0 of a state uses the key's seed, or what ``uses`` make of it; tensor j folds in j."""
-    folded = ((*uses, j) if j else uses for j in range(len(xs)))
-    return tuple(stream(key, *of, device=x.device) for of, x in zip(folded, xs, strict=True))
+    first = stream(key, *uses, device=xs[0].device) if uses else key.tensor(xs[0].device)
+    others = (stream(key, *uses, j, device=x.device) for j, x in enumerate(xs[1:], 1))
+    return (first, *others)
 
 
 def step_rows(x: Tensor, n_steps: int) -> Tensor:
