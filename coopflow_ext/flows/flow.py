@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ class Flow(nn.Module):
     def _like(self) -> Tensor:
         """What has the dtype and the device of samples: a parameter, else a buffer, else torch's
         defaults."""
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in chain(self.parameters(), self.buffers()):  # mostly the first of thousands
             if tensor.is_floating_point():
                 return tensor
         return torch.empty(0)

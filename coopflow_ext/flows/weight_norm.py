@@ -114,8 +114,7 @@ class WeightNormed(Foldable, nn.Module):
             weights: Sequence[Tensor] = ops.weight_norm(directions, gains)
             biases = [layers[i]._bias() for i in numbers]
             if dtype != own:
-                rounded = [None if frozen else bias for bias in biases]
-                weights, rounded = _rounded(dtype, weights, rounded)
+                weights, rounded = _rounded(dtype, weights, () if frozen else biases)
                 biases = biases if frozen else rounded
             return zip(weights, biases, strict=True)
 
