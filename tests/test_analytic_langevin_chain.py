@@ -447,3 +447,15 @@ def test_a_chain_says_that_it_has_no_derivative() -> None:
         cf.ops.analytic_langevin_chain(x, rng, **energy, n_steps=2, drift=drift)
     out = cf.ops.analytic_langevin_chain(x, rng, **energy, n_steps=2, drift=0.1)
     assert not out.x.requires_grad
+
+
+def test_a_chain_refuses_forward_mode() -> None:
+    x, rng = torch.randn(2, 3), cf.Key(0).tensor()
+
+    def chain(x0: Tensor) -> Tensor:
+        options = {"energy": "double_well", "numbers": [1.0], "n_steps": 2, "drift": 0.1}
+        return cf.ops.analytic_langevin_chain(x0, rng, **options).x
+
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(RuntimeError, match="x0 has a tangent, but a whole chain"):
+            torch.func.jvp(chain, (x,), (torch.ones_like(x),))

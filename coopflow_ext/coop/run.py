@@ -44,6 +44,7 @@ class RunFolder:
         path: the folder.
         config: the settings.
         history: what resumed runs changed of them, oldest first.
+        opened_at: the step of the newest checkpoint when it was opened; 0 without one.
     """
 
     def __init__(self, path: Path, config: TrainConfig, history: Sequence[Change] = ()) -> None:
@@ -51,6 +52,7 @@ class RunFolder:
         self.config = config
         self.history = tuple(history)
         self.board: Board | None = None
+        self.opened_at = max((step for step, _ in self.checkpoints()), default=0)
 
     @classmethod
     def create(cls, path: str | Path, config: TrainConfig) -> RunFolder:
@@ -220,9 +222,9 @@ class RunFolder:
         write_json(self.divergence_path, facts)
 
     def write_study(self, path: Path, results: dict[str, Any]) -> dict[str, Any]:
-        """What was found out of the newest checkpoint, whose step is written beside it; returns
-        both."""
-        results = {"step": self.checkpoints()[-1][0], **results}
+        """What was found out of a run, and the step that it was opened at, which may be training
+        on meanwhile; returns both."""
+        results = {"step": self.opened_at, **results}
         write_json(path, results)
         return results
 

@@ -128,8 +128,8 @@ class Flow(nn.Module):
         return self.dequantize is not None
 
     def _check_tensor(self, name: str, value: object) -> None:
-        has_parameters = any(True for _ in self.parameters())
-        check_tensor(name, value, self._like().dtype if has_parameters else None)
+        like = next(self.parameters(), None)
+        check_tensor(name, value, None if like is None else like.dtype)
 
     def _like(self) -> Tensor:
         """What has the dtype and the device of samples: a parameter, else a buffer, else torch's

@@ -248,8 +248,8 @@ class InvertibleConv1x1(Foldable, Transform):
             if x.ndim == 2:
                 return F.linear(x, matrix)
             if x.ndim == 4:
-                # A convolution of so few channels takes 2 to 25 times as long on a CPU, and on
-                # CUDA rounds to TF32 by default, which the inverse would not undo.
+                # A convolution of so few channels takes at least twice as long on a CPU, and by
+                # torch's defaults may round to TF32 on CUDA, which the inverse would not undo.
                 return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape)
         raise ValueError(f"x must be (B, D) or (B, C, H, W), got {tuple(x.shape)}")
 

@@ -119,15 +119,6 @@ def _under_vmap(args: Iterable[Any]) -> bool:
     return False
 
 
-def refuse_tangents(op: str, **tensors: Any) -> None:
-    """RuntimeError where forward mode would go through an op in place, which has no derivative."""
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
-        return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: {name} has a tangent, but the op has no forward derivative")
-
-
 def compute(op: str, *args: Any, **options: Any) -> Any:
     """What a raw op returns where nothing has derivatives, as in the forward of its Function: torch
     would go through Python code to find that out, which takes as long again as calling the op."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from coopflow_ext.ops import _call
-from coopflow_ext.ops.langevin import raw_options
+from coopflow_ext.ops.langevin import raw_options, refuse_derivatives
 
 _COLUMNS = 6  # of the statistics
 _MALA_COLUMNS = 5
 
-# What may be a tensor and must not want a gradient.
-_NO_DERIVATIVE = ("x0", "drift", "noise", "decay", "pull", "x_ref", "xi", "step_size")
+# Options that may be tensors, and must not want a gradient.
+_NO_DERIVATIVE = ("drift", "noise", "decay", "pull", "x_ref", "xi", "step_size")
 
 
 class ChainResult(NamedTuple):
@@ -69,8 +68,8 @@ def _run(
     op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
 ) -> tuple[Any, ...]:
     """(x, trajectory or None, statistics or None, …)."""
-    if torch.is_grad_enabled():
-        _refuse_autograd(op, {"x0": x0, **options})
+    read = {name: options[name] for name in _NO_DERIVATIVE if name in options}
+    refuse_derivatives(op, "a whole chain", x0=x0, **read)
     if thin is not None and thin < 1:
         raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
     raw = raw_options(op, thin=thin, stats=stats, **options)
@@ -80,16 +79,6 @@ def _run(
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return x, None if thin is None else trajectory, sums if stats else None, *others
-
-
-def _refuse_autograd(op: str, arguments: Mapping[str, Any]) -> None:
-    for name in _NO_DERIVATIVE:
-        value = arguments.get(name)
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(
-                f"{op}: {name} requires grad, but a whole chain has no derivative; call it under "
-                f"torch.no_grad(), detach {name}, or use ops.langevin_step"
-            )
 
 
 def fake_results(

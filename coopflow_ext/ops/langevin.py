@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from coopflow_ext import reference
 from coopflow_ext._tensors import Coefficient, arithmetic_dtype, check_tensors
@@ -105,15 +106,23 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
     return raw
 
 
-def _refuse_derivatives(op: str, **values: Any) -> None:
-    """Of an op in place, which has none."""
-    _call.refuse_tangents(op, **values)
-    if not torch.is_grad_enabled():
+def refuse_derivatives(op: str, kind: str, **values: Any) -> None:
+    """Of an op in place, or of a whole chain, which have none.
+
+    Raises:
+        ValueError: a tensor requires grad. RuntimeError: one has a tangent of forward mode.
+    """
+    forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    if not (forward_mode or torch.is_grad_enabled()):
         return
     for name, tensor in values.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+        if not isinstance(tensor, Tensor):
+            continue
+        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: {name} has a tangent, but {kind} has no forward derivative")
+        if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
-                f"{op}: {name} requires grad, but an in-place op has no derivative; call it under "
+                f"{op}: {name} requires grad, but {kind} has no derivative; call it under "
                 f"torch.no_grad(), detach {name}, or use ops.langevin_step"
             )
 
@@ -203,7 +212,7 @@ def langevin_step_(
         "grad": grad, "drift": drift, "noise": noise, "decay": decay, "pull": pull,
         "x_ref": x_ref, "xi": xi,
     }  # fmt: skip
-    _refuse_derivatives("langevin_step_", **written, **read)
+    refuse_derivatives("langevin_step_", "an in-place op", **written, **read)
     _refuse_negated("langevin_step_", **written)
     options = raw_options(
         "langevin_step_",
@@ -251,7 +260,7 @@ def langevin_noise_(
     the arguments are those of :func:`langevin_step_`.
     """
     check_tensors(x=x)
-    _refuse_derivatives("langevin_noise_", x=x, noise=noise, xi=xi)
+    refuse_derivatives("langevin_noise_", "an in-place op", x=x, noise=noise, xi=xi)
     _refuse_negated("langevin_noise_", x=x)
     options = raw_options("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
     try:

@@ -48,7 +48,7 @@ class DifferentiableChain:
         }
         # Steps that are run again start a graph of their own, which ends at copies.
         again = checkpoint_every is not None
-        tables = [_leaf_copy(table) if again else table for table in self.learned.values()]
+        tables = [_detached_leaf(table) if again else table for table in self.learned.values()]
         self._rows = {
             name: table.split(1) for name, table in zip(self.learned, tables, strict=True)
         }
@@ -113,7 +113,7 @@ class DifferentiableChain:
         def copied(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            return copies.setdefault(tensor, _leaf_copy(tensor))
+            return copies.setdefault(tensor, _detached_leaf(tensor))
 
         inputs = self.chain.inputs
         self.chain.inputs = replace(
@@ -134,7 +134,7 @@ class DifferentiableChain:
                 "checkpoint_every needs an energy whose parameters are leaves: its steps are run "
                 "again in the backward pass, when torch.func.functional_call is over"
             )
-        points = tuple(x.detach().requires_grad_() for x in xs)
+        points = tuple(map(_detached_leaf, xs))
         before = ModelState(module, device)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
@@ -243,8 +243,8 @@ def _leaf(x: Tensor) -> Tensor:
     return leaf
 
 
-def _leaf_copy(tensor: Tensor) -> Tensor:
-    """The same numbers, where a graph ends."""
+def _detached_leaf(tensor: Tensor) -> Tensor:
+    """The same memory, where a graph ends."""
     return tensor.detach().requires_grad_()
 
 
@@ -296,7 +296,7 @@ class _Checkpoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         active, frozen_at, *saved = ctx.saved_tensors
-        xs = tuple(x.detach().requires_grad_() for x in saved)
+        xs = tuple(map(_detached_leaf, saved))
         device = xs[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             set_random_state(ctx.random, device)

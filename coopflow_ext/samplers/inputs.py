@@ -21,7 +21,7 @@ def state_copy(x: Tensor, *, channels_last: bool = False) -> Tensor:
 
 def rng_tensors(key: Key, xs: Tensors, *uses: int) -> Tensors:
     """Tensor 0 of a state uses the key's seed, or what ``uses`` make of it; tensor j folds in j."""
-    first = stream(key, *uses, device=xs[0].device) if uses else key.tensor(xs[0].device)
+    first = stream(key, *uses, device=xs[0].device)
     others = (stream(key, *uses, j, device=x.device) for j, x in enumerate(xs[1:], 1))
     return (first, *others)
 

@@ -248,7 +248,7 @@ class MALASampler:
             xis = normals_like(xi, (x0,), self.plan.n_steps)
             result = kernel.mala(
                 x0,
-                rng=stream(key, device=x0.device),
+                rng=key.tensor(x0.device),
                 accept_rng=stream(key, USE_ACCEPT, device=x0.device),
                 **kernel.energy,
                 n_steps=self.plan.n_steps,

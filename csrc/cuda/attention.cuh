@@ -11,6 +11,8 @@
 
 namespace coopflow {
 
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+
 // The mask of one head's weights.
 template <typename A>
 class HeadMask {
@@ -28,19 +30,18 @@ class HeadMask {
   // weight of key first_key + i of lane l is kept. All lanes must call; first_key is a multiple
   // of 4.
   __device__ __forceinline__ void vote(int64_t row, int64_t first_key, uint32_t (&votes)[4]) const {
-    constexpr uint32_t kAll = 0xFFFFFFFFu;
     const uint32_t threshold = dropout_.threshold;
     if (length_ % 4 == 0) {  // then no four lie in two blocks of words
       const auto block = static_cast<uint32_t>((first_ + row * length_ + first_key) / 4);
       const PhiloxWords words = noise_words(key_, chain_, time_, block);
-      votes[0] = __ballot_sync(kAll, is_kept(words.w0, threshold));
-      votes[1] = __ballot_sync(kAll, is_kept(words.w1, threshold));
-      votes[2] = __ballot_sync(kAll, is_kept(words.w2, threshold));
-      votes[3] = __ballot_sync(kAll, is_kept(words.w3, threshold));
+      votes[0] = __ballot_sync(kAllLanes, is_kept(words.w0, threshold));
+      votes[1] = __ballot_sync(kAllLanes, is_kept(words.w1, threshold));
+      votes[2] = __ballot_sync(kAllLanes, is_kept(words.w2, threshold));
+      votes[3] = __ballot_sync(kAllLanes, is_kept(words.w3, threshold));
     } else {
       const uint32_t four = kept(row, first_key);
       COOPFLOW_UNROLL
-      for (int i = 0; i < 4; ++i) votes[i] = __ballot_sync(kAll, (four >> i & 1) != 0);
+      for (int i = 0; i < 4; ++i) votes[i] = __ballot_sync(kAllLanes, (four >> i & 1) != 0);
     }
   }
 

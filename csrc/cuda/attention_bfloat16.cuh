@@ -13,8 +13,6 @@
 
 namespace coopflow {
 
-constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-
 // `kDim` is the least of 32 and 64 that holds the vectors.
 template <int kDim>
 class AttentionWarp {

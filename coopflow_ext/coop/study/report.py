@@ -209,8 +209,8 @@ class _Report:
 
     def is_old(self, name: str) -> bool:
         """Whether the run went on after it was studied; older versions did not write when."""
-        steps = self.run.checkpoints()
-        return bool(steps) and self.studies[name].get("step", steps[-1][0]) < steps[-1][0]
+        newest: int = self.run.opened_at
+        return bool(self.studies[name].get("step", newest) < newest)
 
     def study(self, name: str) -> str:
         study, values = STUDIES[name], self.studies[name]
