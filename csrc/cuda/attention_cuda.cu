@@ -1,7 +1,7 @@
 // attention and its derivative on CUDA; for bfloat16 see attention_bfloat16.cuh. A block has a tile
-// of scores, 64 x 64 (32 x 32 in float64), of which a thread has 4 x 4 (2 x 2). Forward and the
-// gradient of q walk along the keys, the gradients of k and v along the rows, so that every result
-// belongs to one block and sums have a fixed order.
+// of scores, 64 x 64 (32 x 32 in float64), of which a thread has 4 x 4 (2 x 2); half as wide where
+// vectors are long. Forward and the gradient of q walk along the keys, the gradients of k and v
+// along the rows, so that every result belongs to one block and sums have a fixed order.
 #include <type_traits>
 
 #include "attention.cuh"
@@ -21,25 +21,38 @@ constexpr int kSide = 16;
 constexpr int kThreads = kSide * kSide;
 static_assert(kThreads == kBlockThreads && kWarp % kSide == 0);
 
-// A tile of scores and the shared memory that it takes. `kDim` is the least of 32 and 64 that holds
-// the vectors.
+// What a block may have on any GPU from sm_80 on: sm_86, sm_89 and sm_120 have no more.
+constexpr size_t kLeastShared = 99 * 1024;
+
+// A tile of scores and the shared memory that it takes: vectors that the block has, by those along
+// which it walks. `kDim` is the least of 32 and 64 that holds the vectors.
 template <typename A, int kDim>
 struct TileLayout {
-  static constexpr int kOwn = sizeof(A) == 4 ? 4 : 2;  // scores of a thread in each direction
+  // Scores of a thread.
+  static constexpr int kOwn = sizeof(A) == 4 ? 4 : 2;
+  static constexpr int kWalked = kDim == 32 ? kOwn : kOwn / 2;
   static constexpr int kTile = kSide * kOwn;
+  static constexpr int kPace = kSide * kWalked;
   static constexpr int kColumns = kDim / kSide;  // of a thread, in sums of vectors
-  // Between rows of vectors that lie side by side; four more numbers keep off bank conflicts.
-  static constexpr int kStride = kTile + 4;
-  static constexpr int kSideBySide = kDim * kStride;  // tile of vectors, number k of all together
-  static constexpr int kInRows = kTile * kDim;        // tile of vectors, one after the other
-  static constexpr int kWeights = kTile * kStride;
+
+  // Between numbers k and k + 1 of vectors that lie side by side; four more keep off bank
+  // conflicts.
+  static constexpr int kOwnStride = kTile + 4, kWalkedStride = kPace + 4;
+  static constexpr int kOwnVectors = kDim * kOwnStride, kWalkedVectors = kDim * kWalkedStride;
+  static constexpr int kInRows = kPace * kDim;  // walked vectors, one after the other
+  static constexpr int kWeights = kPace * kOwnStride;
+
+  static constexpr int kForward = kOwnVectors + kWalkedVectors + kInRows + kWeights;
+  static constexpr int kGradient = 2 * (kOwnVectors + kWalkedVectors) + kWeights;
+  static constexpr int kQueryGradient = kGradient + kInRows + 2 * kTile;
+  static constexpr int kKeyGradient = kGradient + 2 * kInRows + 2 * kPace;
+  static_assert(kForward <= kQueryGradient);
+  static_assert(kQueryGradient * sizeof(A) <= kLeastShared);
+  static_assert(kKeyGradient * sizeof(A) <= kLeastShared);
 
   static constexpr int64_t bytes(int count) {
     return int64_t{count} * static_cast<int64_t>(sizeof(A));
   }
-  static constexpr int kForward = 2 * kSideBySide + kInRows + kWeights;
-  static constexpr int kQueryGradient = 4 * kSideBySide + kInRows + kWeights + 2 * kTile;
-  static constexpr int kKeyGradient = 4 * kSideBySide + 2 * kInRows + kWeights + 2 * kTile;
 };
 
 // kCount neighbours in shared memory, in wide accesses.
@@ -54,26 +67,26 @@ __device__ __forceinline__ void store_shared(const A (&values)[kCount], A* to) {
   }
 }
 
-// What the threads of one block do together. Scores (r, c) of a thread are those of rows
-// first_own() + r and columns second_own() + c of its tile.
+// What the threads of one block do together. Scores (r, c) of a thread are those of its own vectors
+// first_own() + r and the walked ones first_walked() + c of the tile.
 template <typename T, int kDim>
 class Block {
  public:
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  static constexpr int kOwn = Layout::kOwn;
-  static constexpr int kTile = Layout::kTile, kStride = Layout::kStride;
-  using Scores = A[kOwn][kOwn];
+  static constexpr int kOwn = Layout::kOwn, kWalked = Layout::kWalked;
+  static constexpr int kTile = Layout::kTile, kPace = Layout::kPace;
+  using Scores = A[kOwn][kWalked];
   using Sums = A[kOwn][Layout::kColumns];
 
   __device__ __forceinline__ explicit Block(const AttentionShape& shape)
       : shape_(shape),
         free_(reinterpret_cast<A*>(dynamic_shared_floats())),
-        first_(static_cast<int>(threadIdx.x) / kSide * kOwn),
-        second_(static_cast<int>(threadIdx.x) % kSide) {}
+        row_(static_cast<int>(threadIdx.x) / kSide),
+        column_(static_cast<int>(threadIdx.x) % kSide) {}
 
-  __device__ __forceinline__ int first_own() const { return first_; }
-  __device__ __forceinline__ int second_own() const { return second_ * kOwn; }
+  __device__ __forceinline__ int first_own() const { return row_ * kOwn; }
+  __device__ __forceinline__ int first_walked() const { return column_ * kWalked; }
 
   // The next so many numbers of shared memory.
   __device__ __forceinline__ A* take(int count) {
@@ -82,39 +95,36 @@ class Block {
     return taken;
   }
 
-  // Vectors [first, first + kTile) of a head, times a factor, zeros where there are none: side by
-  // side and one after the other, where a place is given for it. A barrier must follow.
-  __device__ __forceinline__ void load(const AttentionInput& from, int64_t head, int64_t first,
-                                       A factor, A* side_by_side, A* in_rows) const {
-    const T* const vectors = static_cast<const T*>(from.data) + from.head_offset(shape_, head);
-    for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += kThreads) {
-      const int row = i / kDim, k = i % kDim;
-      A value = A(0);
-      if (first + row < shape_.length && k < shape_.dim) {
-        value =
-            factor * to_arithmetic(vectors[(first + row) * from.row_stride + k * from.dim_stride]);
-      }
-      if (side_by_side != nullptr) side_by_side[k * kStride + row] = value;
-      if (in_rows != nullptr) in_rows[row * kDim + k] = value;
-    }
+  // The block's own vectors [first, first + kTile) of a head, times a factor, zeros where there are
+  // none, side by side. A barrier must follow.
+  __device__ __forceinline__ void load_own(const AttentionInput& from, int64_t head, int64_t first,
+                                           A factor, A* side_by_side) const {
+    load<kTile, Layout::kOwnStride>(from, head, first, factor, side_by_side, nullptr);
   }
 
-  // scores = the products of a's vectors and b's, which lie side by side.
-  __device__ __forceinline__ void multiply(const A* a, const A* b, Scores& scores) const {
+  // The walked vectors [first, first + kPace), where a place is given also one after the other.
+  __device__ __forceinline__ void load_walked(const AttentionInput& from, int64_t head,
+                                              int64_t first, A factor, A* side_by_side,
+                                              A* in_rows) const {
+    load<kPace, Layout::kWalkedStride>(from, head, first, factor, side_by_side, in_rows);
+  }
+
+  // scores = the products of the block's own vectors and of walked ones, which lie side by side.
+  __device__ __forceinline__ void multiply(const A* own, const A* walked, Scores& scores) const {
     COOPFLOW_UNROLL
     for (int r = 0; r < kOwn; ++r) {
       COOPFLOW_UNROLL
-      for (int c = 0; c < kOwn; ++c) scores[r][c] = A(0);
+      for (int c = 0; c < kWalked; ++c) scores[r][c] = A(0);
     }
     COOPFLOW_UNROLL_4
     for (int k = 0; k < static_cast<int>(shape_.dim); ++k) {
-      A x[kOwn], y[kOwn];
-      load_packed<A, kOwn>(a + k * kStride + first_own(), x);
-      load_packed<A, kOwn>(b + k * kStride + second_own(), y);
+      A x[kOwn], y[kWalked];
+      load_packed<A, kOwn>(own + k * Layout::kOwnStride + first_own(), x);
+      load_packed<A, kWalked>(walked + k * Layout::kWalkedStride + first_walked(), y);
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
         COOPFLOW_UNROLL
-        for (int c = 0; c < kOwn; ++c) scores[r][c] = multiply_add(x[r], y[c], scores[r][c]);
+        for (int c = 0; c < kWalked; ++c) scores[r][c] = multiply_add(x[r], y[c], scores[r][c]);
       }
     }
   }
@@ -122,21 +132,22 @@ class Block {
   // Puts the block's weights where accumulate reads them, transposed.
   __device__ __forceinline__ void share(const Scores& weights, A* to) const {
     COOPFLOW_UNROLL
-    for (int c = 0; c < kOwn; ++c) {
+    for (int c = 0; c < kWalked; ++c) {
       A column[kOwn];
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) column[r] = weights[r][c];
-      store_shared(column, to + (second_own() + c) * kStride + first_own());
+      store_shared(column, to + (first_walked() + c) * Layout::kOwnStride + first_own());
     }
   }
 
-  // Adds to the sums of the block's rows the vectors, one after the other, times shared weights.
+  // Adds to the sums of the block's rows the walked vectors, one after the other, times shared
+  // weights.
   __device__ __forceinline__ void accumulate(const A* weights, const A* in_rows, Sums& sums) const {
     COOPFLOW_UNROLL_4
-    for (int j = 0; j < kTile; ++j) {
+    for (int j = 0; j < kPace; ++j) {
       A w[kOwn], x[Layout::kColumns];
-      load_packed<A, kOwn>(weights + j * kStride + first_own(), w);
-      load_packed<A, Layout::kColumns>(in_rows + j * kDim + second_ * Layout::kColumns, x);
+      load_packed<A, kOwn>(weights + j * Layout::kOwnStride + first_own(), w);
+      load_packed<A, Layout::kColumns>(in_rows + j * kDim + column_ * Layout::kColumns, x);
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
         COOPFLOW_UNROLL
@@ -156,7 +167,7 @@ class Block {
       const int64_t row = first + first_own() + r;
       COOPFLOW_UNROLL
       for (int c = 0; c < Layout::kColumns; ++c) {
-        const int k = second_ * Layout::kColumns + c;
+        const int k = column_ * Layout::kColumns + c;
         if (row < shape_.length && k < shape_.dim) {
           vectors[row * to.row_stride + k * to.dim_stride] =
               from_arithmetic<T>(factors[r] * sums[r][c]);
@@ -176,9 +187,25 @@ class Block {
   }
 
  private:
+  template <int kRows, int kStride>
+  __device__ __forceinline__ void load(const AttentionInput& from, int64_t head, int64_t first,
+                                       A factor, A* side_by_side, A* in_rows) const {
+    const T* const vectors = static_cast<const T*>(from.data) + from.head_offset(shape_, head);
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim; i += kThreads) {
+      const int row = i / kDim, k = i % kDim;
+      A value = A(0);
+      if (first + row < shape_.length && k < shape_.dim) {
+        value =
+            factor * to_arithmetic(vectors[(first + row) * from.row_stride + k * from.dim_stride]);
+      }
+      if (side_by_side != nullptr) side_by_side[k * kStride + row] = value;
+      if (in_rows != nullptr) in_rows[row * kDim + k] = value;
+    }
+  }
+
   const AttentionShape& shape_;
   A* free_;
-  const int first_, second_;
+  const int row_, column_;
 };
 
 // --- forward
@@ -199,21 +226,21 @@ __device__ __forceinline__ void take_scores(
     RunningSoftmax<arithmetic_t<T>, Block<T, kDim>::kOwn>& softmax,
     typename Block<T, kDim>::Scores& scores, typename Block<T, kDim>::Sums& sums) {
   using A = arithmetic_t<T>;
-  constexpr int kOwn = Block<T, kDim>::kOwn;
+  constexpr int kOwn = Block<T, kDim>::kOwn, kWalked = Block<T, kDim>::kWalked;
   COOPFLOW_UNROLL
   for (int r = 0; r < kOwn; ++r) {
     A largest = softmax.peak[r];
     COOPFLOW_UNROLL
-    for (int c = 0; c < kOwn; ++c) {
-      if (block.second_own() + c < count) largest = larger_score(largest, scores[r][c]);
+    for (int c = 0; c < kWalked; ++c) {
+      if (block.first_walked() + c < count) largest = larger_score(largest, scores[r][c]);
     }
     largest = block.reduce_row(largest, [](A a, A b) { return larger_score(a, b); });
     const A shrink = softmax_term(softmax.peak[r], largest);
     softmax.peak[r] = largest;
     softmax.sum[r] *= shrink;
     COOPFLOW_UNROLL
-    for (int c = 0; c < kOwn; ++c) {
-      const bool exists = block.second_own() + c < count;
+    for (int c = 0; c < kWalked; ++c) {
+      const bool exists = block.first_walked() + c < count;
       scores[r][c] = exists ? softmax_term(scores[r][c], largest) : A(0);
       softmax.sum[r] += scores[r][c];
     }
@@ -227,11 +254,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     attention_kernel(const __grid_constant__ AttentionArgs<arithmetic_t<T>> args) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
+  constexpr int kTile = Layout::kTile, kPace = Layout::kPace;
+  constexpr int kOwn = Layout::kOwn, kWalked = Layout::kWalked;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
-  A* const queries = block.take(Layout::kSideBySide);
-  A* const keys = block.take(Layout::kSideBySide);
+  A* const queries = block.take(Layout::kOwnVectors);
+  A* const keys = block.take(Layout::kWalkedVectors);
   A* const values = block.take(Layout::kInRows);
   A* const weights = block.take(Layout::kWeights);
   const int64_t tiles = divide_up(shape.length, kTile);
@@ -243,11 +271,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     fill(softmax.sum, A(0));
     typename Block<T, kDim>::Sums sums = {};
     __syncthreads();  // the last unit's queries have been read
-    block.load(args.q, head, first_row, args.scale, queries, nullptr);
-    for (int64_t first_key = 0; first_key < shape.length; first_key += kTile) {
+    block.load_own(args.q, head, first_row, args.scale, queries);
+    for (int64_t first_key = 0; first_key < shape.length; first_key += kPace) {
       __syncthreads();  // the last tile's keys, values and weights have been read
-      block.load(args.k, head, first_key, A(1), keys, nullptr);
-      block.load(args.v, head, first_key, A(1), nullptr, values);
+      block.load_walked(args.k, head, first_key, A(1), keys, nullptr);
+      block.load_walked(args.v, head, first_key, A(1), nullptr, values);
       __syncthreads();
       typename Block<T, kDim>::Scores scores;
       block.multiply(queries, keys, scores);
@@ -255,9 +283,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
         const uint32_t kept =
-            mask.kept(first_row + block.first_own() + r, first_key + block.second_own());
+            mask.kept(first_row + block.first_own() + r, first_key + block.first_walked());
         COOPFLOW_UNROLL
-        for (int c = 0; c < kOwn; ++c) scores[r][c] = kept >> c & 1 ? scores[r][c] : A(0);
+        for (int c = 0; c < kWalked; ++c) scores[r][c] = kept >> c & 1 ? scores[r][c] : A(0);
       }
       block.share(scores, weights);
       __syncthreads();
@@ -269,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const A sum = block.reduce_row(softmax.sum[r], [](A a, A b) { return a + b; });
       factors[r] = args.dropout.factor / sum;
       const int64_t row = first_row + block.first_own() + r;
-      if (block.second_own() == 0 && row < shape.length) {
+      if (block.first_walked() == 0 && row < shape.length) {
         args.lse[head * shape.length + row] = log_sum_exp(softmax.peak[r], sum);
       }
     }
@@ -286,13 +314,14 @@ __global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
     const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args, arithmetic_t<T>* deltas) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
+  constexpr int kTile = Layout::kTile, kPace = Layout::kPace;
+  constexpr int kOwn = Layout::kOwn, kWalked = Layout::kWalked;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
-  A* const queries = block.take(Layout::kSideBySide);
-  A* const grad_out = block.take(Layout::kSideBySide);
-  A* const keys = block.take(Layout::kSideBySide);
-  A* const values = block.take(Layout::kSideBySide);
+  A* const queries = block.take(Layout::kOwnVectors);
+  A* const grad_out = block.take(Layout::kOwnVectors);
+  A* const keys = block.take(Layout::kWalkedVectors);
+  A* const values = block.take(Layout::kWalkedVectors);
   A* const key_rows = block.take(Layout::kInRows);
   A* const weights = block.take(Layout::kWeights);
   A* const lse = block.take(kTile);
@@ -303,13 +332,13 @@ __global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
     const HeadMask<A> mask(args.dropout, shape, head);
     typename Block<T, kDim>::Sums sums = {};
     __syncthreads();  // the last unit's rows have been read
-    block.load(args.q, head, first_row, args.scale, queries, nullptr);
-    block.load(args.grad_out, head, first_row, A(1), grad_out, nullptr);
+    block.load_own(args.q, head, first_row, args.scale, queries);
+    block.load_own(args.grad_out, head, first_row, A(1), grad_out);
     load_row_sums<T, kTile>(args, head, first_row, lse, delta, deltas);
-    for (int64_t first_key = 0; first_key < shape.length; first_key += kTile) {
+    for (int64_t first_key = 0; first_key < shape.length; first_key += kPace) {
       __syncthreads();  // the last tile's keys, values and weights have been read
-      block.load(args.k, head, first_key, A(1), keys, key_rows);
-      block.load(args.v, head, first_key, A(1), values, nullptr);
+      block.load_walked(args.k, head, first_key, A(1), keys, key_rows);
+      block.load_walked(args.v, head, first_key, A(1), values, nullptr);
       __syncthreads();
       typename Block<T, kDim>::Scores scores, grads;
       block.multiply(queries, keys, scores);
@@ -317,10 +346,10 @@ __global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
         const int row = block.first_own() + r;
-        const uint32_t kept = mask.kept(first_row + row, first_key + block.second_own());
+        const uint32_t kept = mask.kept(first_row + row, first_key + block.first_walked());
         COOPFLOW_UNROLL
-        for (int c = 0; c < kOwn; ++c) {
-          const bool exists = first_key + block.second_own() + c < shape.length;
+        for (int c = 0; c < kWalked; ++c) {
+          const bool exists = first_key + block.first_walked() + c < shape.length;
           const A found = weight_gradients(scores[r][c], lse[row], (kept >> c & 1) != 0,
                                            args.dropout.factor, grads[r][c], delta[row])
                               .grad_score;
@@ -337,39 +366,39 @@ __global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
   }
 }
 
-// A block has a tile of keys and walks along the rows: its scores are transposed. Of long vectors a
-// multiprocessor has shared memory for one block alone.
+// A block has a tile of keys and walks along the rows: its scores are transposed.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 32 ? 2 : 1) attention_key_gradient_kernel(
+__global__ void __launch_bounds__(kThreads, 2) attention_key_gradient_kernel(
     const __grid_constant__ AttentionBackwardArgs<arithmetic_t<T>> args,
     const arithmetic_t<T>* deltas) {
   using A = arithmetic_t<T>;
   using Layout = TileLayout<A, kDim>;
-  constexpr int kTile = Layout::kTile, kOwn = Layout::kOwn;
+  constexpr int kTile = Layout::kTile, kPace = Layout::kPace;
+  constexpr int kOwn = Layout::kOwn, kWalked = Layout::kWalked;
   const AttentionShape& shape = args.shape;
   Block<T, kDim> block(shape);
-  A* const keys = block.take(Layout::kSideBySide);
-  A* const values = block.take(Layout::kSideBySide);
-  A* const queries = block.take(Layout::kSideBySide);
-  A* const grad_out = block.take(Layout::kSideBySide);
+  A* const keys = block.take(Layout::kOwnVectors);
+  A* const values = block.take(Layout::kOwnVectors);
+  A* const queries = block.take(Layout::kWalkedVectors);
+  A* const grad_out = block.take(Layout::kWalkedVectors);
   A* const query_rows = block.take(Layout::kInRows);
   A* const grad_out_rows = block.take(Layout::kInRows);
   A* const weights = block.take(Layout::kWeights);
-  A* const lse = block.take(kTile);
-  A* const delta = block.take(kTile);
+  A* const lse = block.take(kPace);
+  A* const delta = block.take(kPace);
   const int64_t tiles = divide_up(shape.length, kTile);
   for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
     const int64_t head = unit / tiles, first_key = unit % tiles * kTile;
     const HeadMask<A> mask(args.dropout, shape, head);
     typename Block<T, kDim>::Sums key_sums = {}, value_sums = {};
     __syncthreads();  // the last unit's keys and values have been read
-    block.load(args.k, head, first_key, A(1), keys, nullptr);
-    block.load(args.v, head, first_key, A(1), values, nullptr);
-    for (int64_t first_row = 0; first_row < shape.length; first_row += kTile) {
+    block.load_own(args.k, head, first_key, A(1), keys);
+    block.load_own(args.v, head, first_key, A(1), values);
+    for (int64_t first_row = 0; first_row < shape.length; first_row += kPace) {
       __syncthreads();  // the last tile's rows and weights have been read
-      block.load(args.q, head, first_row, args.scale, queries, query_rows);
-      block.load(args.grad_out, head, first_row, A(1), grad_out, grad_out_rows);
-      if (threadIdx.x < kTile) {
+      block.load_walked(args.q, head, first_row, args.scale, queries, query_rows);
+      block.load_walked(args.grad_out, head, first_row, A(1), grad_out, grad_out_rows);
+      if (threadIdx.x < kPace) {
         const int64_t row = first_row + threadIdx.x, at = head * shape.length + row;
         lse[threadIdx.x] = row < shape.length ? args.lse[at] : A(0);
         delta[threadIdx.x] = row < shape.length ? deltas[at] : A(0);
@@ -379,8 +408,8 @@ __global__ void __launch_bounds__(kThreads, kDim == 32 ? 2 : 1) attention_key_gr
       block.multiply(keys, queries, scores);
       block.multiply(values, grad_out, grads);
       COOPFLOW_UNROLL
-      for (int c = 0; c < kOwn; ++c) {
-        const int row = block.second_own() + c;
+      for (int c = 0; c < kWalked; ++c) {
+        const int row = block.first_walked() + c;
         const bool exists = first_row + row < shape.length;
         const uint32_t kept = mask.kept(first_row + row, first_key + block.first_own());
         COOPFLOW_UNROLL

@@ -100,15 +100,26 @@ void launch(const Tensor& x, int64_t blocks, int threads, const Args&... args) {
   launch_exactly<kKernel>(x, std::min(blocks, resident), threads, args...);
 }
 
+// Lets the blocks of a kernel have so many bytes of dynamic shared memory, or any number that the
+// device has: another thread may be about to launch it with more.
+template <auto kKernel>
+void allow_memory(int device, int64_t shared_bytes) {
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (shared_bytes > most) {
+    throw std::runtime_error("coopflow: a kernel needs " + std::to_string(shared_bytes) +
+                             " bytes of shared memory, and there are " + std::to_string(most));
+  }
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+             "cudaFuncSetAttribute");
+}
+
 // The same for a kernel whose blocks have so many bytes of dynamic shared memory.
 template <auto kKernel, typename... Args>
 void launch_with_memory(const Tensor& x, int64_t blocks, int threads, int64_t shared_bytes,
                         const Args&... args) {
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes)),
-             "cudaFuncSetAttribute");
+  allow_memory<kKernel>(device, shared_bytes);
   int resident = 0;  // of a multiprocessor
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernel, threads,
                                                            static_cast<size_t>(shared_bytes)),

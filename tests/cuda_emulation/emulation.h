@@ -16,7 +16,6 @@ struct Index3 {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kMaxBlockThreads = 1024;
-constexpr size_t kMaxDynamicShared = 227 * 1024;  // of a block on sm_90
 
 // Where a kernel calls one of the functions below.
 struct Place {
@@ -58,6 +57,8 @@ constexpr int kDevices = 3;
 constexpr int kMultiprocessors[kDevices] = {2, 1, 1 << 24};
 constexpr int kBlocksPerMultiprocessor[kDevices] = {4, 1, 8};
 constexpr int kThreadsPerMultiprocessor[kDevices] = {512, 1024, 2048};
+// Dynamic shared memory that a block may have: as on sm_90, on sm_120, on sm_90.
+constexpr size_t kMostDynamicShared[kDevices] = {227 * 1024, 99 * 1024, 227 * 1024};
 
 // The device that tensors are on, and the device and stream that torch has made current; see
 // torch_device.cpp.

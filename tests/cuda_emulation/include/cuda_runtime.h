@@ -11,6 +11,7 @@
 #include <map>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "../emulation.h"
 
@@ -196,26 +197,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = cuda_emulation::kMultiprocessors[device];
   } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
-    *value = static_cast<int>(cuda_emulation::kMaxDynamicShared);
+    *value = static_cast<int>(cuda_emulation::kMostDynamicShared[device]);
   } else {
     return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
 
-// A kernel gets more dynamic shared memory than this only after it was asked for.
+// A kernel gets more dynamic shared memory than this only after it was asked for, on each device.
 constexpr size_t kDynamicSharedUnasked = 48 * 1024;
 
 inline size_t& dynamic_shared_allowed(const void* kernel) {
-  static std::map<const void*, size_t> allowed;
-  return allowed.try_emplace(kernel, kDynamicSharedUnasked).first->second;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::pair on_device(kernel, cuda_emulation::current_device());
+  return allowed.try_emplace(on_device, kDynamicSharedUnasked).first->second;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (driver_is_too_old()) return cudaErrorInsufficientDriver;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > cuda_emulation::kMaxDynamicShared) {
+      static_cast<size_t>(value) >
+          cuda_emulation::kMostDynamicShared[cuda_emulation::current_device()]) {
     return cudaErrorInvalidValue;
   }
   dynamic_shared_allowed(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(value);
@@ -233,7 +236,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* /
   const int most = cuda_emulation::kBlocksPerMultiprocessor[device];
   *blocks = fit < most ? fit : most;
   if (shared_bytes > 0) {
-    const int hold = static_cast<int>(cuda_emulation::kMaxDynamicShared / shared_bytes);
+    const int hold = static_cast<int>(cuda_emulation::kMostDynamicShared[device] / shared_bytes);
     *blocks = hold < *blocks ? hold : *blocks;
   }
   return cudaSuccess;
