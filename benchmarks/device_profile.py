@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,13 @@ import bench_sampler as bench
 import torch
 from bench_coop import LOW
 from harness import OURS, Run, add_graph, full_float32, quiet_stderr, synchronize
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from coopflow_ext import Key, data, flows
 from coopflow_ext.coop import TrainConfig, Trainer
 from coopflow_ext.coop.model import CoopFlow, EventSpec
+from coopflow_ext.errors import reason
 
 PROBLEMS = {
     "mixture": bench.mixture,
@@ -46,6 +49,19 @@ ITERATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+_failed: list[str] = []
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """An error inside is printed, and costs what else there is to measure nothing."""
+    try:
+        yield
+    except Exception as error:
+        _failed.append(what)
+        print(f"{what}: {type(error).__name__}: {reason(error)}", flush=True)
+
+
 def median_seconds(run: Run, device: torch.device, rounds: int = 4) -> float:
     run()
     times = []
@@ -63,7 +79,9 @@ def kernels(run: Run, device: torch.device) -> list[Any]:
     with quiet_stderr(), profile(activities=[ProfilerActivity.CUDA]) as log:
         run()
         synchronize(device)
-    return sorted(log.key_averages(), key=lambda e: -e.device_time_total)
+    # Calls of the runtime are among the events too.
+    ran = [event for event in log.key_averages() if event.device_type == DeviceType.CUDA]
+    return sorted(ran, key=lambda e: -e.device_time_total)
 
 
 def of(events: list[Any], parts: int = 1) -> str:
@@ -106,8 +124,8 @@ def account(device: torch.device) -> None:
                 label = f"{name}, {contestant}{', compiled' if compiled else ''}"
                 print(f"{label:50}{each:9.2f} µs a step, {of(events, problem.n_steps)}", flush=True)
                 show_first(12, events, problem.n_steps)
-            for contestant, reason in missing.items():
-                print(f"{name}, {contestant}: {reason}", flush=True)
+            for contestant, why in missing.items():
+                print(f"{name}, {contestant}: {why}", flush=True)
 
 
 def show_first(n: int, events: list[Any], parts: int = 1) -> None:
@@ -130,22 +148,26 @@ def flow(device: torch.device) -> None:
 def iterations(device: torch.device, preset: str = "cifar10", dataset: str = "patches") -> None:
     """CoopFlow with the paper's networks at batch 28, every part in every iteration, and memory."""
     for variant, settings in ITERATIONS:
-        config = bench_coop.config_of(preset, data=dataset, **settings)
-        trainer = Trainer(config, data.load(config.data), device)
-        torch.cuda.reset_peak_memory_stats(device)
-        # Of a captured training the first three iterations run eagerly, and the fourth is captured.
-        graph = settings.get("cuda_graph", False)
-        run = trainer.train_step if graph else partial(bench_coop.time_iteration, trainer, variant)
-        for _ in range(4 if graph else 1):
-            run()
-        seconds = median_seconds(run, device, 3)
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        print(f"{variant}, {settings}: {1e3 * seconds:.1f} ms, peak {peak:.2f} GiB", flush=True)
-        if not graph:
-            parts, _ = bench_coop.time_iteration(trainer, variant)
-            print("    " + ", ".join(f"{n} {1e3 * t:.1f} ms" for n, t in parts.items()), flush=True)
-        del trainer, run
+        print(f"{variant}, {settings}: ", end="", flush=True)
+        with reported(variant):
+            iteration(device, variant, bench_coop.config_of(preset, data=dataset, **settings))
         torch.cuda.empty_cache()
+
+
+def iteration(device: torch.device, variant: str, config: TrainConfig) -> None:
+    trainer = Trainer(config, data.load(config.data), device)
+    torch.cuda.reset_peak_memory_stats(device)
+    # Of a captured training the first three iterations run eagerly, and the fourth is captured.
+    graph = config.cuda_graph is True
+    run = trainer.train_step if graph else partial(bench_coop.time_iteration, trainer, variant)
+    for _ in range(4 if graph else 1):
+        run()
+    seconds = median_seconds(run, device, 3)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    print(f"{1e3 * seconds:.1f} ms, peak {peak:.2f} GiB", flush=True)
+    if not graph:
+        parts, _ = bench_coop.time_iteration(trainer, variant)
+        print("    " + ", ".join(f"{n} {1e3 * t:.1f} ms" for n, t in parts.items()), flush=True)
 
 
 def images(device: torch.device) -> None:
@@ -175,7 +197,10 @@ def main() -> None:
         parser.error("torch sees no CUDA device")
     with full_float32():
         for name in args.parts or PARTS:
-            PARTS[name](torch.device("cuda"))
+            with reported(name):
+                PARTS[name](torch.device("cuda"))
+    if _failed:
+        raise SystemExit(f"not measured: {'; '.join(_failed)}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from coopflow_ext.autocast import float32_precision, uncached_casts
 from coopflow_ext.errors import reason
 
 _T = TypeVar("_T")
@@ -29,6 +30,11 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 class CaptureError(RuntimeError):
     """The work runs, but cannot be captured in a CUDA graph."""
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def between_graphs(work: _Work) -> None:
@@ -94,11 +100,12 @@ class Recording:
     allocate, none of which they leave to each other.
 
     Args:
-        device: where they run.
+        device: where they run; "cuda" is the current one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._parts: dict[Hashable, list[_Work]] = {}
         self._pool: Any = None
         self._done = torch.cuda.Event()
@@ -127,7 +134,8 @@ class Recording:
             stream.wait_stream(current)
             # Around torch.cuda.graph too, which leaves its stream the current one when it fails.
             try:
-                with torch.cuda.stream(stream):
+                # The caller's autocast keeps casts of weights to its end; a graph is there longer.
+                with torch.cuda.stream(stream), uncached_casts(self._device.type):
                     for _ in range(_WARM_UPS):
                         warm_up()
                     self._parts[name] = self._capture(run, warm_up, stream)
@@ -139,7 +147,6 @@ class Recording:
         try:
             with _no_synchronisation():
                 warm_up()
-            stream.synchronize()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             return _Capture(self._device, self._pool, stream).parts_of(run)
@@ -211,7 +218,7 @@ class _Capture:
 
 
 def kind_of_module(module: nn.Module | None) -> Hashable:
-    """What of a module a capture depends on: its modes, the precision that it runs in, and where
+    """What a capture of a module depends on: its modes, the precision that it runs in, and where
     its weights are, so that changes in place need no new capture."""
     modules = [] if module is None else list(module.modules())
     weights = [] if module is None else [*module.parameters(), *module.buffers()]
@@ -219,13 +226,14 @@ def kind_of_module(module: nn.Module | None) -> Hashable:
         tuple(m.training for m in modules),
         tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+        float32_precision(),
     )
 
 
 @contextmanager
 def _no_synchronisation() -> Iterator[None]:
     """torch raises inside where the host would wait for the device, unless the caller already has
-    it warn or raise."""
+    it warn or raise. So it does in other threads: the mode is the process's."""
     if torch.cuda.get_sync_debug_mode() != 0:
         yield
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 
-def in_precision(precision: str, device_type: str) -> AbstractContextManager[Any]:
+@contextmanager
+def in_precision(precision: str, device_type: str) -> Iterator[None]:
     """Autocast to "bfloat16"; off for "float32"."""
     if precision == "float32":
-        return full_precision(device_type)
-    return torch.autocast(device_type, torch.bfloat16)
+        with full_precision(device_type):
+            yield
+        return
+    with torch.autocast(device_type, torch.bfloat16):
+        try:
+            yield
+        finally:
+            # torch does so at the end of the outermost autocast alone, which may be the caller's
+            # and outlive a change of the weights.
+            torch.clear_autocast_cache()
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
@@ -22,6 +31,21 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+@contextmanager
+def uncached_casts(device_type: str) -> Iterator[None]:
+    """Where autocast is on, it casts weights at each use, here and in further autocasts inside,
+    instead of keeping their casts to its end."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -35,18 +59,43 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def tensor_float32(allowed: bool | None) -> Iterator[None]:
     """Whether products and convolutions in float32 may round their factors to TF32 on CUDA; None
     leaves torch's flags, which are the process's, as they are. They are restored afterwards."""
-    backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     if allowed is None:
         yield
         return
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    flags = [flag for backend in _TF32_BACKENDS for flag in _tf32_flags(*backend)]
+    before = [getattr(backend, name) for backend, name in flags]
+    for backend, name in flags:
+        setattr(backend, name, allowed if name == _FLAG else "tf32" if allowed else "ieee")
     try:
         yield
     finally:
-        for backend, flag in zip(backends, before, strict=True):
-            backend.allow_tf32 = flag
+        for (backend, name), value in zip(flags, before, strict=True):
+            setattr(backend, name, value)
+
+
+_FLAG = "allow_tf32"
+# Which has the flag, and which have the settings that torch has in place of it since 2.9.
+_TF32_BACKENDS: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+    (torch.backends.cuda.matmul, (torch.backends.cuda.matmul,)),
+    (torch.backends.cudnn, (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)),
+)
+
+
+def _tf32_flags(backend: Any, newer: Sequence[Any]) -> list[tuple[Any, str]]:
+    """The flag, or the newer settings where the caller has used these: torch then refuses to read
+    a flag that says something else."""
+    try:
+        getattr(backend, _FLAG)
+    except RuntimeError:
+        return [(each, "fp32_precision") for each in newer]
+    return [(backend, _FLAG)]
+
+
+def float32_precision() -> tuple[str, ...]:
+    """How products and convolutions in float32 are computed on CUDA, as torch names it."""
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = torch.backends.cudnn.conv
+    return torch.backends.fp32_precision, matmul.fp32_precision, conv.fp32_precision
 
 
 def as_it_is(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

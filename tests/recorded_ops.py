@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from coopflow_ext._recording import CaptureError, cutting
+from coopflow_ext.autocast import full_precision, uncached_casts
 
 # What looks at a value on the host, which a stream that is being captured cannot.
 HOST_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
@@ -77,11 +78,12 @@ class RecordedOps:
 
     def add(self, name: Any, run: Any, *, warm_up: Any) -> None:
         """Nothing is changed by it, as a capture executes nothing."""
-        warm_up()
         recorder = _Recorder()
         try:
-            with recorder, cutting(recorder.ops.append):
-                run()
+            with uncached_casts("cpu"):
+                warm_up()
+                with recorder, cutting(recorder.ops.append):
+                    run()
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
         finally:
@@ -91,6 +93,10 @@ class RecordedOps:
 
     @torch.no_grad()
     def replay(self, name: Any) -> None:
+        with full_precision("cpu"):  # the casts are among the operators
+            self._replay(name)
+
+    def _replay(self, name: Any) -> None:
         for op in self.pieces[name]:
             if callable(op):
                 op()

@@ -776,6 +776,19 @@ def test_device_profile_of_iterations_and_of_every_kernel(
     assert all("flow step" in line for line in lines[1::2])
 
 
+def test_device_profile_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import device_profile
+
+    monkeypatch.setattr(device_profile, "ITERATIONS", (("one", {}), ("other", {})))
+    monkeypatch.setattr(device_profile, "_failed", [])
+    device_profile.iterations(torch.device("cpu"), "digits-small", "digits")  # without statistics
+    assert device_profile._failed == ["one", "other"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["one, {}", "other, {}"]
+
+
 def test_readme_agrees_with_the_committed_results() -> None:
     text = report.README.read_text()
     assert report.with_block(text, report.readme_block(report.committed())) == text

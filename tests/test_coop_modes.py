@@ -23,9 +23,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def trained(mode: AbstractContextManager[object], out: Path) -> dict[str, Tensor]:
+def trained(
+    mode: AbstractContextManager[object], out: Path, **settings: object
+) -> dict[str, Tensor]:
     with mode:
-        coop.train(tiny(), out)
+        coop.train(tiny(**settings), out)
     _, last = coop.RunFolder.open(out).checkpoints()[-1]
     weights: dict[str, Tensor] = coop.CoopFlow.load(last).state_dict()
     return weights
@@ -53,6 +55,14 @@ def test_training_is_the_same_in_every_mode(
     assert weights.keys() == usual.keys()
     assert all(torch.equal(weights[key], value) for key, value in usual.items())
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_half_precision_is_the_same_in_the_callers_autocast(tmp_path: Path) -> None:
+    """Which keeps casts of weights to its end, when they have long changed."""
+    low = {"precision": "bfloat16", "flow_precision": "bfloat16"}
+    alone = trained(nullcontext(), tmp_path / "alone", **low)
+    inside = trained(MODES["autocast"](), tmp_path / "inside", **low)
+    assert all(torch.equal(inside[key], value) for key, value in alone.items())
 
 
 def test_the_callers_modes_are_restored(tmp_path: Path) -> None:

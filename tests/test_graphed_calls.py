@@ -22,6 +22,7 @@ FLOWS = {
     "vectors, context": lambda: flows.realnvp(3, widths=(16,), couplings=2, context_dim=2),
     "images": lambda: flows.realnvp(image_shape=IMAGE, widths=(16,), couplings=2, dropout=0.2),
     "Flow++": lambda: flows.flowpp(IMAGE, channels=8, blocks=1, components=2, dropout=0.2),
+    "Glow": lambda: flows.glow(IMAGE, scales=2, steps=2, channels=8),
     "sampling dropout": lambda: flows.flowpp(
         IMAGE, channels=8, blocks=1, components=2, dropout=0.2, sampling_dropout=True
     ),
@@ -63,6 +64,30 @@ def test_replays_are_calls(captured: None, name: str, training: bool) -> None:
             assert torch.equal(ours, plain.log_prob(x, key=key, **given))
             for one, other in zip(flow.parameters(), plain.parameters(), strict=True):
                 other.copy_(one.mul_(1.01))
+    assert len(flow._graphs._captured) == 2
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_replays_in_the_callers_autocast_read_the_weights_as_they_are(
+    captured: None, name: str
+) -> None:
+    """Not the casts of weights that autocast kept when the call was recorded."""
+    flow = initialised(name).eval()
+    plain = copy.deepcopy(flow)
+    plain.cuda_graph = False
+    for seed in range(4):
+        key, given = Key(seed), context_for(flow, 5)
+        x = torch.rand(5, *flow.event_shape) * 2 - 1
+        results = []
+        for model in (flow, plain):
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                sample = model.sample(5, key, **given)
+                results.append((sample, model.log_prob(x, key=key, **given)))
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected), seed
+        with torch.no_grad():
+            for one, other in zip(flow.parameters(), plain.parameters(), strict=True):
+                other.copy_(one.mul_(1.02))
     assert len(flow._graphs._captured) == 2
 
 

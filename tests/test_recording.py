@@ -31,10 +31,9 @@ class FakeCuda:
         )
         self.n_graphs = 0
         self.Event = lambda: SimpleNamespace(record=lambda stream: self.log.append("done"))
-        self.Stream = lambda: SimpleNamespace(
-            wait_stream=lambda other: None, synchronize=lambda: self.log.append("synchronize")
-        )
-        monkeypatch.setattr(_recording, "torch", SimpleNamespace(cuda=self))
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_device = lambda: 0
+        monkeypatch.setattr(_recording, "torch", SimpleNamespace(cuda=self, device=torch.device))
 
     def current_stream(self, device=None):
         return SimpleNamespace(
@@ -73,7 +72,7 @@ class FakeCuda:
         yield
         self.log.append("captured")
 
-    def record(self) -> _recording.Recording:
+    def record(self, device: str = "cuda:0") -> _recording.Recording:
         def work(name: str) -> None:
             self.log.append(f"{name} {self.sync_mode}")
             if self.fails == "sync" and self.sync_mode == 2:
@@ -84,7 +83,7 @@ class FakeCuda:
             if self.fails == "capture" and name == "run":
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-        recording = _recording.Recording(torch.device("cuda", 0))
+        recording = _recording.Recording(torch.device(device))
         for name in ("first", "second")[: 1 + self.twice]:
             recording.add(name, lambda: work("run"), warm_up=lambda: work("warm-up"))
         return recording
@@ -93,7 +92,7 @@ class FakeCuda:
 def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     cuda.record()
-    steps = [*WARM_UPS, "synchronize", "capture thread_local", "run 0", "captured"]
+    steps = [*WARM_UPS, "capture thread_local", "run 0", "captured"]
     assert cuda.log == [*steps, "stream left", "joined", "done"]
     assert cuda.sync_mode == 0
 
@@ -110,10 +109,32 @@ def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     assert cuda.sync_mode == 1
 
 
-def test_a_capture_that_fails_is_mended(monkeypatch):
+def test_casts_of_weights_are_made_anew_in_the_callers_autocast(monkeypatch):
+    """Those that its cache holds are gone when a graph that reads them is replayed."""
+    FakeCuda(monkeypatch)
+    caches = []
+    recording = _recording.Recording(torch.device("cuda", 0))
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16):  # its own, which inherits the setting
+            caches.append(torch.is_autocast_cache_enabled())
+
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would not, without a GPU
+    try:
+        recording.add("inside", work, warm_up=work)
+        assert torch.is_autocast_cache_enabled()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert caches == [False] * 4
+    recording.add("outside", work, warm_up=work)
+    assert caches[4:] == [True] * 4  # kept to the end of the work's own autocast
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])
+def test_a_capture_that_fails_is_mended(monkeypatch, device):
     cuda = FakeCuda(monkeypatch, fails="capture")
     with pytest.raises(_recording.CaptureError, match="not permitted when stream is capturing"):
-        cuda.record()
+        cuda.record(device)
     assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
 
 
@@ -130,7 +151,7 @@ def test_work_is_cut_where_no_graph_can_hold_it(monkeypatch):
     cuda = FakeCuda(monkeypatch, cut=True)
     recording = cuda.record()
     begin, end = "capture thread_local", "captured"
-    assert cuda.log[4:-3] == [begin, "run 0", end, begin, "run on", end]
+    assert cuda.log[3:-3] == [begin, "run 0", end, begin, "run on", end]
     cuda.log.clear()
     recording.replay("first")
     assert cuda.log == ["replay 1", "between", "replay 2"]

@@ -18,8 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import coopflow_ext as cf
 from coopflow_ext._recording import CaptureError
-from coopflow_ext.energies import MLPEnergy, ResEnergy
-from coopflow_ext.samplers import LangevinSampler, graph, langevin
+from coopflow_ext.energies import GaussianEnergy, MLPEnergy, ResEnergy
+from coopflow_ext.samplers import (
+    LangevinSampler,
+    UnderdampedLangevinSampler,
+    checks,
+    graph,
+    langevin,
+)
 
 KEY = cf.Key(5)
 stepwise = partial(LangevinSampler, kernel=False)  # a chain in one kernel needs no graph
@@ -332,6 +338,20 @@ def test_other_steps_and_coefficients_need_no_other_capture(recorded):
     assert recorded.made == 2
     sampler(x0, noise=0.0)  # draws none
     assert recorded.made == 3
+
+
+def test_inside_a_capture_of_the_caller_nothing_is_copied_from_the_host(monkeypatch):
+    monkeypatch.setattr(checks, "is_capturing", lambda x: True)
+    energy, x0 = GaussianEnergy(torch.zeros(3), torch.eye(3)), torch.randn(4, 3)
+    steps = {"n_steps": 2, "on_nonfinite": "freeze"}
+    LangevinSampler(energy, **steps, step_size=0.1)(x0)
+    with pytest.raises(ValueError, match="drift is a tensor in the host's memory"):
+        LangevinSampler(energy, **steps, step_size=[0.1, 0.2])(x0)
+    UnderdampedLangevinSampler(energy, **steps, step_size=0.1, friction=1.0, mass=2.0)(x0)
+    with pytest.raises(ValueError, match="mass is a tensor in the host's memory"):
+        UnderdampedLangevinSampler(
+            energy, **steps, step_size=0.1, friction=1.0, mass=torch.ones(3)
+        )(x0)
 
 
 def test_inside_a_capture_of_the_caller_steps_run_one_by_one(recorded, monkeypatch):

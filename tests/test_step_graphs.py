@@ -107,6 +107,31 @@ def test_a_flow_has_no_graphs_of_its_own_within_a_step(monkeypatch: pytest.Monke
     take_steps(8, plain, graphed)
     for name, tensor in plain.tensors().items():
         torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
+    assert not graphed.model.flow._graphs._captured  # nor before the capture
+
+
+def test_after_a_checkpoint_is_loaded_steps_are_captured_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The optimizers then have other tensors."""
+    plain, graphed = trainer(pretrain_steps=0), trainer(monkeypatch, pretrain_steps=0)
+    made: list[StepGraphs] = []
+
+    def anew() -> StepGraphs:
+        made.append(StepGraphs(graphed._take_step, [graphed], graphed.device, required=True))
+        return made[-1]
+
+    monkeypatch.setattr(graphed, "_step_graphs", anew)
+    take_steps(5, plain, graphed)
+    checkpoint, metadata = copy.deepcopy(plain.tensors()), plain.metadata()
+    take_steps(3, plain, graphed)
+    for each in (plain, graphed):
+        each.load(copy.deepcopy(checkpoint), metadata)
+    take_steps(6, plain, graphed)
+    assert len(made) == 1
+    assert made[0]._captured
+    for name, tensor in plain.tensors().items():
+        torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
 
 
 def test_a_stream_that_only_the_capture_draws_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

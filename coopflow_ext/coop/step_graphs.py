@@ -59,6 +59,7 @@ class StepGraphs:
         self._step, self._keyed = step, keyed
         self._option = GraphOption("a step of the training", required=required)
         self._streams = [Streams() for _ in keyed]
+        self._device = device
         self._recording = Recording(device)
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, _Captured] = {}
@@ -71,20 +72,29 @@ class StepGraphs:
             RuntimeError: the kind cannot be captured and must be; says why.
         """
         self._seen[kind] += 1
-        if self._option.refused or self._seen[kind] < _EAGER:
+        if self._option.refused:
             return self._step(kind, batch)
         if self._batch is None:
             self._batch = batch.clone()
         self._batch.copy_(batch)
-        if self._seen[kind] == _EAGER:
-            with self._recorded_keys():  # so that their streams are there before the capture
+        if self._seen[kind] <= _EAGER:
+            # With keys as in the capture, before which their streams have to be there; and so that
+            # the models capture none of their own calls.
+            with self._recorded_keys():
                 return self._step(kind, self._batch)
         if kind not in self._captured:
             captured = self._option.attempt(partial(self._capture, kind, self._batch), stacklevel=4)
             if captured is None:
+                self._release()
                 return self._step(kind, batch)
             self._captured[kind] = captured
         return self._replay(kind)
+
+    def _release(self) -> None:
+        """The graphs of other kinds, which will not be replayed, and their memory."""
+        self._recording.finish()
+        self._captured.clear()
+        self._recording = Recording(self._device)
 
     def _capture(self, kind: Hashable, batch: Tensor) -> _Captured:
         metrics: dict[str, Tensor] = {}

@@ -63,6 +63,8 @@ class Trainer:
         self.config = config
         self.data = data
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # also for other threads
+            self.device = torch.device("cuda", torch.cuda.current_device())
         event = EventSpec(data.event_shape, data.levels)
         self.model = CoopFlow.from_config(config, event).to(self.device)
         self.key = Key(config.seed)
@@ -387,6 +389,7 @@ class Trainer:
         if self.ranks.is_first:
             self.sample_moments.load_state_dict(moments)
         self.step, self.key, self.seconds = step, key, seconds
+        self._graphs = self._step_graphs()  # those there were go on with the optimizers' old state
 
 
 def _position(metadata: dict[str, Any]) -> tuple[int, Key, float]:

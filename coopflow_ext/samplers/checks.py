@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopflow_ext._recording import is_capturing
 from coopflow_ext.rng import TIME_LIMIT
 from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
@@ -149,3 +150,13 @@ def check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()
             expected = (*lead, *x.shape)
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
     return given
+
+
+def check_can_copy(name: str, value: Tensor, x: Tensor) -> None:
+    """ValueError where ``value`` lies in the host's memory, of which a graph of the caller's that
+    is being captured on x's device would keep no copy."""
+    if value.device.type == "cpu" and is_capturing(x):
+        raise ValueError(
+            f"{name} is a tensor in the host's memory, which cannot be copied to the device while "
+            "a CUDA graph captures its stream; give a number"
+        )

@@ -19,7 +19,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from coopflow_ext._recording import CaptureError, GraphOption, Recording, kind_of_module
+from coopflow_ext._recording import (
+    CaptureError,
+    GraphOption,
+    Recording,
+    is_capturing,
+    kind_of_module,
+)
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
 from coopflow_ext.samplers.model_state import ModelState
@@ -163,11 +169,6 @@ def _window(value: Coefficient, n_steps: int, xs: Tensors) -> Tensor:
     rows = place("window", zeros, *xs)
     assert isinstance(rows, Tensor)
     return rows
-
-
-def is_capturing(x: Tensor) -> bool:
-    """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def can_capture(x: Tensor, *, required: bool) -> bool:

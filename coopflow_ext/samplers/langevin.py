@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out, ran
@@ -29,7 +30,7 @@ from coopflow_ext.samplers.checks import (
 from coopflow_ext.samplers.coefficients import Coefficients
 from coopflow_ext.samplers.differentiable import DifferentiableChain
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.graph import Replayed, can_capture, graphs_for, is_capturing
+from coopflow_ext.samplers.graph import Replayed, can_capture, graphs_for
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
 from coopflow_ext.samplers.kernel import Kernel, KernelChain, kernel_for, no_kernel, refusal
 from coopflow_ext.samplers.output import (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row, widest
 from coopflow_ext.rng import USE_ACCEPT, Key, stream
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, ran
@@ -25,7 +26,7 @@ from coopflow_ext.samplers.checks import (
     check_steps,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.graph import can_capture, graphs_for, is_capturing
+from coopflow_ext.samplers.graph import can_capture, graphs_for
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
 from coopflow_ext.samplers.kernel import Kernel, kernel_for, no_kernel, refusal
 from coopflow_ext.samplers.output import State, Tensors, nonfinite_error, pack

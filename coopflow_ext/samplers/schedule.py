@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._tensors import Coefficient, widest
-from coopflow_ext.samplers.checks import check_constant, check_number
+from coopflow_ext.samplers.checks import check_can_copy, check_constant, check_number
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -168,7 +168,8 @@ def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
     One that was made in inference mode is copied: autograd refuses to go past it.
 
     Raises:
-        ValueError: a value of the option ``name`` is not finite in that dtype.
+        ValueError: a value of the option ``name`` is not finite in that dtype; or a table lies in
+            the host's memory, and the stream is being captured.
     """
     largest = value
     if isinstance(value, Tensor):
@@ -177,6 +178,7 @@ def place(name: str, value: Coefficient, *xs: Tensor) -> Coefficient:
         raise ValueError(f"{name} must be finite in float32, got {largest:g}")
     if not isinstance(value, Tensor):
         return value
+    check_can_copy(name, value, xs[0])
     # Without waiting for the device: what leaves the host's memory has been read when this returns.
     placed = value.to(xs[0].device, widest(xs), non_blocking=True)
     return placed.clone() if placed.is_inference() else placed

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out, mask_jointly, ran
 from coopflow_ext.samplers.checks import (
+    check_can_copy,
     check_chain_counts,
     check_choice,
     check_constant,
@@ -27,7 +29,7 @@ from coopflow_ext.samplers.checks import (
     check_steps,
 )
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
-from coopflow_ext.samplers.graph import Replayed, can_capture, graphs_for, is_capturing
+from coopflow_ext.samplers.graph import Replayed, can_capture, graphs_for
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
 from coopflow_ext.samplers.output import State, Tensors, nonfinite_error, pack
 from coopflow_ext.samplers.precision import casts_for
@@ -431,8 +433,14 @@ def masses_like(mass: Mass, xs: Tensors) -> Tensors | None:
         # On the host, where it was given: what is 0 or infinite in the state's dtype.
         if not bool((value.to(x.dtype) > 0).all() & value.to(x.dtype).isfinite().all()):
             raise ValueError(f"mass must be finite and > 0 in {x.dtype}, that of x0")
-    pairs = zip(masses, xs, strict=True)
-    return tuple(value.to(x.device, x.dtype, non_blocking=True) for value, x in pairs)
+    return tuple(map(_mass_like, masses, xs))
+
+
+def _mass_like(mass: Tensor, x: Tensor) -> Tensor:
+    if mass.ndim == 0:
+        return x.new_full((), mass.item())
+    check_can_copy("mass", mass, x)
+    return mass.to(x.device, x.dtype, non_blocking=True)
 
 
 def _exp(value: Coefficient) -> Coefficient:
