@@ -73,11 +73,12 @@ def tensor_float32(allowed: bool | None) -> Iterator[None]:
             setattr(backend, name, value)
 
 
+_BACKENDS: Any = torch.backends  # whose stubs lack what is newer
 _FLAG = "allow_tf32"
 # Which has the flag, and which have the settings that torch has in place of it since 2.9.
 _TF32_BACKENDS: tuple[tuple[Any, tuple[Any, ...]], ...] = (
-    (torch.backends.cuda.matmul, (torch.backends.cuda.matmul,)),
-    (torch.backends.cudnn, (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)),
+    (_BACKENDS.cuda.matmul, (_BACKENDS.cuda.matmul,)),
+    (_BACKENDS.cudnn, (_BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn)),
 )
 
 
@@ -93,9 +94,8 @@ def _tf32_flags(backend: Any, newer: Sequence[Any]) -> list[tuple[Any, str]]:
 
 def float32_precision() -> tuple[str, ...]:
     """How products and convolutions in float32 are computed on CUDA, as torch names it."""
-    matmul: Any = torch.backends.cuda.matmul
-    conv: Any = torch.backends.cudnn.conv
-    return torch.backends.fp32_precision, matmul.fp32_precision, conv.fp32_precision
+    settings = _BACKENDS, _BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv
+    return tuple(each.fp32_precision for each in settings)
 
 
 def as_it_is(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 
 from coopflow_ext import graphed_calls
 from coopflow_ext._recording import CaptureError
+from coopflow_ext.autocast import float32_precision, tensor_float32
 from coopflow_ext.coop import step_graphs
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.step_graphs import StepGraphs
@@ -351,3 +352,19 @@ def test_gpu_graphs_make_the_weights_of_steps(changes: dict[str, Any]) -> None:
     assert graphed._graphs._captured
     for a, b in zip(graphed.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-3)
+
+
+def test_tensor_float32_beside_torchs_newer_settings() -> None:
+    """torch refuses to read a flag of which the caller has set the newer names."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+        for allowed, name in ((True, "tf32"), (False, "ieee"), (None, None)):
+            with tensor_float32(allowed):
+                expected = (name, name) if name else ("tf32", "ieee")
+                assert (matmul.fp32_precision, conv.fp32_precision) == expected
+                assert float32_precision()[1:] == expected
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "ieee")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before

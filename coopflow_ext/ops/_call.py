@@ -97,20 +97,28 @@ def _argument_names(op: str) -> list[str]:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; its forward alone, at a third of the cost, without derivatives.
+    """``function.apply(*args)``; its forward alone, at a third of the cost, where nothing has
+    derivatives.
 
     Forward mode and ``vmap``, which work under no_grad too, have to reach ``apply``: there they
     raise.
     """
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _under_vmap(args):
+    if forward_ad._current_level >= 0 or _has_derivatives(args):
         return function.apply(*args)
     return function.forward(*args)
 
 
+def _has_derivatives(args: Iterable[Any]) -> bool:
+    grad_mode = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return grad_mode
+    if torch._C._functorch.maybe_current_level():
+        return grad_mode or _under_vmap(args)
+    return grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
 def _under_vmap(args: Iterable[Any]) -> bool:
     functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or not functorch.maybe_current_level():
-        return False
     for tensor in args:
         while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
             if functorch.is_batchedtensor(tensor):

@@ -13,9 +13,6 @@ from coopflow_ext.ops.langevin import raw_options, refuse_derivatives
 _COLUMNS = 6  # of the statistics
 _MALA_COLUMNS = 5
 
-# Options that may be tensors, and must not want a gradient.
-_NO_DERIVATIVE = ("drift", "noise", "decay", "pull", "x_ref", "xi", "step_size")
-
 
 class ChainResult(NamedTuple):
     """What an op of whole chains returns.
@@ -68,11 +65,10 @@ def _run(
     op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
 ) -> tuple[Any, ...]:
     """(x, trajectory or None, statistics or None, …)."""
-    read = {name: options[name] for name in _NO_DERIVATIVE if name in options}
-    refuse_derivatives(op, "a whole chain", x0=x0, **read)
     if thin is not None and thin < 1:
         raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
     raw = raw_options(op, thin=thin, stats=stats, **options)
+    refuse_derivatives(op, "a whole chain", x0=x0, **raw)
     try:
         # Parameters of the energy may want gradients, and get none.
         x, trajectory, sums, *others = _call.compute(op, x0, *energy, **raw)

@@ -81,33 +81,30 @@ _OFF = {
 def raw_options(op: str, **options: Any) -> dict[str, Any]:
     """The options of a face as arguments of its raw op, without those that are off: every one
     costs time in the dispatcher. A coefficient is a float or a table, under ``name_t``."""
-    raw = {}
     clamp = options.pop("clamp", None)
-    if clamp is not None:
-        if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
-            raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
-        raw["clamp_low"], raw["clamp_high"] = clamp
-    for name, value in options.items():
-        if name not in _OFF:
-            raise TypeError(f"{op} has no option {name!r}")
-        off = _OFF[name]
-        if value is off:
-            continue
+    try:
+        raw = {name: value for name, value in options.items() if value is not _OFF[name]}
+    except KeyError as unknown:
+        raise TypeError(f"{op} has no option {unknown}") from None
+    for name, value in list(raw.items()):
         if name in _COEFFICIENTS:
             if value is None:
                 raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
             if isinstance(value, Tensor):
-                raw[f"{name}_t"] = value
+                raw[f"{name}_t"] = raw.pop(name)
                 continue
         # What is no number where one belongs has to reach the op, which refuses it.
-        if isinstance(value, (int, float)) and value == off:
-            continue
-        raw[name] = value
+        if isinstance(value, (int, float)) and value == _OFF[name]:
+            del raw[name]
+    if clamp is not None:
+        if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+            raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
+        raw["clamp_low"], raw["clamp_high"] = clamp
     return raw
 
 
-def refuse_derivatives(op: str, kind: str, **values: Any) -> None:
-    """Of an op in place, or of a whole chain, which have none.
+def refuse_derivatives(op: str, kind: str, **given: Any) -> None:
+    """Of an op in place, or of a whole chain, which have none: its tensors and raw options.
 
     Raises:
         ValueError: a tensor requires grad. RuntimeError: one has a tangent of forward mode.
@@ -115,9 +112,10 @@ def refuse_derivatives(op: str, kind: str, **values: Any) -> None:
     forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
     if not (forward_mode or torch.is_grad_enabled()):
         return
-    for name, tensor in values.items():
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             continue
+        name = name.removesuffix("_t")
         if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{op}: {name} has a tangent, but {kind} has no forward derivative")
         if torch.is_grad_enabled() and tensor.requires_grad:
@@ -127,11 +125,11 @@ def refuse_derivatives(op: str, kind: str, **values: Any) -> None:
             )
 
 
-def _refuse_negated(op: str, **written: Tensor | None) -> None:
+def _refuse_negated(op: str, **written: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     for name, tensor in written.items():
-        if isinstance(tensor, Tensor) and tensor.is_neg():
+        if tensor.is_neg():
             raise ValueError(
                 f"{op}: {name} is a lazily negated view, which cannot be written in place; give "
                 f"{name}.resolve_neg()"
@@ -207,13 +205,6 @@ def langevin_step_(
             another argument (x may be grad, x_ref or xi itself); nothing is changed then.
     """
     check_tensors(x=x)
-    written = {"x": x, "x_low": x_low, "stats": stats, "active": active, "frozen_at": frozen_at}
-    read = {
-        "grad": grad, "drift": drift, "noise": noise, "decay": decay, "pull": pull,
-        "x_ref": x_ref, "xi": xi,
-    }  # fmt: skip
-    refuse_derivatives("langevin_step_", "an in-place op", **written, **read)
-    _refuse_negated("langevin_step_", **written)
     options = raw_options(
         "langevin_step_",
         drift=drift,
@@ -235,13 +226,14 @@ def langevin_step_(
         freeze_nonfinite=freeze_nonfinite,
         frozen_at=frozen_at,
     )
+    outputs = {name: options[name] for name in _OUTPUTS if isinstance(options.get(name), Tensor)}
+    refuse_derivatives("langevin_step_", "an in-place op", x=x, grad=grad, **options)
+    _refuse_negated("langevin_step_", x=x, **outputs)
     try:
         _call.coopflow.langevin_step_(x, grad, rng, **options)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
-    torch.autograd.graph.increment_version(
-        [tensor for tensor in written.values() if tensor is not None]
-    )
+    torch.autograd.graph.increment_version([x, *outputs.values()])
     return x
 
 
@@ -260,9 +252,9 @@ def langevin_noise_(
     the arguments are those of :func:`langevin_step_`.
     """
     check_tensors(x=x)
-    refuse_derivatives("langevin_noise_", "an in-place op", x=x, noise=noise, xi=xi)
-    _refuse_negated("langevin_noise_", x=x)
     options = raw_options("langevin_noise_", noise=noise, step=step, xi=xi, active=active)
+    refuse_derivatives("langevin_noise_", "an in-place op", x=x, **options)
+    _refuse_negated("langevin_noise_", x=x)
     try:
         _call.coopflow.langevin_noise_(x, rng, **options)
     except RuntimeError as error:
