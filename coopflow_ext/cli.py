@@ -415,7 +415,8 @@ def import_official(args: argparse.Namespace) -> None:
     with holding(args.out):
         run = coop.RunFolder.create(args.out, model.config)
         run.save(0, model.state_dict(), model.metadata())
-    print(f"{args.out}: sample from it with `coopflow sample {args.out} --out samples.png`")
+    run_folder = shlex.quote(str(args.out))
+    print(f"{args.out}: sample from it with `coopflow sample {run_folder} --out samples.png`")
 
 
 def _add_bench(commands: Any) -> None:

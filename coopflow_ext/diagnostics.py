@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._optional import require
+from coopflow_ext.samplers.checks import check_count
 from coopflow_ext.samplers.mala import MALAOutput
 from coopflow_ext.samplers.output import SamplerOutput
 from coopflow_ext.samplers.underdamped import UnderdampedOutput
@@ -66,6 +67,8 @@ def autocorrelation(samples: Tensor, max_lag: int | None = None) -> Tensor:
     Raises:
         ValueError: max_lag is not in [0, T − 1].
     """
+    if samples.is_complex() or samples.ndim == 0:
+        raise ValueError(f"samples must be real, (T, …), got {samples.dtype} of {samples.shape}")
     n = samples.shape[0]
     max_lag = n - 1 if max_lag is None else max_lag
     if not 0 <= max_lag < n:
@@ -85,7 +88,8 @@ def _finite_only(estimate: Any, samples: Tensor, *, min_chains: int) -> Tensor:
             f"samples must be (T, B, …) with T ≥ 4 draws and B ≥ {min_chains} chains, "
             f"got {tuple(samples.shape)}"
         )
-    flat = samples.detach().double().flatten(2) if samples.ndim > 2 else samples.double()[..., None]
+    samples = samples.detach().double()
+    flat = samples.flatten(2) if samples.ndim > 2 else samples[..., None]
     if flat.numel() == 0:
         return flat.new_empty(samples.shape[2:])
     result = estimate(flat)
@@ -165,9 +169,10 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
         thin: of that sampler; statistics are taken at the steps whose states were kept.
 
     Raises:
-        ValueError: there is no trajectory, or thin does not fit it.
+        ValueError: there is no trajectory, or it cannot be one of this thin.
         ImportError: arviz is not installed.
     """
+    check_count("thin", thin, 1)
     arviz = require("arviz", extra="diagnostics")
     if out.trajectory is None:
         raise ValueError("out has no trajectory; make the sampler with return_trajectory=True")
@@ -189,6 +194,7 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
 
 
 def _chain_first(x: Tensor) -> Any:
+    x = x.float() if x.dtype == torch.bfloat16 else x  # which numpy does not have
     return x.detach().transpose(0, 1).cpu().numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from test_coop_train import tiny
 from torch import Tensor
 
-from coopflow_ext import coop
+from coopflow_ext import Key, coop
+from coopflow_ext.coop.study.diagnose import diagnose_run
+from coopflow_ext.coop.study.evaluate import evaluate_run
+from coopflow_ext.coop.study.experiments import reconstruct_run
 
 
 @contextmanager
@@ -63,6 +67,34 @@ def test_half_precision_is_the_same_in_the_callers_autocast(tmp_path: Path) -> N
     alone = trained(nullcontext(), tmp_path / "alone", **low)
     inside = trained(MODES["autocast"](), tmp_path / "inside", **low)
     assert all(torch.equal(inside[key], value) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("name", ["default float64", "inference_mode"])
+def test_a_run_is_loaded_and_studied_in_every_mode(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    coop.train(tiny(), run)
+    model = coop.CoopFlow.load(run)
+    expected, studied = model.sample(4, Key(0)), evaluate_run(run, n=20)
+    with MODES[name]():
+        model = coop.CoopFlow.load(run)
+        assert torch.equal(model.sample(4, Key(0)), expected)
+        assert evaluate_run(run, n=20) == studied
+        reconstruct_run(run, n=2)
+        diagnose_run(run, n=4, factors=(2,))
+
+
+def test_a_model_is_loaded_in_the_dtype_in_which_it_was_saved(tmp_path: Path) -> None:
+    coop.train(tiny(start="buffer", buffer_size=20), tmp_path / "run")
+    for dtype in (torch.float64, torch.bfloat16):
+        model = coop.CoopFlow.load(tmp_path / "run").to(dtype)
+        model.save(tmp_path / "model.safetensors")
+        again = coop.CoopFlow.load(tmp_path / "model.safetensors")
+        state, expected = again.state_dict(), model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+        assert {p.dtype for p in again.parameters()} == {dtype}
+        copied = pickle.loads(pickle.dumps(again))
+        assert torch.equal(copied.energy(torch.zeros(1, 1, 8, 8, dtype=dtype)),
+                           again.energy(torch.zeros(1, 1, 8, 8, dtype=dtype)))  # fmt: skip
 
 
 def test_the_callers_modes_are_restored(tmp_path: Path) -> None:

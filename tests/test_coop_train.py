@@ -28,6 +28,7 @@ from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import SettingType
 from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.learner import Learner
+from coopflow_ext.coop.run import open_run
 from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.data import Dataset, load
 from coopflow_ext.rng import USE_PRIOR
@@ -523,9 +524,35 @@ def test_a_folder_that_has_grown_is_other_data(tmp_path: Path) -> None:
         write(f"{i:03d}")
     config = tiny(data=f"folder:{images}", steps=2, pretrain_steps=0)
     coop.train(config, tmp_path / "run")
+    more = dataclasses.replace(config, steps=3)
+    kept = (images / "000.png").read_bytes()
+    write("000")
+    with pytest.raises(RunError, match=r"began with other data: .* as many events now, but not"):
+        coop.train(more, tmp_path / "run", resume=True)
+    with pytest.warns(UserWarning, match=r"step-0000002.*: the run began with other data"):
+        open_run(tmp_path / "run")
+    (images / "000.png").write_bytes(kept)
     write("000a")
     with pytest.raises(RunError, match=r"began with other data: .*36.* has .*37.* now"):
-        coop.train(dataclasses.replace(config, steps=3), tmp_path / "run", resume=True)
+        coop.train(more, tmp_path / "run", resume=True)
+    (images / "000a.png").unlink()
+    open_run(tmp_path / "run")
+    coop.train(more, tmp_path / "run", resume=True)
+
+
+def test_options_may_hold_tuples(tmp_path: Path) -> None:
+    config = tiny(flow_options={"net": "mlp", "couplings": 2, "widths": (16,)}, steps=2)
+    coop.train(config, tmp_path / "run")
+    coop.train(config, tmp_path / "run", resume=True)
+
+
+def test_options_that_follow_from_the_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="flow_options must not have levels"):
+        coop.train(tiny(flow_options={"net": "mlp", "levels": 256}), tmp_path / "run")
+    with pytest.raises(ValueError, match="flow_grad_norm must be > 0"):
+        tiny(flow_grad_norm=0)
+    with pytest.raises(ValueError, match="drift must be"):
+        coop.train(tiny(step_size=1e300), tmp_path / "run")
 
 
 def test_truncated_checkpoint_is_named_and_the_older_one_works(

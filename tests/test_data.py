@@ -98,6 +98,8 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
     epochs = stream.view(4, 10)
     assert (epochs.sort(1).values == torch.arange(10)).all()
     assert len({tuple(e.tolist()) for e in epochs}) == 4
+    with pytest.raises(IndexError, match="step must be ≥ 0, got -1"):
+        batches[-1]
 
 
 def test_a_batch_does_not_depend_on_what_was_asked_before() -> None:

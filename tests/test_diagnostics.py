@@ -111,6 +111,10 @@ def test_bad_samples():
         diagnostics.ess(torch.zeros(10, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="max_lag"):
         diagnostics.autocorrelation(torch.zeros(10, 2), max_lag=10)
+    for samples in (torch.zeros(10, dtype=torch.complex64), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="samples must be real"):
+            diagnostics.autocorrelation(samples)
+    assert not diagnostics.split_rhat(torch.randn(10, 2, requires_grad=True)).requires_grad
 
 
 def sampled(**options) -> SamplerOutput:
@@ -134,8 +138,12 @@ def test_to_arviz():
     np.testing.assert_array_equal(data.posterior["x"].values[:, 1], out.trajectory[1].numpy())
     with pytest.raises(ValueError, match="thin=2 does not fit"):
         diagnostics.to_arviz(out, thin=2)
+    with pytest.raises(ValueError, match="thin must be ≥ 1"):
+        diagnostics.to_arviz(out, thin=0)
     with pytest.raises(ValueError, match="no trajectory"):
         diagnostics.to_arviz(sampled())
+    half = out._replace(trajectory=out.trajectory.bfloat16(), stats=None)
+    assert diagnostics.to_arviz(half).posterior["x"].dtype == np.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*ArviZ.*:FutureWarning")

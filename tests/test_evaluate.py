@@ -165,6 +165,14 @@ def test_fid_statistics_that_are_none(tmp_path: Path) -> None:
     np.savez(file, mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"mu \(d,\) and sigma \(d, d\), got \(3,\) and \(2, 2\)"):
         read_statistics(file)
+    for sigma, message in (
+        (np.full((2, 2), np.nan), "must be finite"),
+        (np.array([[1.0, 2.0], [0.0, 1.0]]), "must have a symmetric sigma"),
+        (np.eye(2) * 1j, "cannot be read"),
+    ):
+        np.savez(file, mu=np.zeros(2), sigma=sigma)
+        with pytest.raises(ValueError, match=message):
+            read_statistics(file)
 
 
 def test_images_become_bytes_as_in_a_png() -> None:
@@ -179,6 +187,8 @@ def test_nearest_neighbours() -> None:
     found = nearest_neighbours(x, training, batch_size=2)
     assert found[:, 0].tolist() == [1, 0, 2]
     assert found[:, 1].tolist() == pytest.approx([0, 1, 1])
+    images = torch.rand(60, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert bool((nearest_neighbours(images, images)[:, 1] == 0).all())  # of copies
 
 
 def test_reconstruct_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +213,9 @@ def test_inpaint_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert errors["best_of_chains"] <= errors["error_per_unknown_pixel"]
     assert is_png(run / "inpaint" / "inpaint.png")
     capsys.readouterr()
+    np.save(tmp_path / "whole.npy", np.ones_like(mask))
+    assert cli.main([*arguments, str(tmp_path / "whole.npy")]) == 1
+    assert "mask must leave a pixel unknown" in capsys.readouterr().err
     np.save(tmp_path / "small.npy", mask[:4])
     assert cli.main([*arguments, str(tmp_path / "small.npy")]) == 1
     assert "mask must have shape (8, 8)" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,19 @@ def check_training(log_prob, parameters) -> None:
     (-log_prob.mean()).backward()
     assert all(p.grad is not None for p in parameters)
     assert any(p.grad.abs().sum() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("zuko", "ZukoTransform"), ("nflows", "NflowsTransform"), ("normflows", "NormflowsFlow")],
+)
+def test_what_is_no_layer_is_named(library, name):
+    pytest.importorskip(library)
+    adapter = getattr(importlib.import_module(f"coopflow_ext.integrations.{library}"), name)
+    with pytest.raises(TypeError, match=r"must be a Transform, got Flow; its layers are flow\.tran"):
+        adapter(realnvp(3, couplings=2, widths=(8,)))
+    with pytest.raises(TypeError, match=r"must be a Transform, got Linear$"):
+        adapter(nn.Linear(2, 2))
 
 
 def test_zuko():

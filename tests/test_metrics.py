@@ -50,6 +50,12 @@ def test_frechet_distance_against_scipy(rows: int) -> None:
     assert got == pytest.approx(want, rel=1e-6)
 
 
+def test_frechet_distance_of_few_rows_to_themselves_is_nothing() -> None:
+    rows = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
+    same = FeatureStatistics.of(rows)
+    assert abs(frechet_distance(same, same)) < 1e-9 * float(same.covariance.trace())
+
+
 def test_feature_statistics_refuse_what_has_no_covariance() -> None:
     with pytest.raises(ValueError, match=r"\(n ≥ 2, D\), got \(1, 3\)"):
         FeatureStatistics.of(torch.zeros(1, 3))

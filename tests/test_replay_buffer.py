@@ -247,6 +247,7 @@ def test_bad_labels_and_bad_states_of_several_tensors():
         (torch.zeros(3, 1), TypeError, "x must be a list or tuple of 2 tensors, got Tensor"),
         ([torch.zeros(3, 1)], TypeError, "x must be a list or tuple of 2 tensors, got 1"),
         ([torch.zeros(3, 1), 0.0], TypeError, "x must be a tensor, got float"),
+        ([torch.zeros(3, 1), torch.zeros(3, 2) * 1j], TypeError, "x must be real, got"),
         ([torch.zeros(3, 1)] * 2, ValueError, r"x must have shape \(3, 2\), got \(3, 1\)"),
     ):
         before = [state.clone() for state in pair.states]

@@ -174,6 +174,8 @@ class TrainConfig:
         for name in ("step_clip", "flow_skip_norm", "energy_grad_norm", "energy_skip_norm"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be > 0, or none for no bound, got 0")
+        if self.flow_grad_norm == 0:
+            raise ValueError("flow_grad_norm must be > 0, got 0: the flow would not learn")
         if self.total_steps < 1:
             raise ValueError("pretrain_steps + steps must be ≥ 1, got 0")
 
@@ -192,10 +194,15 @@ class TrainConfig:
         """Pre-training and cooperative iterations together."""
         return self.pretrain_steps + self.steps
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, as JSON has them: with lists where there are tuples."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return values
+
     def to_json(self, history: Sequence[Change] = ()) -> str:
         """What ``config.json`` holds: the settings, what a resumed run changed of them, and a
         checksum over both."""
-        values = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
+        values = {"format": FORMAT_VERSION, **self.to_dict()}
         if history:
             values["history"] = list(history)
         return json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=2) + "\n"

@@ -81,6 +81,12 @@ class Contents:
             _check_values(start + name, translated[name], like, None)
         return translated
 
+    def dtype_of(self, prefix: str, module: nn.Module) -> torch.dtype:
+        """In which the first parameter of ``module`` is that is here as ``prefix.NAME``; float32
+        where none is."""
+        names = (f"{prefix}.{name}" for name, _ in module.named_parameters())
+        return next((self._tensors[n].dtype for n in names if n in self), torch.float32)
+
     def take_averages(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
         """Averages of all parameters of ``module``, ``prefix.NAME``."""
         return {n: self.take(f"{prefix}.{n}", p) for n, p in module.named_parameters()}

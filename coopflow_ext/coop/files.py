@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a file system that has become read-only
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk does not say of which file it speaks
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise

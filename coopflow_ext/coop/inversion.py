@@ -57,7 +57,7 @@ def smooth_chain(
     return LangevinSampler(
         model.energy,
         n_steps=model.config.langevin_steps,
-        drift=delta**2 / 2,
+        drift=delta * delta / 2,
         noise=0.0,
         differentiable=True,
         checkpoint_every=checkpoint_every,

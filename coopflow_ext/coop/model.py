@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from coopflow_ext.autocast import in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents, naming
+from coopflow_ext.coop.modes import usual_tensors
 from coopflow_ext.data.toy import EXTENT
 from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
@@ -67,8 +69,10 @@ def build_flow(config: TrainConfig, event: EventSpec) -> flows.Flow:
         options = {"dim": event.shape[0]}
     else:
         raise ValueError(f"flow must be realnvp for vectors, got {config.flow!r}")
+    for name in sorted(config.flow_options.keys() & {"dim", "image_shape", "levels"}):
+        raise ValueError(f"flow_options must not have {name}, which follows from the data")
     try:
-        flow = _FLOWS[config.flow](**{**options, **config.flow_options})
+        flow = _FLOWS[config.flow](**options, **config.flow_options)
     except TypeError as error:
         raise ValueError(f"flow_options do not fit {config.flow}: {error}") from error
     flow.compile_blocks = config.compile
@@ -103,7 +107,7 @@ def build_sampler(
         delta = config.sample_step_size
     settings: dict[str, Any] = {
         "n_steps": config.langevin_steps,
-        "drift": delta**2 / 2,
+        "drift": delta * delta / 2,
         "noise": config.noise,
         "step_clip": config.step_clip,
         "clamp": event.clamp,
@@ -115,18 +119,17 @@ def build_sampler(
 
 def build_buffer(config: TrainConfig, event: EventSpec) -> ReplayBuffer:
     """Persistent chains that start as uniform noise."""
-    low, high = event.range
-
-    def init(shape: tuple[int, ...], key: Key) -> Tensor:
-        return low + (high - low) * ops.uniform(shape, key.tensor())
-
     return ReplayBuffer(
         event.shape,
         size=config.buffer_size,
         reinit_probability=config.buffer_reinit,
-        init=init,
+        init=partial(_uniform_between, *event.range),
         key=Key(config.seed),
     )
+
+
+def _uniform_between(low: float, high: float, shape: tuple[int, ...], key: Key) -> Tensor:
+    return low + (high - low) * ops.uniform(shape, key.tensor())
 
 
 class CoopFlow(nn.Module):
@@ -150,6 +153,7 @@ class CoopFlow(nn.Module):
         self.buffer: ReplayBuffer | None = None
 
     @classmethod
+    @usual_tensors()
     def from_config(cls, config: TrainConfig, event: EventSpec) -> CoopFlow:
         """Untrained models, with weights drawn from the settings' seed."""
         with torch.random.fork_rng(devices=[]):
@@ -163,6 +167,7 @@ class CoopFlow(nn.Module):
         return model
 
     @classmethod
+    @usual_tensors()
     def from_official(
         cls,
         path_or_dict: str | Path | Mapping[str, Any],
@@ -340,9 +345,19 @@ class CoopFlow(nn.Module):
         else:
             tensors, metadata = load_checkpoint(path)
         with naming(path):
-            model = cls._from_metadata(metadata)
-            model._load(Contents(tensors))
-        return model.to(device)
+            return cls.from_checkpoint(tensors, metadata).to(device)
+
+    @classmethod
+    @usual_tensors()
+    def from_checkpoint(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> CoopFlow:
+        """The models of what a checkpoint holds, in the dtype that it has.
+
+        Raises:
+            RunError: something is missing or does not fit; names it.
+        """
+        model = cls._from_metadata(metadata)
+        model._load(Contents(tensors))
+        return model
 
     @classmethod
     def _from_metadata(cls, metadata: dict[str, Any]) -> CoopFlow:
@@ -357,6 +372,9 @@ class CoopFlow(nn.Module):
 
     def _load(self, contents: Contents) -> None:
         """Take over the weights of a checkpoint: the averaged ones where it has them."""
+        dtype = contents.dtype_of("flow", self.flow)
+        if dtype.is_floating_point:
+            self.to(dtype)
         for name, module in (("flow", self.flow), ("energy", self.energy)):
             state = contents.take_state(name, module)
             if any(f"{name}_ema.{n}" in contents for n, _ in module.named_parameters()):

@@ -11,6 +11,20 @@ from coopflow_ext.autocast import full_precision
 
 
 @contextmanager
+def usual_tensors() -> Iterator[None]:
+    """Inside, new tensors are as after torch's import, whatever the caller has set: float32 where
+    no dtype is given, and no inference tensors. The default dtype is the process's: another thread
+    sees the change."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def usual_modes() -> Iterator[None]:
     """Inside, torch is as it is after its import, whatever the caller has set: default dtype
     float32, gradients on, no inference mode, no autocast. Everything is restored at the end.
@@ -24,18 +38,13 @@ def usual_modes() -> Iterator[None]:
     device = torch.get_default_device()
     if device.type != "cpu":
         raise ValueError(
-            f"training needs torch's default device to be the CPU, got {device}; the argument "
-            "`device` says where to train"
+            f"this needs torch's default device to be the CPU, got {device}; the argument "
+            "`device` says where to compute"
         )
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            full_precision("cpu"),
-            full_precision("cuda"),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with (
+        usual_tensors(),
+        torch.enable_grad(),
+        full_precision("cpu"),
+        full_precision("cuda"),
+    ):
+        yield

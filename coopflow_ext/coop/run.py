@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from coopflow_ext.coop.checkpoint import (
     save_checkpoint,
 )
 from coopflow_ext.coop.config import ADJUSTABLE, Change, ConfigFile, TrainConfig
+from coopflow_ext.coop.contents import naming
 from coopflow_ext.coop.files import (
     append_line,
     is_temporary,
@@ -31,6 +32,7 @@ from coopflow_ext.coop.files import (
 )
 from coopflow_ext.coop.lock import LOCK_NAME
 from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.provenance import check_same_data
 from coopflow_ext.data import Dataset
 from coopflow_ext.errors import RunError, reason
 
@@ -110,7 +112,7 @@ class RunFolder:
                 already.
         """
         done = self.checkpoints()[-1][0] if self.checkpoints() else 0
-        mine, theirs = dataclasses.asdict(self.config), dataclasses.asdict(config)
+        mine, theirs = self.config.to_dict(), config.to_dict()
         differing = [name for name in mine if mine[name] != theirs[name]]
         for name in differing:
             if name not in adjustable:
@@ -259,6 +261,15 @@ def _is_left_over(path: Path) -> bool:
 
 
 def open_run(path: Path, device: torch.device | str = "cpu") -> tuple[RunFolder, CoopFlow, Dataset]:
-    """The run's folder, its trained models and its data."""
+    """The run's folder, its trained models and its data; a warning where these are others than it
+    was trained with."""
     run = RunFolder.open(path)
-    return run, CoopFlow.load(path, device=device), run.config.load_data()
+    file, (tensors, metadata) = load_latest(path)
+    with naming(file):
+        model = CoopFlow.from_checkpoint(tensors, metadata)
+    data = run.config.load_data()
+    try:
+        check_same_data(metadata, data)
+    except RunError as error:
+        warnings.warn(f"{file}: {error}", stacklevel=3)
+    return run, model.to(device), data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import signal
 import threading
 import time
@@ -165,7 +166,7 @@ def _run_to_the_end(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
                     _checkpoint(trainer, run)
                     raise TrainingInterrupted(
                         f"stopped at step {trainer.step} and saved; go on with: "
-                        f"coopflow train --out {run.path} --resume"
+                        f"coopflow train --out {shlex.quote(str(run.path))} --resume"
                     )
     except NonFiniteError as error:
         raise _diverged(trainer, run, error) from error
@@ -194,7 +195,7 @@ def _diverged(trainer: Trainer, run: RunFolder, error: NonFiniteError) -> NonFin
     return NonFiniteError(
         f"training diverged by step {trainer.step}: {error}; {last}, and {run.divergence_path} "
         f"says what is needed to reproduce it; go on with a rate X below the present ({rates}): "
-        f"coopflow train --out {run.path} --resume --lr X",
+        f"coopflow train --out {shlex.quote(str(run.path))} --resume --lr X",
         step=trainer.step,
         chains=error.chains,
     )

@@ -16,6 +16,7 @@ from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.memory import naming_memory
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
+from coopflow_ext.coop.provenance import check_same_data, data_facts
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
 from coopflow_ext.data import Batches, Dataset, Prefetch
@@ -354,27 +355,18 @@ class Trainer:
             "step": self.step,
             "key": self.key.state_dict(),
             "seconds": self.seconds,
-            "events": self._events(),
+            **data_facts(self.data),
         }
-
-    def _events(self) -> dict[str, int]:
-        """How many there are in each split of the data: another number is another split."""
-        return {"train": len(self.data.train), "held_out": len(self.data.held_out)}
 
     def load(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Continue from a checkpoint, all of which is checked before anything changes.
 
         Raises:
-            RunError: a tensor or a number is missing or does not fit, or the data are not as many
-                as they were; names it.
+            RunError: a tensor or a number is missing or does not fit, or the data are others; names
+                it.
         """
         step, key, seconds = _position(metadata)
-        before, now = metadata.get("events", self._events()), self._events()
-        if before != now:
-            raise RunError(
-                f"the run began with other data: {before} events, and {self.data.name} has {now} "
-                "now; what was held out would be trained on"
-            )
+        check_same_data(metadata, self.data)
         contents = Contents(tensors)
         flow, energy = self.flow.read(contents), self.energy.read(contents)
         chains = self.model.read_buffer(contents)

@@ -68,7 +68,9 @@ class Batches:
         return self._epochs[epoch]
 
     def indices(self, step: int) -> Tensor:
-        """Which rows of the training split make up batch ``step``, int64."""
+        """Which rows of the training split make up batch ``step`` ≥ 0, int64."""
+        if step < 0:
+            raise IndexError(f"step must be ≥ 0, got {step}")
         n = len(self.data.train)
         position = torch.arange(self.batch_size)[self.rows] + step * self.batch_size
         epochs = torch.div(position, n, rounding_mode="floor")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +60,15 @@ class Dataset:
     def is_image(self) -> bool:
         """Whether events are images with grey levels."""
         return self.levels is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the events of both splits, in hexadecimal."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.held_out):
+            digest.update(f"{split.dtype} {tuple(split.shape)}".encode())
+            digest.update(split.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def decode(self, raw: Tensor) -> Tensor:
         """Rows of a split → float32, images in [−1, 1] with both ends exact."""

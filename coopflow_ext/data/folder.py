@@ -66,8 +66,8 @@ def read_image(
         with image_module.open(path) as image:
             if image.width * image.height > limit:
                 raise _too_large(path, f"{image.width}×{image.height} pixels", limit)
+            deep = _is_deep(image)
             image.load()
-            deep = image.mode.startswith(("I", "F"))
             pixels = upright(image).convert("L" if image.mode in ("L", "1", "LA") else "RGB")
     except BadImageError:
         raise
@@ -77,13 +77,27 @@ def read_image(
         raise BadImageError(f"{path} cannot be read as an image: {error}") from error
     if deep:  # Pillow would cut the values off at 255
         raise BadImageError(
-            f"{path} cannot be read as an image of 8 bits for a channel: its mode is {image.mode}"
+            f"{path} cannot be read as an image of 8 bits for a channel: it has more"
         )
     if size is not None:
         pixels = _crop_and_resize(pixels, size, crop, path)
     array = np.array(pixels, dtype=np.uint8)
     tensor = torch.from_numpy(array)
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _is_deep(image: Any) -> bool:
+    """Whether a file that was opened has more than 8 bits for a channel. Of colours Pillow takes
+    the upper eight without a word; what it was told to unpack says so."""
+    if image.mode.startswith(("I", "F")):
+        return True
+    for decoder, *_, arguments in image.tile:
+        given = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(a, str) and ";16" in a for a in given):
+            return True
+        if decoder.startswith("ppm") and isinstance(given[-1], int) and given[-1] > 255:
+            return True
+    return False
 
 
 def _too_large(path: Path, found: str, limit: int) -> BadImageError:
@@ -192,7 +206,7 @@ def folder(
         ValueError: fewer than 4 images, two for each split, or images of several sizes.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder")
+        raise FileNotFoundError(f"{root.absolute()} is not a folder")
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(_SUFFIXES)})")

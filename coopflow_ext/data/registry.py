@@ -57,7 +57,9 @@ def load(
     if kind == "toy":
         return toy(rest)
     if kind == "folder" and rest:
-        return folder(Path(rest), size=image_size, skip_bad=skip_bad, max_pixels=max_pixels)
+        return folder(
+            Path(rest).expanduser(), size=image_size, skip_bad=skip_bad, max_pixels=max_pixels
+        )
     if name not in (*_PUBLISHED, "celeba"):
         raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
     if root is None:

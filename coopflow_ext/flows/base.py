@@ -47,6 +47,14 @@ class Transform(nn.Module):
         return self.call_and_ladj(x, context)
 
 
+def check_transform(value: object) -> Transform:
+    """``value`` itself; TypeError unless it is a layer."""
+    if isinstance(value, Transform):
+        return value
+    advice = "; its layers are flow.transform" if hasattr(value, "transform") else ""
+    raise TypeError(f"transform must be a Transform, got {type(value).__name__}{advice}")
+
+
 class Compose(Transform):
     """Transforms one after the other, the first in the list first."""
 

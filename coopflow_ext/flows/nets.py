@@ -123,6 +123,8 @@ class MLPConditioner(Conditioner):
         context_dim: int = 0,
     ) -> None:
         super().__init__()
+        if any(width < 1 for width in widths):
+            raise ValueError(f"widths must be ≥ 1, got {tuple(widths)}")
         self.context_dim = context_dim
         sizes = (n_in + context_dim, *widths)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))

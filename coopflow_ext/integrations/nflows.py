@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.flows.base import Context, Transform
+from coopflow_ext.flows.base import Context, Transform, check_transform
 
 __all__ = ["NflowsTransform"]
 
@@ -21,7 +21,7 @@ class NflowsTransform(_transforms.Transform):  # type: ignore[misc, name-defined
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform = check_transform(transform)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.call_and_ladj(inputs, Context(aux=context))

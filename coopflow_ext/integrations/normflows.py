@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from coopflow_ext._optional import require
-from coopflow_ext.flows.base import Context, Transform
+from coopflow_ext.flows.base import Context, Transform, check_transform
 
 __all__ = ["NormflowsFlow"]
 
@@ -24,7 +24,7 @@ class NormflowsFlow(_flows.Flow):  # type: ignore[misc, name-defined]
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform = check_transform(transform)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(z, Context(aux=context))

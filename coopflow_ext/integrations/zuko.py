@@ -10,7 +10,7 @@ from torch.distributions import Transform as DistributionTransform
 from torch.distributions import constraints
 
 from coopflow_ext._optional import require
-from coopflow_ext.flows.base import Context, Transform
+from coopflow_ext.flows.base import Context, Transform, check_transform
 
 __all__ = ["ZukoTransform"]
 
@@ -27,7 +27,7 @@ class ZukoTransform(_lazy.LazyTransform):  # type: ignore[misc, name-defined]
 
     def __init__(self, transform: Transform, event_dim: int = 1) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform = check_transform(transform)
         self.event_dim = event_dim
 
     def forward(self, c: Tensor | None = None) -> DistributionTransform:

@@ -39,16 +39,23 @@ def read_statistics(path: Path) -> FeatureStatistics:
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            mean, covariance = (torch.from_numpy(content[k]).double() for k in ("mu", "sigma"))
+            mean, covariance = (
+                torch.from_numpy(content[k].astype(np.float64, casting="safe"))
+                for k in ("mu", "sigma")
+            )
     except Exception as error:  # numpy and zipfile raise many kinds for damaged files
         raise ValueError(
             f"fid_stats {path} cannot be read as an .npz file with mu and sigma: {error}"
         ) from error
+    if not bool(mean.isfinite().all() & covariance.isfinite().all()):
+        raise ValueError(f"fid_stats {path} must be finite")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"fid_stats {path} must hold mu (d,) and sigma (d, d), got {tuple(mean.shape)} and "
             f"{tuple(covariance.shape)}"
         )
+    if not torch.allclose(covariance, covariance.T):
+        raise ValueError(f"fid_stats {path} must have a symmetric sigma")
     return FeatureStatistics(mean, covariance, 0)
 
 

@@ -33,10 +33,17 @@ class FeatureStatistics:
         return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
 
 
+def _roots(eigenvalues: Tensor) -> Tensor:
+    """Of the eigenvalues of a positive semi-definite matrix; 0 where one is 0 but for rounding,
+    whose root would be far from that."""
+    rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.amax()
+    return torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()
+
+
 def _sqrt_psd(matrix: Tensor) -> Tensor:
     """The symmetric root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root: Tensor = vectors * _roots(values) @ vectors.T
     return root
 
 
@@ -54,6 +61,6 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
             f"both statistics must have one dimension, got {len(a.mean)} and {len(b.mean)}"
         )
     root = _sqrt_psd(a.covariance)
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    cross = _roots(torch.linalg.eigvalsh(root @ b.covariance @ root)).sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * cross
     return float((a.mean - b.mean).square().sum() + trace)

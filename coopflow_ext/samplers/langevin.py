@@ -157,7 +157,8 @@ class LangevinSampler:
         clamp_when: clamp after every "step" or only at the "end"; with noise_before_gradient also
             only after the "noise", before the gradient is taken, or at "both".
         noise_before_gradient: x′ = x + noise·ξ, and the gradient is taken at x′.
-        reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U.
+        reference_std: σ of a Gaussian reference; adds ‖x‖²/(2σ²) to U, here and in pull behind
+            grad_clip and grad_norm, which are of the energy's own gradient, as the statistics are.
         pull: (x_ref, strength), adds ½·strength·‖x − x_ref‖² to U; strength a float or (B,).
             x_ref None means that it is given at the call.
         step_kwargs: further keyword arguments of the energy or score that differ from step to step,

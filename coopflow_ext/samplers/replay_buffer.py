@@ -244,6 +244,8 @@ class ReplayBuffer:
         for value, shape in zip(given, shapes, strict=True):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{be} a tensor, got {type(value).__name__}")
+            if value.is_complex():
+                raise TypeError(f"{be} real, got {value.dtype}")
             if value.shape != shape:
                 raise ValueError(f"{have} shape {shape}, got {tuple(value.shape)}")
         return given

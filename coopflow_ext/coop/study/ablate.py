@@ -50,9 +50,15 @@ class Ablation:
             raise ValueError(f"{path}: seeds must be a list, base and rows objects")
         if not seeds or not rows:
             raise ValueError(f"{path} must have at least one seed and one row")
+        if unknown := sorted(content.keys() - {"seeds", "base", "rows"}):
+            raise ValueError(f"{path} has {unknown[0]!r}; known are seeds, base and rows")
+        if len(set(map(repr, seeds))) < len(seeds):
+            raise ValueError(f"{path}: seeds must differ, got {seeds}")
         configs = {}
         for name, settings in rows.items():
             try:
+                if "seed" in {**base, **settings}:
+                    raise ValueError("seed must not be among the settings: seeds says which")
                 for seed in seeds:
                     configs[name] = TrainConfig.from_dict({**base, **settings, "seed": seed})
             except (ValueError, TypeError) as error:

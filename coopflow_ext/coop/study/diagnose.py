@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from coopflow_ext._optional import require
 from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow, build_sampler
+from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.pictures import figure_bytes, save_panels
 from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
@@ -22,6 +24,7 @@ from coopflow_ext.rng import USE_EVALUATION, Key
 _SHOWN = 32
 
 
+@usual_modes()
 def diagnose_run(
     path: Path,
     *,
@@ -127,13 +130,14 @@ def long_chains(
         x, key, done = result.x, result.key, factor * steps
         trace = torch.cat((trace, result.stats.energy.cpu()))
         half = trace[len(trace) // 2 :]
-        rhat = float(split_rhat(half)) if len(half) >= 4 else None
+        rhat = float(split_rhat(half)) if len(half) >= 4 else math.nan
         chains.append(
             {
                 "factor": factor,
                 "steps": done,
                 "energy": float(trace[-1].mean()),
-                "energy_rhat": rhat,
+                # Of chains that do not move there is none.
+                "energy_rhat": rhat if math.isfinite(rhat) else None,
                 "trace": trace.mean(1),
             }
         )

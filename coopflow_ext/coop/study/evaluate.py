@@ -14,6 +14,7 @@ from coopflow_ext._optional import require
 from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow
+from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.pictures import figure_bytes, save_panels, to_pixels
 from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
@@ -25,6 +26,7 @@ _NEIGHBOURS_SHOWN = 16
 _BATCH = 500
 
 
+@usual_modes()
 def evaluate_run(
     path: Path,
     *,
@@ -58,7 +60,8 @@ def evaluate_run(
     Raises:
         ImportError: ``inception`` without torchmetrics or torch-fidelity.
         FileExistsError: a folder for PNG is not empty.
-        ValueError: n below 2, no such statistics, or FID or PNG of a run on vectors.
+        ValueError: n below 2, no such statistics, one folder for both kinds of PNG, or FID or PNG
+            of a run on vectors.
     """
     inception = inception or fid_stats is not None
     if inception and isinstance(fid_features, int):
@@ -66,6 +69,8 @@ def evaluate_run(
     folders = [f for f in (export_png, export_training) if f is not None]
     for folder in folders:
         _check_empty(folder)
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"samples and training images must go into two folders, got {export_png}")
     reference = None if fid_stats is None else read_statistics(fid_stats)
     run, model, data = open_run(path, device)
     if not data.is_image and (inception or folders):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext.coop import inversion
+from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.pictures import save_panels
 from coopflow_ext.coop.run import RunFolder, open_run
 from coopflow_ext.data import Dataset
@@ -25,6 +26,7 @@ def held_out_images(data: Dataset, n: int, device: torch.device | str) -> Tensor
     return data.decode(data.held_out[:n]).to(device)
 
 
+@usual_modes()
 def reconstruct_run(
     path: Path,
     *,
@@ -58,6 +60,7 @@ def reconstruct_run(
     )
 
 
+@usual_modes()
 def inpaint_run(
     path: Path,
     *,
@@ -79,6 +82,8 @@ def inpaint_run(
     known = inversion.centre_hole(height, width) if mask is None else read_mask(mask)
     if known.shape != (height, width):
         raise ValueError(f"mask must have shape ({height}, {width}), got {tuple(known.shape)}")
+    if bool(known.all()):
+        raise ValueError("mask must leave a pixel unknown, got True for all of them")
     filled = inversion.inpaint(
         model, observed, known, Key(seed), chains=chains, step_size=step_size
     )
@@ -88,7 +93,7 @@ def inpaint_run(
     caption = f"observed | known | {chains} fillings"
     save_panels(out / "inpaint.png", {caption: rows.flatten(0, 1)}, columns=chains + 2)
     hole = ~known
-    error = (filled - observed[:, None])[..., hole].square().sum((2, 3)) / hole.sum().clamp(min=1)
+    error = (filled - observed[:, None])[..., hole].square().sum((2, 3)) / hole.sum()
     return run.write_study(
         out / "errors.json",
         {
@@ -114,6 +119,7 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(array)
 
 
+@usual_modes()
 def interpolate_run(
     path: Path,
     *,

@@ -14,6 +14,7 @@ from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.study import page
 from coopflow_ext.coop.study.chart import LINES, line_chart, number
 from coopflow_ext.coop.study.quantities import LESS, PLANE, RUN, STUDIES, rows_of
+from coopflow_ext.errors import RunError
 
 # How pages call what chains start from, in the middle of a sentence.
 _STARTS = {
@@ -40,6 +41,13 @@ def report_run(path: Path) -> Path:
     return out
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: it must hold an object, got {content!r:.40}")
+    return content
+
+
 class _Report:
     """What a run's folder holds, read once."""
 
@@ -51,7 +59,7 @@ class _Report:
         self.done = max((line["step"] for line in self.metrics), default=0)
         self.finished = run.is_finished
         self.studies = {
-            name: read_json(run.path / name / study.file)
+            name: _read_object(run.path / name / study.file)
             for name, study in STUDIES.items()
             if (run.path / name / study.file).exists()
         }
