@@ -55,7 +55,9 @@ def check_training(log_prob, parameters) -> None:
 def test_what_is_no_layer_is_named(library, name):
     pytest.importorskip(library)
     adapter = getattr(importlib.import_module(f"coopflow_ext.integrations.{library}"), name)
-    with pytest.raises(TypeError, match=r"must be a Transform, got Flow; its layers are flow\.tran"):
+    with pytest.raises(
+        TypeError, match=r"must be a Transform, got Flow; its layers are flow\.tran"
+    ):
         adapter(realnvp(3, couplings=2, widths=(8,)))
     with pytest.raises(TypeError, match=r"must be a Transform, got Linear$"):
         adapter(nn.Linear(2, 2))
