@@ -158,7 +158,7 @@ def provenance(report: Report) -> str:
 def _provenance(run: Report) -> str:
     info = run["machine_info"]
     busy = ""
-    if info["load_average"] > info["cores"]:
+    if _is_provisional(run):
         busy = (
             " **Provisional: the cores were shared with other work** when it began, which delays "
             "at random what the host limits; read the percentiles, and trust no single ratio."
@@ -171,6 +171,12 @@ def _provenance(run: Report) -> str:
         f"{info['python_version']}, {run['datetime'][:10]}{clocks}, commit {_commit(run)}: "
         f"`{run['command']}`.{note}{busy}"
     )
+
+
+def _is_provisional(run: Report) -> bool:
+    """Whether other work had its cores when it began."""
+    info = run["machine_info"]
+    return bool(info["load_average"] > info["cores"])
 
 
 def _commit(run: Report) -> str:
@@ -261,9 +267,22 @@ README_ROWS = (
         },
     ),
     Row(
-        "chain on a mixture of Gaussians, 1,024 chains",
-        "torchebm",
+        "chain on a mixture of Gaussians by its energy, 1,024 chains",
+        "torchebm, by autograd; on the CPU ours knows the closed form",
         dict.fromkeys(("cuda", "cpu"), ("chain/mixture, autograd", ("torchebm",))),
+    ),
+    Row(
+        "the same by its score",
+        "torchebm, by the same score",
+        dict.fromkeys(("cuda", "cpu"), ("chain/mixture, closed form", ("torchebm",))),
+    ),
+    Row(
+        "one chain of two numbers with a score that costs nothing",
+        "a plain loop, on the GPU as one CUDA graph",
+        {
+            "cuda": ("chain/cheap score, one chain", ("CUDA graph of plain loop",)),
+            "cpu": ("chain/cheap score, one chain", ("plain loop",)),
+        },
     ),
     Row(
         "chain on an MLP (GPU 4,096 chains, CPU 1,024)",
@@ -292,12 +311,18 @@ README_ROWS = (
 )
 
 
+_MARK = " *"  # of a provisional run
+
+
 def _readme_cell(report: Report, row: Row) -> str:
     """The ratio to ours of the row's fastest contestant in these results."""
     case, contestants = row.cells[report["machine_info"]["device"]]
     records = by_case(report).get(case, {})
     ratios = [records[n]["extra_info"]["ratio_to_ours"] for n in contestants if n in records]
-    return _ratio(min(ratios, key=lambda r: r["median"])) if ratios else "not measured"
+    if not ratios:
+        return "not measured"
+    provisional = any(case in run["cases"] for run in runs(report) if _is_provisional(run))
+    return _ratio(min(ratios, key=lambda r: r["median"])) + provisional * _MARK
 
 
 def _readme_source(folder: str, report: Report) -> str:
@@ -322,6 +347,8 @@ def readme_block(reports: dict[str, Report]) -> str:
         rows.append([row.what, row.against, *cells])
     about = f"Its time / ours: median (20th to 80th percentile). {FASTER}"
     sources = [_readme_source(folder, reports[folder]) for folder in order]
+    if any(_MARK in cell for row in rows[2:] for cell in row):
+        about += " *: provisional, of a run beside other work."
     about = " ".join((about, "The columns link to all cases, with command and limits.", *sources))
     if not any(r["machine_info"]["device"] == "cuda" for r in reports.values()):
         about += "\n\nGPU: not measured."

@@ -1,9 +1,9 @@
 """Keys: where every random number of this package comes from.
 
 A :class:`Key` is a 64-bit seed, a time and the number of the first chain. Normals are a pure
-function of (seed, chain, time, element), see ``csrc/include/coopflow/philox.h``, so a result never
-depends on batch size, number of threads or device. Separate uses of one key fold in separate
-constants (the ``USE_*`` below).
+function of (seed, chain, time, element), see ``csrc/include/coopflow/philox.h``, whatever the
+batch, the number of threads or of devices; on CUDA they differ by rounding from those of a CPU.
+Separate uses of one key fold in separate constants (the ``USE_*`` below).
 """
 
 from __future__ import annotations

@@ -799,7 +799,7 @@ def test_readmes_rows_are_cases_of_the_suite() -> None:
         device: {c.name for c in suite.all_cases() if device in c.devices}
         for device in ("cpu", "cuda")
     }
-    assert len(report.README_ROWS) == 10
+    assert len(report.README_ROWS) == 12
     for row in report.README_ROWS:
         assert {d for d, (case, _) in row.cells.items() if case in names[d]} == {"cpu", "cuda"}
     # No contestant's name went stale: all that a case has stand in the committed results.
@@ -816,6 +816,7 @@ def test_readmes_cells(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     row = report.Row("what", "others", {"cpu": cell, "cuda": none})
     monkeypatch.setattr(report, "README_ROWS", (row,))
     set_ratio(measured, 1.5, 2.0, 2.5)
+    measured["machine_info"]["load_average"] = 0.0
     third = copy.deepcopy(measured["benchmarks"][1]) | {"name": "third"}
     third["extra_info"]["ratio_to_ours"] = {"p20": 1.0, "median": 1.5, "p80": 3.0}
     measured["benchmarks"].append(third)
@@ -824,7 +825,12 @@ def test_readmes_cells(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = report.readme_block({"a-cpu": measured, "b-gpu": gpu})
     assert "[b-gpu](benchmarks/results/b-gpu/table.md) | [a-cpu]" in text
     assert "| what | others | not measured | 1.50 (1.00 to 3.00) |" in text
+    assert "provisional" not in text
     assert "GPU: not measured." not in text
+    measured["machine_info"]["load_average"] = 1e3
+    text = report.readme_block({"a-cpu": measured, "b-gpu": gpu})
+    assert "| what | others | not measured | 1.50 (1.00 to 3.00) * |" in text
+    assert "*: provisional" in text
 
 
 def test_readme_needs_its_markers(measured: Any) -> None:

@@ -45,7 +45,8 @@ class Flow(nn.Module):
         context_dim: size of the context that the networks of ``transform`` are conditioned on, 0
             for a flow without one.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
-            inverses: memory does not grow with depth, a step takes about 1.5 times as long. A
+            inverses: memory does not grow with depth; of the paper's flow a step has 1.64 times as
+            much arithmetic. A
             backward pass compares some of them with what they were; RuntimeError where they differ.
             Where torch.utils.checkpoint is put around a part of the flow instead, it needs
             ``use_reentrant=True``: a pass norms the weights of all layers before it begins, and

@@ -57,10 +57,10 @@ def mixture_logistic_coupling_inverse(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`mixture_logistic_coupling`, and the log|det| of the inverse map.
 
-    Solves logit F(x) = v = y·e^{−a} − b by Newton's method inside an exact bracket, to 4 units in
-    the last place of max(1, |v|) or 2 of x. Differentiable in y and params by the implicit function
-    theorem. Where the density all but vanishes between components, x is not determined by v and
-    derivatives are large but finite.
+    Solves logit F(x) = v = y·e^{−a} − b by Newton's method inside an exact bracket: logit F of x,
+    or of an x within 2 units of its last place, is v to 8·eps·max(1, |v|). Differentiable in y and
+    params by the implicit function theorem. Where the density all but vanishes between components,
+    x is not determined by v and derivatives are large but finite.
 
     Equivalent to :func:`coopflow_ext.reference.mixture_logistic_coupling_inverse`.
 

@@ -120,8 +120,8 @@ class LangevinSampler:
         grad, = torch.autograd.grad(energy(x).sum(), x)
         x = (x - drift * grad + noise * torch.randn_like(x)).clamp(lo, hi)
 
-    but fused, with noise that depends only on the key, the chain's number and the step, never on
-    the batch size, the device or the number of threads.
+    but fused, with noise that depends only on the key, the chain's number and the step, not on the
+    batch or the number of threads, nor, but for rounding, on the device.
 
     Args:
         energy: nn.Module or callable of the state; returns U as (B,), (B, 1) or (B, 1, 1, 1), and

@@ -1,5 +1,6 @@
-// gate_add_norm and its derivative on CUDA: a warp a row. What it reads of a row it reads again for
-// each sum, from the first-level cache, so that rows may be of any length.
+// gate_add_norm and its derivative on CUDA: a warp a row. What it reads of a row it needs again
+// after each sum: a lane's first neighbours are held, the others of rows beyond 128 channels are
+// read again, from the first-level cache, so that rows may be of any length.
 #include "items.cuh"
 #include "launch.cuh"
 #include "ops/gate_add_norm_op.h"
@@ -12,6 +13,9 @@ namespace {
 // Neighbours that a lane has at a time, of half precision too: a row of 96 channels keeps 24 lanes
 // busy, where items of 16 bytes would keep 12.
 constexpr int kOfLane = 4;
+// Channels whose neighbours are held. Where they are read one by one, registers do not suffice.
+template <int kVec>
+constexpr int64_t kHeld = kVec == 1 ? 0 : kWarp * kOfLane;
 
 // Some neighbours of a row.
 template <typename A>
@@ -69,15 +73,20 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   for (int64_t row = team_index<WarpTeam>(); row < args.rows; row += team_count<WarpTeam>()) {
     const int64_t first = row * args.channels;
     A total[1] = {}, squares[1] = {};
+    SumItem<A> held = {};
     for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec>(args, first, e, n);
+      const SumItem<A> item = load_sums<T, kVec>(args, first, e, n);
+      if (e < kHeld<kVec>) held = item;
       COOPFLOW_UNROLL
       for (int i = 0; i < kOfLane; ++i) total[0] += i < n ? item.sums[i] : A(0);
     });
+    const auto item_at = [&](int64_t e, int n) {
+      return e < kHeld<kVec> ? held : load_sums<T, kVec>(args, first, e, n);
+    };
     warp_sum(total);
     const A mean = total[0] / channels;
     for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec>(args, first, e, n);
+      const SumItem<A> item = item_at(e, n);
       COOPFLOW_UNROLL
       for (int i = 0; i < kOfLane; ++i) {
         const A distance = i < n ? item.sums[i] - mean : A(0);
@@ -88,7 +97,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     const NormRow<A> norm{mean, norm_factor(squares[0] / channels, args.eps)};
     if (team_rank<WarpTeam>() == 0) args.norms[row] = norm;
     for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_sums<T, kVec>(args, first, e, n);
+      const SumItem<A> item = item_at(e, n);
       A weight[kOfLane], bias[kOfLane], y[kOfLane];
       load_item<A, kVec>(args.weight, e, n, weight);
       load_item<A, kVec>(args.bias, e, n, bias);
@@ -111,8 +120,10 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>) gate_add_norm_ba
     const int64_t first = row * args.channels;
     const NormRow<A> norm = args.norms[row];
     A totals[2] = {};
+    GradientItem<A> held = {};
     for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_gradients<T, kVec>(args, norm, first, e, n);
+      const GradientItem<A> item = load_gradients<T, kVec>(args, norm, first, e, n);
+      if (e < kHeld<kVec>) held = item;
       COOPFLOW_UNROLL
       for (int i = 0; i < kOfLane; ++i) {
         totals[0] += i < n ? item.grads[i] : A(0);
@@ -122,7 +133,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>) gate_add_norm_ba
     warp_sum(totals);
     const NormGradient<A> means{totals[0] / channels, totals[1] / channels};
     for_each_item_of_row<kOfLane>(args.channels, [&](int64_t e, int n) {
-      const auto item = load_gradients<T, kVec>(args, norm, first, e, n);
+      const GradientItem<A> item =
+          e < kHeld<kVec> ? held : load_gradients<T, kVec>(args, norm, first, e, n);
       A grad_x[kOfLane], grad_a[kOfLane], grad_b[kOfLane];
       COOPFLOW_UNROLL
       for (int i = 0; i < kOfLane; ++i) {
