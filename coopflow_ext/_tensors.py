@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coopflow_ext.autocast import autocast_is_on
 from coopflow_ext.errors import reason
 
 Coefficient = float | Tensor
@@ -77,6 +78,12 @@ def norm_scale(rows: Sequence[Tensor], limit: float) -> Tensor:
     return torch.where(exceeds, limit / scale / torch.where(exceeds, norm, 1.0), 1.0)
 
 
+def parameter_dtype(module: nn.Module) -> torch.dtype | None:
+    """That of the first parameter; None without one, as in replicas and quantized modules."""
+    first = next(module.parameters(), None)
+    return None if first is None else first.dtype
+
+
 def check_tensors(**arguments: object) -> None:
     """TypeError, naming the argument, unless all are tensors."""
     for name, value in arguments.items():
@@ -97,7 +104,7 @@ def check_tensor(name: str, value: object, dtype: torch.dtype | None = None) -> 
     if dtype in (None, value.dtype):
         return
     device_type = value.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if dtype != torch.float64 and autocast_is_on(device_type):
         allowed = dict.fromkeys((dtype, torch.float32, torch.get_autocast_dtype(device_type)))
         if value.dtype in allowed:
             return

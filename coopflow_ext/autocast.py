@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Of the meta device torch refuses to say it."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 @contextmanager
 def in_precision(precision: str, device_type: str) -> Iterator[None]:
     """Autocast to "bfloat16"; off for "float32"."""
@@ -28,7 +33,7 @@ def in_precision(precision: str, device_type: str) -> Iterator[None]:
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off; nothing to enter where it is off already."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -37,7 +42,7 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 def uncached_casts(device_type: str) -> Iterator[None]:
     """Where autocast is on, it casts weights at each use, here and in further autocasts inside,
     instead of keeping their casts to its end."""
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         yield
         return
     before = torch.is_autocast_cache_enabled()
@@ -50,7 +55,7 @@ def uncached_casts(device_type: str) -> Iterator[None]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """In which a product would take x here: autocast's, where it is on and x is in float32."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float32 and autocast_is_on(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -100,6 +105,8 @@ def float32_precision() -> tuple[str, ...]:
 
 def as_it_is(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """What enters again the autocast of this moment, for a pass that is recomputed later."""
+    if device_type == "meta":
+        return nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype, enabled=enabled)

@@ -216,7 +216,8 @@ def stream(
 def _traced_stream(
     key: Key | None, uses: tuple[int, ...], device: torch.device | str | None, *, fold_time: bool
 ) -> torch.Tensor:
-    device = torch.get_default_device() if device is None else torch.device(device)
+    # The default device, for which tracing in one graph finds no other way.
+    device = torch.empty(0).device if device is None else torch.device(device)
     if key is None:  # a fresh seed at each call needs no uses to tell it from others
         low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64, device=device).unbind()
         zero = torch.zeros_like(low)

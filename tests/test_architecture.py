@@ -42,6 +42,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Names of torch that it marks as its own and that have no public equal.
 PRIVATE_NAMES_OF_TORCH = {
     "_functorch",
+    "_has_any_global_hook",
     "_assert_async",
     "_call_impl",
     "_cdata",

@@ -237,3 +237,16 @@ def test_analytic_energies_refuse_bad_arguments():
             energies.FunnelEnergy(2, scale)
     with pytest.raises(ValueError, match=r"x must be \(B, 4\), got \(2, 3\)"):
         energies.FunnelEnergy(4).score(torch.zeros(2, 3))
+
+
+def test_an_energy_without_parameters_of_its_own_computes():
+    """As a replica of DataParallel, or where its layers were quantized."""
+    energy = energies.MLPEnergy(4, (8,))
+    x = torch.randn(3, 4)
+    expected = energy(x)
+    for layer in energy.layers:
+        for name in ("weight", "bias"):
+            value = getattr(layer, name).detach()
+            delattr(layer, name)
+            setattr(layer, name, value)
+    torch.testing.assert_close(energy(x), expected.detach())

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coopflow_ext import Key, energies, flows
 from coopflow_ext.flows.layers import ActNorm
+from coopflow_ext.flows.weight_norm import WeightNormedConv2d
 
 Make = Callable[[], flows.Flow]
 IMAGE = {"image_shape": (1, 4, 4)}
@@ -416,3 +418,52 @@ def test_initialize_leaves_every_modules_mode():
     flow.initialize(torch.randn(8, 3))
     assert [module.training for module in flow.modules()] == modes
     assert {True, False} <= set(modes)
+
+
+def flowpp_layer() -> tuple[flows.Flow, nn.Module, Tensor]:
+    """A flow++, one of its weight-normed convolutions with a bias that counts, and a batch."""
+    flow = BUILDERS["flowpp"]()
+    x = batch(flow, 0)["x"]
+    flow.initialize(x, key=Key(0))
+    layer = next(m for m in flow.modules() if isinstance(m, WeightNormedConv2d))
+    with torch.no_grad():
+        layer.bias.fill_(0.5)
+    return flow.eval(), layer, x
+
+
+def test_a_bias_that_is_no_parameter_counts():
+    """Pruning and replicas of DataParallel make it a plain tensor."""
+    flow, layer, x = flowpp_layer()
+    before = flow.log_prob(x, key=Key(1)).detach()
+    prune.identity(layer, "bias")
+    assert "bias" not in layer._parameters
+    torch.testing.assert_close(flow.log_prob(x, key=Key(1)).detach(), before)
+
+
+def test_a_parametrization_is_refused_before_it_changes_the_class():
+    flow, layer, x = flowpp_layer()
+    for name in ("weight", "bias"):
+        with pytest.raises(TypeError, match=f"takes no parametrization of its {name}"):
+            parametrize.register_parametrization(layer, name, nn.Identity())
+    with pytest.raises(TypeError, match="takes no parametrization of its weight"):
+        nn.utils.parametrizations.spectral_norm(layer)
+    assert flow.log_prob(x, key=Key(1)).isfinite().all()
+    BUILDERS["flowpp"]()
+
+
+def test_recompute_refuses_what_is_learned_and_no_parameter():
+    flow = flows.glow(**IMAGE, steps=1, channels=4, blocks=1, recompute=True)
+    x = batch(flow, 0)["x"]
+    flow.initialize(x, key=Key(0))
+    layer = next(m for m in flow.modules() if isinstance(m, nn.Conv2d))
+    prune.identity(layer, "bias")
+    with pytest.raises(RuntimeError, match="recompute needs every tensor .* bias of a Conv2d"):
+        flow.log_prob(x, key=Key(1))
+
+
+@pytest.mark.parametrize("name", ["glow", "flowpp"])
+def test_shapes_are_found_on_the_meta_device(name):
+    with torch.device("meta"):
+        flow = BUILDERS[name]().eval()
+        assert flow.log_prob(torch.rand(3, *flow.event_shape), key=Key(0)).shape == (3,)
+        assert flow.sample(2, Key(0)).shape == (2, *flow.event_shape)

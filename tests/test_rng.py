@@ -364,3 +364,12 @@ def test_a_buffer_in_compiled_code_draws_what_it_draws_elsewhere() -> None:
     draw = _compiled(lambda: buffer.draw(5).indices)
     for _ in range(3):
         assert torch.equal(draw(), twin.draw(5).indices)
+
+
+def test_a_key_without_a_device_is_traced_in_one_graph():
+    def draw(key: cf.Key) -> torch.Tensor:
+        return cf.ops.normal((2, 3), key.tensor())
+
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")
+    for key in (cf.Key(3), cf.Key(2**64 - 1, time=4, chain=7)):
+        assert torch.equal(compiled(key), draw(key))

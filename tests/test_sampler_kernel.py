@@ -354,3 +354,14 @@ def test_on_cuda_a_chain_that_no_thread_can_hold_goes_step_by_step() -> None:
     LangevinSampler(WELL, n_steps=2, step_size=0.1)(x0)
     with pytest.raises(ValueError, match="D ≤ 64 on CUDA"):
         LangevinSampler(WELL, n_steps=2, step_size=0.1, kernel=True)(x0)
+
+
+def test_hooks_of_all_modules_are_in_the_way() -> None:
+    energy, x0 = energies.MLPEnergy(2, (8,)), torch.randn(3, 2)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        with pytest.raises(ValueError, match="torch has hooks for all modules"):
+            LangevinSampler(energy, n_steps=1, step_size=0.1, kernel=True)(x0)
+    finally:
+        hook.remove()
+    LangevinSampler(energy, n_steps=1, step_size=0.1, kernel=True)(x0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coopflow_ext._tensors import check_tensor
+from coopflow_ext._tensors import check_tensor, parameter_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -71,7 +71,7 @@ class ResEnergy(nn.Module):
         self.head = nn.Conv2d(widths[-1], 100, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tensor("x", x, next(self.parameters()).dtype)
+        check_tensor("x", x, parameter_dtype(self))
         if x.shape[1:] != self.event_shape:
             raise ValueError(f"x must have shape (B, *{self.event_shape}), got {tuple(x.shape)}")
         h = F.silu(self.stem(x))
@@ -116,7 +116,7 @@ class MLPEnergy(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tensor("x", x, next(self.parameters()).dtype)
+        check_tensor("x", x, parameter_dtype(self))
         if x.ndim < 2 or math.prod(x.shape[1:]) != self.dim:
             raise ValueError(f"x must be (B, …) of {self.dim} elements each, got {tuple(x.shape)}")
         act = _ACTIVATIONS[self.activation]

@@ -69,6 +69,9 @@ class Flow(nn.Module):
     and values; the four kinds used last are kept, with the memory of the largest. Changes of the
     weights in place are seen. ``flow.cuda_graph = False`` turns it off.
 
+    Layers are not called as modules, so forward hooks on them do not run. A layer that norms its
+    weight takes no parametrization of torch's.
+
     With ``flow.compile_blocks = True`` the blocks of a Flow++, which are most of it, run compiled:
     one code of torch.compile for all blocks of a kind (sizes, dropout, with or without gradients),
     whatever the depth, at the first call of the kind, and one more for other batch sizes. Other

@@ -203,8 +203,20 @@ def _check(worst: Tensor, deferred: list[Tensor] | None) -> None:
 
 
 def _parameters(steps: list[_Step]) -> list[Tensor]:
-    """Every parameter once."""
+    """Every parameter once.
+
+    Raises:
+        RuntimeError: a layer computes with a tensor that wants a gradient and is no parameter.
+    """
     layers = [step for step in steps if isinstance(step, Transform)]
+    for module in (module for layer in layers for module in layer.modules()):
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"recompute needs every tensor that is learned as a parameter, but {name} of a "
+                    f"{type(module).__name__} is none, as pruning, DataParallel and "
+                    "FullyShardedDataParallel make them; use recompute=False"
+                )
     return list(dict.fromkeys(p for layer in layers for p in layer.parameters()))
 
 

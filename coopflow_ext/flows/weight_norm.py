@@ -55,6 +55,23 @@ class _GainAndDirection(nn.Module):
     def forward(self) -> Tensor:
         return torch._weight_norm(self.original1, self.original0, 0)
 
+    def append(self, parametrization: nn.Module) -> None:
+        """What torch.nn.utils.parametrize would do with another one."""
+        raise TypeError(_TAKES_NONE.format("weight"))
+
+
+class _OwnParametrization(nn.ModuleDict):
+    """torch.nn.utils.parametrize looks into it before it changes a layer. It takes the layer's
+    class for one of its own making, and would change that of all layers."""
+
+    def __contains__(self, name: str) -> bool:
+        if name != "weight":
+            raise TypeError(_TAKES_NONE.format(name))
+        return super().__contains__(name)
+
+
+_TAKES_NONE = "a layer that norms its weight itself takes no parametrization of its {}"
+
 
 class WeightNormed(Foldable, nn.Module):
     """A module whose ``weight`` is computed from its gain g and direction v."""
@@ -66,7 +83,7 @@ class WeightNormed(Foldable, nn.Module):
         """Put gain and direction in the place of the parameter ``weight``."""
         weight = self._parameters.pop("weight")
         assert weight is not None
-        self.parametrizations = nn.ModuleDict({"weight": _GainAndDirection(weight)})
+        self.parametrizations = _OwnParametrization({"weight": _GainAndDirection(weight)})
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +103,9 @@ class WeightNormed(Foldable, nn.Module):
         return folded.dtype != autocast_dtype(v)
 
     def _bias(self) -> Tensor | None:
-        return self._parameters.get("bias")
+        # Which pruning, replicas and sharding make a tensor that is no parameter.
+        bias: Tensor | None = getattr(self, "bias", None)
+        return bias
 
     def fold(self) -> Affine:
         """By torch's own operator, which is quicker for one layer, and which compilers fuse."""

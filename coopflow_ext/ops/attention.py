@@ -40,7 +40,7 @@ def attention(
 
     Equivalent to::
 
-        weights = (q @ k.mT * (scale or d**-0.5)).softmax(-1)
+        weights = (q @ k.mT * (d**-0.5 if scale is None else scale)).softmax(-1)
         kept = ops.uniform((B, H, L, L), rng, step=step) >= p
         return (weights * kept / (1 - p)) @ v
 

@@ -58,7 +58,7 @@ def mixture_logistic_coupling_inverse(
     """The inverse of :func:`mixture_logistic_coupling`, and the log|det| of the inverse map.
 
     Solves logit F(x) = v = y·e^{−a} − b by Newton's method inside an exact bracket: logit F of x,
-    or of an x within 2 units of its last place, is v to 8·eps·max(1, |v|). Differentiable in y and
+    or of an x within 4 units of its last place, is v to 8·eps·max(1, |v|). Differentiable in y and
     params by the implicit function theorem. Where the density all but vanishes between components,
     x is not determined by v and derivatives are large but finite.
 

@@ -46,6 +46,8 @@ def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor
         return ()
     try:
         tensors = [tensor.contiguous() for tensor in (*directions, *gains)]
+        if torch.compiler.is_compiling():  # which wants no tensor twice, as a gain that is shared
+            tensors = [tensor.view_as(tensor) for tensor in tensors]
         weights: Tensors = _call.apply(WeightNorm, *tensors)
     except RuntimeError as error:
         raise _call.argument_error(error) from None

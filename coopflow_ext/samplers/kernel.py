@@ -205,6 +205,8 @@ def changed_by_hand(module: nn.Module) -> str:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks):
         return f"{type(module).__name__} has hooks"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "torch has hooks for all modules"
     if vars(module).keys() & {"forward", "score"}:
         return f"{type(module).__name__} has a forward or score of its own"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,9 +72,9 @@ def chain_statistics(sums: Tensor, energy: Tensor | None, *, n_elements: int) ->
 
 
 class _Output(NamedTuple):
-    x: State
+    x: Any  # a State, of x0's structure
     key: Key
-    trajectory: State | None
+    trajectory: Any  # likewise, or None
     stats: ChainStatistics | None
 
 
