@@ -457,7 +457,7 @@ def test_recompute_refuses_what_is_learned_and_no_parameter():
     flow.initialize(x, key=Key(0))
     layer = next(m for m in flow.modules() if isinstance(m, nn.Conv2d))
     prune.identity(layer, "bias")
-    with pytest.raises(RuntimeError, match="recompute needs every tensor .* bias of a Conv2d"):
+    with pytest.raises(RuntimeError, match=r"recompute needs every tensor .* bias of a Conv2d"):
         flow.log_prob(x, key=Key(1))
 
 
