@@ -203,13 +203,15 @@ def _check(worst: Tensor, deferred: list[Tensor] | None) -> None:
 
 
 def _parameters(steps: list[_Step]) -> list[Tensor]:
-    """Every parameter once.
-
-    Raises:
-        RuntimeError: a layer computes with a tensor that wants a gradient and is no parameter.
-    """
+    """Every parameter once."""
     layers = [step for step in steps if isinstance(step, Transform)]
-    for module in (module for layer in layers for module in layer.modules()):
+    return list(dict.fromkeys(p for layer in layers for p in layer.parameters()))
+
+
+def _check_learned(transform: nn.Module) -> None:
+    """RuntimeError where a layer has a tensor that wants a gradient and is no parameter: it would
+    get none."""
+    for module in transform.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.requires_grad:
                 raise RuntimeError(
@@ -217,7 +219,6 @@ def _parameters(steps: list[_Step]) -> list[Tensor]:
                     f"{type(module).__name__} is none, as pruning, DataParallel and "
                     "FullyShardedDataParallel make them; use recompute=False"
                 )
-    return list(dict.fromkeys(p for layer in layers for p in layer.parameters()))
 
 
 def call_and_ladj(
@@ -230,10 +231,11 @@ def call_and_ladj(
 
     Raises:
         RuntimeError: in the backward pass, when rebuilt inputs are off by more than 1e-2 of
-            1 + |x| (float64: 1e-6).
+            1 + |x| (float64: 1e-6); at once, where what is learned is no parameter.
     """
     if not (recompute and torch.is_grad_enabled()):
         return transform.call_and_ladj(x, context)
+    _check_learned(transform)
     steps = list(primitive_steps(transform))
     z, ladj = _Recompute.apply(  # type: ignore[no-untyped-call]
         steps, context, x, context.aux, *_parameters(steps)
