@@ -104,8 +104,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RunError(
-                f"rank {self.rank}: another of the {self.world} processes stopped; the last "
-                f"checkpoint is whole, go on from it with --resume ({error})"
+                f"rank {self.rank}: another of the {self.world} processes stopped; where it "
+                "trained already, the last checkpoint is whole, go on from it with --resume "
+                f"({error})"
             ) from error
 
 
