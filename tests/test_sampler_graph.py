@@ -687,3 +687,20 @@ def test_gpu_compiled_score_in_a_graph(gpu):
     a = stepwise(energy, n_steps=5, step_size=0.1, compile=True, cuda_graph=True)
     b = stepwise(energy, n_steps=5, step_size=0.1, cuda_graph=False)
     torch.testing.assert_close(a(x0, key=KEY).x, b(x0, key=KEY).x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_weights_are_read_as_they_are_in_the_callers_autocast(gpu):
+    """Not the casts of them that autocast kept when the chain was recorded."""
+    energy, x0 = MLPEnergy(3, (16, 16)).to(gpu), torch.randn(5, 3, device=gpu)
+    graphed = stepwise(energy, n_steps=4, step_size=0.1, cuda_graph=True)
+    plain = stepwise(energy, n_steps=4, step_size=0.1, cuda_graph=False)
+    for seed in range(4):
+        ends = []
+        for sampler in (graphed, plain):
+            with torch.autocast("cuda", torch.bfloat16):
+                ends.append(sampler(x0, key=cf.Key(seed)).x)
+        torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            for parameter in energy.parameters():
+                parameter.mul_(1.2)
