@@ -476,7 +476,8 @@ def gate_add_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension of x + a·σ(b), x (..., C) and gates (a, b) (..., 2C)."""
     work = arithmetic_dtype(x.dtype)
-    sums = x.to(work) + functional.glu(gates.to(work), -1)
+    a, b = gates.to(work).chunk(2, -1)
+    sums = x.to(work) + a * torch.sigmoid(b)
     centred = sums - sums.mean(-1, keepdim=True)
     normalized = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (normalized * weight.to(work) + bias.to(work)).to(x.dtype)
