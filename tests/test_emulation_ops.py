@@ -105,6 +105,18 @@ def test_results_do_not_depend_on_order_or_grid(
             )
 
 
+@FAST_DTYPES
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("mlp")])
+def test_every_kernel_fits_the_gpu_with_the_least_shared_memory(
+    emulation: harness.Emulation, name: str, dtype: torch.dtype
+) -> None:
+    """sm_86, sm_89 and sm_120. Networks that do not fit are refused by what they need."""
+    shape = (2, 7)
+    expected = CASES[name](Inputs(dtype, shape, True))
+    found = _run(emulation, name, dtype, shape, True, device=harness.LITTLE_MEMORY)
+    _assert_agrees(found, expected, shape)
+
+
 def test_every_kernel_and_template_variant_runs(emulation: harness.Emulation) -> None:
     """A new kernel needs a case in cuda_emulation/cases.py that reaches all its variants."""
     emulation.take_launches()

@@ -51,14 +51,14 @@ int lane();
 [[noreturn]] void fail_thread(const char* what, Place place);
 void* dynamic_shared();
 
-// How much each of the emulated devices holds at once: few blocks, so that kernels loop; one; and
-// so many that each thread has one piece of work.
-constexpr int kDevices = 3;
-constexpr int kMultiprocessors[kDevices] = {2, 1, 1 << 24};
-constexpr int kBlocksPerMultiprocessor[kDevices] = {4, 1, 8};
-constexpr int kThreadsPerMultiprocessor[kDevices] = {512, 1024, 2048};
-// Dynamic shared memory that a block may have: as on sm_90, on sm_120, on sm_90.
-constexpr size_t kMostDynamicShared[kDevices] = {227 * 1024, 99 * 1024, 227 * 1024};
+// How much each of the emulated devices holds at once: few blocks, so that kernels loop; one; so
+// many that each thread has one piece of work; and few again, with little shared memory.
+constexpr int kDevices = 4;
+constexpr int kMultiprocessors[kDevices] = {2, 1, 1 << 24, 2};
+constexpr int kBlocksPerMultiprocessor[kDevices] = {4, 1, 8, 4};
+constexpr int kThreadsPerMultiprocessor[kDevices] = {512, 1024, 2048, 512};
+// Dynamic shared memory that a block may have: as on sm_90, on the last as on sm_120.
+constexpr size_t kMostDynamicShared[kDevices] = {227 * 1024, 227 * 1024, 227 * 1024, 99 * 1024};
 
 // The device that tensors are on, and the device and stream that torch has made current; see
 // torch_device.cpp.

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 # Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit.
-FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS = range(3)
+FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS, LITTLE_MEMORY = range(4)
 DRIVER = 13000  # the CUDA that the emulated driver serves: 13.0
 # Blocks of the check of indices (index_check.cpp).
 FAR_BLOCKS = (0, 1, (1 << 22) + 1, (1 << 23) - 1)
