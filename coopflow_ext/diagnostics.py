@@ -65,7 +65,7 @@ def autocorrelation(samples: Tensor, max_lag: int | None = None) -> Tensor:
         (max_lag + 1, …) float64; NaN for a constant chain.
 
     Raises:
-        ValueError: max_lag is not in [0, T − 1].
+        ValueError: max_lag is not in [0, T − 1], or samples are complex or 0-d.
     """
     if samples.is_complex() or samples.ndim == 0:
         raise ValueError(f"samples must be real, (T, …), got {samples.dtype} of {samples.shape}")

@@ -101,6 +101,14 @@ def _parts(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; RunError, which names the file, where it holds none."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: it must hold an object, got {content!r:.40}")
+    return content
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file says; RunError, which names the file, where it cannot be read."""
     try:

@@ -25,7 +25,7 @@ from coopflow_ext.coop.files import (
     append_line,
     is_temporary,
     parse_json,
-    read_json,
+    read_object,
     sweep,
     write_atomically,
     write_json,
@@ -247,10 +247,7 @@ class RunFolder:
         path = self.path / "summary.json"
         if not path.exists():
             raise RunError(f"{self.path} has no summary.json: the run has not finished")
-        summary = read_json(path)
-        if not isinstance(summary, dict):
-            raise RunError(f"{path} is damaged: it must hold an object, got {summary!r:.40}")
-        return summary
+        return read_object(path)
 
 
 def _is_left_over(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 import signal
@@ -183,7 +182,7 @@ def _diverged(trainer: Trainer, run: RunFolder, error: NonFiniteError) -> NonFin
                 "reason": str(error),
                 "chains": None if error.chains is None else error.chains.tolist(),
                 "from_checkpoint": saved[-1][1].name if saved else None,
-                "settings": dataclasses.asdict(config),
+                "settings": config.to_dict(),
                 "history": run.history,
                 "processes": trainer.ranks.world,
                 "device": str(trainer.device),

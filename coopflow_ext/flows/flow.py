@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import ops
-from coopflow_ext._tensors import check_tensor
+from coopflow_ext._recording import is_capturing
+from coopflow_ext._tensors import check_tensor, parameter_dtype
 from coopflow_ext.flows.base import Context, Transform
 from coopflow_ext.flows.folding import folding, is_folded
 from coopflow_ext.flows.nets import Dropout
@@ -46,8 +47,8 @@ class Flow(nn.Module):
             for a flow without one.
         recompute: in training, keep the output alone and rebuild the inputs of the layers by their
             inverses: memory does not grow with depth; of the paper's flow a step has 1.64 times as
-            much arithmetic. A
-            backward pass compares some of them with what they were; RuntimeError where they differ.
+            much arithmetic. A backward pass compares some of them with what they were; RuntimeError
+            where they differ.
             Where torch.utils.checkpoint is put around a part of the flow instead, it needs
             ``use_reentrant=True``: a pass norms the weights of all layers before it begins, and
             the other kind counts what a part saves.
@@ -132,8 +133,7 @@ class Flow(nn.Module):
         return self.dequantize is not None
 
     def _check_tensor(self, name: str, value: object) -> None:
-        like = next(self.parameters(), None)
-        check_tensor(name, value, None if like is None else like.dtype)
+        check_tensor(name, value, parameter_dtype(self))
 
     def _like(self) -> Tensor:
         """What has the dtype and the device of samples: a parameter, else a buffer, else torch's
@@ -361,7 +361,8 @@ class Flow(nn.Module):
     def _can_capture(self, batch: int) -> bool:
         if not self.cuda_graph or batch == 0 or torch.is_grad_enabled():
             return False
-        return self._like().is_cuda and not torch.cuda.is_current_stream_capturing()
+        like = self._like()
+        return like.is_cuda and not is_capturing(like)
 
     def folded(self) -> AbstractContextManager[None]:
         """Passes of a frozen flow: what depends on parameters alone is computed once, on entry.

@@ -29,7 +29,8 @@ from coopflow_ext.ops import _call
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-# Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit.
+# Devices of the emulation (emulation.h): few blocks, so that kernels loop; one block; no limit;
+# few blocks with little shared memory.
 FEW_BLOCKS, ONE_BLOCK, ALL_BLOCKS, LITTLE_MEMORY = range(4)
 DRIVER = 13000  # the CUDA that the emulated driver serves: 13.0
 # Blocks of the check of indices (index_check.cpp).

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from coopflow_ext.coop.curves import CURVES, is_finite_number, points_of
-from coopflow_ext.coop.files import read_json, write_atomically
+from coopflow_ext.coop.files import read_object, write_atomically
 from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.study import page
 from coopflow_ext.coop.study.chart import LINES, line_chart, number
 from coopflow_ext.coop.study.quantities import LESS, PLANE, RUN, STUDIES, rows_of
-from coopflow_ext.errors import RunError
 
 # How pages call what chains start from, in the middle of a sentence.
 _STARTS = {
@@ -41,13 +40,6 @@ def report_run(path: Path) -> Path:
     return out
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: it must hold an object, got {content!r:.40}")
-    return content
-
-
 class _Report:
     """What a run's folder holds, read once."""
 
@@ -59,7 +51,7 @@ class _Report:
         self.done = max((line["step"] for line in self.metrics), default=0)
         self.finished = run.is_finished
         self.studies = {
-            name: _read_object(run.path / name / study.file)
+            name: read_object(run.path / name / study.file)
             for name, study in STUDIES.items()
             if (run.path / name / study.file).exists()
         }
@@ -110,7 +102,7 @@ class _Report:
     def divergence(self) -> dict[str, Any]:
         """What was left when it diverged, unless it went beyond that since."""
         path = self.run.divergence_path
-        facts = read_json(path) if path.exists() and not self.finished else {}
+        facts = read_object(path) if path.exists() and not self.finished else {}
         return facts if facts and facts["step"] >= self.done else {}
 
     def pictures(self) -> list[Path]:
