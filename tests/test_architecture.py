@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +115,14 @@ def test_only_a_few_files_speak_to_the_native_library() -> None:
     for path in MODULES:
         if layer_of(path) not in ("_extension", "ops", "rng", "_info"):
             assert not names(path) & {"native", "load_library"}, path
+
+
+def test_the_import_loads_neither_the_compiler_nor_an_extra() -> None:
+    """torch._dynamo takes three times as long as everything else."""
+    heavy = ["torch._dynamo", "matplotlib", "sklearn", "scipy", "torchmetrics", "arviz", "pytest"]
+    code = f"import sys, coopflow_ext; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
 
 
 def test_raw_arguments_of_the_step_stay_in_ops() -> None:

@@ -107,16 +107,17 @@ class ActNorm(Foldable, Transform):
             self._last_seen = bool(started)
         return self._last_seen
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="call flow.initialize(x) before compiling: ActNorm looks at its first batch"
-    )
     def _start(self, x: Tensor) -> None:
         if torch.compiler.is_exporting():
             raise ValueError(
                 "ActNorm starts from its first batch in training mode: call flow.initialize(x) "
                 "or flow.eval() before torch.export"
             )
-        if not self._is_initialized:  # in traced code that is news
+        if torch.compiler.is_compiling():
+            from coopflow_ext.flows.untraced import start
+
+            start(self._start, x)
+        elif not self._is_initialized:  # in traced code that is news
             self.initialize(x)
 
     @torch.no_grad()
