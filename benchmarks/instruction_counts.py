@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,9 @@ def cuda_tools() -> dict[str, str]:
     return {"nvcc": built["cuda_version"], "architectures": built["cuda_architectures"]}
 
 
-def count_cuda() -> dict[str, float]:
-    """Instructions per element of every kernel whose main loop stores.
+def count_cuda(arch: str | None = None) -> dict[str, float]:
+    """Instructions per element of every kernel whose main loop stores, or of those of an
+    architecture.
 
     Raises:
         CannotCountError: the disassembler is not installed.
@@ -130,7 +132,7 @@ def count_cuda() -> dict[str, float]:
     from coopflow_ext._extension import library_path
 
     try:
-        kernels = sass_report.read_kernels(Path(library_path()))
+        kernels = sass_report.read_kernels(Path(library_path()), arch)
     except sass_report.ToolMissingError as error:
         raise CannotCountError(str(error)) from error
     return {
@@ -152,20 +154,20 @@ def grown(kept: dict[str, float], now: dict[str, float]) -> list[str]:
 SIDES = {"cpu": (cpu_tools, count_cpu), "cuda": (cuda_tools, count_cuda)}
 
 
-def compare(side: str) -> list[str]:
-    """What grew on this side.
+def compare(side: str, count: Callable[[], dict[str, float]] | None = None) -> list[str]:
+    """What grew on this side, or of the part of it that ``count`` counts.
 
     Raises:
         CannotCountError: nothing to compare; the message is the reason.
     """
-    tools_of, count = SIDES[side]
+    tools_of, count_all = SIDES[side]
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     tools = tools_of()
     if side not in kept:
         raise CannotCountError(f"no {side} counts are kept")
     if kept[side]["tools"] != tools:
         raise CannotCountError(f"kept with {kept[side]['tools']}, here is {tools}")
-    return grown(kept[side]["counts"], count())
+    return grown(kept[side]["counts"], (count or count_all)())
 
 
 def update() -> None:

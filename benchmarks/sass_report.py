@@ -251,11 +251,11 @@ def find_tool(name: str) -> Path:
     )
 
 
-def disassemble(library: Path, option: str) -> Iterator[str]:
-    """Lines of `cuobjdump OPTION LIBRARY`."""
+def disassemble(library: Path, *options: str) -> Iterator[str]:
+    """Lines of `cuobjdump OPTIONS LIBRARY`."""
     folders = [str(find_tool(tool).parent) for tool in ("cuobjdump", "nvdisasm")]
     path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
-    command = [str(find_tool("cuobjdump")), option, str(library)]
+    command = [str(find_tool("cuobjdump")), *options, str(library)]
     done = subprocess.run(
         command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
@@ -264,24 +264,25 @@ def disassemble(library: Path, option: str) -> Iterator[str]:
     yield from done.stdout.splitlines()
 
 
-def read_kernels(library: Path) -> list[Kernel]:
-    """Every kernel of a library, once per architecture that it was compiled for.
+def read_kernels(library: Path, arch: str | None = None) -> list[Kernel]:
+    """Every kernel of a library, once per architecture that it was compiled for, or for this one.
 
-    A library is disassembled once in a process, which takes some seconds.
+    A library is disassembled once in a process, which takes half a minute for each architecture.
 
     Raises:
         ToolMissingError: the disassembler is not installed.
         RuntimeError: the disassembler failed; the message is its own.
     """
-    return _read_kernels(library, library.stat().st_mtime_ns if library.exists() else 0)
+    written_at = library.stat().st_mtime_ns if library.exists() else 0
+    return _read_kernels(library, () if arch is None else ("-arch", arch), written_at)
 
 
-@functools.lru_cache(maxsize=1)
-def _read_kernels(library: Path, _written_at: int) -> list[Kernel]:
+@functools.lru_cache(maxsize=2)
+def _read_kernels(library: Path, only: tuple[str, ...], _written_at: int) -> list[Kernel]:
     kernels: dict[tuple[str, str], Kernel] = {}
     for option in ("-res-usage", "-sass"):
         arch, kernel = "", None
-        for line in disassemble(library, option):
+        for line in disassemble(library, option, *only):
             if match := _ARCH.match(line):
                 arch = match[1]
             elif match := _FUNCTION.match(line):

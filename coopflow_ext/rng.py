@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from coopflow_ext import _extension
+from coopflow_ext._export import is_exporting
 
 _SEED_LIMIT: Final = 2**64
 TIME_LIMIT: Final = 2**32
@@ -55,7 +56,7 @@ def _to_signed(word: int) -> int:
 
 def _refuse_export() -> None:
     """ValueError while torch.export traces: the program would draw the same numbers at each run."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise ValueError(
             "a key would become a constant of the exported program, which would draw the same "
             "numbers at each run; let the program take what is drawn (eps, z, xi) or the tensor "

@@ -28,7 +28,7 @@ BENCHMARKS = {"analytic_langevin_chain": "sampler"}
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
-    ("errors", "_version", "_optional", "_tensors", "_recording", "autocast"),
+    ("errors", "_version", "_optional", "_export", "_tensors", "_recording", "autocast"),
     ("_extension", "_info"),
     ("reference",),
     ("ops",),
@@ -44,6 +44,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Names of torch that it marks as its own and that have no public equal.
 PRIVATE_NAMES_OF_TORCH = {
     "_functorch",
+    "_is_exporting_flag",
     "_has_any_global_hook",
     "_assert_async",
     "_call_impl",

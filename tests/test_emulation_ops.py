@@ -117,6 +117,7 @@ def test_every_kernel_fits_the_gpu_with_the_least_shared_memory(
     _assert_agrees(found, expected, shape)
 
 
+@pytest.mark.slow
 def test_every_kernel_and_template_variant_runs(emulation: harness.Emulation) -> None:
     """A new kernel needs a case in cuda_emulation/cases.py that reaches all its variants."""
     emulation.take_launches()

@@ -106,7 +106,8 @@ def test_checkpointed_chains_enter_autocast_again():
     assert all(in_autocast)
 
 
-def test_autocast_in_one_compiled_graph():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_autocast_in_one_compiled_graph(backend):
     flow, x = flowpp(), images()
 
     def log_prob(x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def test_autocast_in_one_compiled_graph():
             return flow.log_prob(x, key=KEY)
 
     with torch.no_grad():
-        compiled = torch.compile(log_prob, fullgraph=True)(x)
+        compiled = torch.compile(log_prob, fullgraph=True, backend=backend)(x)
         torch.testing.assert_close(compiled, log_prob(x), rtol=1e-2, atol=1.0)
 
 

@@ -542,12 +542,21 @@ def tensor_ops() -> list[str]:
     ]
 
 
-def opchecks() -> Iterator[tuple[str, torch.dtype, bool]]:
+# Their second derivative, which is the reference's, takes torch 8 to 20 s to trace.
+LONG_CHECKS = {
+    "attention_backward",
+    "mixture_logistic_coupling_backward",
+    "mixture_logistic_coupling_inverse_backward",
+}
+
+
+def opchecks() -> Iterator[Any]:
     for name in tensor_ops():
         yield name, torch.float64, False
         yield name, torch.bfloat16, False
         if not getattr(native(), name).default._schema.is_mutable:
-            yield name, torch.float64, True
+            marks = [pytest.mark.slow] * (name in LONG_CHECKS)
+            yield pytest.param(name, torch.float64, True, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "dtype", "requires_grad"), list(opchecks()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -78,20 +77,26 @@ def test_element_size_is_the_first_template_argument(symbol: str, size: int | No
     assert sass_report.Kernel(symbol, "sm_90").item_bytes == size
 
 
-@functools.cache
-def _kernels() -> list[Any]:
+@pytest.fixture(params=["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
+def arch(request: pytest.FixtureRequest) -> str:
+    """Half a minute each to disassemble."""
+    return str(request.param)
+
+
+@pytest.fixture
+def kernels(arch: str) -> list[Any]:
     """The kernels of the library under test; skips where there is nothing to read."""
     try:
-        kernels = sass_report.read_kernels(_extension.library_path())
+        found = sass_report.read_kernels(_extension.library_path(), arch)
     except sass_report.ToolMissingError as error:
         pytest.skip(str(error))
-    if not kernels:
-        pytest.skip("the native library was built without CUDA code")
-    return kernels
+    if not found:
+        pytest.skip(f"the native library was built without machine code for {arch}")
+    return list(found)
 
 
-def _named(pattern: str) -> list[Any]:
-    found = [kernel for kernel in _kernels() if kernel.name.startswith(pattern)]
+def _named(kernels: list[Any], pattern: str) -> list[Any]:
+    found = [kernel for kernel in kernels if kernel.name.startswith(pattern)]
     assert found, f"no kernel {pattern}"
     return found
 
@@ -125,9 +130,8 @@ def test_worse_leaves_out_architectures_without_limits() -> None:
     assert sass_report.worse([_kernel()], {"sm_80 scale<float, 4>": {"registers": 1}}) == []
 
 
-def test_no_kernel_is_worse_than_its_limits() -> None:
+def test_no_kernel_is_worse_than_its_limits(kernels: list[Any]) -> None:
     """`sass_report.py --write-limits` renews them; say in the commit why a kernel got worse."""
-    kernels = _kernels()
     committed = json.loads(LIMITS.read_text())
     compiler = sass_report.cuda_version(_extension.library_path())
     if compiler != committed["cuda_version"]:
@@ -136,6 +140,14 @@ def test_no_kernel_is_worse_than_its_limits() -> None:
             f"with {compiler}"
         )
     assert sass_report.worse(kernels, committed["limits"]) == []
+
+
+def test_no_count_of_a_kernel_grew(arch: str) -> None:
+    counts = pytest.importorskip("instruction_counts")
+    try:
+        assert counts.compare("cuda", lambda: counts.count_cuda(arch)) == []
+    except counts.CannotCountError as error:
+        pytest.skip(str(error))
 
 
 def _arrays_of_a_chain(name: str) -> int:
@@ -151,10 +163,10 @@ def _arrays_of_a_chain(name: str) -> int:
     return arrays * cf.ops.MOST_ELEMENTS_ON_CUDA * (4 if match[2] == "float" else 8)
 
 
-def test_no_kernel_spills_or_has_a_stack_frame() -> None:
+def test_no_kernel_spills_or_has_a_stack_frame(kernels: list[Any]) -> None:
     wasteful = [
         (kernel.arch, kernel.name, kernel.stack_bytes)
-        for kernel in _kernels()
+        for kernel in kernels
         if (kernel.stack_bytes or kernel.count("LDL", "STL"))
         and kernel.stack_bytes != _arrays_of_a_chain(kernel.name)
     ]
@@ -162,39 +174,43 @@ def test_no_kernel_spills_or_has_a_stack_frame() -> None:
 
 
 @pytest.mark.parametrize("dtype_and_width", ["float, 4", "bfloat16, 8", "float16, 8", "double, 4"])
-def test_aligned_langevin_update_moves_16_bytes_at_a_time(dtype_and_width: str) -> None:
-    for kernel in _named(f"langevin_step_kernel<{dtype_and_width}, false"):
+def test_aligned_langevin_update_moves_16_bytes_at_a_time(
+    kernels: list[Any], dtype_and_width: str
+) -> None:
+    for kernel in _named(kernels, f"langevin_step_kernel<{dtype_and_width}, false"):
         facts = kernel.facts()
         assert facts["loads_16_bytes"] >= 2  # x and grad
         assert facts["stores_16_bytes"] == facts["stores"]
 
 
 @pytest.mark.parametrize("dtype_and_width", ["float, 4", "bfloat16, 8"])
-def test_plain_langevin_update_stays_memory_bound(dtype_and_width: str) -> None:
+def test_plain_langevin_update_stays_memory_bound(kernels: list[Any], dtype_and_width: str) -> None:
     """On an H200 fewer than 47 instructions per bfloat16 element hide behind its memory traffic."""
-    for kernel in _named(f"langevin_step_kernel<{dtype_and_width}, false"):
+    for kernel in _named(kernels, f"langevin_step_kernel<{dtype_and_width}, false"):
         assert kernel.instructions_per_element <= 40, (kernel.arch, kernel.name)
 
 
-def _mixtures(dtype: str) -> list[Any]:
+def _mixtures(kernels: list[Any], dtype: str) -> list[Any]:
     """Forward, inverse and backward with 32 components."""
-    return _named(f"mixture_coupling_kernel<{dtype}, 32,") + _named(
-        f"mixture_coupling_backward_kernel<{dtype}, 32,"
+    return _named(kernels, f"mixture_coupling_kernel<{dtype}, 32,") + _named(
+        kernels, f"mixture_coupling_backward_kernel<{dtype}, 32,"
     )
 
 
 @pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
-def test_mixture_kernels_with_32_components_leave_room_for_16_warps(dtype: str) -> None:
+def test_mixture_kernels_with_32_components_leave_room_for_16_warps(
+    kernels: list[Any], dtype: str
+) -> None:
     """A quarter of those that fit on sm_90; 222 registers had let in an eighth."""
-    for kernel in _mixtures(dtype):
+    for kernel in _mixtures(kernels, dtype):
         assert kernel.registers <= 128, (kernel.arch, kernel.name)
         assert not kernel.stack_bytes, (kernel.arch, kernel.name)
 
 
 @pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
-def test_mixture_backward_reads_nothing_between_its_writes(dtype: str) -> None:
+def test_mixture_backward_reads_nothing_between_its_writes(kernels: list[Any], dtype: str) -> None:
     """The gradients of 16 components in registers, three writes each, wait for no read."""
-    for kernel in _named(f"mixture_coupling_backward_kernel<{dtype}, 32,"):
+    for kernel in _named(kernels, f"mixture_coupling_backward_kernel<{dtype}, 32,"):
         memory = "".join(
             "r" if i.is_a("LDG", "LD") else "w"
             for i in kernel.instructions
@@ -204,9 +220,11 @@ def test_mixture_backward_reads_nothing_between_its_writes(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float", "bfloat16", "float16"])
-def test_mixture_inverse_with_32_components_is_arithmetic_alone(dtype: str) -> None:
+def test_mixture_inverse_with_32_components_is_arithmetic_alone(
+    kernels: list[Any], dtype: str
+) -> None:
     """One thread took 499 instructions; two share the components, not the search."""
-    for kernel in _named(f"mixture_coupling_kernel<{dtype}, 32, 2, true>"):
+    for kernel in _named(kernels, f"mixture_coupling_kernel<{dtype}, 32, 2, true>"):
         assert 32 * 10 < kernel.instructions_per_evaluation <= 1.12 * 499, (
             kernel.arch, kernel.name,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext._export import is_exporting
 from coopflow_ext.autocast import full_precision
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.folding import Foldable, by_kind
@@ -108,7 +109,7 @@ class ActNorm(Foldable, Transform):
         return self._last_seen
 
     def _start(self, x: Tensor) -> None:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise ValueError(
                 "ActNorm starts from its first batch in training mode: call flow.initialize(x) "
                 "or flow.eval() before torch.export"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coopflow_ext._export import is_exporting
 from coopflow_ext.ops import _call
 
 
@@ -46,7 +47,7 @@ def uniform(
 
 def _drawn(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype) -> Tensor:
     # An exported program runs where the operators of this package's Python code are not.
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         drawn: Tensor = _traced_draw(op, list(shape), rng, step, dtype)
         return drawn
     return _draw(op, shape, rng, step, dtype)
