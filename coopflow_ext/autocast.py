@@ -103,10 +103,18 @@ def float32_precision() -> tuple[str, ...]:
     return tuple(each.fp32_precision for each in settings)
 
 
-def as_it_is(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What enters again the autocast of this moment, for a pass that is recomputed later."""
+def as_it_is(
+    device_type: str, *, keeps_casts: bool = True
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What enters again the autocast of this moment, for a pass that is recomputed later.
+
+    Args:
+        keeps_casts: of weights, to its end. Those made without gradients are used by torch 2.10
+            where gradients are wanted, and the weights then get none.
+    """
     if device_type == "meta":
         return nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype, enabled=enabled)
+    cached = keeps_casts and torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=cached)

@@ -117,17 +117,19 @@ class _Recompute(torch.autograd.Function):
         witnesses: dict[int, Tensor] = {}
         stack: list[Tensor] = []
         total = x.new_zeros(x.shape[0])
-        for index, step in enumerate(steps):
-            if index % every == 0:
-                witnesses[index] = _witness(x)
-            if isinstance(step, _Factor):
-                x = _push(x, stack) if step is _Factor.OUT else _pop(x, stack)
-            else:
-                with folding(step, WeightNormed):  # the weights of one step at a time
-                    x, ladj = step.call_and_ladj(x, context)
-                total = total + ladj
+        ctx.autocast = as_it_is(x.device.type, keeps_casts=False)
+        with ctx.autocast():
+            for index, step in enumerate(steps):
+                if index % every == 0:
+                    witnesses[index] = _witness(x)
+                if isinstance(step, _Factor):
+                    x = _push(x, stack) if step is _Factor.OUT else _pop(x, stack)
+                else:
+                    with folding(step, WeightNormed):  # the weights of one step at a time
+                        x, ladj = step.call_and_ladj(x, context)
+                    total = total + ladj
         ctx.steps, ctx.context = steps, replace(context, aux=None)
-        ctx.checked, ctx.autocast = list(witnesses), as_it_is(x.device.type)
+        ctx.checked = list(witnesses)
         ctx.folded = as_folded_here()
         ctx.deferred = _deferred.get()  # of this thread: a backward pass may run in another
         ctx.save_for_backward(x, aux, *witnesses.values())
