@@ -109,8 +109,12 @@ def contestants(
 
 
 def check(runs: dict[str, Callable[[], Any]], x: Tensor, grad: Tensor) -> None:
-    """The residual of each variant is standard normal, to 5 sigma and rounding; clamps hold."""
+    """The residual of each variant is standard normal, to 5 sigma and rounding; clamps hold.
+
+    torch 2.10 and 2.11 draw half-precision normals of variance 0.985 on a CPU: theirs may have it.
+    """
     n = x.numel()
+    torchs_variance = torch.empty_like(x).normal_().double().var().item()
     start = torch.rand_like(x) * 0.6 - 0.3
     expected = start.double() - DRIFT * grad.double()
     # Three roundings of values below 1.
@@ -125,7 +129,8 @@ def check(runs: dict[str, Callable[[], Any]], x: Tensor, grad: Tensor) -> None:
         mean, variance = residual.mean().item(), residual.var().item()
         assert abs(mean) <= 5 / math.sqrt(n) + torch.finfo(x.dtype).eps, f"{name}: mean {mean}"
         allowed = 5 * math.sqrt(2 / n) + rounding + 1e-3  # the clamped tail: under 1e-3
-        assert abs(variance - 1) <= allowed, f"{name}: variance {variance}"
+        wanted = (1.0,) if name == "ours" else (1.0, torchs_variance)
+        assert min(abs(variance - w) for w in wanted) <= allowed, f"{name}: variance {variance}"
         x.fill_(3)
         run()
         assert bool((x == CLAMP[1]).all()), f"{name}: no clamp"

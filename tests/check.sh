@@ -2,10 +2,10 @@
 # The long tier (`make check`) in three parts, all by default:
 #   tests    every test that needs no GPU, the slow ones included
 #   sanitize the CPU library under sanitizers and valgrind, see tests/sanitize.sh
-#   wheels   the source distribution, a manylinux wheel made from it, and the tests of the operators
-#            with that wheel beside other torch versions, each in a fresh virtual environment; the wheel
-#            imported by the other Python versions that are found; needs the package index and about
-#            10 GB of disk while it runs
+#   wheels   the source distribution, a manylinux wheel made from it, and the quick tests with that
+#            wheel beside other torch versions, each in a fresh virtual environment, but for those of
+#            the sources; the wheel imported by the other Python versions that are found; needs the
+#            package index and about 10 GB of disk while it runs
 # The log of a part that passed is docs/check-PART.txt.
 #
 #   tests/check.sh PYTHON [PART…]      PYTHON: the project's development environment
@@ -24,7 +24,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p docs build
 
-source tests/op_tests.sh
+# What these test lies in csrc/, in the package's source text, or in a folder where it was built.
+of_the_sources=(architecture build emulation_checks emulation_ops instruction_counts sass_report)
 
 # Makes $work/venv with this Python, the wheel and these packages, and imports it away from the source
 # tree.
@@ -41,12 +42,14 @@ assert cf.ops.normal((2, 3), cf.Key(0).tensor()).isfinite().all()")
 }
 
 beside_torch() { # wheel, requirement
-  local started=$SECONDS
+  local started=$SECONDS ignored=("${of_the_sources[@]/#/--ignore=tests/test_}")
   echo "=== the wheel beside $2"
-  install "$python" "$@" pytest pytest-timeout pytest-benchmark hypothesis scipy mpmath
-  cp -r tests benchmarks conftest.py pyproject.toml "$work/tree/"
-  (cd "$work/tree" && "$work/venv/bin/python" -m pytest -q -p no:cacheprovider \
-    -m "not gpu and not slow" "${op_tests[@]}")
+  install "$python" "$1[train,diagnostics]" "$2" pytest pytest-timeout pytest-xdist \
+    pytest-benchmark hypothesis scipy mpmath
+  git ls-files -z -- . ':!coopflow_ext' ':!csrc' | xargs -0 cp --parents -t "$work/tree"
+  (cd "$work/tree" && "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
+    -m "not gpu and not slow" -k "not gpu_check" \
+    "${ignored[@]/%/.py}")
   echo "=== $2: right, $((SECONDS - started)) s"
 }
 
