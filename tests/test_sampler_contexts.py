@@ -105,7 +105,7 @@ def change_parameters(module: Scaled, u: Tensor) -> Tensor:
         (lambda m, u: u[:2], ValueError, r"energy must return one value.*got shape \(2,\)"),
         (lambda m, u: u.detach(), ValueError, "energy returned a tensor detached from x"),
         (lambda m, u: u.long(), TypeError, "energy must return floating-point numbers"),
-        (lambda m, u: u + 0j, TypeError, "energy must return floating-point numbers"),
+        (lambda m, u: u.cfloat(), TypeError, "energy must return floating-point numbers"),
         (lambda m, u: None, TypeError, "energy must return a tensor, got NoneType"),
         (lambda m, u: (u, u), TypeError, "energy must return a tensor, got tuple"),
     ],
