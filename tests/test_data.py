@@ -159,6 +159,24 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
     assert prefetched[3].shape == (4, 1, 2, 2)
 
 
+@pytest.mark.gpu
+def test_gpu_batches_are_copied_on_the_stream_that_asks() -> None:
+    """On another they could be used while they are being copied."""
+    used = set()
+
+    class Watched(Batches):
+        def __getitem__(self, step: int) -> torch.Tensor:
+            used.add(torch.cuda.current_stream())
+            return super().__getitem__(step)
+
+    prefetched = Prefetch(Watched(counting_data(10), 4, Key(0), device="cuda"))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch.equal(prefetched[0].cpu(), Batches(counting_data(10), 4, Key(0))[0])
+        prefetched[2]
+    assert used == {stream}
+
+
 def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
     data = load("patches")
     plain, flipped = Batches(data, 400, Key(1)), Batches(data, 400, Key(1), flip=True)

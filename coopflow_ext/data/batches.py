@@ -88,7 +88,8 @@ class Batches:
 
 
 class Prefetch:
-    """Makes the next batches in a thread of its own while the device works on the last.
+    """Makes the next batches in a thread of its own while the device works on the last, on the
+    stream that is the current one where they are asked for.
 
     Args:
         batches: gives batch number ``step``.
@@ -105,8 +106,15 @@ class Prefetch:
 
     def _future(self, step: int) -> Future[Tensor]:
         if step not in self._pending:
-            self._pending[step] = self._pool.submit(self.batches.__getitem__, step)
+            device = self.batches.device
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            self._pending[step] = self._pool.submit(self._make, step, stream)
         return self._pending[step]
+
+    def _make(self, step: int, stream: torch.cuda.Stream | None) -> Tensor:
+        # A thread has streams of its own, and would hand over what is still being copied.
+        with torch.cuda.stream(stream):
+            return self.batches[step]
 
     def __getitem__(self, step: int) -> Tensor:
         """The same as ``batches[step]``; an error in the thread is raised here."""
