@@ -11,8 +11,8 @@ Contestants, same models, same batches:
   operators of the networks from ``plain.py``;
 - reference, randn: the same with noise from ``torch.randn``, what a user would write.
 
-On CUDA ours captures its chain, so that the chain is one part there; the references run theirs as a
-loop. Parts are waited for.
+On CUDA ours captures its chain, so that the chain is one part there, and its flow's sampling; the
+references run theirs operator by operator. Parts are waited for.
 """
 
 from __future__ import annotations
@@ -161,14 +161,23 @@ def timed_updates(totals: dict[str, float], replaced: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_graphs(trainer: Trainer) -> Iterator[None]:
+    """Chains as loops, and the flow's passes operator by operator, as plain PyTorch has them."""
+    with (
+        mock.patch.object(LangevinSampler, "_can_capture", return_value=False),
+        mock.patch.object(trainer.model.flow, "cuda_graph", False),
+    ):
+        yield
+
+
 def time_iteration(trainer: Trainer, variant: str) -> tuple[dict[str, float], Any]:
     """Seconds of each part of the next iteration, and its numbers."""
     totals: dict[str, float] = defaultdict(float)
     replacements, device = VARIANTS[variant], trainer.device
-    by_loop = {} if variant == OURS else {"_can_capture": lambda *_: False}
     with (
         mock.patch.multiple(ops, **replacements),
-        mock.patch.multiple(LangevinSampler, **by_loop) if by_loop else nullcontext(),
+        nullcontext() if variant == OURS else _without_graphs(trainer),
         timed(totals, trainer.model, "propose", "proposal", device),
         timed(totals, trainer, "run_chain", "Langevin", device),
         nullcontext() if trainer.device.type == "cuda" and variant == OURS
