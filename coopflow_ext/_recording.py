@@ -237,7 +237,9 @@ def _no_synchronisation() -> Iterator[None]:
     if torch.cuda.get_sync_debug_mode() != 0:
         yield
         return
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # that the mode is a prototype, which is not the user's matter
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

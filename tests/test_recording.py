@@ -3,6 +3,7 @@ test_sampler_graph.py."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -54,6 +55,8 @@ class FakeCuda:
         return self.sync_mode
 
     def set_sync_debug_mode(self, mode):
+        if mode != "default":  # torch says so the first time
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
         self.sync_mode = {"default": 0, "error": 2}[mode]
 
     @contextmanager
@@ -89,6 +92,7 @@ class FakeCuda:
         return recording
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     cuda.record()
