@@ -4,8 +4,9 @@
 #   sanitize the CPU library under sanitizers and valgrind, see tests/sanitize.sh
 #   wheels   the source distribution, a manylinux wheel made from it, and the quick tests with that
 #            wheel beside other torch versions, each in a fresh virtual environment, but for those of
-#            the sources; the wheel imported by the other Python versions that are found; needs the
-#            package index and about 10 GB of disk while it runs
+#            the sources, and those that need a GPU on a stand-in (tests/stand_in_gpu/run.sh); the
+#            wheel imported by the other Python versions that are found; needs the package index and
+#            about 10 GB of disk while it runs
 # The log of a part that passed is docs/check-PART.txt.
 #
 #   tests/check.sh PYTHON [PART…]      PYTHON: the project's development environment
@@ -50,7 +51,20 @@ beside_torch() { # wheel, requirement
   (cd "$work/tree" && "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
     -m "not gpu and not slow" -k "not gpu_check" \
     "${ignored[@]/%/.py}")
+  on_the_stand_in_gpu
   echo "=== $2: right, $((SECONDS - started)) s"
+}
+
+# The tests for a GPU, where the headers are those of the CUDA that torch was built with.
+on_the_stand_in_gpu() {
+  local cuda headers=${CUDA_HOME:-/usr/local/cuda}/include/cuda_runtime_api.h
+  cuda=$("$work/venv/bin/python" -c 'import torch; print((torch.version.cuda or "none").split(".")[0])')
+  if ! grep -qs "define CUDART_VERSION *${cuda}0" "$headers"; then
+    echo "=== no stand-in GPU: no headers of CUDA $cuda, for which this torch was built"
+    return
+  fi
+  echo "=== the stand-in GPU"
+  (cd "$work/tree" && tests/stand_in_gpu/run.sh "$work/venv/bin/python" -q -n 2 -p no:cacheprovider tests)
 }
 
 find_python() { # 3.10: prints a program of that version, of the system, uv or pyenv

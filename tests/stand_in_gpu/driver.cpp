@@ -1,0 +1,26 @@
+// The driver's functions that a library of torch names when it is loaded, and does not call here.
+#define SUCCEEDS(name) \
+  extern "C" int name() { return 0; }
+
+SUCCEEDS(cuCtxGetCurrent)
+SUCCEEDS(cuCtxSetCurrent)
+SUCCEEDS(cuDeviceGet)
+SUCCEEDS(cuDeviceGetAttribute)
+SUCCEEDS(cuDevicePrimaryCtxRetain)
+SUCCEEDS(cuFuncGetAttribute)
+SUCCEEDS(cuFuncSetAttribute)
+SUCCEEDS(cuFuncSetCacheConfig)
+SUCCEEDS(cuGetErrorString)
+SUCCEEDS(cuLaunchCooperativeKernel)
+SUCCEEDS(cuLaunchKernel)
+SUCCEEDS(cuLinkAddData_v2)
+SUCCEEDS(cuLinkComplete)
+SUCCEEDS(cuLinkCreate_v2)
+SUCCEEDS(cuModuleGetFunction)
+SUCCEEDS(cuModuleLoad)
+SUCCEEDS(cuModuleLoadData)
+SUCCEEDS(cuModuleLoadDataEx)
+SUCCEEDS(cuModuleUnload)
+SUCCEEDS(cuOccupancyMaxActiveBlocksPerMultiprocessor)
+SUCCEEDS(cuPointerGetAttribute)
+SUCCEEDS(cuTensorMapEncodeTiled)
