@@ -98,3 +98,12 @@ def test_gpu_the_generator_of_the_device_decides_what_is_drawn():
     torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=0)
     assert not torch.equal(draws[0][0], draws[2][0])
     assert not torch.equal(draws[0][0], draws[0][1])
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros(3, device="cuda")
+    with torch.cuda.graph(graph):
+        x.copy_(torch.rand(3, device="cuda"))
+    torch.cuda.manual_seed(1)
+    for _ in range(2):
+        graph.replay()
+        draws.append(x.clone())
+    assert torch.equal(draws[3], draws[0][0])
+    assert not torch.equal(draws[3], draws[4])

@@ -229,6 +229,8 @@ class _Redirected:
         return tree_unflatten(results, found_spec)
 
     def _again(self, taken: list[Any], spec: Any, fresh: list[tuple[int, Tensor]]) -> None:
+        if self._draws:
+            _seed_by_the_devices_generator()
         found = tree_leaves(self._call(taken, spec))
         for i, target in fresh:
             target.copy_(found[i])
