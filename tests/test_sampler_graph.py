@@ -193,6 +193,10 @@ def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
     assert len(sampler._graphs._captured) == 4
     energy.layers[0].weight = nn.Parameter(torch.zeros_like(energy.layers[0].weight))
     assert run(5) == 7
+    hook = energy.layers[0].register_forward_hook(lambda module, given, out: 2 * out)
+    assert run(5) == 8
+    hook.remove()
+    assert run(5) == 8  # the one before is still there
 
 
 def test_model_kwargs(recorded):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._recording import hooks_of
 from coopflow_ext.energies import (
     DoubleWellEnergy,
     FunnelEnergy,
@@ -202,8 +203,7 @@ def _owner(gradient: Gradient) -> nn.Module | str:
 
 def changed_by_hand(module: nn.Module) -> str:
     """Why a module may compute something else than its type does; empty where it does not."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks):
+    if next(hooks_of(module), None) is not None:
         return f"{type(module).__name__} has hooks"
     if torch.nn.modules.module._has_any_global_hook():
         return "torch has hooks for all modules"
