@@ -220,12 +220,19 @@ class _Capture:
 def kind_of_module(module: nn.Module | None) -> Hashable:
     """What a capture of a module depends on: its modes and hooks, the precision that it runs in,
     and where its weights are, so that changes in place need no new capture."""
-    modules = [] if module is None else list(module.modules())
-    weights = [] if module is None else [*module.parameters(), *module.buffers()]
+    modes: list[bool] = []
+    hooks: list[int] = []
+    weights: list[Hashable] = []
+    for m in () if module is None else module.modules():  # once: it is asked at each call
+        modes.append(m.training)
+        hooks.extend(hooks_of(m))
+        for w in (*m._parameters.values(), *m._buffers.values()):
+            if w is not None:
+                weights.append((w.data_ptr(), w.dtype, w.shape))
     return (
-        tuple(m.training for m in modules),
-        tuple(hook for m in modules for hook in hooks_of(m)),
-        tuple((w.data_ptr(), w.dtype, w.shape) for w in weights),
+        tuple(modes),
+        tuple(hooks),
+        tuple(weights),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
         float32_precision(),
     )
@@ -234,7 +241,8 @@ def kind_of_module(module: nn.Module | None) -> Hashable:
 def hooks_of(module: nn.Module) -> Iterator[int]:
     """Their numbers, of which torch gives each out once."""
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        yield from getattr(module, name)
+        if hooks := getattr(module, name):
+            yield from hooks
 
 
 @contextmanager
