@@ -109,8 +109,9 @@ def as_it_is(
     """What enters again the autocast of this moment, for a pass that is recomputed later.
 
     Args:
-        keeps_casts: of weights, to its end. Those made without gradients are used by torch 2.10
-            where gradients are wanted, and the weights then get none.
+        keeps_casts: of weights and other leaves, to its end, whatever becomes of these until then.
+            Casts made without gradients are used by torch 2.10 where gradients are wanted, and the
+            weights then get none.
     """
     if device_type == "meta":
         return nullcontext

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -393,3 +394,46 @@ def test_copies_and_pickles(make, x0):
     expected = sampler(x0, key=KEY).x
     for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
         assert torch.equal(other(x0, key=KEY).x, expected)
+
+
+ALL_SAMPLERS = {
+    "steps": partial(cf.LangevinSampler, drift=0.1, noise=0.05),
+    "statistics": partial(cf.LangevinSampler, drift=0.1, stats=True, grad_norm=1.0),
+    "noise first": partial(
+        cf.LangevinSampler, drift=0.1, noise=0.05, noise_before_gradient=True, denoise=0.1
+    ),
+    "differentiable": partial(cf.LangevinSampler, drift=0.1, differentiable=True),
+    "last step": partial(cf.LangevinSampler, drift=0.1, differentiable="last"),
+    "segments": partial(
+        cf.LangevinSampler, drift=0.1, differentiable=True, checkpoint_every=3
+    ),
+    "MALA": partial(cf.MALASampler, step_size=0.1),
+    "underdamped": partial(cf.UnderdampedLangevinSampler, step_size=0.1, friction=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_score", [False, True])
+@pytest.mark.parametrize("name", ALL_SAMPLERS)
+def test_chains_in_the_callers_autocast(name: str, is_score: bool) -> None:
+    """Each step rounds the state of that step: autocast would keep the first one's."""
+    if is_score and name == "MALA":
+        return
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3 if is_score else 1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3)
+
+    def by_itself(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return net(x) if is_score else net(x).squeeze(-1)
+
+    def end(function: Callable[[Tensor], Tensor]) -> Tensor:
+        functions = {"score": function} if is_score else {"energy": function}
+        return ALL_SAMPLERS[name](**functions, n_steps=10)(x0, key=KEY).x
+
+    x0 = torch.randn(4, 3)
+    expected = end(by_itself)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(end(net), expected)
+    assert not torch.equal(end(net), expected)
