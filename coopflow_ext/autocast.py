@@ -38,19 +38,13 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False)
 
 
-@contextmanager
-def uncached_casts(device_type: str) -> Iterator[None]:
-    """Where autocast is on, it casts weights at each use, here and in further autocasts inside,
-    instead of keeping their casts to its end."""
+def uncached_casts(device_type: str) -> AbstractContextManager[Any]:
+    """Where autocast is on, it casts weights and other leaves at each use, here and in further
+    autocasts inside, instead of keeping their casts to its end: for what changes in place until
+    then, or is there longer."""
     if not autocast_is_on(device_type):
-        yield
-        return
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+        return nullcontext()
+    return as_it_is(device_type, keeps_casts=False)()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -109,9 +103,8 @@ def as_it_is(
     """What enters again the autocast of this moment, for a pass that is recomputed later.
 
     Args:
-        keeps_casts: of weights and other leaves, to its end, whatever becomes of these until then.
-            Casts made without gradients are used by torch 2.10 where gradients are wanted, and the
-            weights then get none.
+        keeps_casts: of leaves, to its end. Those made without gradients are used by torch 2.10
+            where gradients are wanted, and the weights then get none.
     """
     if device_type == "meta":
         return nullcontext

@@ -113,6 +113,7 @@ def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     assert cuda.sync_mode == 1
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_casts_of_weights_are_made_anew_in_the_callers_autocast(monkeypatch):
     """Those that its cache holds are gone when a graph that reads them is replayed."""
     FakeCuda(monkeypatch)

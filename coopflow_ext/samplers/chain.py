@@ -20,7 +20,7 @@ from coopflow_ext._tensors import (
     per_chain_view,
     table_row,
 )
-from coopflow_ext.autocast import as_it_is, autocast_is_on
+from coopflow_ext.autocast import uncached_casts
 from coopflow_ext.samplers.checks import check_like
 from coopflow_ext.samplers.gradient import Gradient, constant, parameters_of
 from coopflow_ext.samplers.inputs import first_rows, step_rows
@@ -361,11 +361,8 @@ class Chain:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model computes in."""
         dtype, device = self.plan.autocast, self.xs[0].device.type
-        if dtype is None:
-            # The caller's keeps the cast of a leaf, and the state is one that moves in place.
-            return (
-                as_it_is(device, keeps_casts=False)() if autocast_is_on(device) else nullcontext()
-            )
+        if dtype is None:  # the caller's, which would keep the cast of a state that moves in place
+            return uncached_casts(device)
         if not torch.amp.is_autocast_available(device):
             raise ValueError(f"autocast: torch has none on the device of x0, which is {device!r}")
         # Without autocast's cache of casts, which must not outlive a graph's capture.
