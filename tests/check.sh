@@ -25,8 +25,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p docs build
 
-# What these test lies in csrc/, in the package's source text, or in a folder where it was built.
-of_the_sources=(architecture build emulation_checks emulation_ops instruction_counts sass_report)
+# Without the tests of what lies in csrc/, in the package's source text, or in a folder where it was
+# built.
+without_sources=()
+for name in architecture build emulation_checks emulation_ops instruction_counts sass_report; do
+  without_sources+=("--ignore=tests/test_$name.py")
+done
 
 # Makes $work/venv with this Python, the wheel and these packages, and imports it away from the source
 # tree.
@@ -43,14 +47,13 @@ assert cf.ops.normal((2, 3), cf.Key(0).tensor()).isfinite().all()")
 }
 
 beside_torch() { # wheel, requirement
-  local started=$SECONDS ignored=("${of_the_sources[@]/#/--ignore=tests/test_}")
+  local started=$SECONDS
   echo "=== the wheel beside $2"
   install "$python" "$1[train,diagnostics]" "$2" pytest pytest-timeout pytest-xdist \
     pytest-benchmark hypothesis scipy mpmath
   git ls-files -z -- . ':!coopflow_ext' ':!csrc' | xargs -0 cp --parents -t "$work/tree"
   (cd "$work/tree" && "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -n 2 --dist loadfile \
-    -m "not gpu and not slow" -k "not gpu_check" \
-    "${ignored[@]/%/.py}")
+    -m "not gpu and not slow" -k "not gpu_check" "${without_sources[@]}")
   on_the_stand_in_gpu
   echo "=== $2: right, $((SECONDS - started)) s"
 }
@@ -64,7 +67,8 @@ on_the_stand_in_gpu() {
     return
   fi
   echo "=== the stand-in GPU"
-  (cd "$work/tree" && tests/stand_in_gpu/run.sh "$work/venv/bin/python" -q -n 2 -p no:cacheprovider tests)
+  (cd "$work/tree" && tests/stand_in_gpu/run.sh "$work/venv/bin/python" -q -n 2 -p no:cacheprovider \
+    "${without_sources[@]}")
 }
 
 find_python() { # 3.10: prints a program of that version, of the system, uv or pyenv

@@ -61,11 +61,12 @@ def test_training_is_the_same_in_every_mode(
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_half_precision_is_the_same_in_the_callers_autocast(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_precision_is_the_same_in_the_callers_autocast(tmp_path: Path, precision: str) -> None:
     """Which keeps casts of weights to its end, when they have long changed."""
-    low = {"precision": "bfloat16", "flow_precision": "bfloat16"}
-    alone = trained(nullcontext(), tmp_path / "alone", **low)
-    inside = trained(MODES["autocast"](), tmp_path / "inside", **low)
+    given = {"precision": precision, "flow_precision": precision}
+    alone = trained(nullcontext(), tmp_path / "alone", **given)
+    inside = trained(MODES["autocast"](), tmp_path / "inside", **given)
     assert all(torch.equal(inside[key], value) for key, value in alone.items())
 
 
