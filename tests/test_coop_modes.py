@@ -13,6 +13,7 @@ from test_coop_train import tiny
 from torch import Tensor
 
 from coopflow_ext import Key, coop
+from coopflow_ext.coop.model import EventSpec
 from coopflow_ext.coop.study.diagnose import diagnose_run
 from coopflow_ext.coop.study.evaluate import evaluate_run
 from coopflow_ext.coop.study.experiments import reconstruct_run
@@ -82,6 +83,18 @@ def test_a_run_is_loaded_and_studied_in_every_mode(tmp_path: Path, name: str) ->
         assert evaluate_run(run, n=20) == studied
         reconstruct_run(run, n=2)
         diagnose_run(run, n=4, factors=(2,))
+
+
+@pytest.mark.parametrize("flow", ["float32", "bfloat16"])
+@pytest.mark.parametrize("energy", ["float32", "bfloat16"])
+def test_samples_are_those_of_the_settings_in_the_callers_autocast(flow: str, energy: str) -> None:
+    model = coop.CoopFlow.from_config(
+        tiny(precision=energy, flow_precision=flow), EventSpec((1, 8, 8), 16)
+    )
+    expected = model.sample_pairs(4, Key(0))
+    with MODES["autocast"]():
+        for inside, alone in zip(model.sample_pairs(4, Key(0)), expected, strict=True):
+            assert torch.equal(inside, alone)
 
 
 def test_a_model_is_loaded_in_the_dtype_in_which_it_was_saved(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
-from coopflow_ext.autocast import in_precision
+from coopflow_ext.autocast import full_precision, in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents, naming
@@ -250,8 +250,15 @@ class CoopFlow(nn.Module):
         return low + (high - low) * u
 
     def refine(self, x0: Tensor, key: Key | None = None) -> Tensor:
-        """The states of the Langevin chains that start at x0 (B, *event_shape)."""
-        x = self.sampler(x0, key=key).x
+        """The states of the Langevin chains that start at x0 (B, *event_shape).
+
+        Of a model made from settings it is these that say the precision, whatever autocast the
+        caller is in, as of :meth:`propose`.
+        """
+        from_settings = self.config is not None
+        # Of bfloat16 the sampler enters autocast itself.
+        with full_precision(x0.device.type) if from_settings else nullcontext():
+            x = self.sampler(x0, key=key).x
         assert isinstance(x, Tensor)
         return x
 
