@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,21 @@ def parameter_dtype(module: nn.Module) -> torch.dtype | None:
     """That of the first parameter; None without one, as in replicas and quantized modules."""
     first = next(module.parameters(), None)
     return None if first is None else first.dtype
+
+
+def as_tensor(name: str, value: Any, **options: Any) -> Tensor:
+    """``torch.as_tensor`` whose errors name the argument.
+
+    Raises:
+        TypeError: ``value`` is neither a tensor nor numbers.
+    """
+    try:
+        return torch.as_tensor(value, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(value, Tensor):
+            raise
+        got = type(value).__name__
+        raise TypeError(f"{name} must be a tensor or numbers, got {got}: {error}") from error
 
 
 def check_tensors(**arguments: object) -> None:

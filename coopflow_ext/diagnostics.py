@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count
 from coopflow_ext._optional import require
-from coopflow_ext.samplers.checks import check_count
+from coopflow_ext._tensors import check_tensor, check_tensors
 from coopflow_ext.samplers.mala import MALAOutput
 from coopflow_ext.samplers.output import SamplerOutput
 from coopflow_ext.samplers.underdamped import UnderdampedOutput
@@ -67,11 +68,12 @@ def autocorrelation(samples: Tensor, max_lag: int | None = None) -> Tensor:
     Raises:
         ValueError: max_lag is not in [0, T − 1], or samples are complex or 0-d.
     """
+    check_tensors(samples=samples)
     if samples.is_complex() or samples.ndim == 0:
         raise ValueError(f"samples must be real, (T, …), got {samples.dtype} of {samples.shape}")
     n = samples.shape[0]
-    max_lag = n - 1 if max_lag is None else max_lag
-    if not 0 <= max_lag < n:
+    max_lag = n - 1 if max_lag is None else check_count("max_lag", max_lag, 0)
+    if max_lag >= n:
         raise ValueError(f"max_lag must be in [0, {n - 1}], got {max_lag}")
     samples = samples.double()
     covariance = _autocovariance(samples)
@@ -81,8 +83,7 @@ def autocorrelation(samples: Tensor, max_lag: int | None = None) -> Tensor:
 
 def _finite_only(estimate: Any, samples: Tensor, *, min_chains: int) -> Tensor:
     """``estimate`` of (T, B, E), reshaped to the event; NaN where a sample is not finite."""
-    if not samples.is_floating_point():
-        raise TypeError(f"samples must be floating point, got {samples.dtype}")
+    check_tensor("samples", samples)
     if samples.ndim < 2 or samples.shape[0] < 4 or samples.shape[1] < min_chains:
         raise ValueError(
             f"samples must be (T, B, …) with T ≥ 4 draws and B ≥ {min_chains} chains, "
@@ -173,6 +174,7 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
         ImportError: arviz is not installed.
     """
     check_count("thin", thin, 1)
+    _check_output(out)
     arviz = require("arviz", extra="diagnostics")
     if out.trajectory is None:
         raise ValueError("out has no trajectory; make the sampler with return_trajectory=True")
@@ -191,6 +193,11 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
             raise ValueError(f"thin={thin} does not fit a trajectory of {kept} states")
         groups["sample_stats"] = {name: _chain_first(v) for name, v in columns.items()}
     return arviz.from_dict(**groups)
+
+
+def _check_output(out: object) -> None:
+    if not isinstance(out, Output):
+        raise TypeError(f"out must be what a sampler returns, got {type(out).__name__}")
 
 
 def _chain_first(x: Tensor) -> Any:
@@ -213,6 +220,8 @@ def plot(out: Output, *, max_chains: int = 16) -> Any:
         ImportError: matplotlib is not installed.
     """
     figures = require("matplotlib.figure", extra="train", distribution="matplotlib")
+    _check_output(out)
+    check_count("max_chains", max_chains, 0)
     if out.stats is None:
         raise ValueError("out has no statistics; make the sampler with stats=True")
     traces = {"energy": out.stats.energy, "gradient norm": out.stats.grad_norm}

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext._tensors import Coefficient
-from coopflow_ext.samplers.checks import check_count, check_flag, check_number, check_steps
+from coopflow_ext._checks import check_count, check_flag, check_number
+from coopflow_ext._tensors import Coefficient, as_tensor
+from coopflow_ext.samplers.checks import check_steps
 from coopflow_ext.samplers.gradient import StateFunction
 from coopflow_ext.samplers.langevin import LangevinSampler
 from coopflow_ext.samplers.schedule import Schedule, coefficient, per_chain, sqrt
@@ -475,7 +476,7 @@ def cdrl(
     k = check_number("network_scale", network_scale, minimum=0.0, exclusive=True)
     strength = torch.as_tensor(s / (k * sigma), dtype=torch.float64, device="cpu").square()
     if is_final is not None:
-        strength = strength * ~torch.as_tensor(is_final, dtype=torch.bool, device="cpu")
+        strength = strength * ~as_tensor("is_final", is_final, dtype=torch.bool, device="cpu")
     return _sampler(
         energy,
         {"negative_energy": True, **overrides},
@@ -542,7 +543,8 @@ def eqm(
     network takes them as ``step_kwargs``. Wang and Du, 2025; raywang4/EqM, sample_gd.py, samplers
     gd and ngd (whose μ is 0.3).
     """
-    row: dict[str, Any] = {"n_steps": n_steps, "drift": step_size, "noise": 0.0}
+    drift = coefficient("step_size", step_size, n_steps)
+    row: dict[str, Any] = {"n_steps": n_steps, "drift": drift, "noise": 0.0}
     if momentum is not None:
         row.update(momentum=momentum, nesterov=True)
     return _sampler(None, overrides, score=score, **row)

@@ -172,11 +172,14 @@ class Key:
     @classmethod
     def or_default(cls, key: object) -> Key:
         """``key`` itself; for None one :meth:`from_default_generator`; else a TypeError."""
-        if key is None:
-            return cls.from_default_generator()
+        return cls.from_default_generator() if key is None else cls.check(key, " or None,")
+
+    @classmethod
+    def check(cls, key: object, otherwise: str = "") -> Key:
+        """``key`` itself; a TypeError where it is none, which says what else is allowed."""
         if not isinstance(key, Key):
             kind = type(key).__name__
-            raise TypeError(f"key must be a Key, such as cf.Key(0), or None, got {kind}")
+            raise TypeError(f"key must be a Key, such as cf.Key(0),{otherwise} got {kind}")
         return key
 
     @classmethod

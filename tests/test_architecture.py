@@ -28,7 +28,7 @@ BENCHMARKS = {"analytic_langevin_chain": "sampler"}
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
-    ("errors", "_version", "_optional", "_export", "_tensors", "_recording", "autocast"),
+    ("errors", "_version", "_optional", "_export", "_checks", "_tensors", "_recording", "autocast"),
     ("_extension", "_info"),
     ("reference",),
     ("ops",),

@@ -510,6 +510,11 @@ def test_pip_install_without_cuda(editable: bool, tmp_path: Path) -> None:
     location, info = json.loads(done.stdout)
     assert Path(location).is_relative_to(tree if editable else prefix)
     assert info["cuda_version"] == ""
+    # Type checkers find the package in the new environment, and run nothing there to do so.
+    reveal = "import coopflow_ext as cf; reveal_type(cf.Key(0))"
+    flags = ("--python-executable", python, "--ignore-missing-imports", "--cache-dir", os.devnull)
+    done = _run(sys.executable, "-m", "mypy", *flags, "-c", reveal, cwd=tmp_path)
+    assert '"coopflow_ext.rng.Key"' in done.stdout, done.stdout
 
 
 @in_source_tree

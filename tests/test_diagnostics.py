@@ -107,7 +107,7 @@ def test_bad_samples():
         diagnostics.ess(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"B ≥ 2"):
         diagnostics.split_rhat(torch.zeros(10, 1))
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match="floating-point"):
         diagnostics.ess(torch.zeros(10, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="max_lag"):
         diagnostics.autocorrelation(torch.zeros(10, 2), max_lag=10)

@@ -518,7 +518,7 @@ def test_messages_about_types_name_argument_and_types(dtype):
         (lambda: flows.realnvp(4, net="conv"), "needs image_shape"),
         (lambda: flows.realnvp(4, net="lstm"), "net must be"),
         (lambda: flows.realnvp(4, couplings=0), "couplings must be ≥ 1"),
-        (lambda: flows.realnvp(4, widths=(8, 0)), r"widths must be ≥ 1, got \(8, 0\)"),
+        (lambda: flows.realnvp(4, widths=(8, 0)), r"widths\[1\] must be ≥ 1, got 0"),
         (lambda: flows.realnvp(4, dropout=1.0), "dropout must be"),
         (lambda: flows.realnvp(image_shape=(1, 6, 6)), "multiples of 4"),
         (lambda: flows.glow((8, 8)), r"image_shape must be \(C, H, W\)"),

@@ -200,7 +200,7 @@ def test_what_is_not_honoured_is_refused(torchebm):
         LangevinDynamics(Quadratic(), clamp=(1, 0))
     with pytest.raises(TypeError, match="clamp must be a pair"):
         LangevinDynamics(Quadratic(), clamp=1.0)
-    with pytest.raises(TypeError, match="energy must be callable, got int"):
+    with pytest.raises(TypeError, match="model must be callable, got int"):
         LangevinDynamics(3)
     with pytest.raises(TypeError, match="grad_clp"):
         LangevinDynamics(Quadratic(), grad_clp=1.0)

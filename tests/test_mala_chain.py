@@ -361,7 +361,7 @@ def test_bad_types_are_named() -> None:
         call(step_size=None)
     network = {key: arguments()[key] for key in ("x0", "weights", "biases", "rng")}
     options = {"accept_rng": ACCEPT.tensor(), "n_steps": 1, "step_size": 0.1}
-    with pytest.raises(ValueError, match=r"mlp_mala_chain: activation must be one of silu"):
+    with pytest.raises(ValueError, match=r"mlp_mala_chain: activation must be one of 'silu'"):
         cf.ops.mlp_mala_chain(**network, activation="sine", **options)
     network["weights"] = network["weights"][:1]
     with pytest.raises(ValueError, match=r"mlp_mala_chain: weights: must be 2 to 5 matrices"):

@@ -237,8 +237,8 @@ def test_what_does_not_fit_is_named(device: torch.device) -> None:
     v, g = torch.ones(3, 4, device=device), torch.ones(3, 1, device=device)
     for directions, gains, error, message in (
         ([v, v], [g], ValueError, "gains must be as many as the directions, 2, got 1"),
-        (v, [g], TypeError, "directions must be a sequence, got Tensor"),
-        ([v], {0: g}, TypeError, "gains must be a sequence, got dict"),
+        (v, [g], TypeError, "directions must be a sequence of tensors, got Tensor"),
+        ([v], {0: g}, TypeError, "gains must be a sequence of tensors, got dict"),
         ([v, None], [g, g], TypeError, r"directions\[1\] must be a tensor, got NoneType"),
         ([v.long()], [g], TypeError, r"directions\[0\]: must have dtype float32, .*got .*int64"),
         ([v, v.double()], [g, g], TypeError, r"directions\[1\]: must have dtype float32, got .*64"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
+from coopflow_ext._checks import check_count, check_counts
 from coopflow_ext.autocast import full_precision, in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
@@ -23,7 +24,6 @@ from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official
 from coopflow_ext.rng import TIME_LIMIT, USE_CHAIN, USE_INIT, Key, stream
 from coopflow_ext.samplers import LangevinSampler, ReplayBuffer
-from coopflow_ext.samplers.checks import check_count
 
 _FLOWS: dict[str, Callable[..., flows.Flow]] = {
     "realnvp": flows.realnvp,
@@ -257,7 +257,8 @@ class CoopFlow(nn.Module):
         """
         from_settings = self.config is not None
         # Of bfloat16 the sampler enters autocast itself.
-        with full_precision(x0.device.type) if from_settings else nullcontext():
+        device_type = next(self.parameters()).device.type
+        with full_precision(device_type) if from_settings else nullcontext():
             x = self.sampler(x0, key=key).x
         assert isinstance(x, Tensor)
         return x
@@ -270,8 +271,7 @@ class CoopFlow(nn.Module):
         Made in batches of ``batch_size``, which changes nothing beyond the rounding of the
         networks.
         """
-        if n < 1:
-            raise ValueError(f"n must be ≥ 1, got {n}")
+        check_counts(1, n=n, batch_size=batch_size)
         key = Key.or_default(key)
         key.check_batch(n)
         proposals, results = [], []

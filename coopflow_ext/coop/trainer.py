@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count, check_number
 from coopflow_ext.autocast import in_precision, tensor_float32
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents
@@ -24,7 +25,6 @@ from coopflow_ext.errors import RunError
 from coopflow_ext.flows.recompute import deferred_checks
 from coopflow_ext.metrics import RunningMoments, moment_gap
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.checks import check_count, check_number
 
 # At most so many for the data-dependent initialisation: enough for its statistics, and few enough
 # that attention over large images fits where a training step does.

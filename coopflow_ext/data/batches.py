@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_count, check_flag
 from coopflow_ext.data.dataset import Dataset
 from coopflow_ext.rng import USE_AUGMENT, USE_DATA_ORDER, Key
 
 
 def permutation(n: int, key: Key) -> Tensor:
     """A permutation of range(n), int64 on the CPU, determined by ``key``."""
+    check_count("n", n, 0)
+    Key.check(key)
     u = ops.uniform((n, 1), key.tensor(), dtype=torch.float64)
     return u[:, 0].argsort(stable=True)
 
@@ -47,9 +50,9 @@ class Batches:
         flip: bool = False,
         rows: slice | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be ≥ 1, got {batch_size}")
-        if flip and not data.is_image:
+        Key.check(key)
+        check_count("batch_size", batch_size, 1)
+        if check_flag("flip", flip) and not data.is_image:
             raise ValueError(f"flip is for images, and {data.name} holds vectors")
         self.data = data
         self.batch_size = batch_size
@@ -97,10 +100,8 @@ class Prefetch:
     """
 
     def __init__(self, batches: Batches, ahead: int = 2) -> None:
-        if ahead < 1:
-            raise ValueError(f"ahead must be ≥ 1, got {ahead}")
         self.batches = batches
-        self.ahead = ahead
+        self.ahead = check_count("ahead", ahead, 1)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="coopflow-batches")
         self._pending: dict[int, Future[Tensor]] = {}
 

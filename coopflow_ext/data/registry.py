@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from coopflow_ext._checks import check_flag
 from coopflow_ext.data.bundled import digits, patches
 from coopflow_ext.data.dataset import Dataset
 from coopflow_ext.data.folder import celeba, folder
@@ -50,6 +51,9 @@ def load(
         FileNotFoundError: the archive is not there; the message says where to get it.
         ImportError: a package is missing; the message says what to install.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    check_flag("skip_bad", skip_bad)
     kind, _, rest = name.partition(":")
     _check_taken(kind, root, image_size, skip_bad, max_pixels)
     if name in _BUNDLED:

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from coopflow_ext._tensors import check_tensor
+from coopflow_ext._checks import check_count, check_number
+from coopflow_ext._tensors import as_tensor, check_tensor
 
 
 def _check_vectors(x: Tensor, min_dim: int = 1) -> None:
@@ -39,22 +40,32 @@ class GaussianMixtureEnergy(nn.Module):
         self, means: Tensor, stds: Tensor | float = 1.0, weights: Tensor | None = None
     ) -> None:
         super().__init__()
-        means = torch.as_tensor(means)
-        if means.ndim != 2:
-            raise ValueError(f"means must be (K, D), got shape {tuple(means.shape)}")
-        stds = torch.as_tensor(stds, dtype=means.dtype)
+        means = as_tensor("means", means)
+        if means.ndim != 2 or not means.is_floating_point():
+            raise ValueError(
+                f"means must be (K, D), floating point, got {means.dtype} of shape "
+                f"{tuple(means.shape)}"
+            )
+        stds = as_tensor("stds", stds, dtype=means.dtype, device=means.device)
         if not bool((stds > 0).all()):
             raise ValueError("stds must be positive")
+        try:
+            stds = stds.expand_as(means)
+        except RuntimeError as error:
+            raise ValueError(
+                f"stds must broadcast to the shape of means {tuple(means.shape)}, got shape "
+                f"{tuple(stds.shape)}"
+            ) from error
         if weights is None:
             weights = means.new_ones(means.shape[0])
-        weights = torch.as_tensor(weights, dtype=means.dtype)
+        weights = as_tensor("weights", weights, dtype=means.dtype, device=means.device)
         if weights.shape != means.shape[:1] or bool((weights < 0).any()) or weights.sum() <= 0:
             raise ValueError(
                 f"weights must be {means.shape[0]} non-negative numbers of positive sum, "
                 f"got shape {tuple(weights.shape)}"
             )
         self.register_buffer("means", means.clone())
-        self.register_buffer("stds", stds.expand_as(means).clone())
+        self.register_buffer("stds", stds.clone())
         self.register_buffer("log_weights", (weights / weights.sum()).log())
 
     def _components(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +112,12 @@ class GaussianEnergy(nn.Module):
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
-        mean = torch.as_tensor(mean)
+        mean = as_tensor("mean", mean)
         if mean.ndim != 1 or not len(mean) or not mean.is_floating_point():
             raise ValueError(
                 f"mean must be (D,), floating point, got {mean.dtype} of shape {tuple(mean.shape)}"
             )
-        covariance = torch.as_tensor(covariance, device=mean.device)
+        covariance = as_tensor("covariance", covariance, device=mean.device)
         dim = len(mean)
         if covariance.shape != (dim, dim):
             raise ValueError(f"covariance must be ({dim}, {dim}), got {tuple(covariance.shape)}")
@@ -151,12 +162,8 @@ class FunnelEnergy(nn.Module):
 
     def __init__(self, dim: int, scale: float = 3.0) -> None:
         super().__init__()
-        if dim < 2:
-            raise ValueError(f"dim must be ≥ 2, got {dim}")
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale}")
-        self.dim = dim
-        self.scale = scale
+        self.dim = check_count("dim", dim, 2)
+        self.scale = check_number("scale", scale, minimum=0, exclusive=True)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """v, (B,), and the others, (B, D − 1)."""
@@ -184,7 +191,7 @@ class DoubleWellEnergy(nn.Module):
 
     def __init__(self, barrier_height: float = 2.0) -> None:
         super().__init__()
-        self.barrier_height = barrier_height
+        self.barrier_height = check_number("barrier_height", barrier_height)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_vectors(x)
@@ -201,7 +208,7 @@ class RastriginEnergy(nn.Module):
 
     def __init__(self, a: float = 10.0) -> None:
         super().__init__()
-        self.a = a
+        self.a = check_number("a", a)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_vectors(x)
@@ -218,8 +225,8 @@ class RosenbrockEnergy(nn.Module):
 
     def __init__(self, a: float = 1.0, b: float = 100.0) -> None:
         super().__init__()
-        self.a = a
-        self.b = b
+        self.a = check_number("a", a)
+        self.b = check_number("b", b)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_vectors(x, min_dim=2)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext._checks import check_choice, check_count, check_counts, check_sizes
 from coopflow_ext._tensors import check_tensor, parameter_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,10 +59,9 @@ class ResEnergy(nn.Module):
 
     def __init__(self, channels: int = 3, width: int = 128, image_size: int = 32) -> None:
         super().__init__()
-        if image_size not in _RES_IMAGE_SIZES:
+        if check_count("image_size", image_size, 1) not in _RES_IMAGE_SIZES:
             raise ValueError(f"image_size must be one of {_RES_IMAGE_SIZES}, got {image_size}")
-        if channels < 1 or width < 1:
-            raise ValueError(f"channels and width must be ≥ 1, got {channels} and {width}")
+        check_counts(1, channels=channels, width=width)
         self.event_shape = (channels, image_size, image_size)
         self.width = width
         n_blocks = (image_size // 4).bit_length() - 1
@@ -101,16 +101,13 @@ class MLPEnergy(nn.Module):
         self, dim: int, widths: Sequence[int] = (64, 64, 64), activation: str = "silu"
     ) -> None:
         super().__init__()
-        if dim < 1 or not widths or min(widths) < 1:
-            raise ValueError(f"dim and every width must be ≥ 1, got {dim} and {tuple(widths)}")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
-            )
-        self.dim = dim
-        self.widths = tuple(widths)
+        self.dim = check_count("dim", dim, 1)
+        self.widths = check_sizes("widths", widths)
+        if not self.widths:
+            raise ValueError("widths must hold the size of at least one hidden layer, got none")
+        check_choice("activation", activation, tuple(_ACTIVATIONS))
         self.activation = activation
-        sizes = (dim, *widths, 1)
+        sizes = (dim, *self.widths, 1)
         self.layers = nn.ModuleList(
             nn.Linear(n_in, n_out) for n_in, n_out in itertools.pairwise(sizes)
         )

@@ -60,7 +60,12 @@ class Compose(Transform):
 
     def __init__(self, transforms: Iterable[Transform]) -> None:
         super().__init__()
-        self.transforms = nn.ModuleList(transforms)
+        given = list(transforms) if isinstance(transforms, Iterable) else [transforms]
+        for i, transform in enumerate(given):
+            if not isinstance(transform, nn.Module):
+                got = type(transform).__name__
+                raise TypeError(f"transforms[{i}] must be a Transform, got {got}")
+        self.transforms = nn.ModuleList(given)
         if not self.transforms:
             raise ValueError("transforms must hold at least one transform")
 

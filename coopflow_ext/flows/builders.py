@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_choice, check_counts, check_sequence, check_sizes
 from coopflow_ext.flows.base import Compose, Inverse, Transform
 from coopflow_ext.flows.couplings import AffineCoupling, MixtureLogisticCoupling, VectorSplit
 from coopflow_ext.flows.flow import Flow
@@ -30,16 +31,11 @@ ImageShape = tuple[int, int, int]
 _MakeCoupling = Callable[[int], Transform]
 
 
-def _check_at_least(minimum: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < minimum:
-            raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
-
-
 def _check_image_shape(image_shape: Sequence[int], multiple: int) -> ImageShape:
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
-    channels, height, width = image_shape
+    sizes = check_sizes("image_shape", image_shape)
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {sizes}")
+    channels, height, width = sizes
     if height % multiple or width % multiple:
         raise ValueError(
             f"height and width of image_shape must be multiples of {multiple} for this many "
@@ -146,17 +142,23 @@ def realnvp(
     """
     if (dim is None) == (image_shape is None):
         raise ValueError("give either dim or image_shape")
-    if net not in (None, "mlp", "conv"):
-        raise ValueError(f"net must be 'mlp' or 'conv', got {net!r}")
-    _check_at_least(1, couplings=couplings, scales=scales, channels=channels)
-    _check_at_least(0, blocks=blocks, context_dim=context_dim)
+    check_choice("net", net, (None, "mlp", "conv"))
+    check_counts(1, couplings=couplings, scales=scales, channels=channels)
+    check_counts(0, blocks=blocks, mask_seed=mask_seed)
+    check_counts(2, levels=levels)
     if image_shape is None:
+        check_counts(2, dim=dim)
         assert dim is not None
-        _check_at_least(2, dim=dim)
         if net == "conv":
             raise ValueError("net='conv' needs image_shape")
         layers = _vector_couplings(dim, couplings, widths, dropout, mask_seed, context_dim)
-        return Flow(Compose(layers), (dim,), context_dim=context_dim)
+        return Flow(
+            Compose(layers),
+            (dim,),
+            legacy_contrast=legacy_contrast,
+            context_dim=context_dim,
+            recompute=recompute,
+        )
     if net == "mlp":
         shape = _check_image_shape(image_shape, 1)
         size = math.prod(shape)
@@ -214,8 +216,8 @@ def glow(
     Raises:
         ValueError: for sizes that do not fit.
     """
-    _check_at_least(1, scales=scales, steps=steps, channels=channels)
-    _check_at_least(0, blocks=blocks, context_dim=context_dim)
+    check_counts(1, scales=scales, steps=steps, channels=channels)
+    check_counts(0, blocks=blocks)
     shape = _check_image_shape(image_shape, 2**scales)
 
     def step(n: int) -> list[Transform]:
@@ -243,12 +245,18 @@ def _steps(n: int, pair_channels: int, make_coupling: _MakeCoupling) -> Compose:
     return Compose(layers)
 
 
-def _check_scales(scales: Sequence[Sequence[int]], channels: int, width: int) -> None:
-    if not scales or any(len(s) != 2 or min(s) < 0 or sum(s) == 0 for s in scales):
+def _as_pairs(scales: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    given = check_sequence("scales", scales, "pairs")
+    pairs = [check_sizes(f"scales[{i}]", pair, 0) for i, pair in enumerate(given)]
+    if not pairs or any(len(pair) != 2 or sum(pair) == 0 for pair in pairs):
         raise ValueError(
             "scales must be pairs (channel steps, checkerboard steps) with at least one step "
             f"each, got {scales}"
         )
+    return pairs
+
+
+def _check_scales(scales: Sequence[Sequence[int]], channels: int, width: int) -> None:
     if scales[0][0] and channels % 2:
         raise ValueError(f"channel steps in the first scale need even channels, got {channels}")
     for index, (_, n_checker_steps) in enumerate(scales):
@@ -299,11 +307,13 @@ def flowpp(
     Raises:
         ValueError: for sizes that do not fit.
     """
-    shape = _check_image_shape(image_shape, 2 ** max(len(scales) - 1, 0))
+    scales = _as_pairs(scales)
+    shape = _check_image_shape(image_shape, 2 ** (len(scales) - 1))
     n_channels, height, width = shape
     _check_scales(scales, n_channels, width)
-    _check_at_least(1, channels=channels, components=components)
-    _check_at_least(0, blocks=blocks, dequant_blocks=dequant_blocks, context_dim=context_dim)
+    check_counts(1, channels=channels, components=components)
+    check_counts(0, blocks=blocks, dequant_blocks=dequant_blocks, context_dim=context_dim)
+    check_counts(1 if dequant_blocks else 0, dequant_components=dequant_components)
 
     def coupling(
         size: tuple[int, int], n_blocks: int, components: int, aux_channels: int = context_dim

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_count, check_flag
+from coopflow_ext._tensors import as_tensor, check_tensor
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.kept import Kept
 from coopflow_ext.flows.layers import Checkerboard, halves
@@ -30,7 +32,7 @@ class ChannelSplit(Split):
 
     def __init__(self, flip: bool = False) -> None:
         super().__init__()
-        self.flip = flip
+        self.flip = check_flag("flip", flip)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = halves(x)
@@ -72,8 +74,7 @@ class VectorSplit(Split):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        if not isinstance(mask, Tensor):
-            mask = torch.tensor(mask, device="cpu")
+        mask = mask if isinstance(mask, Tensor) else as_tensor("mask", mask, device="cpu")
         if mask.ndim != 1 or mask.dtype != torch.bool or bool(mask.all()) or not bool(mask.any()):
             raise ValueError(
                 "mask must be a bool tensor (D,) with both values, "
@@ -128,6 +129,7 @@ class VectorSplit(Split):
 
 
 def _as_split(split: Split | str, flip: bool) -> Split:
+    check_flag("flip", flip)
     if isinstance(split, Split):
         if flip:
             raise ValueError("flip goes with a split given by name")
@@ -167,6 +169,7 @@ def check_finite(params: Tensor) -> None:
     Raises:
         ValueError: naming the rows that hold a value which is not finite.
     """
+    check_tensor("params", params)
     bad = ~params.flatten(1).isfinite().all(1)
     if bool(bad.any()):
         rows = bad.nonzero()[:, 0].tolist()
@@ -194,7 +197,7 @@ class AffineCoupling(Transform):
     ) -> None:
         super().__init__()
         self.net = net
-        self.features = features
+        self.features = check_count("features", features, 1)
         self.split = _as_split(split, flip)
         self.rescale = nn.Parameter(torch.ones(features))
 
@@ -245,13 +248,11 @@ class MixtureLogisticCoupling(Transform):
         legacy_cdf_clamp: bool = False,
     ) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"components must be ≥ 1, got {components}")
         self.net = net
-        self.features = features
-        self.components = components
+        self.features = check_count("features", features, 1)
+        self.components = check_count("components", components, 1)
         self.split = _as_split(split, flip)
-        self.legacy_cdf_clamp = legacy_cdf_clamp
+        self.legacy_cdf_clamp = check_flag("legacy_cdf_clamp", legacy_cdf_clamp)
         self.rescale = Rescale(features)
 
     def _params(self, kept: Tensor, context: Context) -> Tensor:

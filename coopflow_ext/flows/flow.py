@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_count, check_flags, check_sizes
 from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import check_tensor, parameter_dtype
 from coopflow_ext.flows.base import Context, Transform
@@ -99,12 +100,19 @@ class Flow(nn.Module):
         super().__init__()
         if (dequantize is None) != (logit is None):
             raise ValueError("dequantize and logit go together: give both or neither")
+        check_flags(
+            legacy_contrast=legacy_contrast,
+            sampling_dropout=sampling_dropout,
+            recompute=recompute,
+        )
+        if round_samples is not None:
+            check_flags(round_samples=round_samples)
         if (legacy_contrast or round_samples) and logit is None:
             raise ValueError("legacy_contrast and round_samples are for image flows only")
         if legacy_contrast and round_samples:
             raise ValueError("legacy_contrast and round_samples exclude each other")
         self.transform = transform
-        self.event_shape = tuple(event_shape)
+        self.event_shape = check_sizes("event_shape", event_shape)
         self.dim = math.prod(self.event_shape)
         self.dequantize = dequantize
         self.logit = logit
@@ -113,7 +121,7 @@ class Flow(nn.Module):
             round_samples = dequantize is not None and dequantize.levels < 256
         self.round_samples = round_samples and not legacy_contrast
         self.sampling_dropout = sampling_dropout
-        self.context_dim = context_dim
+        self.context_dim = check_count("context_dim", context_dim, 0)
         self.recompute = recompute
         if recompute:
             check_invertible(self)
@@ -204,6 +212,8 @@ class Flow(nn.Module):
             z, shape of x, and ladj (B,), which includes dequantiser and logit map.
         """
         self._check_events("x", x)
+        if key is not None:  # which not every pass draws from
+            Key.check(key, " or None,")
         inner = self._dropout_context(self._aux(context, x.shape[0]), key, x)
         if self.dequantize is None or self.logit is None:
             if eps is not None:
@@ -319,10 +329,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """n samples, (n, *event_shape), on the parameters' device and in their dtype; ``context``
         has a row for each."""
-        if not isinstance(n, int):
-            raise TypeError(f"n must be an int, got {type(n).__name__}")
-        if n < 0:
-            raise ValueError(f"n must be ≥ 0, got {n}")
+        n = check_count("n", n, 0)
         aux = self._aux(context, n)
         given = () if aux is None else (aux,)
         return self._run(("sample", n), partial(self._sample, n), n, key, *given)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_counts, check_flag, check_probability, check_sizes
 from coopflow_ext.flows.base import NO_CONTEXT, Context
 from coopflow_ext.flows.compiled import compiled_for
 from coopflow_ext.flows.nets import Conditioner, Dropout, Masks, conditioning
@@ -289,6 +290,12 @@ class FlowPPConditioner(Conditioner):
         attention: bool = True,
     ) -> None:
         super().__init__()
+        check_counts(1, n_in=n_in, n_out=n_out, channels=channels)
+        check_counts(0, blocks=blocks, aux_channels=aux_channels)
+        check_probability("dropout", dropout)
+        check_flag("attention", attention)
+        if len(check_sizes("size", size)) != 2:
+            raise ValueError(f"size must be (H, W), got {tuple(size)}")
         if attention and channels % N_HEADS:
             raise ValueError(f"channels must be a multiple of {N_HEADS} heads, got {channels}")
         if aux_channels and not blocks:

@@ -10,16 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coopflow_ext._checks import check_count, check_number, check_sizes
 from coopflow_ext._export import is_exporting
 from coopflow_ext.autocast import full_precision
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.folding import Foldable, by_kind
 from coopflow_ext.flows.kept import Kept
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be ≥ 1, got {value}")
 
 
 def _check_channels(layer: nn.Module, x: Tensor, channels: int) -> None:
@@ -81,8 +77,8 @@ class ActNorm(Foldable, Transform):
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        _check_positive("channels", channels)
-        self.eps = eps
+        check_count("channels", channels, 1)
+        self.eps = check_number("eps", eps, minimum=0)
         self.mean = nn.Parameter(torch.zeros(channels))
         self.inv_std = nn.Parameter(torch.ones(channels))
         self.register_buffer("initialized", torch.zeros(()))
@@ -204,7 +200,7 @@ class InvertibleConv1x1(Foldable, Transform):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        _check_positive("channels", channels)
+        check_count("channels", channels, 1)
         rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
         self.weight = nn.Parameter(rotation.contiguous())
 
@@ -338,9 +334,9 @@ class Flip(_Rearrangement):
 class Flatten(_Rearrangement):
     """(B, *event_shape) → (B, D)."""
 
-    def __init__(self, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = check_sizes("event_shape", event_shape)
 
     def rearrange(self, x: Tensor) -> Tensor:
         return x.flatten(1)

@@ -11,6 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._checks import (
+    check_count,
+    check_counts,
+    check_flag,
+    check_probability,
+    check_sizes,
+)
 from coopflow_ext.flows.base import NO_CONTEXT, Context
 
 
@@ -75,10 +82,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, *, per_channel: bool = False) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {p}")
-        self.p = p
-        self.per_channel = per_channel
+        self.p = check_probability("p", p)
+        self.per_channel = check_flag("per_channel", per_channel)
         self.index = 0
 
     def masks(self, context: Context) -> Masks:
@@ -123,9 +128,10 @@ class MLPConditioner(Conditioner):
         context_dim: int = 0,
     ) -> None:
         super().__init__()
-        if any(width < 1 for width in widths):
-            raise ValueError(f"widths must be ≥ 1, got {tuple(widths)}")
-        self.context_dim = context_dim
+        check_counts(1, n_in=n_in, n_out=n_out)
+        widths = check_sizes("widths", widths)
+        check_probability("dropout", dropout)
+        self.context_dim = check_count("context_dim", context_dim, 0)
         sizes = (n_in + context_dim, *widths)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.dropouts = nn.ModuleList(Dropout(dropout) for _ in widths)
@@ -150,7 +156,9 @@ class ConvConditioner(Conditioner):
         self, n_in: int, n_out: int, width: int = 64, blocks: int = 2, context_dim: int = 0
     ) -> None:
         super().__init__()
-        self.context_dim = context_dim
+        check_counts(1, n_in=n_in, n_out=n_out, width=width)
+        check_counts(0, blocks=blocks)
+        self.context_dim = check_count("context_dim", context_dim, 0)
         self.first = nn.Conv2d(n_in + context_dim, width, 3, padding=1)
         self.spatial = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(blocks))
         self.pointwise = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(blocks))

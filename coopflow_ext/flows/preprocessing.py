@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_count, check_number
 from coopflow_ext.flows.base import NO_CONTEXT, Context, Transform
 from coopflow_ext.flows.folding import folding
 from coopflow_ext.flows.layers import Checkerboard
@@ -30,9 +31,7 @@ class Dequantize(nn.Module):
 
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
-        if levels < 2:
-            raise ValueError(f"levels must be ≥ 2, got {levels}")
-        self.levels = levels
+        self.levels = check_count("levels", levels, 2)
 
     def draw(self, x: Tensor, rng: Tensor) -> Tensor:
         """The noise of one call, shape of x."""
@@ -95,7 +94,7 @@ class Logit(nn.Module):
 
     def __init__(self, bound: float = 0.9) -> None:
         super().__init__()
-        if not 0 < bound < 1:
+        if not 0 < check_number("bound", bound) < 1:
             raise ValueError(f"bound must be in (0, 1), got {bound}")
         self.bound = bound
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coopflow_ext._checks import check_count, check_flag, check_number
 from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.integrations._torchebm_base import (
     BaseSampler,
@@ -26,14 +27,7 @@ from coopflow_ext.integrations._torchebm_base import (
     resolve_integrator,
 )
 from coopflow_ext.rng import Key
-from coopflow_ext.samplers.checks import (
-    check_constant,
-    check_count,
-    check_flag,
-    check_kwargs,
-    check_number,
-    check_steps,
-)
+from coopflow_ext.samplers.checks import check_constant, check_kwargs, check_steps
 from coopflow_ext.samplers.gradient import StateFunction, module_of
 from coopflow_ext.samplers.langevin import LangevinSampler
 from coopflow_ext.samplers.nested import map_tensors
@@ -83,6 +77,8 @@ class LangevinDynamics(BaseSampler):  # type: ignore[misc]
         integrator: Any = None,
         **options: Any,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}")
         device = _device_of(model) if device is None else torch.device(device)
         super().__init__(model=model, dtype=dtype, device=device)
         self._options = options

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count
+from coopflow_ext._tensors import check_tensor
 from coopflow_ext.flows.flow import Flow
 from coopflow_ext.rng import Key
 
@@ -17,7 +19,17 @@ def bits_per_dim(flow: Flow, x: Tensor, key: Key, *, batch_size: int = 500) -> f
 
     For images it is an upper bound of the bits for one grey value, with the dequantisation noise
     drawn from ``key``; it does not depend on ``batch_size`` beyond rounding.
+
+    Raises:
+        ValueError: x holds no row, or ``batch_size`` < 1.
     """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a Flow, got {type(flow).__name__}")
+    Key.check(key)
+    check_tensor("x", x)
+    check_count("batch_size", batch_size, 1)
+    if not len(x):
+        raise ValueError("x must hold at least one row, got none")
     was_training = flow.training
     flow.eval()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count
 from coopflow_ext._tensors import room_for
 
 
@@ -17,6 +18,7 @@ class RunningMoments:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        check_count("dim", dim, 1)
         self.count = torch.zeros((), device=device)
         self.sum = torch.zeros(dim, device=device)
         with room_for("the covariance of an event", (dim, dim), self.sum.dtype):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count
 from coopflow_ext.ops import _call
 from coopflow_ext.ops.langevin import raw_options, refuse_derivatives
 
@@ -65,8 +66,8 @@ def _run(
     op: str, x0: Tensor, *energy: Any, thin: int | None, stats: bool, **options: Any
 ) -> tuple[Any, ...]:
     """(x, trajectory or None, statistics or None, …)."""
-    if thin is not None and thin < 1:
-        raise ValueError(f"{op}: thin must be ≥ 1, or None for no trajectory, got {thin}")
+    if thin is not None:  # for no trajectory
+        check_count(f"{op}: thin", thin, 1)
     raw = raw_options(op, thin=thin, stats=stats, **options)
     refuse_derivatives(op, "a whole chain", x0=x0, **raw)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from coopflow_ext._checks import check_sequence
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.ops import _call
 from coopflow_ext.ops._langevin_chain import (
@@ -97,8 +98,8 @@ def analytic_langevin_chain(
         x0,
         rng,
         _characters("analytic_langevin_chain", energy),
-        list(tensors),
-        list(numbers),
+        list(check_sequence("analytic_langevin_chain: tensors", tensors, "tensors")),
+        list(check_sequence("analytic_langevin_chain: numbers", numbers, "numbers")),
         n_steps=n_steps,
         drift=drift,
         noise=noise,
@@ -184,8 +185,8 @@ def analytic_mala_chain(
         rng,
         accept_rng,
         _characters("analytic_mala_chain", energy),
-        list(tensors),
-        list(numbers),
+        list(check_sequence("analytic_mala_chain: tensors", tensors, "tensors")),
+        list(check_sequence("analytic_mala_chain: numbers", numbers, "numbers")),
         n_steps=n_steps,
         step_size=step_size,
         temperature=temperature,

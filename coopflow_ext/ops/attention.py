@@ -62,7 +62,7 @@ def attention(
         ValueError, TypeError: an argument does not fit.
     """
     check_tensors(q=q, k=k, v=v, rng=rng)
-    if p == 0:
+    if isinstance(p, (int, float)) and p == 0:
         try:
             return functional.scaled_dot_product_attention(q, k, v, scale=scale)
         except RuntimeError as error:

@@ -7,6 +7,7 @@ from numbers import Real
 
 from torch import Tensor
 
+from coopflow_ext._checks import check_choice, check_sequence
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.ops import _call
 from coopflow_ext.ops._langevin_chain import (
@@ -125,8 +126,8 @@ def mlp_langevin_chain(
         "mlp_langevin_chain",
         x0,
         rng,
-        _constants(weights),
-        _constants(biases),
+        _constants("mlp_langevin_chain: weights", weights),
+        _constants("mlp_langevin_chain: biases", biases),
         _NUMBERS[activation],
         shape,
         threshold,
@@ -196,8 +197,8 @@ def mlp_mala_chain(
         x0,
         rng,
         accept_rng,
-        _constants(weights),
-        _constants(biases),
+        _constants("mlp_mala_chain: weights", weights),
+        _constants("mlp_mala_chain: biases", biases),
         _NUMBERS[activation],
         shape,
         threshold,
@@ -225,23 +226,26 @@ def mlp_shared_bytes(sizes: Sequence[int], *, bfloat16: bool = False) -> int:
     ``shared_memory_per_block_optin`` of a device).
     """
     try:
-        needed: int = _call.coopflow.mlp_shared_bytes(list(sizes), bfloat16)
+        given = list(check_sequence("mlp_shared_bytes: sizes", sizes, "ints"))
+        needed: int = _call.coopflow.mlp_shared_bytes(given, bfloat16)
     except RuntimeError as error:
         raise _call.argument_error(error) from None
     return needed
 
 
-def _constants(parameters: Sequence[Tensor]) -> list[Tensor]:
+def _constants(name: str, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Without their part in autograd, which would mark the results."""
-    return [p.detach() if isinstance(p, Tensor) else p for p in parameters]
+    given = check_sequence(name, parameters, "tensors")
+    return [p.detach() if isinstance(p, Tensor) else p for p in given]
 
 
 def _activation_numbers(
     op: str, name: str, given: Mapping[str, float] | None
 ) -> tuple[float, float]:
     """The parameters as the raw op takes them: (shape, threshold)."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    check_choice(f"{op}: activation", name, tuple(ACTIVATIONS))
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"{op}: activation_args must be a mapping, got {type(given).__name__}")
     defaults, given = ACTIVATIONS[name], given or {}
     for key, value in given.items():
         if key not in defaults:

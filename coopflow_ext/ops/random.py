@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_sequence
 from coopflow_ext._export import is_exporting
 from coopflow_ext.ops import _call
 
@@ -83,13 +84,15 @@ def _(op: str, shape: Sequence[int], rng: Tensor, step: int, dtype: torch.dtype)
 def _new(op: str, shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(rng, Tensor):
         raise TypeError(f"{op}: rng must be a tensor (see Key.tensor), got {type(rng).__name__}")
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"{op}: shape must be a sequence of ints, got {type(shape).__name__}")
+    check_sequence(f"{op}: shape", shape, "ints")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{op}: dtype must be a torch.dtype, got {type(dtype).__name__} {dtype!r}")
     if any(n < 0 for n in shape):
         raise ValueError(f"{op}: shape must not hold negative sizes, got {tuple(shape)}")
-    return torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, device=rng.device)
+    except TypeError as error:
+        raise TypeError(f"{op}: shape must be a sequence of ints, got {tuple(shape)}") from error
 
 
 _call.register_fake("normal_", _call.no_result)

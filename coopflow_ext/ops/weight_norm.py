@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import reference
+from coopflow_ext._checks import check_sequence
 from coopflow_ext._tensors import check_tensors
 from coopflow_ext.ops import _call
 
@@ -56,8 +57,7 @@ def weight_norm(directions: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor
 
 def _check_list(name: str, values: Sequence[Tensor]) -> None:
     """TypeError unless it is a sequence of tensors."""
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"weight_norm: {name} must be a sequence, got {type(values).__name__}")
+    check_sequence(f"weight_norm: {name}", values, "tensors")
     for i, value in enumerate(values):
         if not isinstance(value, Tensor):
             check_tensors(**{f"{name}[{i}]": value})

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_count
 from coopflow_ext._recording import is_capturing
 from coopflow_ext.rng import TIME_LIMIT
 from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
-
-
-def check_number(
-    name: str, value: object, *, minimum: float = -math.inf, exclusive: bool = False
-) -> float:
-    """``value`` as a float.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not finite, below ``minimum``, or equal to it when ``exclusive``.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        bound = f"{'>' if exclusive else '≥'} {minimum:g}"
-        allowed = bound if math.isfinite(number) else "finite"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return number
-
-
-def check_count(name: str, value: object, minimum: int) -> int:
-    """``value`` as an int ≥ minimum; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be ≥ {minimum}, got {value}")
-    return int(value)
 
 
 def check_steps(value: object) -> int:
@@ -54,19 +25,6 @@ def check_steps(value: object) -> int:
     if steps >= TIME_LIMIT:
         raise ValueError(f"n_steps must be < 2**32, as far as a key counts, got {steps}")
     return steps
-
-
-def check_flag(name: str, value: object) -> bool:
-    """``value``, which must be True or False; TypeError otherwise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """ValueError unless value is one of ``allowed``."""
-    if not any(value is choice or (value == choice != 1) for choice in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_chain_counts(counts: Mapping[str, int], batch: int) -> None:
@@ -140,6 +98,8 @@ def check_single_state(sampler: str, x0: State) -> Tensor:
 
 def check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()) -> Tensors:
     """The tensors of ``values``; each must have the shape of the state's, after ``lead``."""
+    if not isinstance(values, (Tensor, list, tuple)):
+        raise TypeError(f"{name} must be like x0, tensors, got {type(values).__name__}")
     given = unpack(values)
     if len(given) != len(xs):
         raise ValueError(f"{name} must have {len(xs)} tensor(s), like x0, got {len(given)}")

@@ -11,19 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
 from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out, ran
 from coopflow_ext.samplers.checks import (
     check_chain_counts,
-    check_choice,
     check_constant,
-    check_count,
-    check_flag,
     check_kwargs,
     check_like,
-    check_number,
     check_state,
     check_steps,
 )

@@ -11,20 +11,12 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
 from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row, widest
 from coopflow_ext.rng import USE_ACCEPT, Key, stream
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, ran
-from coopflow_ext.samplers.checks import (
-    check_chain_counts,
-    check_choice,
-    check_count,
-    check_flag,
-    check_kwargs,
-    check_number,
-    check_state,
-    check_steps,
-)
+from coopflow_ext.samplers.checks import check_chain_counts, check_kwargs, check_state, check_steps
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import can_capture, graphs_for
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_count, check_number
 from coopflow_ext._tensors import per_chain_view, room_for
 from coopflow_ext.errors import reason
 from coopflow_ext.rng import USE_BUFFER, Key, stream
-from coopflow_ext.samplers.checks import check_count, check_number
 from coopflow_ext.samplers.inputs import rng_tensors
 from coopflow_ext.samplers.output import State, Tensors, unpack
 

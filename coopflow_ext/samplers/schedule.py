@@ -9,8 +9,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from coopflow_ext._checks import check_number
 from coopflow_ext._tensors import Coefficient, widest
-from coopflow_ext.samplers.checks import check_can_copy, check_constant, check_number
+from coopflow_ext.samplers.checks import check_can_copy, check_constant
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext import ops
+from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
 from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_MOMENTUM, Key
@@ -18,13 +19,9 @@ from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out, m
 from coopflow_ext.samplers.checks import (
     check_can_copy,
     check_chain_counts,
-    check_choice,
     check_constant,
-    check_count,
-    check_flag,
     check_kwargs,
     check_like,
-    check_number,
     check_state,
     check_steps,
 )
