@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
+from coopflow_ext._model_state import ModelState
 from coopflow_ext.autocast import float32_precision, uncached_casts
 from coopflow_ext.errors import reason
 
@@ -35,6 +39,13 @@ class CaptureError(RuntimeError):
 def is_capturing(x: Tensor) -> bool:
     """Whether what is done on x's stream is only recorded, by a graph of the caller's."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode (a counter of operations, fake tensors) or a transform of torch.func
+    is on here, to which a replay would show nothing of what it does."""
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or bool(torch._C._functorch.maybe_current_level())
 
 
 def between_graphs(work: _Work) -> None:
@@ -143,6 +154,32 @@ class Recording:
                 current.wait_stream(stream)
             self._done.record(current)
 
+    def add_passes(
+        self, name: Hashable, run: _Work, *, warm_up: _Work, module: nn.Module | None, what: str
+    ) -> None:
+        """:meth:`add` of passes of a module (None: of a plain callable), whose buffers, and torch's
+        generators, are as they were afterwards.
+
+        Args:
+            what: the module is, for the message.
+
+        Raises:
+            CaptureError: also where a pass puts a tensor of the module's into other memory.
+        """
+        before = ModelState(module, self._device)
+        try:
+            self.add(name, run, warm_up=warm_up)
+            moved = before.moved()
+        finally:
+            before.restore()
+        if moved:
+            self.forget(name)
+            shown = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
+            raise CaptureError(
+                f"each pass of {what} puts {shown} into other memory, where a replay would not "
+                "find it; change it in place"
+            )
+
     def _capture(self, run: _Work, warm_up: _Work, stream: torch.cuda.Stream) -> list[_Work]:
         try:
             with _no_synchronisation():
@@ -193,13 +230,20 @@ class _Capture:
 
     def parts_of(self, run: _Work) -> list[_Work]:
         """What does the same again, one after the other: replays, and what is done between them."""
+        raised: Exception | None = None
         try:
             with self._open, cutting(self._cut):
                 self._begin()
-                run()
-        except Exception:
-            _mend_after_failed_capture(self._device, self._pool)
-            _FAILED.append(self._graph)
+                try:
+                    run()
+                except Exception as error:
+                    raised = error
+                    raise
+        except Exception as error:
+            # Where the work alone raised, the capture was ended as it should.
+            if error is not raised:
+                _mend_after_failed_capture(self._device, self._pool)
+                _FAILED.append(self._graph)
             raise
         return self._parts
 
@@ -218,24 +262,47 @@ class _Capture:
 
 
 def kind_of_module(module: nn.Module | None) -> Hashable:
-    """What a capture of a module depends on: its modes and hooks, the precision that it runs in,
-    and where its weights are, so that changes in place need no new capture."""
-    modes: list[bool] = []
-    hooks: list[int] = []
+    """What a capture of a module depends on: which modules it has, their modes and hooks, the
+    numbers and flags that those of this package hold, the precision that it runs in, and where its
+    weights are, so that changes in place need no new capture.
+
+    Where that is not all of a module of this package, a method ``capture_kind`` has the rest: where
+    memory is that it keeps beside its state, or what its host decides by.
+    """
+    modules: list[Any] = []
+    hooks: list[int] = list(chain(*_GLOBAL_HOOKS))
     weights: list[Hashable] = []
     for m in () if module is None else module.modules():  # once: it is asked at each call
-        modes.append(m.training)
+        kind: Any = type(m)
+        modules += id(m), kind, m.training
         hooks.extend(hooks_of(m))
         for w in (*m._parameters.values(), *m._buffers.values()):
             if w is not None:
-                weights.append((w.data_ptr(), w.dtype, w.shape))
+                weights.append((w.data_ptr(), w.dtype, w.shape, w.stride()))
+        if _is_ours(kind):
+            modules += [value for value in vars(m).values() if type(value) in _PLAIN]
+            if own := getattr(kind, "capture_kind", None):
+                modules.append(own(m))
     return (
-        tuple(modes),
+        tuple(modules),
         tuple(hooks),
         tuple(weights),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
         float32_precision(),
+        (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
     )
+
+
+_PLAIN = {bool, int, float, str}
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    getattr(torch_module, f"_global_{name}_hooks")
+    for name in ("forward", "forward_pre", "backward", "backward_pre")
+)
+
+
+@cache
+def _is_ours(kind: Any) -> bool:
+    return any(each.__module__.startswith("coopflow_ext.") for each in kind.__mro__)
 
 
 def hooks_of(module: nn.Module) -> Iterator[int]:
@@ -247,18 +314,38 @@ def hooks_of(module: nn.Module) -> Iterator[int]:
 
 @contextmanager
 def _no_synchronisation() -> Iterator[None]:
-    """torch raises inside where the host would wait for the device, unless the caller already has
-    it warn or raise. So it does in other threads: the mode is the process's."""
+    """A RuntimeError at the end where the host waited for the device inside, unless the caller
+    already has torch warn of that or raise.
+
+    torch's mode is the process's: other threads may wait, and hear nothing of it.
+    """
     if torch.cuda.get_sync_debug_mode() != 0:
         yield
         return
-    with warnings.catch_warnings():  # that the mode is a prototype, which is not the user's matter
+    thread, waited = threading.get_ident(), []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Any, category: Any, filename: str, line: int, *others: Any) -> None:
+            if _WAITS not in str(message):
+                show(message, category, filename, line, *others)
+            elif threading.get_ident() == thread:
+                waited.append(f"{message} at {filename}:{line}")
+
+        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.filterwarnings("always", message=_WAITS)
+        # That the mode is a prototype is not the user's matter.
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    if waited:
+        raise RuntimeError(waited[0])
+
+
+_WAITS = "called a synchronizing CUDA operation"
 
 
 def _mend_after_failed_capture(device: torch.device, pool: Any) -> None:

@@ -47,6 +47,7 @@ class GraphedCalls:
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._called: deque[Hashable] = deque(maxlen=_MOST_KINDS)  # once so far
         self._in_use = threading.Lock()
+        self._user: int | None = None  # the thread that has it
 
     def __reduce__(self) -> Any:
         """A copy captures its own."""
@@ -60,7 +61,7 @@ class GraphedCalls:
         Args:
             name: what beside the tensors' shapes and the module decides which operators run.
             function: deterministic, given these; under no_grad.
-            module: whose weights it reads.
+            module: whose weights it reads; it has some.
             key: where it draws from.
             tensors: on one device.
 
@@ -74,29 +75,35 @@ class GraphedCalls:
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
             kind_of_module(module),
         )
-        device = next(module.parameters()).device
+        if self._user == threading.get_ident():  # a call inside of the one that is captured
+            return function(key, *tensors)
         with self._in_use:  # the memory belongs to one thread at a time
-            called = kind in self._called
-            if called and kind not in self._captured:
-                captured = self._option.attempt(
-                    partial(self._capture, kind, function, device, key, tensors), stacklevel=5
-                )
-                if captured is not None:
-                    self._captured[kind] = captured
-            if kind in self._captured:
-                return self._replay(kind, key, tensors)
-            if not called:
-                self._called.append(kind)
+            self._user = threading.get_ident()
+            try:
+                called = kind in self._called
+                if called and kind not in self._captured:
+                    captured = self._option.attempt(
+                        partial(self._capture, kind, function, module, key, tensors), stacklevel=5
+                    )
+                    if captured is not None:
+                        self._captured[kind] = captured
+                if kind in self._captured:
+                    return self._replay(kind, key, tensors)
+                if not called:
+                    self._called.append(kind)
+            finally:
+                self._user = None
         return function(key, *tensors)
 
     def _capture(
         self,
         kind: Hashable,
         function: _Function,
-        device: torch.device,
+        module: nn.Module,
         key: Key,
         tensors: tuple[Tensor, ...],
     ) -> _Captured:
+        device = next(module.parameters()).device
         if self._recording is None or self._device != device:
             if self._recording is not None:
                 self._recording.finish()
@@ -109,7 +116,7 @@ class GraphedCalls:
         with torch.inference_mode(False), torch.no_grad():  # what stays is of no mode
             captured = _Captured(Streams(), tuple(t.clone() for t in tensors), [])
             recorded = captured.streams.record(key)
-            self._recording.add(kind, run, warm_up=run)
+            self._recording.add_passes(kind, run, warm_up=run, module=module, what="the module")
         while len(self._captured) >= _MAX_CALLS:
             oldest, _ = self._captured.popitem(last=False)
             self._recording.forget(oldest)

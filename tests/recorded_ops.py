@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from coopflow_ext._recording import CaptureError, cutting
+from coopflow_ext._recording import CaptureError, Recording, cutting
 from coopflow_ext.autocast import full_precision, uncached_casts
 
 # What looks at a value on the host, which a stream that is being captured cannot.
@@ -67,10 +67,11 @@ class _Recorder(TorchDispatchMode):
             self.before[_storage(tensor)] = (storage, storage.clone())
 
 
-class RecordedOps:
-    """Has the methods of :class:`coopflow_ext._recording.Recording`."""
+class RecordedOps(Recording):
+    """Operators in the place of graphs."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.pieces: dict[Any, list[tuple[Any, Any, Any, Any] | Callable[[], object]]] = {}
 
     def __contains__(self, name: object) -> bool:

@@ -28,7 +28,8 @@ BENCHMARKS = {"analytic_langevin_chain": "sampler"}
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
-    ("errors", "_version", "_optional", "_export", "_checks", "_tensors", "_recording", "autocast"),
+    ("errors", "_version", "_optional", "_export", "autocast"),
+    ("_checks", "_tensors", "_model_state", "_recording"),
     ("_extension", "_info"),
     ("reference",),
     ("ops",),
@@ -46,6 +47,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "_functorch",
     "_is_exporting_flag",
     "_has_any_global_hook",
+    "_len_torch_dispatch_stack",
     "_assert_async",
     "_call_impl",
     "_cdata",

@@ -233,7 +233,7 @@ def test_analytic_energies_refuse_bad_arguments():
     with pytest.raises(ValueError, match="dim must be ≥ 2, got 1"):
         energies.FunnelEnergy(1)
     for scale in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="scale must be (> 0|finite)"):
+        with pytest.raises(ValueError, match=r"scale must be (> 0|finite)"):
             energies.FunnelEnergy(2, scale)
     with pytest.raises(ValueError, match=r"x must be \(B, 4\), got \(2, 3\)"):
         energies.FunnelEnergy(4).score(torch.zeros(2, 3))

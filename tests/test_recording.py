@@ -3,6 +3,7 @@ test_sampler_graph.py."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 
 from coopflow_ext import _recording
 
-WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 2"]
+WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 1"]
 
 
 class FakeCuda:
@@ -21,6 +22,7 @@ class FakeCuda:
     def __init__(self, monkeypatch, *, fails: str = "", twice: bool = False, cut: bool = False):
         self.log: list[str] = []
         self.sync_mode, self.fails, self.twice, self.cut = 0, fails, twice, cut
+        self.invalid = False
         self.pools = 0
         self.generator = SimpleNamespace(
             clone_state=lambda: "clone", graphsafe_set_state=lambda s: self.log.append(f"set {s}")
@@ -57,7 +59,7 @@ class FakeCuda:
     def set_sync_debug_mode(self, mode):
         if mode != "default":  # torch says so the first time
             warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
-        self.sync_mode = {"default": 0, "error": 2}[mode]
+        self.sync_mode = {"default": 0, "warn": 1}[mode]
 
     @contextmanager
     def device(self, device):
@@ -72,19 +74,26 @@ class FakeCuda:
     def graph(self, recorded, *, pool, stream, capture_error_mode):
         assert pool == "pool"
         self.log.append(f"capture {capture_error_mode}")
-        yield
-        self.log.append("captured")
+        try:
+            yield
+        finally:
+            if self.invalid:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.log.append("captured")
 
     def record(self, device: str = "cuda:0") -> _recording.Recording:
         def work(name: str) -> None:
             self.log.append(f"{name} {self.sync_mode}")
-            if self.fails == "sync" and self.sync_mode == 2:
-                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.fails == "sync" and self.sync_mode == 1:
+                warnings.warn("called a synchronizing CUDA operation (by torch)", stacklevel=2)
             if self.cut and name == "run":
                 _recording.between_graphs(lambda: self.log.append("between"))
                 self.log.append("run on")
             if self.fails == "capture" and name == "run":
+                self.invalid = True
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            if self.fails == "work" and name == "run":
+                raise torch.OutOfMemoryError("out of memory")
 
         recording = _recording.Recording(torch.device(device))
         for name in ("first", "second")[: 1 + self.twice]:
@@ -107,10 +116,35 @@ def test_the_last_warm_up_step_finds_what_waits_for_the_device(monkeypatch):
     assert cuda.sync_mode == 0
 
     cuda = FakeCuda(monkeypatch)
-    cuda.sync_mode = 1  # the caller's
+    cuda.sync_mode = 2  # the caller's
     cuda.record()
-    assert "warm-up 1" in cuda.log
-    assert cuda.sync_mode == 1
+    assert "warm-up 2" in cuda.log
+    assert cuda.sync_mode == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_threads_may_wait_for_the_device_meanwhile(monkeypatch):
+    """torch's mode is the process's: they hear nothing of it, and do not spoil the capture."""
+    cuda, heard = FakeCuda(monkeypatch), []
+
+    def waits() -> None:
+        try:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        except Warning as warning:
+            heard.append(warning)
+
+    def work() -> None:
+        if cuda.sync_mode == 1:
+            other = threading.Thread(target=waits)
+            other.start()
+            other.join()
+
+    recording = _recording.Recording(torch.device("cuda", 0))
+    recording.add("first", work, warm_up=work)
+    assert "first" in recording
+    assert not heard
+    with pytest.raises(UserWarning, match="called a synchronizing"):  # the filters are as they were
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
@@ -141,6 +175,15 @@ def test_a_capture_that_fails_is_mended(monkeypatch, device):
     with pytest.raises(_recording.CaptureError, match="not permitted when stream is capturing"):
         cuda.record(device)
     assert cuda.log[-4:] == ["set clone", "end (0, 'pool')", "release (0, 'pool')", "joined"]
+
+
+def test_where_the_work_alone_fails_nothing_is_mended(monkeypatch):
+    """The capture has ended as it should, and a pool released twice aborts the process."""
+    cuda = FakeCuda(monkeypatch, fails="work")
+    with pytest.raises(_recording.CaptureError, match="out of memory"):
+        cuda.record()
+    assert "captured" in cuda.log
+    assert not any(line.startswith(("set", "end", "release")) for line in cuda.log)
 
 
 def test_pieces_of_work_share_their_memory(monkeypatch):

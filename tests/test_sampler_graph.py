@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coopflow_ext as cf
-from coopflow_ext._recording import CaptureError
+from coopflow_ext._recording import CaptureError, Recording
 from coopflow_ext.energies import GaussianEnergy, MLPEnergy, ResEnergy
 from coopflow_ext.samplers import (
     LangevinSampler,
@@ -31,7 +31,7 @@ KEY = cf.Key(5)
 stepwise = partial(LangevinSampler, kernel=False)  # a chain in one kernel needs no graph
 
 
-class FakeRecording:
+class FakeRecording(Recording):
     """Stands for the captured work: warm-up and capture, then the same run at each replay."""
 
     made = 0  # recordings; each has several pieces
@@ -39,6 +39,7 @@ class FakeRecording:
 
     def __init__(self, device) -> None:
         type(self).made += 1
+        self._device = device
         self.runs: dict = {}
         self.in_use = False
 
@@ -67,6 +68,9 @@ class FakeRecording:
 
     def finish(self) -> None:
         assert not self.in_use
+
+    def forget(self, name) -> None:
+        del self.runs[name]
 
 
 class CountOps(TorchDispatchMode):

@@ -32,6 +32,12 @@ class Divergence:
         self._stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self._error = torch.full((), float(_NONE), device=device)  # of what was rebuilt
 
+    def reset(self) -> None:
+        """Nothing has happened, as at the beginning."""
+        self._step.fill_(_NONE)
+        self._stopped.zero_()
+        self._error.fill_(_NONE)
+
     @property
     def flag(self) -> Tensor:
         """0-d bool: whether it has happened."""

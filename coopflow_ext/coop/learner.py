@@ -109,6 +109,20 @@ class Learner:
         self.optimizer.state.clear()
         self._warmed.zero_()
 
+    def dependence(self) -> object:
+        """What an update depends on beside the gradients, to be compared: the options, and where
+        weights, Adam's state and averages are."""
+        plain = (bool, int, float, str, type(None))
+        options = [value for value in vars(self).values() if isinstance(value, plain)]
+        groups = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        weights = [(p.data_ptr(), p.requires_grad) for p in self.parameters]
+        adam = [t.data_ptr() for state in self.optimizer.state.values() for t in state.values()]
+        averages = [average.data_ptr() for average in self.average]
+        return options, groups, weights, adam, averages
+
     def update(
         self,
         losses: Iterable[Tensor],

@@ -25,11 +25,21 @@ def usual_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def usual_modes() -> Iterator[None]:
-    """Inside, torch is as it is after its import, whatever the caller has set: default dtype
-    float32, gradients on, no inference mode, no autocast. Everything is restored at the end.
+def training_modes() -> Iterator[None]:
+    """Inside, torch's modes are as after its import, whatever the caller has set: default dtype
+    float32, gradients on, no inference mode, no autocast. The default dtype is the process's."""
+    with (
+        usual_tensors(),
+        torch.enable_grad(),
+        full_precision("cpu"),
+        full_precision("cuda"),
+    ):
+        yield
 
-    The default dtype is the process's: another thread sees the change.
+
+@contextmanager
+def usual_modes() -> Iterator[None]:
+    """:func:`training_modes`, and the default device that it cannot take back.
 
     Raises:
         ValueError: the default device is not the CPU; a default cannot be taken back inside a
@@ -41,10 +51,5 @@ def usual_modes() -> Iterator[None]:
             f"this needs torch's default device to be the CPU, got {device}; the argument "
             "`device` says where to compute"
         )
-    with (
-        usual_tensors(),
-        torch.enable_grad(),
-        full_precision("cpu"),
-        full_precision("cuda"),
-    ):
+    with training_modes():
         yield

@@ -44,6 +44,8 @@ class StepGraphs:
         step: (kind, batch) → results by name, 0-d tensors. What varies from step to step within a
             kind must come from the batch, from the keys, or from tensors changed in place.
         keyed: everything whose ``key`` a step draws from.
+        depends_on: what else a step depends on, to be compared: where memory is, modes, flags. What
+            was captured before it changed is dropped.
         device: where it runs.
         required: raise where a kind cannot be captured; otherwise warn once and run without.
     """
@@ -55,8 +57,10 @@ class StepGraphs:
         device: torch.device,
         *,
         required: bool,
+        depends_on: Callable[[], object] = lambda: None,
     ) -> None:
         self._step, self._keyed = step, keyed
+        self._depends_on, self._dependence = depends_on, depends_on()
         self._option = GraphOption("a step of the training", required=required)
         self._streams = [Streams() for _ in keyed]
         self._device = device
@@ -71,27 +75,33 @@ class StepGraphs:
         Raises:
             RuntimeError: the kind cannot be captured and must be; says why.
         """
-        self._seen[kind] += 1
         if self._option.refused:
             return self._step(kind, batch)
+        if (dependence := self._depends_on()) != self._dependence:
+            self._release()
+            self._seen.clear()
+            self._dependence = dependence
         if self._batch is None:
             self._batch = batch.clone()
         self._batch.copy_(batch)
-        if self._seen[kind] <= _EAGER:
+        if self._seen[kind] < _EAGER:
             # With keys as in the capture, before which their streams have to be there; and so that
             # the models capture none of their own calls.
             with self._recorded_keys():
-                return self._step(kind, self._batch)
+                metrics = self._step(kind, self._batch)
+            self._seen[kind] += 1  # not of a step that was broken off: it may not have allocated
+            self._dependence = self._depends_on()  # what the step itself made was not there before
+            return metrics
         if kind not in self._captured:
             captured = self._option.attempt(partial(self._capture, kind, self._batch), stacklevel=4)
             if captured is None:
-                self._release()
+                self._release()  # those of other kinds too
                 return self._step(kind, batch)
             self._captured[kind] = captured
         return self._replay(kind)
 
     def _release(self) -> None:
-        """The graphs of other kinds, which will not be replayed, and their memory."""
+        """The graphs, which will not be replayed, and their memory."""
         self._recording.finish()
         self._captured.clear()
         self._recording = Recording(self._device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._checks import check_count, check_number
+from coopflow_ext._recording import kind_of_module
 from coopflow_ext.autocast import in_precision, tensor_float32
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents
@@ -17,6 +18,7 @@ from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.memory import naming_memory
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
+from coopflow_ext.coop.modes import training_modes
 from coopflow_ext.coop.provenance import check_same_data, data_facts
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs
@@ -70,9 +72,8 @@ class Trainer:
         self.model = CoopFlow.from_config(config, event).to(self.device)
         self.key = Key(config.seed)
         self.step = 0
-        self._graphs = self._step_graphs()
         # Within the graphs of a step a chain needs none of its own.
-        chain_graphs: bool | Literal["auto"] = "auto" if self._graphs is None else False
+        chain_graphs: bool | Literal["auto"] = False if self._captures_steps() else "auto"
         self.sampler = build_sampler(
             config, self.model.energy, event, training=True,
             on_nonfinite="freeze", cuda_graph=chain_graphs,
@@ -122,15 +123,30 @@ class Trainer:
         self._step_number = torch.zeros((), dtype=torch.int64, device=self.device)
         self._iteration_number = torch.zeros_like(self._step_number)
         self._pretrain_lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._graphs = self._step_graphs()
 
-    def _step_graphs(self) -> StepGraphs | None:
+    def _captures_steps(self) -> bool:
         wanted, can = self.config.cuda_graph, self.device.type == "cuda"
         if wanted is True and not can:
             raise ValueError(f"cuda_graph=true needs a CUDA device, got {self.device}")
-        if wanted is False or not can:
+        return wanted is not False and can
+
+    def _step_graphs(self) -> StepGraphs | None:
+        if not self._captures_steps():
             return None
         keyed: list[HasKey] = [self] if self.model.buffer is None else [self, self.model.buffer]
-        return StepGraphs(self._take_step, keyed, self.device, required=wanted is True)
+        return StepGraphs(
+            self._take_step,
+            keyed,
+            self.device,
+            required=self.config.cuda_graph is True,
+            depends_on=self._dependence,
+        )
+
+    def _dependence(self) -> object:
+        """What a step depends on that is no number of its kind, and in no tensor that it reads."""
+        learners = self.flow.dependence(), self.energy.dependence()
+        return self.config, kind_of_module(self.model), learners
 
     def _initialize_flow(self) -> None:
         wanted = min(self.config.init_batches * self.config.batch_size, _INITIALISATION_IMAGES)
@@ -150,6 +166,10 @@ class Trainer:
         Raises:
             torch.OutOfMemoryError: names the batch, and settings that would take less.
         """
+        with training_modes():
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, Tensor]:
         config = self.config
         if self.step == config.pretrain_steps and config.flow_restart:
             self.flow.restart()
@@ -380,6 +400,7 @@ class Trainer:
         self.model.load_buffer(chains)
         if self.ranks.is_first:
             self.sample_moments.load_state_dict(moments)
+        self.divergence.reset()
         self.step, self.key, self.seconds = step, key, seconds
         self._graphs = self._step_graphs()  # those there were go on with the optimizers' old state
 

@@ -90,6 +90,10 @@ class Batches:
         return x.to(self.device, non_blocking=True)
 
 
+# A batch, and on a GPU what is done once it has been copied there.
+_Made = tuple[Tensor, torch.cuda.Event | None]
+
+
 class Prefetch:
     """Makes the next batches in a thread of its own while the device works on the last, on the
     stream that is the current one where they are asked for.
@@ -103,23 +107,32 @@ class Prefetch:
         self.batches = batches
         self.ahead = check_count("ahead", ahead, 1)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="coopflow-batches")
-        self._pending: dict[int, Future[Tensor]] = {}
+        self._pending: dict[int, Future[_Made]] = {}
 
-    def _future(self, step: int) -> Future[Tensor]:
+    def _future(self, step: int) -> Future[_Made]:
         if step not in self._pending:
             device = self.batches.device
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             self._pending[step] = self._pool.submit(self._make, step, stream)
         return self._pending[step]
 
-    def _make(self, step: int, stream: torch.cuda.Stream | None) -> Tensor:
+    def _make(self, step: int, stream: torch.cuda.Stream | None) -> _Made:
         # A thread has streams of its own, and would hand over what is still being copied.
         with torch.cuda.stream(stream):
-            return self.batches[step]
+            batch = self.batches[step]
+            return batch, None if stream is None else stream.record_event()
 
     def __getitem__(self, step: int) -> Tensor:
-        """The same as ``batches[step]``; an error in the thread is raised here."""
+        """The same as ``batches[step]``; an error in the thread is raised here, once."""
         wanted = range(step, step + self.ahead + 1)
         futures = {s: self._future(s) for s in wanted}
         self._pending = futures  # what was made for other steps is not asked for any more
-        return futures[step].result()
+        asked = futures[step]
+        if asked.exception() is not None:
+            del self._pending[step]
+        batch, copied = asked.result()
+        if copied is not None:  # maybe on another stream, that was the current one then
+            stream = torch.cuda.current_stream(batch.device)
+            stream.wait_event(copied)
+            batch.record_stream(stream)
+        return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ class VectorSplit(Split):
         # Where the parameters are made: on the meta device too, for its values are loaded later.
         self.register_buffer("mask", torch.empty(mask.shape).copy_(mask))
         self._indices: Kept[tuple[Tensor, Tensor, Tensor]] = Kept()
+
+    def capture_kind(self) -> Hashable:
+        """Where the indices are that a replay would read."""
+        if self.mask.is_inference():  # they are worked out in each pass, a captured one too
+            return None
+        return tuple(indices.data_ptr() for indices in self._indices_on(self.mask.device))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,

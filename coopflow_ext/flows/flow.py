@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext._checks import check_count, check_flags, check_sizes
-from coopflow_ext._recording import is_capturing
+from coopflow_ext._recording import is_capturing, is_watched
 from coopflow_ext._tensors import check_tensor, parameter_dtype
 from coopflow_ext.flows.base import Context, Transform
 from coopflow_ext.flows.folding import folding, is_folded
@@ -69,7 +69,9 @@ class Flow(nn.Module):
     On CUDA ``sample``, and ``log_prob`` under no_grad, are captured as a CUDA graph at the second
     call of a kind (batch size, dtypes, modes, memory of the weights) and replayed with other keys
     and values; the four kinds used last are kept, with the memory of the largest. Changes of the
-    weights in place are seen. ``flow.cuda_graph = False`` turns it off.
+    weights in place are seen. A replay runs no Python: hooks of networks inside do not run with it,
+    what they kept is overwritten, and what a network of yours reads from an attribute is as it was
+    in the capture. ``flow.cuda_graph = False`` turns it off.
 
     Layers are not called as modules, so forward hooks on them do not run. A layer that norms its
     weight takes no parametrization of torch's.
@@ -212,8 +214,7 @@ class Flow(nn.Module):
             z, shape of x, and ladj (B,), which includes dequantiser and logit map.
         """
         self._check_events("x", x)
-        if key is not None:  # which not every pass draws from
-            Key.check(key, " or None,")
+        key = self._key_for(key, eps)
         inner = self._dropout_context(self._aux(context, x.shape[0]), key, x)
         if self.dequantize is None or self.logit is None:
             if eps is not None:
@@ -235,6 +236,17 @@ class Flow(nn.Module):
             y, ladj_logit = self.logit.call_and_ladj(v)
             z, ladj = call_and_ladj(self.transform, y, inner, recompute=self.recompute)
         return z, ladj + ladj_logit + ladj_dequantize
+
+    def _key_for(self, key: Key | None, eps: Tensor | None, samples: bool = False) -> Key | None:
+        """``key``; for None one from torch's generator, drawn once a call, where the call draws
+        from it at all."""
+        if key is not None:
+            return Key.check(key, " or None,")
+        dequantizes = self.dequantize is not None and eps is None
+        drops = self.training and self._n_dropouts > 0
+        if torch.compiler.is_compiling() or not (samples or dequantizes or drops):
+            return None
+        return Key.from_default_generator()
 
     def _forward_pass(self) -> AbstractContextManager[None]:
         """For which all layers are folded together, before it begins; not where ``recompute``
@@ -275,6 +287,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """log p(x) in nats, (B,); of an image flow the lower bound for the discrete image."""
         self._check_events("x", x)
+        key = self._key_for(key, eps)
         given = {"eps": eps, "context": context}
         beside = {name: t for name, t in given.items() if t is not None}
         names = tuple(beside)
@@ -330,6 +343,7 @@ class Flow(nn.Module):
         """n samples, (n, *event_shape), on the parameters' device and in their dtype; ``context``
         has a row for each."""
         n = check_count("n", n, 0)
+        key = self._key_for(key, None, samples=True)
         aux = self._aux(context, n)
         given = () if aux is None else (aux,)
         return self._run(("sample", n), partial(self._sample, n), n, key, *given)
@@ -361,12 +375,14 @@ class Flow(nn.Module):
         elsewhere = isinstance(key, RecordedKey) or is_folded(self)
         if elsewhere or not all(isinstance(t, Tensor) for t in tensors):
             return function(key, *tensors)
-        key = Key.or_default(key)
+        key = Key(0) if key is None else key  # nothing is drawn
         key.check_batch(batch)
         return self._graphs.call((name, self.compile_blocks), function, self, key, *tensors)
 
     def _can_capture(self, batch: int) -> bool:
-        if not self.cuda_graph or batch == 0 or torch.is_grad_enabled():
+        if not self.cuda_graph or batch == 0 or torch.is_grad_enabled() or is_watched():
+            return False
+        if parameter_dtype(self) is None:  # a replica, whose weights are no parameters
             return False
         like = self._like()
         return like.is_cuda and not is_capturing(like)

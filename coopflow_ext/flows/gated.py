@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -313,6 +313,10 @@ class FlowPPConditioner(Conditioner):
         module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._place_positions()  # now, so that a compiled graph finds them
         return module
+
+    def capture_kind(self) -> Hashable:
+        """Where the positions are that a replay would read."""
+        return self._place_positions().data_ptr()
 
     def _place_positions(self) -> Tensor:
         """The code of the positions like the parameters, (H·W, channels).

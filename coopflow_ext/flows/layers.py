@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,10 @@ class ActNorm(Foldable, Transform):
             started = self._started.get(lambda: flag.is_meta or bool(flag > 0) or None, flag)
             self._last_seen = bool(started)
         return self._last_seen
+
+    def capture_kind(self) -> Hashable:
+        """Whether the next pass starts it; asked of the device in training mode until it has."""
+        return self.training and not self._is_initialized
 
     def _start(self, x: Tensor) -> None:
         if is_exporting():

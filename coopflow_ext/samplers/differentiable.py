@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from coopflow_ext import ops
+from coopflow_ext._model_state import ModelState, random_state, set_random_state
 from coopflow_ext._tensors import per_chain_view
 from coopflow_ext.autocast import as_it_is
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
-from coopflow_ext.samplers.model_state import ModelState, random_state, set_random_state
 from coopflow_ext.samplers.nested import map_tensors
 from coopflow_ext.samplers.output import Tensors, pack
 from coopflow_ext.samplers.schedule import place

@@ -24,11 +24,11 @@ from coopflow_ext._recording import (
     GraphOption,
     Recording,
     is_capturing,
+    is_watched,
     kind_of_module,
 )
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan
-from coopflow_ext.samplers.model_state import ModelState
 from coopflow_ext.samplers.nested import structure_of
 from coopflow_ext.samplers.output import ChainStatistics, Tensors
 from coopflow_ext.samplers.schedule import columns, is_off, place
@@ -88,8 +88,7 @@ class CapturedChain:
         coefficients = {**plan.coefficients, **self._windows}
         window = replace(plan, n_steps=longest, thin=1, keep_start=False, coefficients=coefficients)
         self.chain = window.chain(inputs.window(longest))
-        self._device = inputs.xs[0].device
-        self._recording = Recording(self._device)
+        self._recording = Recording(inputs.xs[0].device)
         self._record(_START, self.chain.begin, warm_up=self.chain.begin)
         self._tables: dict[str, Tensor] = {}
         self._loaded: Mapping[str, Coefficient] | None = None
@@ -107,18 +106,8 @@ class CapturedChain:
 
     def _record(self, name: Hashable, run: Any, *, warm_up: Any) -> None:
         # Of the module that computes, which may be a twin of the caller's with the same tensors.
-        before = ModelState(self.chain.gradient.module, self._device)
-        try:
-            self._recording.add(name, run, warm_up=warm_up)
-            moved = before.moved()
-        finally:
-            before.restore()
-        if moved:
-            shown = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
-            raise CaptureError(
-                f"each pass of the energy puts {shown} into other memory, where a replay would not "
-                "find it; change it in place"
-            )
+        module = self.chain.gradient.module
+        self._recording.add_passes(name, run, warm_up=warm_up, module=module, what="the energy")
 
     def run(self, plan: Plan, inputs: Inputs) -> Replayed:
         """All the steps from ``inputs``, by replays; its tensors are the buffers' until
@@ -175,7 +164,7 @@ def can_capture(x: Tensor, *, required: bool) -> bool:
     """Whether chains from x may be captured; ValueError where they must and x is on no GPU."""
     if required and not x.is_cuda:
         raise ValueError(f"cuda_graph=True needs x0 on a CUDA device, got {x.device}")
-    return x.is_cuda and x.numel() > 0 and not is_capturing(x)
+    return x.is_cuda and x.numel() > 0 and not is_capturing(x) and not is_watched()
 
 
 class Replayed:

@@ -1,4 +1,4 @@
-"""What running an energy changes beside its result: buffers, and the generators it draws from."""
+"""What running a module changes beside its result: buffers, and the generators it draws from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from coopflow_ext.samplers.output import Tensors
 
 
 class ModelState:
@@ -17,7 +15,7 @@ class ModelState:
     another tensor in its place; both are undone. What else it sets on itself in Python is not.
 
     Args:
-        module: the energy, or None for a plain callable: generators alone.
+        module: what runs, or None for a plain callable: generators alone.
         device: whose generator may be drawn from, beside the CPU's.
     """
 
@@ -60,7 +58,9 @@ class _Place:
 
     def __init__(self, path: str, table: dict[str, Any], name: str, tensor: Tensor) -> None:
         self.path, self._table, self._name, self._tensor = path, table, name, tensor
-        self.alias = tensor.detach()  # stays at this place, whatever ``tensor.data`` becomes
+        # It stays at this place, whatever ``tensor.data`` becomes. Its version is its own: what is
+        # brought back has not changed, for those that go by the tensor's.
+        self.alias = tensor.data
 
     def left(self) -> bool:
         now = self._table.get(self._name)
@@ -72,13 +72,13 @@ class _Place:
         self._table[self._name] = self._tensor
 
 
-def random_state(device: torch.device) -> Tensors:
-    """State of the generators that an energy may draw from (dropout)."""
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """State of the generators that a module may draw from (dropout)."""
     cpu = torch.get_rng_state()
     return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
 
 
-def set_random_state(state: Tensors, device: torch.device) -> None:
+def set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
     """The inverse of :func:`random_state`."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
