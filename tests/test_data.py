@@ -152,11 +152,17 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
                 raise OSError("the disk is gone")
             return super().__getitem__(step)
 
-    prefetched = Prefetch(Broken(counting_data(10), 4, Key(0)))
+    batches = Broken(counting_data(10), 4, Key(0))
+    prefetched = Prefetch(batches)
     assert prefetched[0].shape == (4, 1, 2, 2)
     with pytest.raises(OSError, match="the disk is gone"):
         prefetched[2]
     assert prefetched[3].shape == (4, 1, 2, 2)
+    assert prefetched[1].shape == (4, 1, 2, 2)  # 2 and 3 are made after it
+    Broken.__getitem__ = Batches.__getitem__  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the disk is gone"):
+        prefetched[2]
+    assert torch.equal(prefetched[2], batches[2])  # it is made again where it is asked for again
 
 
 @pytest.mark.gpu

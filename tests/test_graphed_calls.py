@@ -6,13 +6,17 @@ import copy
 import itertools
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from recorded_ops import RecordedOps
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from coopflow_ext import flows, graphed_calls
+from coopflow_ext._recording import is_watched
 from coopflow_ext.flows import Flow
 from coopflow_ext.recorded_key import Streams
 from coopflow_ext.rng import Key
@@ -187,6 +191,169 @@ def test_a_flow_that_cannot_be_captured_says_so_once(captured: None) -> None:
         samples.append(flow.sample(3, Key(1)))
     assert torch.equal(samples[0], samples[1])
     assert torch.equal(samples[0], samples[2])
+
+
+def reload_other_masks(flow: Flow) -> None:
+    flow.load_state_dict(
+        {k: v.flip(0) if k.endswith("split.mask") else v for k, v in flow.state_dict().items()}
+    )
+
+
+def transpose(flow: Flow) -> None:
+    for layer in flow.modules():
+        if isinstance(layer, flows.InvertibleConv1x1):
+            layer.weight.data = layer.weight.data.mT
+
+
+def replace_flips(flow: Flow) -> None:
+    for steps in flow.modules():
+        if isinstance(steps, flows.Compose):
+            for i, layer in enumerate(steps.transforms):
+                if isinstance(layer, flows.Flip):
+                    steps.transforms[i] = flows.Inverse(flows.Flip())
+
+
+def forget_the_start(flow: Flow) -> None:
+    for layer in flow.modules():
+        if isinstance(layer, flows.ActNorm):
+            layer.initialized.fill_(0)
+
+
+def there_and_back(flow: Flow) -> None:
+    """The weights are where they were, the positions are not."""
+    state = flow.state_dict()
+    flow.bfloat16()
+    flow.load_state_dict(state, assign=True)
+
+
+def set_attributes(kind: type, **values: object) -> Callable[[Flow], None]:
+    def change(flow: Flow) -> None:
+        for module in flow.modules():
+            if isinstance(module, kind):
+                for name, value in values.items():
+                    setattr(module, name, value)
+
+    return change
+
+
+CHANGES: dict[str, tuple[str, Callable[[Flow], None]]] = {
+    "other masks": ("images", reload_other_masks),
+    "other strides": ("Glow", transpose),
+    "other layers without weights": ("Flow++", replace_flips),
+    "positions elsewhere": ("Flow++", there_and_back),
+    "ActNorm set back": ("Glow", forget_the_start),
+    "dropout": ("Flow++", set_attributes(flows.Dropout, p=0.5)),
+    "grey levels": ("Glow", set_attributes(flows.Dequantize, levels=16)),
+    "bound": ("Glow", set_attributes(flows.Logit, bound=0.7)),
+    "contrast": ("Glow", set_attributes(Flow, legacy_contrast=True)),
+    "split": ("Glow", set_attributes(flows.ChannelSplit, flip=True)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_replays_follow_what_changes(captured: None, name: str) -> None:
+    of, change = CHANGES[name]
+    flow = initialised(of).train()
+    plain = copy.deepcopy(flow)
+    plain.cuda_graph = False
+    for round_ in range(2):
+        for seed in range(3):
+            x = torch.rand(5, *flow.event_shape) * 2 - 1
+            with torch.no_grad():
+                ours, expected = (f.log_prob(x, key=Key(seed)) for f in (flow, plain))
+            assert torch.equal(ours, expected), (round_, seed)
+            assert torch.equal(flow.sample(5, Key(seed)), plain.sample(5, Key(seed)))
+        assert flow._graphs._captured
+        for each in (flow, plain) if round_ == 0 else ():
+            change(each)
+
+
+class Counting(nn.Module):
+    """Has a state that changes with each pass, by BatchNorm and by torch's own dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4)
+        )
+
+    def forward(self, x: torch.Tensor, context: object) -> torch.Tensor:
+        out: torch.Tensor = self.layers(x)
+        return out
+
+
+def test_a_capture_leaves_buffers_and_generators_as_they_were(captured: None) -> None:
+    torch.manual_seed(0)
+    flow = Flow(flows.Compose([flows.AffineCoupling(Counting(), 2)]), (4,))
+    plain, x = copy.deepcopy(flow), torch.randn(6, 4)
+    plain.cuda_graph = False
+    for each in (flow, plain):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for _ in range(2):  # the second is captured
+                each.log_prob(x, key=Key(0))
+    assert flow._graphs._captured
+    for (name, a), b in zip(flow.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_network_may_call_its_flow(captured: None) -> None:
+    """From a hook, say; the call inside is made as it is."""
+    flow = initialised("images").eval()
+    seen = []
+
+    def hook(*_: object) -> None:
+        if not seen:
+            seen.append(None)
+            seen.append(flow.sample(2, Key(1)))
+
+    flow.sample(3, Key(0))
+    coupling = next(m for m in flow.modules() if isinstance(m, flows.AffineCoupling))
+    handle = coupling.net.last.register_forward_hook(hook)
+    for _ in range(3):
+        flow.sample(3, Key(0))
+    handle.remove()
+    assert torch.equal(seen[1], flow.sample(2, Key(1)))
+
+
+def test_without_a_key_one_is_drawn_a_call(captured: None) -> None:
+    """From torch's generator, by a graph or not; none where nothing is drawn from it."""
+    for name, draws in (("Flow++", True), ("vectors", False)):
+        if name == "vectors":
+            torch.manual_seed(0)
+            flow = flows.realnvp(3, widths=(16,), couplings=2)
+        else:
+            flow = initialised(name)
+        flow.initialize(torch.rand(16, *flow.event_shape) * 2 - 1)
+        plain = copy.deepcopy(flow.train())
+        plain.cuda_graph = False
+        x = torch.rand(5, *flow.event_shape) * 2 - 1
+        for seed in range(3):
+            results = []
+            for each in (flow, plain):
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    results.append((each.log_prob(x), torch.rand(())))
+            (a, after), (b, expected) = results
+            assert torch.equal(a, b)
+            assert after == expected
+        torch.manual_seed(seed)
+        assert (after != torch.rand(())) == draws
+
+
+def test_counters_of_operations_see_every_call() -> None:
+    flow = initialised("images").eval()
+    assert not is_watched()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert is_watched()
+        flow.log_prob(torch.zeros(2, *IMAGE), key=Key(0))
+    assert counter.get_total_flops() > 0
+    assert torch.func.vmap(lambda x: x * is_watched())(torch.ones(2)).all()
+
+
+def test_a_flow_without_parameters_runs_without_graphs() -> None:
+    flow = Flow(flows.Flip(), (4,))
+    assert not flow._can_capture(3)
 
 
 @pytest.mark.gpu

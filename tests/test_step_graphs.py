@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from coopflow_ext.coop.trainer import StepKind, Trainer
 from coopflow_ext.data import load
 from coopflow_ext.errors import NonFiniteError
 from coopflow_ext.flows import ActNorm, Flow
+from coopflow_ext.rng import Key
 
 SETTINGS: dict[str, Any] = {
     "data": "digits",
@@ -75,7 +78,9 @@ def trainer(monkeypatch: pytest.MonkeyPatch | None = None, **changes: Any) -> Tr
     if monkeypatch is not None:
         monkeypatch.setattr(step_graphs, "Recording", RecordedOps)
         keyed = [made] if made.model.buffer is None else [made, made.model.buffer]
-        made._graphs = StepGraphs(made._take_step, keyed, made.device, required=True)
+        made._graphs = StepGraphs(
+            made._take_step, keyed, made.device, required=True, depends_on=made._dependence
+        )
     return made
 
 
@@ -133,6 +138,102 @@ def test_after_a_checkpoint_is_loaded_steps_are_captured_anew(
     assert made[0]._captured
     for name, tensor in plain.tensors().items():
         torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def rebind(run: Trainer) -> None:
+    for p in run.model.parameters():
+        p.data = p.data.clone()
+
+
+def reload_adam(run: Trainer) -> None:
+    run.energy.optimizer.load_state_dict(copy.deepcopy(run.energy.optimizer.state_dict()))
+
+
+def reload_other_masks(run: Trainer) -> None:
+    """And let go of the indices that were worked out before."""
+    state = run.model.flow.state_dict()
+    run.model.flow.load_state_dict(
+        {k: v.flip(0) if k.endswith("split.mask") else v for k, v in state.items()}
+    )
+    run.model.flow.call_and_ladj(torch.zeros(2, 1, 8, 8), key=Key(1))
+
+
+CHANGES: dict[str, Callable[[Trainer], object]] = {
+    "frozen weights": lambda run: next(run.model.energy.parameters()).requires_grad_(False),
+    "weights in other memory": rebind,
+    "Adam's state in other memory": reload_adam,
+    "Adam anew": lambda run: run.energy.restart(),
+    "other masks": reload_other_masks,
+    "a hook": lambda run: run.model.energy.register_forward_hook(lambda _, args, u: 1.5 * u),
+    "a gradient clip": lambda run: setattr(run.energy, "grad_norm", 0.01),
+    "no averages": lambda run: setattr(run.energy, "ema", 0.5),
+    "settings": lambda run: setattr(run, "config", replace(run.config, accumulate=2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_step_depends_on_may_change(
+    change: Callable[[Trainer], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, graphed = trainer(pretrain_steps=0), trainer(monkeypatch, pretrain_steps=0)
+    take_steps(5, plain, graphed)
+    assert graphed._graphs is not None
+    assert graphed._graphs._captured
+    for run in (plain, graphed):
+        change(run)
+    take_steps(5, plain, graphed)
+    assert graphed._graphs._captured  # once more
+    for name, tensor in plain.tensors().items():
+        torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_steps_that_are_broken_off_prepare_no_capture(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have not made Adam's state, which would then be made in the capture, at each replay."""
+    plain, graphed = trainer(pretrain_steps=0), trainer(monkeypatch, pretrain_steps=0)
+    for run in (plain, graphed):
+        with monkeypatch.context() as broken:
+            broken.setattr(run.flow, "_step", Mock(side_effect=OSError("boom")))
+            for _ in range(times):
+                with pytest.raises(OSError, match="boom"):
+                    run.train_step()
+    take_steps(6, plain, graphed)
+    assert graphed._graphs is not None
+    assert graphed._graphs._captured
+    for name, tensor in plain.tensors().items():
+        torch.testing.assert_close(graphed.tensors()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_after_a_checkpoint_is_loaded_a_divergence_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in (trainer(pretrain_steps=0), trainer(monkeypatch, pretrain_steps=0)):
+        take_steps(5, run)
+        checkpoint, metadata = copy.deepcopy(run.tensors()), run.metadata()
+        with torch.no_grad():
+            next(run.model.energy.parameters()).fill_(torch.nan)
+        take_steps(1, run)
+        with pytest.raises(NonFiniteError):
+            run.divergence.check()
+        run.load(checkpoint, metadata)
+        take_steps(2, run)
+        run.divergence.check()
+        assert not torch.equal(run.tensors()["energy.layers.0.weight"],
+                               checkpoint["energy.layers.0.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode],
+    ids=["autocast", "no_grad", "inference_mode"],
+)
+def test_a_step_does_not_depend_on_the_callers_modes(mode: Callable[[], Any]) -> None:
+    usual, inside = trainer(pretrain_steps=0), trainer(pretrain_steps=0)
+    take_steps(2, usual)
+    with mode():
+        take_steps(2, inside)
+    for name, tensor in usual.tensors().items():
+        assert torch.equal(inside.tensors()[name], tensor), name
 
 
 def test_a_stream_that_only_the_capture_draws_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
