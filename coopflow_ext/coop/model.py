@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -255,10 +255,10 @@ class CoopFlow(nn.Module):
         Of a model made from settings it is these that say the precision, whatever autocast the
         caller is in, as of :meth:`propose`.
         """
-        from_settings = self.config is not None
-        # Of bfloat16 the sampler enters autocast itself.
-        device_type = next(self.parameters()).device.type
-        with full_precision(device_type) if from_settings else nullcontext():
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.config is not None:  # the sampler enters autocast to bfloat16 itself
+            precision = full_precision(next(self.parameters()).device.type)
+        with precision:
             x = self.sampler(x0, key=key).x
         assert isinstance(x, Tensor)
         return x
