@@ -172,14 +172,14 @@ class Key:
     @classmethod
     def or_default(cls, key: object) -> Key:
         """``key`` itself; for None one :meth:`from_default_generator`; else a TypeError."""
-        return cls.from_default_generator() if key is None else cls.check(key, " or None,")
+        return cls.from_default_generator() if key is None else cls.check(key, ", or None")
 
     @classmethod
-    def check(cls, key: object, otherwise: str = "") -> Key:
-        """``key`` itself; a TypeError where it is none, which says what else is allowed."""
+    def check(cls, key: object, or_else: str = "") -> Key:
+        """``key`` itself; a TypeError where it is none, which says what is allowed ``or_else``."""
         if not isinstance(key, Key):
             kind = type(key).__name__
-            raise TypeError(f"key must be a Key, such as cf.Key(0),{otherwise} got {kind}")
+            raise TypeError(f"key must be a Key, such as cf.Key(0){or_else}, got {kind}")
         return key
 
     @classmethod

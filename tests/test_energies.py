@@ -250,3 +250,10 @@ def test_an_energy_without_parameters_of_its_own_computes():
             delattr(layer, name)
             setattr(layer, name, value)
     torch.testing.assert_close(energy(x), expected.detach())
+
+
+@pytest.mark.gpu
+def test_gpu_a_mixture_lies_where_its_means_are():
+    energy = energies.GaussianMixtureEnergy(torch.zeros(3, 2, device="cuda"), 0.5, [1.0, 2.0, 3.0])
+    assert {buffer.device.type for buffer in energy.buffers()} == {"cuda"}
+    assert energy(torch.zeros(4, 2, device="cuda")).shape == (4,)

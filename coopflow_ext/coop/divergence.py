@@ -28,9 +28,10 @@ class Divergence:
 
     def __init__(self, batch_size: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         self._ranks = ranks
-        self._step = torch.full((), _NONE, dtype=torch.int64, device=device)
-        self._stopped = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        self._error = torch.full((), float(_NONE), device=device)  # of what was rebuilt
+        self._step = torch.empty((), dtype=torch.int64, device=device)
+        self._stopped = torch.empty(batch_size, dtype=torch.bool, device=device)
+        self._error = torch.empty((), device=device)  # of what was rebuilt
+        self.reset()
 
     def reset(self) -> None:
         """Nothing has happened, as at the beginning."""

@@ -71,7 +71,8 @@ class Flow(nn.Module):
     and values; the four kinds used last are kept, with the memory of the largest. Changes of the
     weights in place are seen. A replay runs no Python: hooks of networks inside do not run with it,
     what they kept is overwritten, and what a network of yours reads from an attribute is as it was
-    in the capture. ``flow.cuda_graph = False`` turns it off.
+    in the capture. ``flow.cuda_graph = False`` turns it off, as do, where they are on, a dispatch
+    mode such as a counter of operations and a transform of torch.func.
 
     Layers are not called as modules, so forward hooks on them do not run. A layer that norms its
     weight takes no parametrization of torch's.
@@ -241,7 +242,7 @@ class Flow(nn.Module):
         """``key``; for None one from torch's generator, drawn once a call, where the call draws
         from it at all."""
         if key is not None:
-            return Key.check(key, " or None,")
+            return Key.or_default(key)
         dequantizes = self.dequantize is not None and eps is None
         drops = self.training and self._n_dropouts > 0
         if torch.compiler.is_compiling() or not (samples or dequantizes or drops):

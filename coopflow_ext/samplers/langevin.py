@@ -207,7 +207,8 @@ class LangevinSampler:
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already
-            (a whole iteration as one graph) the steps become part of that capture.
+            (a whole iteration as one graph) the steps become part of that capture. Under a dispatch
+            mode, such as a counter of operations, which would see nothing of a graph, none is used.
             A capture leaves the energy's buffers and torch's generators as they were, so that T
             steps count as T (for a plain callable the generators only: buffers that it reaches
             through a closure have seen a few steps more). A replay does again what the device did
