@@ -9,6 +9,7 @@
 #include "coopflow/mlp_tile.h"
 #include "coopflow/philox.h"
 #include "cpu/isa.h"
+#include "ops/langevin_bound_op.h"
 
 #if !defined(COOPFLOW_CUDA_VERSION)  // built without CUDA code
 #define COOPFLOW_CUDA_VERSION ""
@@ -83,13 +84,14 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
   m.def("langevin_step_(Tensor(a!) x, Tensor grad, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
         ", Tensor(b!)? x_low=None, Tensor(c!)? stats=None, Tensor(d!)? active=None, "
         "bool freeze_nonfinite=False, Tensor(e!)? frozen_at=None) -> ()");
-  // The same for the loop of a chain: its options stand in one tensor and two lists, because torch
-  // takes longer to look 24 arguments up by name than a small step takes to run. xi and stats have
-  // a row for each step. See BoundNumber and BoundTensor in csrc/ops/langevin_op.h.
-  m.def(
-      "langevin_bound_step_(Tensor(a!) x, Tensor grad, Tensor rng, Tensor numbers, "
-      "SymInt step, Tensor(b!)? active=None, Tensor(c!)? frozen_at=None, "
-      "Tensor[]? constants=None, Tensor(d!)[]? outputs=None) -> ()");
+  // The same for the loop of a chain: torch takes longer to look 24 arguments up by name and to
+  // hand them over than a small step takes to run, so they are bound once, under a number. xi and
+  // stats have a row for each step there. See csrc/ops/langevin_bound_op.h.
+  m.def("langevin_bind(Tensor x, Tensor rng, *, " COOPFLOW_LANGEVIN_ARGS
+        ", Tensor? x_low=None, Tensor? stats=None, Tensor? active=None, "
+        "bool freeze_nonfinite=False, Tensor? frozen_at=None) -> int");
+  m.def("langevin_bound_step_(Tensor(a!) x, Tensor grad, int bound, SymInt step) -> ()");
+  m.def("langevin_unbind(int bound) -> ()");
   m.def("langevin_step(Tensor x, Tensor grad, Tensor rng, " COOPFLOW_LANGEVIN_ARGS ") -> Tensor");
   // The noise of one step alone.
   m.def(
@@ -183,6 +185,7 @@ STABLE_TORCH_LIBRARY(coopflow, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CompositeExplicitAutograd, m) {
   m.impl("mlp_shared_bytes", TORCH_BOX(&coopflow::mlp_shared_bytes));
+  m.impl("langevin_unbind", TORCH_BOX(&coopflow::langevin_unbind));
   m.impl("fold_in", TORCH_BOX(&coopflow::fold_in_op));
   m.impl("build_info", TORCH_BOX(&coopflow::build_info));
 }

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import coopflow_ext as cf
 
@@ -155,6 +157,34 @@ def test_a_bound_step_takes_the_normals_of_its_own_step(device: torch.device) ->
         assert bound.at(step, noise_when=noise_when)["xi"].equal(own)
         other = bound.functional(x, grad, rng, step, noise_when=noise_when)
         assert torch.equal(other, ours)
+
+
+def test_who_watches_a_bound_step_is_shown_all_of_it(device: torch.device) -> None:
+    """By a dispatch mode, with tensors that have no memory, and as a graph of torch.compile."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def step(x: Tensor, grad: Tensor, rng: Tensor, x_ref: Tensor) -> Tensor:
+        bound = cf.ops.BoundStep(drift=0.1, pull=0.2, x_ref=x_ref)
+        bound.in_place(x, rng)(grad, 2)
+        return x
+
+    x, grad, rng, _ = arguments((5, 13), torch.float32, device, {})
+    given = (grad, rng, torch.ones_like(x))
+    expected = step(x.clone(), *given)
+    assert not torch.equal(expected, x)
+    with Watch():
+        assert torch.equal(step(x.clone(), *given), expected)
+    assert "coopflow.langevin_step_.default" in seen
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x.clone(), *given), expected)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, *given)]
+        assert step(*fakes).shape == x.shape
 
 
 def test_statistics_of_chains_without_elements_are_zero(device: torch.device) -> None:

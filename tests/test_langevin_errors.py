@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import coopflow_ext as cf
-from coopflow_ext.ops.langevin import bound_arguments
 
 KEY = cf.Key(5)
 
@@ -137,66 +137,98 @@ def test_bad_input_is_named_and_changes_nothing(device: torch.device, name: str)
     assert torch.equal(x, before)
 
 
-def bound_call(numbers: Tensor, device: Any = "cpu", **given: Any) -> tuple[Any, ...]:
-    """Arguments of the raw op of a bound step, of which some are given."""
-    tensors = {
-        "x": torch.ones(4, 6, device=device),
-        "grad": torch.ones(4, 6, device=device),
-        "rng": KEY.tensor(device),
-        "numbers": numbers,
-        "step": 0,
-        "active": None,
-        "frozen_at": None,
-        "constants": None,
-        "outputs": None,
-    }
-    return tuple({**tensors, **given}.values())
-
-
-def numbers_of(**options: Any) -> Tensor:
-    return bound_arguments(**{"drift": 0.1, **options})[0]
-
-
 XI, STATS = torch.ones(2, 4, 6), torch.ones(2, 4, 5)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "given", "message"),
+    ("options", "step", "message"),
     [
-        (torch.zeros(13), {}, "numbers: must have dtype float64"),
-        (torch.zeros(8).double(), {}, r"numbers: must have shape \(13,\), got \(8,\)"),
-        (torch.zeros(26).double()[::2], {}, "numbers: must be contiguous"),
-        (torch.full((13,), math.nan).double(), {}, "noise_when: must be in"),
-        (numbers_of(drift=math.nan), {}, "drift: must be finite"),
-        (numbers_of(noise=-1.0), {}, "noise: must not be negative"),
-        (numbers_of(grad_clip=0.0), {}, "grad_clip: must be"),
-        (numbers_of(clamp=(1.0, -1.0)), {}, "clamp: must be"),
-        (numbers_of(noise_when=3), {}, r"noise_when: must be in \[0, 3\), got 3"),
-        (numbers_of(pull=0.1), {}, "pull: needs x_ref"),
-        (numbers_of(freeze_nonfinite=True), {}, "freeze_nonfinite: needs active"),
-        (numbers_of(xi=XI), {}, "constants: must be 1 tensors by numbers, got 0"),
-        (numbers_of(), {"constants": [XI]}, "constants: must be 0 tensors by numbers, got 1"),
-        (numbers_of(stats=STATS), {}, "outputs: must be 1 tensors by numbers, got 0"),
-        (numbers_of(xi=XI), {"constants": [XI[0]]}, "xi: must have a row of the shape of x"),
-        (numbers_of(xi=XI), {"constants": [XI[:, :3]]}, "xi: must have a row of the shape of x"),
-        (numbers_of(xi=XI), {"constants": [XI.double()]}, "xi: must have dtype float32"),
-        (numbers_of(xi=XI), {"constants": [XI.mT.contiguous().mT]}, "xi: must have the strides"),
-        (numbers_of(xi=XI), {"constants": [XI], "step": 2}, "xi: row 2 was asked of a tensor with"),
-        (numbers_of(xi=XI, noise_when=1), {"constants": [XI], "step": 1}, "xi: row 2 was asked"),
-        (numbers_of(stats=STATS), {"outputs": [STATS[0]]}, r"stats: must have shape \(T, 4, 5\)"),
-        (numbers_of(stats=STATS), {"outputs": [STATS], "step": 2}, "stats: row 2 was asked"),
-        (numbers_of(), {"step": -1}, "step: must be in"),
+        ({"drift": math.nan}, 0, "drift: must be finite"),
+        ({"noise": -1.0}, 0, "noise: must not be negative"),
+        ({"grad_clip": 0.0}, 0, "grad_clip: must be"),
+        ({"clamp": (1.0, -1.0)}, 0, "clamp: must be"),
+        ({"noise_when": 3}, 0, "noise_when: must be 0, 1 or 2, got 3"),
+        ({"pull": 0.1}, 0, "pull: needs x_ref"),
+        ({"freeze_nonfinite": True}, 0, "freeze_nonfinite: needs active"),
+        ({"drift": torch.ones(2, 1)}, 2, "step: row 2 was asked of a coefficient table with 2"),
+        ({"xi": XI[0]}, 0, "xi: must have a row of the shape of x"),
+        ({"xi": XI[:, :3]}, 0, "xi: must have a row of the shape of x"),
+        ({"xi": XI.double()}, 0, "xi: must have dtype float32"),
+        ({"xi": XI.mT.contiguous().mT}, 0, "xi: must have the strides"),
+        ({"xi": XI}, 2, "xi: row 2 was asked of a tensor with 2 rows"),
+        ({"xi": XI, "noise_when": 1}, 1, "xi: row 2 was asked of a tensor with 2 rows"),
+        ({"stats": STATS[0]}, 0, r"stats: must have shape \(T, 4, 5\)"),
+        ({"stats": STATS}, 2, "stats: row 2 was asked of a tensor with 2 rows"),
+        ({}, -1, "step: must be in"),
     ],
 )
-def test_bad_arguments_of_the_bound_step(
-    device: torch.device, numbers: Tensor, given: dict[str, Any], message: str
+def test_bad_options_of_a_bound_step(
+    device: torch.device, options: dict[str, Any], step: int, message: str
 ) -> None:
-    given = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, given)
-    arguments = bound_call(numbers, device, **given)
-    before = arguments[0].clone()
-    with pytest.raises(RuntimeError, match=f"coopflow::langevin_bound_step_: {message}"):
-        torch.ops.coopflow.langevin_bound_step_(*arguments)
-    assert torch.equal(arguments[0], before)
+    x, grad, rng = (
+        torch.ones(4, 6, device=device),
+        torch.ones(4, 6, device=device),
+        KEY.tensor(device),
+    )
+    given = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in options.items()}
+    with pytest.raises((ValueError, TypeError), match=f"coopflow::langevin_bound_step_: {message}"):
+        cf.ops.BoundStep(**{"drift": 0.1, "noise": 0.1, **given}).in_place(x, rng)(grad, step)
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (torch.ones(4, 5), ValueError, "grad: must have the shape of x"),
+        (torch.ones(4, 6).double(), TypeError, "grad: must have dtype float32"),
+        (torch.ones(4, 6, device="meta"), ValueError, "grad: must be on the device of x"),
+        (None, TypeError, "grad"),
+    ],
+)
+def test_bad_gradients_of_a_bound_step(
+    device: torch.device, grad: Any, error: type[Exception], message: str
+) -> None:
+    x = torch.ones(4, 6, device=device)
+    if isinstance(grad, Tensor) and not grad.is_meta:
+        grad = grad.to(device)
+    move = cf.ops.BoundStep(drift=0.1).in_place(x, KEY.tensor(device))
+    with pytest.raises(error, match=message):
+        move(grad, 0)
+    assert (x == 1).all()
+
+
+def test_a_bound_step_is_that_of_its_state(device: torch.device) -> None:
+    """And of the size it had then: its memory is written without another look."""
+    x, grad = torch.ones(4, 6, device=device), torch.ones(4, 6, device=device)
+    bound = torch.ops.coopflow.langevin_bind(x, KEY.tensor(device), drift=0.5)
+    step = torch.ops.coopflow.langevin_bound_step_
+    for other in (x.clone(), x[:3], x[1:]):
+        with pytest.raises(RuntimeError, match="x: must be the tensor that was bound"):
+            step(other, grad, bound, 0)
+    step(x, grad, bound, 0)
+    assert (x == 0.5).all()
+    x.resize_(2, 6)
+    with pytest.raises(RuntimeError, match="x: must be the tensor that was bound"):
+        step(x, grad, bound, 0)
+    torch.ops.coopflow.langevin_unbind(bound)
+    with pytest.raises(RuntimeError, match=f"bound: nothing is bound as {bound}"):
+        step(x, grad, bound, 0)
+    torch.ops.coopflow.langevin_unbind(bound)
+    assert (x == 0.5).all()
+
+
+def test_a_bound_step_keeps_its_tensors_as_long_as_it_is_used(device: torch.device) -> None:
+    x, grad = torch.ones(4, 6, device=device), torch.zeros(4, 6, device=device)
+    x_ref = torch.zeros(4, 6, device=device)
+    gone = weakref.ref(x_ref)
+    move = cf.ops.BoundStep(drift=0.1, pull=0.5, x_ref=x_ref).in_place(x, KEY.tensor(device))
+    del x_ref
+    gc.collect()
+    move(grad, 0)
+    assert (x == 0.5).all()
+    del move
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_lazily_negated_state_is_named(device: torch.device) -> None:
@@ -238,17 +270,6 @@ FOREIGN = ["grad", "rng", "drift", "xi", "stats", "active"]
 def test_a_tensor_without_data_is_named(device: torch.device, name: str) -> None:
     """One "meta" tensor sends the call to the fake kernel, which must not pass for a step."""
     assert_a_foreign_tensor_is_named(name, device, "meta")
-
-
-def test_the_numbers_of_a_bound_step_stay_on_the_cpu(device: torch.device) -> None:
-    """Beside tensors of another device, here without data, and as the only ones without data."""
-    step, numbers = torch.ops.coopflow.langevin_bound_step_, numbers_of()
-    step(*bound_call(numbers, "meta"))
-    arguments = bound_call(numbers.to("meta"), device)
-    before = arguments[0].clone()
-    with pytest.raises(ValueError, match="numbers: must be on the CPU, got meta"):
-        step(*arguments)
-    assert torch.equal(arguments[0], before)
 
 
 @pytest.mark.gpu

@@ -151,18 +151,15 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
         )
 
 
-def register_fake(name: str, shapes: Callable[..., Any], *, on_host: str | None = None) -> None:
-    """Teaches torch the shapes of an op's results. The host reads the argument ``on_host``."""
+def register_fake(name: str, shapes: Callable[..., Any]) -> None:
+    """Teaches torch the shapes of an op's results."""
     if isinstance(coopflow, _Missing):
         return
     op = f"coopflow::{name}"
     names = _argument_names(name)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if on_host and (device := given.pop(on_host).device).type != "cpu":
-            raise ValueError(f"{op}: {on_host}: must be on the CPU, got {device}")
-        _check_devices(op, given)
+        _check_devices(op, {**dict(zip(names, args, strict=False)), **kwargs})
         return shapes(*args, **kwargs)
 
     torch.library.register_fake(op)(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,31 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from coopflow_ext import reference
+from coopflow_ext._recording import is_watched
 from coopflow_ext._tensors import Coefficient, arithmetic_dtype, check_tensors
 from coopflow_ext.ops import _call
 
 _COEFFICIENTS = ("drift", "noise", "decay", "pull", "step_size")
 _TABLES = ("drift_t", "noise_t", "decay_t", "pull_t")  # of coefficients, which may be learned
 _OUTPUTS = ("x_low", "stats", "active", "freeze_nonfinite", "frozen_at")  # of the op in place
-
-# Where the numbers of ``langevin_bound_step_`` stand in their tensor, and what is off; after them
-# stands which tensors its lists hold, a bit for each, those that are read before those written.
-_BOUND_NUMBERS = {
-    "drift": 0.0,
-    "noise": 0.0,
-    "decay": 0.0,
-    "pull": 0.0,
-    "is_score": 0.0,
-    "grad_clip": math.inf,
-    "grad_norm": math.inf,
-    "step_clip": math.inf,
-    "clamp_low": -math.inf,
-    "clamp_high": math.inf,
-    "noise_when": 0.0,
-    "freeze_nonfinite": 0.0,
-}
-_BOUND_CONSTANTS = ("drift_t", "noise_t", "decay_t", "pull_t", "x_ref", "xi")
-_BOUND_OUTPUTS = ("x_low", "stats")
 
 
 class _Options(NamedTuple):
@@ -321,22 +304,6 @@ def langevin_step(
     return out
 
 
-def bound_arguments(**options: Any) -> tuple[Tensor, tuple[Any, ...]]:
-    """The options of a step as ``langevin_bound_step_`` takes them: its numbers before the step,
-    and the tensors behind it as far as there are any, since every argument costs time."""
-    raw = raw_options("langevin_step_", **options)
-    numbers = [float(raw.get(name, off)) for name, off in _BOUND_NUMBERS.items()]
-    in_lists = (*_BOUND_CONSTANTS, *_BOUND_OUTPUTS)
-    numbers.append(sum(1 << i for i, name in enumerate(in_lists) if name in raw))
-    lists = [
-        [raw[name] for name in names if name in raw] for names in (_BOUND_CONSTANTS, _BOUND_OUTPUTS)
-    ]
-    tensors = [raw.get("active"), raw.get("frozen_at"), *(tensors or None for tensors in lists)]
-    while tensors and tensors[-1] is None:
-        tensors.pop()
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu"), tuple(tensors)
-
-
 class BoundStep:
     """The options of :func:`langevin_step_`, bound once for the loop of a chain.
 
@@ -351,16 +318,32 @@ class BoundStep:
     def in_place(self, x: Tensor, rng: Tensor, **replaced: Any) -> Callable[[Tensor, int], None]:
         """The step of a state, as a function of (grad, step); options that are given here replace
         the bound ones."""
-        numbers, tensors = bound_arguments(**{**self.options, **replaced})
-        op = _call.coopflow.langevin_bound_step_.default
-        if not torch.compiler.is_compiling():
-            op = op._op  # without a method in Python, which is a tenth of what the call takes
+        if torch.compiler.is_compiling() or is_watched():
+            return self._by_the_face(x, rng, replaced)
+        raw = raw_options("langevin_step_", **{**self.options, **replaced})
+        try:
+            bound = _call.coopflow.langevin_bind(x, rng, **raw)
+        except RuntimeError as error:
+            raise _call.argument_error(error) from None
+        # Without a method in Python, which is a tenth of what the call takes.
+        op = _call.coopflow.langevin_bound_step_.default._op
 
         def move(grad: Tensor, step: int) -> None:
             try:
-                op(x, grad, rng, numbers, step, *tensors)
+                op(x, grad, bound, step)
             except RuntimeError as error:
                 raise _call.argument_error(error) from None
+
+        weakref.finalize(move, _call.coopflow.langevin_unbind, bound).atexit = False
+        return move
+
+    def _by_the_face(
+        self, x: Tensor, rng: Tensor, replaced: Mapping[str, Any]
+    ) -> Callable[[Tensor, int], None]:
+        """The same for those who look at the tensors of a step, and at its schema."""
+
+        def move(grad: Tensor, step: int) -> None:
+            langevin_step_(x, grad, rng, **self.at(step, **replaced))
 
         return move
 
@@ -466,5 +449,6 @@ _call.positional("langevin_step", _LangevinStep)
 _call.register_autograd("langevin_step", _LangevinStep)
 _call.register_fake("langevin_step", lambda x, *args, **kwargs: torch.empty_like(x))
 _call.register_fake("langevin_step_", _call.no_result)
-_call.register_fake("langevin_bound_step_", _call.no_result, on_host="numbers")
+_call.register_fake("langevin_bind", lambda *args, **kwargs: 0)
+_call.register_fake("langevin_bound_step_", _call.no_result)
 _call.register_fake("langevin_noise_", _call.no_result)

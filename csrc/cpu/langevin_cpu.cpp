@@ -5,7 +5,7 @@
 
 #include "chunks.h"
 #include "langevin_loops.h"
-#include "ops/langevin_op.h"
+#include "ops/langevin_bound_op.h"
 
 namespace coopflow {
 namespace {
@@ -82,6 +82,7 @@ struct CpuLangevin {
 STABLE_TORCH_LIBRARY_IMPL(coopflow, CPU, m) {
   using coopflow::CpuLangevin;
   m.impl("langevin_step_", TORCH_BOX(&coopflow::langevin_step_<CpuLangevin>));
+  m.impl("langevin_bind", TORCH_BOX(&coopflow::langevin_bind));
   m.impl("langevin_bound_step_", TORCH_BOX(&coopflow::langevin_bound_step_<CpuLangevin>));
   m.impl("langevin_step", TORCH_BOX(&coopflow::langevin_step<CpuLangevin>));
   m.impl("langevin_noise_", TORCH_BOX(&coopflow::langevin_noise_<CpuLangevin>));

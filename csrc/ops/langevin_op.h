@@ -7,7 +7,6 @@
 #pragma once
 
 #include <limits>
-#include <vector>
 
 #include "coopflow/langevin.h"
 #include "ops/op_checks.h"
@@ -34,40 +33,6 @@ struct LangevinOptions {
   bool has_rows = false;  // xi and stats are those of many steps, a row for each
 };
 
-using OptionalTensors = std::optional<std::vector<Tensor>>;
-
-// Where the numbers of a bound step stand in their tensor. Limits that are off are infinite.
-enum BoundNumber {
-  kDrift,
-  kNoise,
-  kDecay,
-  kPull,
-  kIsScore,
-  kGradClip,
-  kGradNorm,
-  kStepClip,
-  kClampLow,
-  kClampHigh,
-  kNoiseWhen,
-  kFreezeNonfinite,
-  kTensors,  // which are given, a bit for each of BoundTensor
-  kBoundNumbers
-};
-
-// The tensors of a bound step in the order of its two lists: those it reads, those it writes.
-enum BoundTensor {
-  kDriftTable,
-  kNoiseTable,
-  kDecayTable,
-  kPullTable,
-  kXRef,
-  kXi,
-  kXLow,
-  kStats,
-  kBoundTensors,
-  kFirstWritten = kXLow
-};
-
 class LangevinOp {
  public:
   LangevinOp(const char* name, const Tensor& x, const char* argument = "x") : check_(name), x_(x) {
@@ -77,6 +42,13 @@ class LangevinOp {
   }
 
   bool is_empty() const { return batch_ == 0 || per_chain_ == 0; }
+
+  // Of the tensor that this op is of.
+  void check_is_state(const Tensor& x) const {
+    if (x.const_data_ptr() != x_.const_data_ptr() || x.numel() != batch_ * per_chain_) {
+      check_.fail("x", "must be the tensor that was bound, with its shape");
+    }
+  }
 
   bool is_dense(const GradientLayout& layout) const { return layout.is_dense(batch_, per_chain_); }
 
@@ -90,23 +62,36 @@ class LangevinOp {
   }
 
   // The same, with a row for each step.
-  void check_state_rows(const char* argument, const Tensor& t, int64_t row) const {
+  void check_state_rows(const char* argument, const Tensor& t) const {
     check_.has_dtype(argument, t, x_.scalar_type());
     check_.same_device(argument, t, x_);
     check_.rows_have_layout(argument, t, x_);
-    check_has_row(argument, t, row);
   }
 
   void check_step(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
     check_gradient(grad);
+    check_options(rng, o);
+    check_rows(o);
+  }
+
+  // All but the gradient and what depends on the step.
+  void check_options(const Tensor& rng, const LangevinOptions& o) const {
     check_update(rng, o);
+    check_outputs(o);
+  }
+
+  // What has a row for each step reaches this one.
+  void check_rows(const LangevinOptions& o) const {
+    check_.noise_fits(per_chain_, o.step);
     for (const OptionalTensor* table : {&o.drift_t, &o.decay_t, &o.pull_t}) {
       check_reaches(*table, o.step);
     }
     if (static_cast<NoiseWhen>(o.noise_when) != NoiseWhen::kNone) {
       check_reaches(o.noise_t, noise_step(o));
     }
-    check_outputs(o);
+    if (!o.has_rows) return;
+    if (o.xi) check_has_row("xi", *o.xi, noise_step(o));
+    if (o.stats) check_has_row("stats", *o.stats, o.step);
   }
 
   // A table with several rows must reach the step.
@@ -117,14 +102,14 @@ class LangevinOp {
     }
   }
 
-  // Of a step in place.
-  void check_memory(const Tensor& grad, const Tensor& rng, const LangevinOptions& o) const {
+  // Of a step in place; grad null: checked apart.
+  void check_memory(const Tensor* grad, const Tensor& rng, const LangevinOptions& o) const {
     check_.share_no_memory({{"x", &x_, true, true},
                             {"x_low", pointer_to(o.x_low), true, true},
                             {"stats", pointer_to(o.stats), true, false},
                             {"active", pointer_to(o.active), true, false},
                             {"frozen_at", pointer_to(o.frozen_at), true, false},
-                            {"grad", &grad, false, true},
+                            {"grad", grad, false, true},
                             {"x_ref", pointer_to(o.x_ref), false, true},
                             {"xi", pointer_to(o.xi), false, true},
                             {"rng", &rng, false, false},
@@ -132,6 +117,15 @@ class LangevinOp {
                             {"noise", pointer_to(o.noise_t), false, false},
                             {"decay", pointer_to(o.decay_t), false, false},
                             {"pull", pointer_to(o.pull_t), false, false}});
+  }
+
+  void check_gradient_memory(const Tensor& grad, const LangevinOptions& o) const {
+    check_.share_no_memory({{"x", &x_, true, true},
+                            {"x_low", pointer_to(o.x_low), true, true},
+                            {"stats", pointer_to(o.stats), true, false},
+                            {"active", pointer_to(o.active), true, false},
+                            {"frozen_at", pointer_to(o.frozen_at), true, false},
+                            {"grad", &grad, false, true}});
   }
 
   // Of noise added in place.
@@ -147,7 +141,7 @@ class LangevinOp {
   // What steps and whole chains are given alike.
   void check_update(const Tensor& rng, const LangevinOptions& o) const {
     check_noise(rng, o.noise, o.noise_t, o.step, o.has_rows ? std::nullopt : o.xi);
-    if (o.has_rows && o.xi) check_state_rows("xi", *o.xi, noise_step(o));
+    if (o.has_rows && o.xi) check_state_rows("xi", *o.xi);
     check_coefficient("drift", o.drift, o.drift_t);
     check_coefficient("decay", o.decay, o.decay_t);
     check_coefficient("pull", o.pull, o.pull_t);
@@ -194,32 +188,6 @@ class LangevinOp {
     check_coefficient("noise", noise, noise_t);
     if (!noise_t) check_.is_non_negative("noise", noise);
     if (xi) check_state_like("xi", *xi);
-  }
-
-  // The options of a bound step from its numbers and its lists of tensors.
-  LangevinOptions bound_options(const Tensor& numbers, const OptionalTensors& constants,
-                                const OptionalTensors& outputs) const {
-    const double* number = bound_numbers(numbers);
-    LangevinOptions o{};
-    o.drift = number[kDrift];
-    o.noise = number[kNoise];
-    o.decay = number[kDecay];
-    o.pull = number[kPull];
-    o.is_score = number[kIsScore] != 0;
-    o.grad_clip = limit_or_none(number[kGradClip]);
-    o.grad_norm = limit_or_none(number[kGradNorm]);
-    o.step_clip = limit_or_none(number[kStepClip]);
-    o.clamp_low = number[kClampLow];
-    o.clamp_high = number[kClampHigh];
-    o.noise_when = whole_number("noise_when", number[kNoiseWhen], 3);
-    o.freeze_nonfinite = number[kFreezeNonfinite] != 0;
-    o.has_rows = true;
-    OptionalTensor* const places[kBoundTensors] = {&o.drift_t, &o.noise_t, &o.decay_t, &o.pull_t,
-                                                   &o.x_ref,   &o.xi,      &o.x_low,   &o.stats};
-    const int64_t taken = whole_number("numbers", number[kTensors], 1 << kBoundTensors);
-    place_tensors("constants", constants, places, taken, 0, kFirstWritten);
-    place_tensors("outputs", outputs, places, taken, kFirstWritten, kBoundTensors);
-    return o;
   }
 
   void check_active(const OptionalTensor& active) const {
@@ -292,43 +260,6 @@ class LangevinOp {
     return {static_cast<A>(grad_clip.value_or(kNoLimit)),
             static_cast<A>(step_clip.value_or(kNoLimit)), static_cast<A>(low.value_or(-kNoLimit)),
             static_cast<A>(high.value_or(kNoLimit))};
-  }
-
-  static std::optional<double> limit_or_none(double limit) {
-    return limit == kNoLimit ? std::nullopt : std::optional<double>(limit);
-  }
-
-  const double* bound_numbers(const Tensor& numbers) const {
-    check_.has_dtype("numbers", numbers, ScalarType::Double);
-    if (numbers.is_cuda()) check_.fail("numbers", "must be on the CPU, got a CUDA tensor");
-    if (numbers.dim() != 1 || numbers.size(0) != kBoundNumbers) {
-      check_.fail("numbers", "must have shape (", int{kBoundNumbers}, ",), got ",
-                  shape_text(numbers));
-    }
-    check_.is_contiguous("numbers", numbers);
-    return static_cast<const double*>(numbers.const_data_ptr());
-  }
-
-  int64_t whole_number(const char* argument, double value, int64_t limit) const {
-    if (!(value >= 0 && value < static_cast<double>(limit))) {
-      check_.fail(argument, "must be in [0, ", limit, "), got ", value);
-    }
-    return static_cast<int64_t>(value);
-  }
-
-  // Gives each of the places [begin, end) that are said to be taken the next tensor of a list.
-  void place_tensors(const char* argument, const OptionalTensors& list,
-                     OptionalTensor* const places[], int64_t taken, int begin, int end) const {
-    const size_t size = list ? list->size() : 0;
-    size_t next = 0;
-    for (int i = begin; i < end; ++i) {
-      if ((taken >> i & 1) == 0) continue;
-      if (next < size) *places[i] = (*list)[next];
-      ++next;
-    }
-    if (next != size) {
-      check_.fail(argument, "must be ", next, " tensors by numbers, got ", size);
-    }
   }
 
   void check_has_row(const char* argument, const Tensor& t, int64_t row) const {
@@ -414,7 +345,6 @@ class LangevinOp {
                     "), got ", shape_text(*o.stats));
       }
       check_.is_contiguous("stats", *o.stats);
-      if (o.has_rows) check_has_row("stats", *o.stats, o.step);
     }
     check_active(o.active);
     if (o.freeze_nonfinite && !o.active) {
@@ -494,21 +424,7 @@ void langevin_step_(Tensor x, Tensor grad, Tensor rng, double drift, OptionalTen
   o.frozen_at = frozen_at;
   const LangevinOp op("langevin_step_", x);
   op.check_step(grad, rng, o);
-  op.check_memory(grad, rng, o);
-  run_langevin_step<Backend>(op, x, x, grad, rng, o);
-}
-
-template <typename Backend>
-void langevin_bound_step_(Tensor x, Tensor grad, Tensor rng, Tensor numbers, int64_t step,
-                          OptionalTensor active, OptionalTensor frozen_at,
-                          OptionalTensors constants, OptionalTensors outputs) {
-  const LangevinOp op("langevin_bound_step_", x);
-  LangevinOptions o = op.bound_options(numbers, constants, outputs);
-  o.step = step;
-  o.active = active;
-  o.frozen_at = frozen_at;
-  op.check_step(grad, rng, o);
-  op.check_memory(grad, rng, o);
+  op.check_memory(&grad, rng, o);
   run_langevin_step<Backend>(op, x, x, grad, rng, o);
 }
 

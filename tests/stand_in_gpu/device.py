@@ -9,6 +9,7 @@ to memory that was there before is undone at its end, as a GPU would not have wr
 from __future__ import annotations
 
 import ctypes
+import itertools
 import traceback
 import warnings
 from collections import defaultdict
@@ -82,6 +83,8 @@ class StandIn:
         self.errors: list[BaseException] = []
         self._graphs: dict[int, list[_Work]] = defaultdict(list)
         self._before_capture: dict[int, bytes] = {}  # by address
+        self._bound: dict[int, dict[str, Any]] = {}
+        self._numbers = itertools.count(1 << 40)  # apart from those of the CPU
         self._libraries: list[torch.library.Library] = []
         self.runtime.on_replay(self._replay)
 
@@ -103,7 +106,9 @@ class StandIn:
             warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding")
             own = {"copy_": self._copy, "_local_scalar_dense": self._item}
             self._redirect_all("aten", own)
-            self._redirect_all("coopflow", {})
+            bound = {"langevin_bind": self._bind, "langevin_bound_step_": self._bound_step}
+            self._redirect_all("coopflow", bound)
+            self._libraries[-1].impl("langevin_unbind", self._unbind, "CompositeExplicitAutograd")
 
     def _redirect_all(self, namespace: str, own: dict[str, Callable[..., Any]]) -> None:
         library = torch.library.Library(namespace, "IMPL")
@@ -181,6 +186,22 @@ class StandIn:
     def _item(self, x: Tensor) -> Any:
         self.wait("aten::_local_scalar_dense")
         return on_host(x).item()
+
+    # --- bound steps, of which a graph keeps the kernels' arguments alone --------------------------
+
+    def _bind(self, x: Tensor, rng: Tensor, **options: Any) -> int:
+        self._bound[number := next(self._numbers)] = {"rng": rng, **options}
+        return number
+
+    def _bound_step(self, x: Tensor, grad: Tensor, bound: int, step: int) -> None:
+        options = {**self._bound[bound], "step": step}
+        for name, at in (("xi", step + (options.get("noise_when") == 1)), ("stats", step)):
+            if options.get(name) is not None:
+                options[name] = options[name][at]
+        torch.ops.coopflow.langevin_step_(x, grad, **options)
+
+    def _unbind(self, bound: int) -> None:
+        self._bound.pop(bound, None)
 
 
 class _Redirected:
