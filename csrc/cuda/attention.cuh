@@ -39,16 +39,17 @@ class HeadMask {
       votes[2] = __ballot_sync(kAllLanes, is_kept(words.w2, threshold));
       votes[3] = __ballot_sync(kAllLanes, is_kept(words.w3, threshold));
     } else {
-      const uint32_t four = kept(row, first_key);
+      const uint32_t four = kept<4>(row, first_key);
       COOPFLOW_UNROLL
       for (int i = 0; i < 4; ++i) votes[i] = __ballot_sync(kAllLanes, (four >> i & 1) != 0);
     }
   }
 
-  // Bit i: whether the weight of key first_key + i is kept, i < 4.
+  // Bit i: whether the weight of key first_key + i is kept, i < kCount.
+  template <int kCount>
   __device__ __forceinline__ uint32_t kept(int64_t row, int64_t first_key) const {
-    return kept_of_four(key_, chain_, time_, first_ + row * length_ + first_key,
-                        dropout_.threshold);
+    return kept_of<kCount>(key_, chain_, time_, first_ + row * length_ + first_key,
+                           dropout_.threshold);
   }
 
  private:

@@ -60,14 +60,26 @@ class AttentionWarp {
     const int64_t count = shape_.length - first;
     if (lies_in_words(from)) {
       constexpr int kWords = kDim / 8;  // of a vector
-      COOPFLOW_UNROLL
-      for (int i = static_cast<int>(threadIdx.x); i < kTile * kWords; i += kThreads) {
-        const int row = i / kWords, k = i % kWords * 8;
-        Word16 word{};
-        if (row < count && k < shape_.dim) {
-          word = *reinterpret_cast<const Word16*>(vectors + row * from.row_stride + k);
+      constexpr int kOfThread = kTile * kWords / kThreads;
+      static_assert(kOfThread * kThreads == kTile * kWords && kThreads % kWords == 0);
+      const int first_row = static_cast<int>(threadIdx.x) / kWords;
+      const int k = static_cast<int>(threadIdx.x) % kWords * 8;
+      constexpr int kAtOnce = 2;  // on their way before the first is waited for
+      COOPFLOW_NO_UNROLL
+      for (int n = 0; n < kOfThread; n += kAtOnce) {
+        Word16 words[kAtOnce] = {};
+        COOPFLOW_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int row = first_row + (n + i) * (kThreads / kWords);
+          if (row < count && k < shape_.dim) {
+            words[i] = *reinterpret_cast<const Word16*>(vectors + row * from.row_stride + k);
+          }
         }
-        *reinterpret_cast<Word16*>(to + row * kStride + k) = word;
+        COOPFLOW_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int row = first_row + (n + i) * (kThreads / kWords);
+          *reinterpret_cast<Word16*>(to + row * kStride + k) = words[i];
+        }
       }
     } else {
       for (int i = static_cast<int>(threadIdx.x); i < kTile * kDim; i += kThreads) {
@@ -217,7 +229,7 @@ __device__ __forceinline__ void take_scores(const AttentionWarp<kDim>& warp, int
       for (int e = 0; e < 2; ++e) {
         float& score = scores[j][2 * half + e];
         const bool exists = 8 * j + warp.column() + e < count;
-        score = exists ? softmax_term(score, largest) : 0.0f;
+        score = softmax_term(exists ? score : -INFINITY, largest);  // without a branch
         softmax.sum[half] += score;
       }
     }
@@ -365,7 +377,9 @@ __global__ void __launch_bounds__(AttentionWarp<kDim>::kThreads, kDim == 32 ? 4 
   float* const delta = warp.row_numbers(1);
   const int64_t tiles = divide_up(shape.length, kTile);
   for (int64_t unit = blockIdx.x; unit < shape.batch * shape.heads * tiles; unit += gridDim.x) {
-    const int64_t head = unit / tiles, first_key = unit % tiles * kTile;
+    // A row's number fits 32 bits: a mask has at most 2^34 weights.
+    const int64_t head = unit / tiles;
+    const int first_key = static_cast<int>(unit % tiles) * kTile;
     const HeadMask<float> mask(args.dropout, shape, head);
     typename Warp::Sums key_sums = {}, value_sums = {};
     typename Warp::Vectors keys, values;
@@ -375,7 +389,7 @@ __global__ void __launch_bounds__(AttentionWarp<kDim>::kThreads, kDim == 32 ? 4 
     __syncthreads();
     warp.take(queries, keys);
     warp.take(grad_out, values);
-    for (int64_t first_row = 0; first_row < shape.length; first_row += kTile) {
+    for (int first_row = 0; first_row < static_cast<int>(shape.length); first_row += kTile) {
       __syncthreads();  // the last tile's rows, or the keys and values, have been read
       warp.load(args.q, head, first_row, queries);
       warp.load(args.grad_out, head, first_row, grad_out);

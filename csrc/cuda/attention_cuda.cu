@@ -190,16 +190,28 @@ class Block {
   template <int kRows, int kStride>
   __device__ __forceinline__ void load(const AttentionInput& from, int64_t head, int64_t first,
                                        A factor, A* side_by_side, A* in_rows) const {
+    constexpr int kOfThread = kRows * kDim / kThreads;
+    static_assert(kOfThread * kThreads == kRows * kDim && kThreads % kDim == 0);
     const T* const vectors = static_cast<const T*>(from.data) + from.head_offset(shape_, head);
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kDim; i += kThreads) {
-      const int row = i / kDim, k = i % kDim;
-      A value = A(0);
-      if (first + row < shape_.length && k < shape_.dim) {
-        value =
-            factor * to_arithmetic(vectors[(first + row) * from.row_stride + k * from.dim_stride]);
+    const int first_row = static_cast<int>(threadIdx.x) / kDim;
+    const int k = static_cast<int>(threadIdx.x) % kDim;
+    A values[kOfThread] = {};  // all on their way before the first is waited for
+    if (k < shape_.dim) {
+      COOPFLOW_UNROLL
+      for (int n = 0; n < kOfThread; ++n) {
+        const int64_t row = first + first_row + n * (kThreads / kDim);
+        // Those that do not exist read the last one: a branch would wait.
+        const int64_t read = row < shape_.length ? row : shape_.length - 1;
+        const A value =
+            factor * to_arithmetic(vectors[read * from.row_stride + k * from.dim_stride]);
+        values[n] = row < shape_.length ? value : A(0);
       }
-      if (side_by_side != nullptr) side_by_side[k * kStride + row] = value;
-      if (in_rows != nullptr) in_rows[row * kDim + k] = value;
+    }
+    COOPFLOW_UNROLL
+    for (int n = 0; n < kOfThread; ++n) {
+      const int row = first_row + n * (kThreads / kDim);
+      if (side_by_side != nullptr) side_by_side[k * kStride + row] = values[n];
+      if (in_rows != nullptr) in_rows[row * kDim + k] = values[n];
     }
   }
 
@@ -241,7 +253,8 @@ __device__ __forceinline__ void take_scores(
     COOPFLOW_UNROLL
     for (int c = 0; c < kWalked; ++c) {
       const bool exists = block.first_walked() + c < count;
-      scores[r][c] = exists ? softmax_term(scores[r][c], largest) : A(0);
+      // Without a branch.
+      scores[r][c] = softmax_term(exists ? scores[r][c] : static_cast<A>(-INFINITY), largest);
       softmax.sum[r] += scores[r][c];
     }
     COOPFLOW_UNROLL
@@ -282,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       take_scores<T, kDim>(block, shape.length - first_key, softmax, scores, sums);
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
-        const uint32_t kept =
-            mask.kept(first_row + block.first_own() + r, first_key + block.first_walked());
+        const uint32_t kept = mask.template kept<kWalked>(first_row + block.first_own() + r,
+                                                          first_key + block.first_walked());
         COOPFLOW_UNROLL
         for (int c = 0; c < kWalked; ++c) scores[r][c] = kept >> c & 1 ? scores[r][c] : A(0);
       }
@@ -346,7 +359,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_query_gradient_kernel(
       COOPFLOW_UNROLL
       for (int r = 0; r < kOwn; ++r) {
         const int row = block.first_own() + r;
-        const uint32_t kept = mask.kept(first_row + row, first_key + block.first_walked());
+        const uint32_t kept =
+            mask.template kept<kWalked>(first_row + row, first_key + block.first_walked());
         COOPFLOW_UNROLL
         for (int c = 0; c < kWalked; ++c) {
           const bool exists = first_key + block.first_walked() + c < shape.length;
@@ -411,7 +425,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_key_gradient_kernel(
       for (int c = 0; c < kWalked; ++c) {
         const int row = block.first_walked() + c;
         const bool exists = first_row + row < shape.length;
-        const uint32_t kept = mask.kept(first_row + row, first_key + block.first_own());
+        const uint32_t kept =
+            mask.template kept<kOwn>(first_row + row, first_key + block.first_own());
         COOPFLOW_UNROLL
         for (int r = 0; r < kOwn; ++r) {
           const WeightGradients<A> found =

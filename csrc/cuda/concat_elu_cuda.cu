@@ -61,11 +61,11 @@ class ItemMask {
   }
 
   __device__ __forceinline__ uint32_t four(int64_t image, int64_t first) const {
-    return kept_of_four(key_, first_chain_ + image, time_, first, threshold_);
+    return kept_of<4>(key_, first_chain_ + image, time_, first, threshold_);
   }
 
   __device__ __forceinline__ bool one(int64_t image, int64_t channel) const {
-    return kept_of_one(key_, first_chain_ + image, time_, channel, threshold_) != 0;
+    return (kept_of<1>(key_, first_chain_ + image, time_, channel, threshold_) & 1) != 0;
   }
 
   const ConcatEluShape& shape_;

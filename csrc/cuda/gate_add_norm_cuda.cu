@@ -196,6 +196,32 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>) gate_add_norm_pa
   }
 }
 
+// The sums of all parts, rows of `width` numbers: as above, a warp has every kMaxWarps-th part.
+template <typename A>
+__global__ void __launch_bounds__(kBlockThreads)
+    add_parts_kernel(const A* sums, A* total, int64_t parts, int64_t width) {
+  __shared__ A by_warp[kMaxWarps][kWarp];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t block = blockIdx.x; block < divide_up(width, kWarp); block += gridDim.x) {
+    const int64_t column = block * kWarp + lane;
+    A sum = A(0);
+    if (column < width) {
+      COOPFLOW_UNROLL_4
+      for (int64_t part = warp; part < parts; part += kMaxWarps) sum += sums[part * width + column];
+    }
+    by_warp[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column < width) {
+      sum = A(0);
+      COOPFLOW_UNROLL
+      for (int w = 0; w < kMaxWarps; ++w) sum += by_warp[w][lane];
+      total[column] = sum;
+    }
+    __syncthreads();  // by_warp is free for the next columns
+  }
+}
+
 struct CudaGateAddNorm {
   template <typename T>
   static void run(const GateAddNormArgs<arithmetic_t<T>>& args, const Tensor& x) {
@@ -223,9 +249,9 @@ struct CudaGateAddNorm {
                                                kBlockThreads, args);
     if (parts == 1) return;
     const int64_t width = 2 * args.channels;
-    launch<sum_chunks_kernel<A>>(x, divide_up(width, kBlockThreads), kBlockThreads,
-                                 static_cast<const A*>(args.partial_sums), grad_parameters,
-                                 int64_t{1}, parts, static_cast<int>(width));
+    launch<add_parts_kernel<A>>(x, divide_up(width, kWarp), kBlockThreads,
+                                static_cast<const A*>(args.partial_sums), grad_parameters, parts,
+                                width);
   }
 };
 

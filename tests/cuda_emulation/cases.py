@@ -28,9 +28,10 @@ SHAPES = (
     (2, 16391), (1, 32776), (9, 1031),
 )  # fmt: skip
 # What reaches every kernel: a length that fills its items and one that does not, for chains that a
-# thread, a warp or a block holds, the last with few registers and with many, and for longer ones.
+# thread, a warp or a block holds, the last with few registers and with many, and for longer ones;
+# and that of the cases of one shape.
 COVERING_SHAPES = (
-    (2, 8), (2, 7), (2, 16), (2, 15), (1, 520), (1, 519), (1, 4104), (1, 4103), (1, 16392),
+    (3, 5), (2, 8), (2, 7), (2, 16), (2, 15), (1, 520), (1, 519), (1, 4104), (1, 4103), (1, 16392),
     (1, 16391),
 )  # fmt: skip
 

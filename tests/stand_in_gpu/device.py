@@ -187,7 +187,7 @@ class StandIn:
         self.wait("aten::_local_scalar_dense")
         return on_host(x).item()
 
-    # --- bound steps, of which a graph keeps the kernels' arguments alone --------------------------
+    # --- bound steps, of which a graph keeps the kernels' arguments alone -----------------------
 
     def _bind(self, x: Tensor, rng: Tensor, **options: Any) -> int:
         self._bound[number := next(self._numbers)] = {"rng": rng, **options}

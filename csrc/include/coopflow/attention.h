@@ -65,11 +65,17 @@ COOPFLOW_HD A larger_score(A a, A b) {
 // e^(score - peak), for a peak that is the largest score, or the log-sum-exp; also what sums are
 // multiplied by when the largest score grows. What cannot be seen beside 1 is 0, so that the
 // product of a weight that is 0 with an infinite value is NaN as it is in PyTorch.
-template <typename A>
-COOPFLOW_HD A softmax_term(A score, A peak) {
-  const A exponent = score - peak;
-  const A term = exponential_nonpositive(exponent);
-  return exponent < A(-87) ? A(0) : term;
+COOPFLOW_HD float softmax_term(float score, float peak) {
+  const float exponent = score - peak;
+  // The product's rounding moves a term by |exponent| * 2^-24 of itself, beside 1 by 2^-25.
+  const float term = exponential2_nonpositive(1.44269504f * exponent);
+  return exponent < -87.0f ? 0.0f : term;
+}
+
+COOPFLOW_HD double softmax_term(double score, double peak) {
+  const double exponent = score - peak;
+  const double term = exponential_nonpositive(exponent);
+  return exponent < -87.0 ? 0.0 : term;
 }
 
 // NaN where the sum is.

@@ -32,24 +32,18 @@ COOPFLOW_HD uint32_t kept_of_block(PhiloxWords w, uint32_t threshold) {
          (is_kept(w.w2, threshold) ? 4u : 0u) | (is_kept(w.w3, threshold) ? 8u : 0u);
 }
 
-// Bit i: whether element first + i of the chain is kept, i < 4. Unless four divides `first`, they
-// lie in two blocks of words.
-COOPFLOW_HD uint32_t kept_of_four(PhiloxKey key, int64_t chain, uint32_t time, int64_t first,
-                                  uint32_t threshold) {
+// Bit i: whether element first + i of the chain is kept, i < kCount <= 4. They may lie in two
+// blocks of words.
+template <int kCount>
+COOPFLOW_HD uint32_t kept_of(PhiloxKey key, int64_t chain, uint32_t time, int64_t first,
+                             uint32_t threshold) {
   const uint32_t block = static_cast<uint32_t>(first / 4);
   const uint32_t shift = static_cast<uint32_t>(first % 4);
   uint32_t kept = kept_of_block(noise_words(key, chain, time, block), threshold);
-  if (shift != 0) {
+  if (shift + kCount > 4) {
     kept |= kept_of_block(noise_words(key, chain, time, block + 1), threshold) << 4;
   }
   return kept >> shift;
-}
-
-// The same of one element, in bit 0.
-COOPFLOW_HD uint32_t kept_of_one(PhiloxKey key, int64_t chain, uint32_t time, int64_t element,
-                                 uint32_t threshold) {
-  const PhiloxWords words = noise_words(key, chain, time, static_cast<uint32_t>(element / 4));
-  return kept_of_block(words, threshold) >> static_cast<uint32_t>(element % 4) & 1u;
 }
 
 }  // namespace coopflow
