@@ -86,11 +86,14 @@ def parameter_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def as_tensor(name: str, value: Any, **options: Any) -> Tensor:
-    """``torch.as_tensor`` whose errors name the argument.
+    """``torch.as_tensor`` whose errors name the argument; a tensor stays where it is, whatever
+    torch's default device, unless ``device`` is given.
 
     Raises:
         TypeError: ``value`` is neither a tensor nor numbers.
     """
+    if isinstance(value, Tensor):
+        options.setdefault("device", value.device)
     try:
         return torch.as_tensor(value, **options)
     except (TypeError, ValueError, RuntimeError) as error:

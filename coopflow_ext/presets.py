@@ -219,7 +219,9 @@ def improved_cd(
         raise ValueError("differentiable_last and differentiable both say it; give one")
     scale = coefficient("noise", noise, n_steps)
     if check_flag("decay_noise", decay_noise):
-        decay = coefficient("decay_noise", lambda k: (n_steps - k - 1) / n_steps, n_steps)
+        decay = coefficient(
+            "decay_noise", lambda k: (n_steps - k - 1) / n_steps if n_steps else 1.0, n_steps
+        )
         scale = scale * decay
     return _sampler(
         energy,
@@ -322,7 +324,9 @@ def _annealed(
         score=score,
         n_steps=n * len(levels),
         drift=(lr * (levels / levels[-1]).square()).repeat_interleave(n),
-        step_kwargs={argument: torch.arange(len(levels)).repeat_interleave(n)[:, None]},
+        step_kwargs={
+            argument: torch.arange(len(levels), device="cpu").repeat_interleave(n)[:, None]
+        },
         **row,
     )
 
@@ -508,7 +512,7 @@ def energy_matching(
     dt = check_number("step_size", step_size, minimum=0.0, exclusive=True)
     highest = check_number("epsilon_max", epsilon_max, minimum=0.0)
     cutoff = check_number("time_cutoff", time_cutoff)
-    times = torch.arange(check_steps(n_steps), dtype=torch.float64) * dt
+    times = torch.arange(check_steps(n_steps), dtype=torch.float64, device="cpu") * dt
     ramp = (
         ((times - cutoff) / (1 - cutoff)).clamp(0, 1) if cutoff < 1 else (times >= cutoff).double()
     )

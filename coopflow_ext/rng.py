@@ -186,7 +186,7 @@ class Key:
     def from_default_generator(cls) -> Key:
         """A key drawn from torch's default CPU generator, so torch.manual_seed reproduces it."""
         _refuse_export()
-        low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()
+        low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu").tolist()
         return cls(low | (high << 32))
 
 

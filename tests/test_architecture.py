@@ -28,7 +28,7 @@ BENCHMARKS = {"analytic_langevin_chain": "sampler"}
 
 # A module imports from its own layer or from one further up in this list.
 LAYERS = [
-    ("errors", "_version", "_optional", "_export", "autocast"),
+    ("errors", "_version", "_optional", "_export", "autocast", "_modes"),
     ("_checks", "_tensors", "_model_state", "_recording"),
     ("_extension", "_info"),
     ("reference",),

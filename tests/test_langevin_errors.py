@@ -334,10 +334,24 @@ def test_shared_memory_is_named(device: torch.device, name: str) -> None:
     message = f"{first}: must not share memory with {second}|{second}: .* with {first}"
     with pytest.raises(ValueError, match=message):
         cf.ops.langevin_step_(x, grad, rng, **given)
-    if given.keys().isdisjoint({"xi", "stats"}):  # which have rows there
+    if second != "grad" and given.keys().isdisjoint({"xi", "stats"}):  # which have rows there
         with pytest.raises(ValueError, match=message):
             cf.ops.BoundStep(**given).in_place(x, rng)(grad, 0)
     assert all(map(torch.equal, tensors, before))
+
+
+def test_a_gradient_in_the_memory_of_the_state_is_copied(device: torch.device) -> None:
+    """In the loop of a chain, whose score may be a view of the state or of what a step writes."""
+    for name in (name for name in SHARED if name.endswith(("grad", "transposed", "expanded"))):
+        given = overlapping(name, device)
+        x, grad, rng = (given.pop(key) for key in ("x", "grad", "rng"))
+        if "stats" in given:
+            given["stats"] = given["stats"][None]
+        apart = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+        expected = x.clone()
+        cf.ops.BoundStep(**apart).in_place(expected, rng)(grad.clone(), 0)
+        cf.ops.BoundStep(**given).in_place(x, rng)(grad, 0)
+        assert torch.equal(x, expected), name
 
 
 def test_rows_that_share_memory_with_the_state_are_named(device: torch.device) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext._checks import check_count, check_counts
+from coopflow_ext._modes import usual_tensors
 from coopflow_ext.autocast import full_precision, in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
 from coopflow_ext.coop.contents import Contents, naming
-from coopflow_ext.coop.modes import usual_tensors
 from coopflow_ext.data.toy import EXTENT
 from coopflow_ext.errors import RunError
 from coopflow_ext.flows.official import infer_flow_options, load_official, read_official

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coopflow_ext._info import build_info
+from coopflow_ext._modes import usual_modes
 from coopflow_ext._optional import require
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.board import LOGS, Board
@@ -25,7 +26,6 @@ from coopflow_ext.coop.contents import naming
 from coopflow_ext.coop.divergence import check_finite
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.lock import holding
-from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.plane import report_plane
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunFolder

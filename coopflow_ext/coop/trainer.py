@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._checks import check_count, check_number
+from coopflow_ext._modes import training_modes
 from coopflow_ext._recording import kind_of_module
 from coopflow_ext.autocast import in_precision, tensor_float32
 from coopflow_ext.coop.config import TrainConfig
@@ -18,7 +19,6 @@ from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.memory import naming_memory
 from coopflow_ext.coop.model import CoopFlow, EventSpec, build_sampler
-from coopflow_ext.coop.modes import training_modes
 from coopflow_ext.coop.provenance import check_same_data, data_facts
 from coopflow_ext.coop.ranks import ALONE, Ranks
 from coopflow_ext.coop.step_graphs import HasKey, StepGraphs

@@ -17,7 +17,7 @@ def permutation(n: int, key: Key) -> Tensor:
     """A permutation of range(n), int64 on the CPU, determined by ``key``."""
     check_count("n", n, 0)
     Key.check(key)
-    u = ops.uniform((n, 1), key.tensor(), dtype=torch.float64)
+    u = ops.uniform((n, 1), key.tensor("cpu"), dtype=torch.float64)
     return u[:, 0].argsort(stable=True)
 
 
@@ -75,7 +75,7 @@ class Batches:
         if step < 0:
             raise IndexError(f"step must be ≥ 0, got {step}")
         n = len(self.data.train)
-        position = torch.arange(self.batch_size)[self.rows] + step * self.batch_size
+        position = torch.arange(self.batch_size, device="cpu")[self.rows] + step * self.batch_size
         epochs = torch.div(position, n, rounding_mode="floor")
         return torch.cat([self._epoch(int(e))[position[epochs == e] % n] for e in epochs.unique()])
 
@@ -83,7 +83,8 @@ class Batches:
         """float32 (rows, *event_shape) on ``device``."""
         x = self.data.decode(self.data.train[self.indices(step)])
         if self.flip:
-            u = ops.uniform((self.batch_size, 1), self._flip_key.tensor(), step=step)[self.rows]
+            chances = (self.batch_size, 1)
+            u = ops.uniform(chances, self._flip_key.tensor("cpu"), step=step)[self.rows]
             x = torch.where(u.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
         if self.device.type == "cuda":
             x = x.pin_memory()

@@ -207,7 +207,8 @@ def folder(
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root.absolute()} is not a folder")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    found = (p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    paths = sorted(p for p in found if not p.is_dir())
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(_SUFFIXES)})")
     images, _ = read_images(paths, size=size, skip_bad=skip_bad, max_pixels=max_pixels)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from coopflow_ext._checks import check_flag
+import torch
+
+from coopflow_ext._checks import check_count, check_flag
 from coopflow_ext.data.bundled import digits, patches
 from coopflow_ext.data.dataset import Dataset
 from coopflow_ext.data.folder import celeba, folder
@@ -54,6 +56,20 @@ def load(
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
     check_flag("skip_bad", skip_bad)
+    for argument, value in {"image_size": image_size, "max_pixels": max_pixels}.items():
+        if value is not None:
+            check_count(argument, value, 1)
+    with torch.device("cpu"):  # whatever torch's default device
+        return _load(name, root, image_size, skip_bad, max_pixels)
+
+
+def _load(
+    name: str,
+    root: str | Path | None,
+    image_size: int | None,
+    skip_bad: bool,
+    max_pixels: int | None,
+) -> Dataset:
     kind, _, rest = name.partition(":")
     _check_taken(kind, root, image_size, skip_bad, max_pixels)
     if name in _BUNDLED:

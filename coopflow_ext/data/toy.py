@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class ToyDensity:
     def sample(self, n: int, key: Key) -> Tensor:
         """n points (n, 2), float32, in [−4, 4]² (points outside are brought to the border)."""
         uniform_key, normal_key = key.split(2)
-        u = ops.uniform((n, 4), uniform_key.tensor(), dtype=torch.float64)
-        e = ops.normal((n, 2), normal_key.tensor(), dtype=torch.float64)
+        u = ops.uniform((n, 4), uniform_key.tensor("cpu"), dtype=torch.float64)
+        e = ops.normal((n, 2), normal_key.tensor("cpu"), dtype=torch.float64)
         return self.draw(u, e).clamp(-EXTENT, EXTENT).float()
 
 
@@ -51,8 +52,9 @@ def _mixture(
         return centres(u[:, 0], u[:, 1]) + std * e
 
     def log_density(x: Tensor) -> Tensor:
-        t = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-        v = (torch.arange(branches, dtype=torch.float64) + 0.5) / branches
+        like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
+        t = (torch.arange(points, **like) + 0.5) / points
+        v = (torch.arange(branches, **like) + 0.5) / branches
         mu = centres(t.repeat(branches), v.repeat_interleave(points))
         parts = [
             torch.logsumexp(-torch.cdist(p, mu).square() / (2 * std**2), 1)
@@ -79,9 +81,9 @@ def _two_spirals(t: Tensor, v: Tensor) -> Tensor:
 
 def _moons(t: Tensor, v: Tensor) -> Tensor:
     arc = _polar(1.0, t * math.pi)
-    other = torch.tensor([1.0, 0.5], dtype=t.dtype) - arc
+    other = torch.tensor([1.0, 0.5], dtype=t.dtype, device=t.device) - arc
     both = torch.where((v < 0.5)[:, None], arc, other)
-    return 1.8 * (both - torch.tensor([0.5, 0.25], dtype=t.dtype))
+    return 1.8 * (both - torch.tensor([0.5, 0.25], dtype=t.dtype, device=t.device))
 
 
 def _rings(t: Tensor, v: Tensor) -> Tensor:

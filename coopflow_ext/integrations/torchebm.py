@@ -383,7 +383,7 @@ def _diagnostics(kept: Tensor, energies: list[Tensor]) -> dict[str, Tensor]:
     return {
         "mean": kept.mean(dim=1),
         "var": torch.zeros_like(variance) if kept.shape[1] == 1 else variance,
-        "energy": torch.stack(energies) if energies else kept.new_zeros(0),
+        "energy": torch.stack(energies).to(kept.dtype) if energies else kept.new_zeros(0),
     }
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
+from coopflow_ext._modes import training_modes
 from coopflow_ext.data.batches import Batches
 from coopflow_ext.data.bundled import digits
 from coopflow_ext.data.dataset import Dataset
@@ -82,11 +83,12 @@ def _train_classifier(data: Dataset, steps: int = 800, batch_size: int = 128) ->
 
 @functools.cache
 def _digits_space() -> FeatureSpace:
-    data = digits()
-    assert data.held_out_labels is not None
-    model = _train_classifier(data)
-    hits = model(data.decode(data.held_out)).argmax(1) == data.held_out_labels
-    return FeatureSpace("digit-classifier-64", model.features, float(hits.double().mean()))
+    with torch.device("cpu"), training_modes():  # whatever the caller's are: the result is kept
+        data = digits()
+        assert data.held_out_labels is not None
+        model = _train_classifier(data)
+        hits = model(data.decode(data.held_out)).argmax(1) == data.held_out_labels
+        return FeatureSpace("digit-classifier-64", model.features, float(hits.double().mean()))
 
 
 class RandomConvFeatures(nn.Module):

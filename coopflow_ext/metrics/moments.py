@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,11 @@ class RunningMoments:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         check_count("dim", dim, 1)
-        self.count = torch.zeros((), device=device)
-        self.sum = torch.zeros(dim, device=device)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": torch.device(device)}
+        self.count = torch.zeros((), **kind)
+        self.sum = torch.zeros(dim, **kind)
         with room_for("the covariance of an event", (dim, dim), self.sum.dtype):
-            self.outer = torch.zeros(dim, dim, device=device)
+            self.outer = torch.zeros(dim, dim, **kind)
 
     def update(self, x: Tensor) -> None:
         """Add a batch (B, …) of ``dim`` elements each."""

@@ -379,7 +379,7 @@ class Chain:
             grad, x = grads[0], self.xs[0]
             moves[0](grad if grad.dtype == x.dtype else _in_a_dtype_for(grad, x), step)
             return
-        grads = tuple(map(_in_a_dtype_for, grads, self.xs))
+        grads = tuple(map(_in_a_dtype_for, self._apart(grads), self.xs))
         if self.active is not None and self.frozen_at is not None:
             mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
@@ -390,8 +390,14 @@ class Chain:
         for move, grad in zip(moves, grads, strict=True):
             move(grad, step)
 
+    def _apart(self, grads: Tensors) -> Tensors:
+        """Copies of those that lie in the memory of the state, whose tensors move one by one."""
+        state = {x.untyped_storage()._cdata for x in (*self.xs, *self.lows)}
+        return tuple(g.clone() if g.untyped_storage()._cdata in state else g for g in grads)
+
     def followed(self, xs: Tensors, step: int) -> Tensors:
-        """The state ``xs`` as ``after_step`` leaves it; ``xs`` itself is not touched."""
+        """The state ``xs``, in its dtypes, as ``after_step`` leaves it; ``xs`` itself is not
+        touched."""
         assert self.plan.after_step is not None
         assert self.inputs.step_numbers is not None
         given = pack(clones(xs), self.inputs.like)
@@ -402,7 +408,8 @@ class Chain:
             return unpack(given)
         if not isinstance(new, (Tensor, list, tuple)):
             raise TypeError(f"after_step must return x or None, got {type(new).__name__}")
-        return check_like("what after_step returns", new, xs)
+        found = check_like("what after_step returns", new, xs)
+        return tuple(value.to(x.dtype) for value, x in zip(found, xs, strict=True))
 
     def _follow(self, step: int) -> None:
         """``after_step`` on the chains that have not stopped."""

@@ -173,6 +173,8 @@ class DifferentiableChain:
         if not create_graph:
             points = tuple(p.detach() for p in points)
         masks = self._beside(step, points, tuple(g.detach() for g in grads), u, masks)
+        if plan.masked:  # or the clips of a stopped chain would have derivatives that are NaN
+            grads = tuple(torch.where(per_chain_view(masks[0], g), g, 0) for g in grads)
         grads, applied = self._joint_clip(grads) if len(xs) > 1 else (grads, {})
         arguments = {**self._learned_at(step), **applied}
         moved = tuple(

@@ -46,6 +46,6 @@ def normals_like(xi: State | None, xs: Tensors, n_steps: int, without: int = 0) 
     values = check_like("xi", xi, xs, lead=(n_steps,))
     rows = tuple(step_rows(x, n_steps + without) for x in xs)
     for row, value in zip(rows, values, strict=True):
-        row[:n_steps].copy_(value)
+        row[:n_steps].copy_(value.detach())
         row[n_steps:].zero_()
     return rows

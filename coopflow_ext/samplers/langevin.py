@@ -184,7 +184,9 @@ class LangevinSampler:
         stats: record :class:`ChainStatistics`.
         on_nonfinite: a chain is masked from its first non-finite gradient on, so that it keeps the
             state that it had then; then "raise" :class:`NonFiniteError` after the chain, or
-            "freeze" silently. "ignore": no mask, no check.
+            "freeze" silently. "ignore": no mask, no check. With ``differentiable`` derivatives by
+            what all chains share (parameters, learned coefficients) are NaN where a stopped
+            chain's second derivatives are.
         autocast: torch.bfloat16 or float16: the model computes in it, on copies of its weights
             made once per chain; the state keeps its dtype. Weights can be copied where the energy
             or score is an nn.Module or a method of one; the caller's module is left as it is.
@@ -584,6 +586,8 @@ class LangevinSampler:
         if centre is None:
             raise ValueError("pull=(None, strength) needs x_ref= at the call")
         values = check_like("x_ref", centre, xs)
+        if not self.plan.differentiable:
+            values = tuple(v.detach() for v in values)
         return tuple(laid_out(v, x) for v, x in zip(values, xs, strict=True))
 
 

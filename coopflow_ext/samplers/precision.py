@@ -16,6 +16,17 @@ _CAST_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
 _State = tuple[dict[str, Any], dict[str, Any]]  # a module's attributes and its buffers
 
 
+def _casts_its_weights(module: nn.Module) -> bool:
+    """Whether it does with its weights what torch's own layer does, and so casts them first. What
+    computes with them by itself would do so with rounded ones."""
+    kind = type(module)
+    layer = next((c for c in kind.__mro__ if c in _CAST_MODULES), None)
+    passes = ("forward", "_conv_forward")
+    return layer is not None and all(
+        getattr(kind, name, None) is getattr(layer, name, None) for name in passes
+    )
+
+
 class CastModel:
     """The caller's energy or score with copies of the weights of linear and convolution layers.
 
@@ -82,7 +93,7 @@ class CastModel:
             self._twins[module] = twin
 
     def _copies_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        if not isinstance(module, _CAST_MODULES):
+        if not _casts_its_weights(module):
             return {}
         copies = {}
         for name in ("weight", "bias"):

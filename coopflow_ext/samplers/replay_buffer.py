@@ -188,7 +188,8 @@ class ReplayBuffer:
 
     def _class_sizes(self, n_classes: int) -> Tensor:
         """How many chains each class has, on the host."""
-        return torch.tensor([len(range(c, self.size, n_classes)) for c in range(n_classes)])
+        sizes = [len(range(c, self.size, n_classes)) for c in range(n_classes)]
+        return torch.tensor(sizes, device="cpu")
 
     def _of_labels(self, y: Tensor, chances: Tensor) -> Tensor:
         """For each label a chain of its class, none twice: the classes' chains in random order, and
@@ -200,7 +201,7 @@ class ReplayBuffer:
         asked, sizes = y.bincount(minlength=self.n_classes), self._class_sizes(self.n_classes)
         first_asked, first = asked.cumsum(0) - asked, sizes.cumsum(0) - sizes
         rank = torch.empty_like(y)
-        rank[order] = torch.arange(len(y)) - first_asked[y[order]]
+        rank[order] = torch.arange(len(y), device=y.device) - first_asked[y[order]]
         return by_class[(first[y] + rank).to(by_class.device)]
 
     @_as_plain_tensors
@@ -219,7 +220,10 @@ class ReplayBuffer:
             raise ValueError(f"indices must have shape (n,), got {tuple(indices.shape)}")
         xs = self._check("x must be", "x must have", x, len(indices))
         self._check_indices(indices)
-        for state, value in zip(unpack(self.states), xs, strict=True):
+        states = unpack(self.states)
+        own = {state.untyped_storage()._cdata for state in states}
+        xs = tuple(x.clone() if x.untyped_storage()._cdata in own else x for x in xs)
+        for state, value in zip(states, xs, strict=True):
             state.index_copy_(0, indices, value.detach().to(state))
 
     def _check_indices(self, indices: Tensor) -> None:
@@ -227,7 +231,7 @@ class ReplayBuffer:
         if indices.device.type != "cpu":
             return
         try:  # by an operator, for code that is recorded: it could read no value
-            torch.empty(1).expand(self.size).index_select(0, indices)
+            torch.empty(1, device="cpu").expand(self.size).index_select(0, indices)
         except (IndexError, RuntimeError) as error:
             raise IndexError(f"indices must be in [0, {self.size}): {reason(error)}") from None
 

@@ -85,7 +85,9 @@ def _table(name: str, value: float | Tensor | Sequence[float], unless: str | Non
             return torch.stack(
                 [torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in value]
             )
-        return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+        if isinstance(value, Tensor):  # as_tensor would move it to torch's default device
+            return value
+        return torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a number, a callable of the step or a tensor, "

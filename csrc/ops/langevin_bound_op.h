@@ -34,7 +34,11 @@ class LangevinBound {
     op_.check_gradient(grad);
     options_.step = step;
     op_.check_rows(options_);
-    op_.check_gradient_memory(grad, options_);
+    if (op_.gradient_is_overwritten(grad, options_)) {  // a score may be a view of the state
+      Tensor copy = torch::stable::empty_like(grad);
+      torch::stable::copy_(copy, grad);
+      return run_langevin_step<Backend>(op_, x_, x_, copy, rng_, options_);
+    }
     run_langevin_step<Backend>(op_, x_, x_, grad, rng_, options_);
   }
 

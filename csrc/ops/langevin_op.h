@@ -102,7 +102,7 @@ class LangevinOp {
     }
   }
 
-  // Of a step in place; grad null: checked apart.
+  // Of a step in place; grad null: asked for apart.
   void check_memory(const Tensor* grad, const Tensor& rng, const LangevinOptions& o) const {
     check_.share_no_memory({{"x", &x_, true, true},
                             {"x_low", pointer_to(o.x_low), true, true},
@@ -119,13 +119,12 @@ class LangevinOp {
                             {"pull", pointer_to(o.pull_t), false, false}});
   }
 
-  void check_gradient_memory(const Tensor& grad, const LangevinOptions& o) const {
-    check_.share_no_memory({{"x", &x_, true, true},
-                            {"x_low", pointer_to(o.x_low), true, true},
-                            {"stats", pointer_to(o.stats), true, false},
-                            {"active", pointer_to(o.active), true, false},
-                            {"frozen_at", pointer_to(o.frozen_at), true, false},
-                            {"grad", &grad, false, true}});
+  bool gradient_is_overwritten(const Tensor& grad, const LangevinOptions& o) const {
+    return check_.shares_memory(grad, {{"x", &x_, true, true},
+                                       {"x_low", pointer_to(o.x_low), true, true},
+                                       {"stats", pointer_to(o.stats), true, false},
+                                       {"active", pointer_to(o.active), true, false},
+                                       {"frozen_at", pointer_to(o.frozen_at), true, false}});
   }
 
   // Of noise added in place.

@@ -183,6 +183,17 @@ class OpChecks {
     }
   }
 
+  // Whether t shares memory with what is written, unless both are the same elements as above.
+  template <size_t kCount>
+  bool shares_memory(const Tensor& t, const SharedArgument (&written)[kCount]) const {
+    const MemoryRange range(t);
+    for (const SharedArgument& other : written) {
+      if (other.tensor == nullptr || !range.overlaps(MemoryRange(*other.tensor))) continue;
+      if (!other.by_element || !same_elements(t, *other.tensor)) return true;
+    }
+    return false;
+  }
+
   // Same shape and, where a dimension has more than one element, same strides.
   void same_layout(const char* argument, const Tensor& t, const Tensor& x) const {
     same_shape(argument, t, x);

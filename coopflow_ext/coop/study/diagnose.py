@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopflow_ext._modes import usual_modes
 from coopflow_ext._optional import require
 from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.model import CoopFlow, build_sampler
-from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.pictures import figure_bytes, save_panels
 from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset

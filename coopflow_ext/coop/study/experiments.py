@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coopflow_ext._modes import usual_modes
 from coopflow_ext.coop import inversion
-from coopflow_ext.coop.modes import usual_modes
 from coopflow_ext.coop.pictures import save_panels
 from coopflow_ext.coop.run import RunFolder, open_run
 from coopflow_ext.data import Dataset
