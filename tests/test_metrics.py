@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from coopflow_ext.metrics import (
     RunningMoments,
     bits_per_dim,
     feature_space,
+    features,
     frechet_distance,
     moment_gap,
 )
@@ -143,3 +147,41 @@ def test_features_of_other_images_see_the_difference_to_noise() -> None:
 def test_moments_that_do_not_fit_say_how_many_bytes() -> None:
     with pytest.raises(RuntimeError, match=rf"covariance of .* would take {2**54:,} bytes"):
         RunningMoments(2**26)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default_dtype(torch.float64), lambda: torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "float64", "device"],
+)  # fmt: skip
+def test_the_digits_features_do_not_depend_on_who_asks_first(
+    monkeypatch: pytest.MonkeyPatch, mode: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    data = load("digits")
+    expected = feature_space(data)
+    monkeypatch.setattr(features, "_digits_space", features._digits_space.__wrapped__)
+    with mode():
+        found = feature_space(data)
+    assert found.accuracy == expected.accuracy
+    x = data.decode(data.held_out[:50])
+    assert torch.equal(found.features(x), expected.features(x))
+
+
+def test_running_moments_are_float32_whatever_the_default() -> None:
+    with default_dtype(torch.float64):
+        moments = RunningMoments(3)
+        moments.update(torch.ones(4, 3))
+    assert {t.dtype for t in moments.state_dict().values()} == {torch.float32}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

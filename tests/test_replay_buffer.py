@@ -327,3 +327,12 @@ def test_what_is_refused_changes_nothing():
     with pytest.raises(ValueError, match="seed must be"):
         pair.load_state_dict({"states": [torch.full((3, 1), 7.0)] * 2, "seed": -1, "time": 0})
     assert all(map(torch.equal, pair.states, before))
+
+
+def test_states_may_come_from_the_buffer_itself():
+    """All are read before the first is written."""
+    buffer = ReplayBuffer(((1,), (2,)), size=6, key=cf.Key(0))
+    a, b = (state.clone() for state in buffer.states)
+    buffer.write(torch.tensor([0, 1, 2]), [buffer.states[0][1:4], buffer.states[1][1:4]])
+    assert torch.equal(buffer.states[0], torch.cat((a[1:4], a[3:])))
+    assert torch.equal(buffer.states[1], torch.cat((b[1:4], b[3:])))

@@ -270,3 +270,15 @@ def test_bad_denoise():
     sampler = LangevinSampler(energy, n_steps=1, drift=0.1, denoise=[0.1] * 5)
     with pytest.raises(ValueError, match="denoise has values for 5 chains"):
         sampler(normals(B, D))
+
+
+@pytest.mark.parametrize("differentiable", [False, "last", True])
+def test_after_step_leaves_the_states_dtype(differentiable):
+    """Also with a mask in float64, as numpy's are."""
+    x0, mask = normals(B, D).float(), torch.ones(B, D, dtype=torch.float64)
+    sampler = LangevinSampler(
+        energy, n_steps=3, drift=DRIFT, noise=NOISE, differentiable=differentiable,
+        return_trajectory=True, after_step=lambda x, k: x * mask,
+    )  # fmt: skip
+    out = sampler(x0, key=KEY)
+    assert out.x.dtype == out.trajectory.dtype == torch.float32

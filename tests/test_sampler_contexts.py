@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import coopflow_ext as cf
-from coopflow_ext.energies import MLPEnergy
+from coopflow_ext import data, presets
+from coopflow_ext.data import toy
+from coopflow_ext.energies import GaussianEnergy, MLPEnergy
+from coopflow_ext.samplers import LangevinSampler
 
 KEY = cf.Key(3)
 T = 3
@@ -437,3 +440,40 @@ def test_chains_in_the_callers_autocast(name: str, is_score: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(end(net), expected)
     assert not torch.equal(end(net), expected)
+
+
+def test_torchs_default_device_moves_nothing_from_the_cpu():
+    """Here to "meta", where all that is made without a device has no data."""
+    buffer = cf.ReplayBuffer((3,), size=20, n_classes=4, key=cf.Key(0), device="cpu")
+    x, flags, digits = torch.randn(4, 3), torch.tensor([True] * 4), data.load("digits")
+    mean, covariance, drift = torch.zeros(2), torch.eye(2), torch.full((3,), 0.1)
+    noisy = {"n_steps": 3, "noise": 0.1}
+
+    def energy(x, t=None):
+        return x.square().sum(1)
+
+    calls = {
+        "labels": lambda: buffer.draw(4, y=1).x,
+        "write": lambda: buffer.write(torch.tensor([1], device="cpu"), x[:1]) or buffer.states,
+        "flags": lambda: (
+            presets.energy_matching(energy, epsilon_max=0.1, n_steps=2, at_data=flags)(
+                x, key=cf.Key(0)
+            ).x
+        ),
+        "levels": lambda: (
+            presets.ncsn(lambda x, y: -x, sigmas=[1.0, 0.5], n_steps_each=1)(x, key=cf.Key(0)).x
+        ),
+        "batches": lambda: data.Batches(digits, 8, cf.Key(0))[0],
+        "permutation": lambda: data.permutation(4, cf.Key(0)),
+        "digits": lambda: data.load("digits").train,
+        "toy": lambda: data.load("toy:moons").train,
+        "density": lambda: toy.DENSITIES["moons"].log_density(x[:, :2]),
+        "drift": lambda: LangevinSampler(energy, drift=drift, **noisy)(x, key=cf.Key(0)).x,
+        "energy": lambda: GaussianEnergy(mean, covariance)(x[:, :2]),
+        "default key": lambda: LangevinSampler(energy, drift=0.1, **noisy)(x).x,
+    }
+    for name, call in calls.items():
+        with torch.device("meta"):
+            found = call()
+        assert found.device.type == "cpu", name
+        assert found.double().isfinite().all(), name

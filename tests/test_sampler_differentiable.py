@@ -502,3 +502,15 @@ def test_a_joint_norm_clip_in_half_precision():
         torch.testing.assert_close(
             tensor.float(), torch.full_like(tensor.float(), expected), atol=4e-3, rtol=0
         )
+
+
+def test_clips_of_a_chain_that_stopped_have_no_derivatives():
+    x0 = torch.tensor([[1.0], [1e14]], requires_grad=True)
+    sampler = LangevinSampler(
+        lambda x: x.pow(4).sum(1), n_steps=3, drift=0.01, noise=0.0, grad_norm=1.0,
+        on_nonfinite="freeze", differentiable=True,
+    )  # fmt: skip
+    out = sampler(x0, key=cf.Key(0))
+    (grad,) = torch.autograd.grad(out.x[0].sum(), x0)
+    assert grad[0] > 0
+    assert grad[1] == 0

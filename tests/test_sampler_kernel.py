@@ -365,3 +365,27 @@ def test_hooks_of_all_modules_are_in_the_way() -> None:
     finally:
         hook.remove()
     LangevinSampler(energy, n_steps=1, step_size=0.1, kernel=True)(x0)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_constants_may_require_grad(kernel: bool) -> None:
+    """A flow's samples as the centre, say; x0's graph ends at the sampler too."""
+    options = {"n_steps": 2, "step_size": 0.1, "pull": (None, 0.5), "kernel": kernel}
+    sampler, x0 = LangevinSampler(energies.DoubleWellEnergy(), **options), starts()
+    x_ref, xi = torch.rand_like(x0), torch.randn(2, *x0.shape)
+    expected = sampler(x0, x_ref=x_ref, xi=xi).x
+    given = [t.clone().requires_grad_() for t in (x0, x_ref, xi)]
+    found = sampler(given[0], x_ref=given[1], xi=given[2]).x
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("make", [LangevinSampler, cf.MALASampler])
+@pytest.mark.parametrize("end", [nn.Softplus(), nn.Tanh(), nn.SiLU()])
+def test_an_activation_behind_the_last_layer_is_no_kernels(make: Any, end: nn.Module) -> None:
+    energy = nn.Sequential(nn.Linear(3, 8), type(end)(), nn.Linear(8, 1), end)
+    options, x0 = {"n_steps": 3, "step_size": 0.3}, starts()
+    with pytest.raises(ValueError, match=r"kernel=True: .*end with a Linear"):
+        make(energy, **options, kernel=True)(x0, key=KEY)
+    found, expected = (make(energy, **options, kernel=k)(x0, key=KEY).x for k in ("auto", False))
+    assert torch.equal(found, expected)

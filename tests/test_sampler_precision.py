@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coopflow_ext as cf
@@ -408,3 +409,37 @@ def test_an_error_of_the_energy_is_no_failure_to_compile(recwarn):
     assert torch.equal(sampler(x0, key=KEY).x, expected)
     assert sampler.plan.gradient._compiled is not None
     assert not [w for w in recwarn if "could not compile" in str(w.message)]
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, whose result a constant in the weights does not change."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class SameForward(nn.Linear):
+    pass
+
+
+def test_weights_that_a_layer_computes_with_are_not_rounded():
+    """As autocast has it, where a subclass of torch's layers has a forward of its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Standardised(3, 8, 3), nn.SiLU(), nn.Flatten(), SameForward(288, 1))
+    net[0].weight.data.add_(1.0)
+    x = torch.rand(4, 3, 8, 8)
+
+    def gradient(low):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            u = net(leaf)
+        return torch.autograd.grad(u.sum(), leaf)[0]
+
+    sampler = LangevinSampler(net, n_steps=1, drift=1.0, noise=0.0, autocast=torch.bfloat16)
+    ours, exact = x - sampler(x, key=cf.Key(0)).x, gradient(False)
+    theirs = (gradient(True) - exact).norm()
+    assert 0 < (ours - exact).norm() < 1.5 * theirs
+    names = {id(p): name for name, p in net.named_parameters()}
+    cast = CastModel(sampler.plan.gradient, torch.bfloat16, channels_last=False)
+    assert {names[id(weight)] for weight, _ in cast._copies} == {"3.weight", "3.bias"}

@@ -276,7 +276,7 @@ def _sequential(energy: nn.Sequential, x0: Tensor, autocast: torch.dtype | None)
     """Linear and activation in turn; what changes nothing, a dropout that is off, may stand
     between them."""
     modules = [m for m in energy if not _is_identity(m)]
-    if len(modules) % 2 == 0:
+    if modules and len(modules) % 2 == 0:
         return "Linear and an activation must take turns and end with a Linear"
     activations = set()
     for module in modules[1::2]:
