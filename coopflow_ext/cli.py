@@ -22,6 +22,7 @@ import torch
 from coopflow_ext import Key, build_info, coop
 from coopflow_ext.coop import pictures
 from coopflow_ext.coop.config import (
+    DEFAULT_PRESETS,
     PRESETS,
     RATES,
     START_NAMES,
@@ -145,7 +146,9 @@ def _parser_of(setting: SettingType) -> Callable[[str], Any]:
 def _add_train(commands: Any) -> None:
     parser = _add_command(commands, "train", "train a CoopFlow and leave a run folder", train)
     parser.add_argument("--out", required=True, type=Path, help="the run folder")
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help=f"settings to start from; by default {DEFAULT_PRESETS}"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -251,7 +254,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _add_command(commands, "evaluate", "measure a finished run", evaluate)
+    parser = _add_command(commands, "evaluate", "measure a run", evaluate)
     parser.add_argument("run", type=Path, help="a run folder")
     _add_number(parser, "samples; default as in the run's settings")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
@@ -298,7 +301,7 @@ def _add_experiments(commands: Any) -> None:
         parser = _add_command(commands, name, description, experiment)
         parser.set_defaults(experiment=name)
         parser.add_argument("run", type=Path, help="a run folder")
-        _add_number(parser, "how many images")
+        _add_number(parser, f"how many images (default {32 if name == 'reconstruct' else 8})")
         parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
         parser.add_argument(
             "--step-size",

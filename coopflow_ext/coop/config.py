@@ -38,8 +38,9 @@ def _setting(default: Any, description: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a run. The defaults are the authors' settings at T = 30, except
-    where theirs differ by data set and variant: those are in the presets.
+    """Everything that determines a run. Chain, energy and Adam default to the authors' settings at
+    T = 30; the flow, the data and the number of steps do not, nor what differs by data set and
+    variant: the presets have theirs.
 
     CoopFlow(T): ``langevin_steps`` = T. CoopFlow(Long): T = 200. CoopFlow(Pre):
     ``pretrain_steps`` > 0 and ``flow_frozen_steps`` > 0. The flow alone, by maximum likelihood:
@@ -96,7 +97,8 @@ class TrainConfig:
         False, "scale weight-norm's g and all else each to flow_grad_norm, not the whole gradient"
     )
     flow_skip_norm: float | None = _setting(
-        None, "leave out an update of the flow whose gradient, before the clip, has this norm"
+        None,
+        "leave out an update of the flow whose gradient, before the clip, has this norm or more",
     )
     flow_restart: bool = _setting(
         False, "the flow's Adam and warm-up begin anew after the pre-training"
@@ -109,7 +111,7 @@ class TrainConfig:
     energy_skip_norm: float | None = _setting(
         None,
         "leave out an update of the energy, and with it the flow's of this iteration, whose "
-        "gradient, before the clip, has this norm",
+        "gradient, before the clip, has this norm or more",
     )
     energy_skip_from: int = _setting(0, "the first iteration that energy_skip_norm holds for")
     warmup_steps: int = _setting(200, "steps of linear warm-up, the first at rate 0")
@@ -231,7 +233,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Settings by name; ``preset`` may name one to start from, other names are a ValueError."""
+        """Settings by name; ``preset`` may name one to start from, other names are a ValueError.
+        Without it the defaults, whatever ``data`` is; the command line takes the data's preset."""
         values = dict(values)
         settings = {**preset(values.pop("preset", "default"))}
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -576,6 +579,11 @@ PRESETS = tuple(_PRESETS)
 """The settings that ``preset`` may name, see :meth:`TrainConfig.from_dict`."""
 
 _PRESET_OF_DATA = {"digits": "digits-small", "patches": "patches-small", "toy": "toy"}
+DEFAULT_PRESETS = (
+    f"those of the data ({', '.join(_PRESET_OF_DATA.values())}, cifar10, svhn, celeba), "
+    "or else default"
+)
+"""What :func:`default_preset` takes, in words."""
 
 
 def preset(name: str) -> dict[str, Any]:

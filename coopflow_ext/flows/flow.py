@@ -67,12 +67,13 @@ class Flow(nn.Module):
     TypeError for another, and for what is no tensor.
 
     On CUDA ``sample``, and ``log_prob`` under no_grad, are captured as a CUDA graph at the second
-    call of a kind (batch size, dtypes, modes, memory of the weights) and replayed with other keys
-    and values; the four kinds used last are kept, with the memory of the largest. Changes of the
-    weights in place are seen. A replay runs no Python: hooks of networks inside do not run with it,
-    what they kept is overwritten, and what a network of yours reads from an attribute is as it was
-    in the capture. ``flow.cuda_graph = False`` turns it off, as do, where they are on, a dispatch
-    mode such as a counter of operations and a transform of torch.func.
+    call of a kind (batch size, dtypes, modes, layers, memory of the weights, hooks and what
+    else a capture depends on) and replayed with other keys and values; the four kinds used last
+    are kept, with the memory of the largest. Changes of the weights in place are seen. A replay
+    runs no Python: hooks of networks inside do not run with it, what they kept is overwritten,
+    and what a network of yours reads from an attribute is as it was in the capture.
+    ``flow.cuda_graph = False`` turns it off, as do, where they are on, a dispatch mode such as
+    a counter of operations and a transform of torch.func.
 
     Layers are not called as modules, so forward hooks on them do not run. A layer that norms its
     weight takes no parametrization of torch's.

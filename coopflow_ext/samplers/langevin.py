@@ -143,7 +143,8 @@ class LangevinSampler:
             each tensor of the state. Not with reference_std, pull (add their terms to the energy),
             snr, differentiable.
         momentum: μ: v⁺ = μv + ∇U takes the place of ∇U (also in clips and ``stats``), v = 0 before
-            each chain; for descent (noise=0): with noise it no longer samples exp(−U).
+            each chain; for descent (noise=0): with noise it no longer samples exp(−U). Not with
+            snr, differentiable.
         nesterov: with momentum, x⁺ = x − drift·m⁺, m⁺ = ∇U(x − drift·μ·m): taken ahead by the
             gradient of the step before alone, as equilibrium matching does; m is not accumulated.
         negative_energy: ``energy`` returns f = −U.
@@ -199,13 +200,14 @@ class LangevinSampler:
             DoubleWellEnergy, FunnelEnergy, GaussianEnergy, GaussianMixtureEnergy, RastriginEnergy
             and RosenbrockEnergy, also by their method ``score``, for x0 (B, D) in float32 or
             float64 (on CUDA D ≤ 64); MLPEnergy, and nn.Sequential of Linear and SiLU, ReLU,
-            LeakyReLU, ELU, Tanh, Softplus or GELU in turn, with 1 to 4 hidden layers, D and widths
-            ≤ 128 (on CUDA in float32, where the weights fit in a multiprocessor's memory). Not
-            subclasses, nor with hooks, compile, differentiable, noise_before_gradient,
-            channels_last, model_kwargs or step_kwargs, nor with autocast but for a network's to
-            bfloat16 (:func:`ops.mlp_langevin_chain` tells its error), nor with after_step. The
-            noise is the same, the gradient differs by rounding. True: a ValueError says why it
-            cannot. False: step by step.
+            LeakyReLU, ELU, Tanh, Softplus or GELU in turn, all activations alike, with 1 to 4
+            hidden layers, D and widths ≤ 128 (on CUDA in float32, where the weights fit in a
+            multiprocessor's memory); all in x0's dtype on its device. Not subclasses, nor with
+            hooks, compile, differentiable, noise_before_gradient, channels_last, model_kwargs,
+            step_kwargs, snr, preconditioner, momentum or after_step, in the caller's autocast, nor
+            with the option autocast but for a network's to bfloat16 (:func:`ops.mlp_langevin_chain`
+            tells its error). The noise is the same, the gradient differs by rounding. True: a
+            ValueError says why it cannot. False: step by step.
         cuda_graph: "auto": on CUDA up to 16 steps are captured once for each shape and replayed for
             any number of steps and any coefficients; where that is impossible, one warning says
             why. True: raise instead. False: never. In a stream that is being captured already

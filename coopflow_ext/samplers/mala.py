@@ -81,8 +81,9 @@ class MALASampler:
             it is in that precision: with bfloat16 U itself is rounded to 8 bits, unless the energy
             makes its last sum in float32.
         kernel: "auto": where a kernel knows the energy, as in :class:`LangevinSampler`, one launch
-            makes all the steps. The random numbers are the same; the energy and its gradient differ
-            by rounding. True: a ValueError says why it cannot. False: step by step.
+            makes all the steps, but not with autocast. The random numbers are the same; the energy
+            and its gradient differ by rounding. True: a ValueError says why it cannot. False: step
+            by step.
         cuda_graph: as in :class:`LangevinSampler`; the acceptance is decided on the device.
 
     Raises:

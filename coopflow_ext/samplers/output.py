@@ -34,7 +34,7 @@ def unpack(state: State) -> Tensors:
 
 @dataclass(frozen=True)
 class ChainStatistics:
-    """Per step and per chain, each (T, B), on the state's device.
+    """Per step and per chain, each (T, B), on the state's device; ``denoise`` is a step more.
 
     float32 (float64 for a double state). For a state of several tensors, norms and fractions are
     over all of them.
@@ -83,9 +83,10 @@ class SamplerOutput(_Output):
 
     Attributes:
         x: the last state, shape, dtype and structure of x0.
-        key: the key advanced by the number of steps: pass it to continue the same path.
+        key: the key advanced by the number of steps: pass it to continue the same path (of steps
+            that are alike: schedules and momentum begin anew).
         trajectory: (T // thin, *x.shape), the states after steps thin, 2·thin, …, with x0 before
-            them where ``include_start`` asks for it; or None.
+            them where ``include_start`` asks for it; or None. ``denoise`` is a step more.
         stats: :class:`ChainStatistics` with ``stats=True``, else None.
         frozen_at: int64 (B,) with ``on_nonfinite="freeze"``, else None: the step at which a chain
             stopped, T where it did not.
