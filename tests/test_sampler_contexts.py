@@ -477,3 +477,12 @@ def test_torchs_default_device_moves_nothing_from_the_cpu():
             found = call()
         assert found.device.type == "cpu", name
         assert found.double().isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    "make", [cf.LangevinSampler, cf.MALASampler, cf.UnderdampedLangevinSampler]
+)
+def test_what_cannot_be_read_is_said(make):
+    x0 = torch.empty(4, 3, device="meta")
+    with pytest.raises(ValueError, match="x0 is on the meta device and has no data"):
+        make(lambda x: x.square().sum(1), n_steps=1, step_size=0.1)(x0, key=KEY)

@@ -24,7 +24,6 @@ from coopflow_ext.samplers import (
     UnderdampedLangevinSampler,
     checks,
     graph,
-    langevin,
 )
 
 KEY = cf.Key(5)
@@ -365,7 +364,7 @@ def test_inside_a_capture_of_the_caller_nothing_is_copied_from_the_host(monkeypa
 def test_inside_a_capture_of_the_caller_steps_run_one_by_one(recorded, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(graph, "Recording", FakeRecording)
-    for module in (graph, langevin):
+    for module in (graph, checks):
         monkeypatch.setattr(module, "is_capturing", lambda x: True)
     energy, x0 = MLPEnergy(3), torch.randn(4, 3)
     for kernel in (False, True):

@@ -120,3 +120,17 @@ def check_can_copy(name: str, value: Tensor, x: Tensor) -> None:
             f"{name} is a tensor in the host's memory, which cannot be copied to the device while "
             "a CUDA graph captures its stream; give a number"
         )
+
+
+def check_can_read(x: Tensor, who: str, advice: str = "") -> None:
+    """ValueError where the host cannot read from x's device what ``who`` reads after the chain."""
+    if x.is_meta:
+        raise ValueError(
+            f"{who} reads what x0's chains became, but x0 is on the meta device and has no data"
+            f"{advice}"
+        )
+    if is_capturing(x):
+        raise ValueError(
+            f"{who} reads from the device after the chain, which cannot be done while a CUDA graph "
+            f"captures its stream{advice}"
+        )

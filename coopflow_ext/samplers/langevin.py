@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
-from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.rng import Key
 from coopflow_ext.samplers.chain import AfterStep, Chain, Inputs, Plan, clones, laid_out, ran
 from coopflow_ext.samplers.checks import (
+    check_can_read,
     check_chain_counts,
     check_constant,
     check_kwargs,
@@ -437,7 +437,8 @@ class LangevinSampler:
         check_chain_counts(chain_counts, len(xs[0]))
         if plan.rules is not None:
             plan.rules.check_fits(xs)
-        self._check_can_read(xs[0])
+        if self.on_nonfinite == "raise":
+            check_can_read(xs[0], "on_nonfinite='raise'", "; use 'freeze' or 'ignore'")
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(plan.n_steps)
@@ -539,20 +540,6 @@ class LangevinSampler:
 
     def _can_capture(self, x: Tensor) -> bool:
         return can_capture(x, required=self.cuda_graph is True)
-
-    def _check_can_read(self, x: Tensor) -> None:
-        if self.on_nonfinite != "raise":
-            return
-        if x.is_meta:
-            raise ValueError(
-                "on_nonfinite='raise' reads what x0's chains became, but x0 is on the meta device "
-                "and has no data; use 'freeze' or 'ignore'"
-            )
-        if is_capturing(x):
-            raise ValueError(
-                "on_nonfinite='raise' reads from the device after the chain, which cannot be done "
-                "while a CUDA graph captures its stream; use 'freeze' or 'ignore'"
-            )
 
     def _run_differentiable(self, plan: Plan, inputs: Inputs, xs: Tensors) -> _Result:
         """``xs``: the caller's tensors, to which gradients flow unless only through the end."""

@@ -12,11 +12,16 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
-from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row, widest
 from coopflow_ext.rng import USE_ACCEPT, Key, stream
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, ran
-from coopflow_ext.samplers.checks import check_chain_counts, check_kwargs, check_state, check_steps
+from coopflow_ext.samplers.checks import (
+    check_can_read,
+    check_chain_counts,
+    check_kwargs,
+    check_state,
+    check_steps,
+)
 from coopflow_ext.samplers.gradient import Gradient, StateFunction, constant, parameters_of
 from coopflow_ext.samplers.graph import can_capture, graphs_for
 from coopflow_ext.samplers.inputs import normals_like, rng_tensors, state_copy
@@ -174,11 +179,7 @@ class MALASampler:
         """
         xs = check_state(x0)
         check_chain_counts(self.chain_counts, len(xs[0]))
-        if is_capturing(xs[0]):
-            raise ValueError(
-                "MALASampler reads from the device after the chain, which cannot be done while a "
-                "CUDA graph captures its stream"
-            )
+        check_can_read(xs[0], "MALASampler")
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(self.plan.n_steps)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._checks import check_choice, check_count, check_flag, check_number
-from coopflow_ext._recording import is_capturing
 from coopflow_ext._tensors import Coefficient, flat, per_chain_view, table_row
 from coopflow_ext.rng import USE_MOMENTUM, Key
 from coopflow_ext.samplers.chain import Chain, Inputs, Plan, clones, laid_out, mask_jointly, ran
 from coopflow_ext.samplers.checks import (
     check_can_copy,
+    check_can_read,
     check_chain_counts,
     check_constant,
     check_kwargs,
@@ -180,11 +180,8 @@ class UnderdampedLangevinSampler:
         """
         xs = check_state(x0)
         check_chain_counts(self.chain_counts, len(xs[0]))
-        if self.on_nonfinite == "raise" and is_capturing(xs[0]):
-            raise ValueError(
-                "on_nonfinite='raise' reads from the device after the chain, which cannot be done "
-                "while a CUDA graph captures its stream; use 'freeze' or 'ignore'"
-            )
+        if self.on_nonfinite == "raise":
+            check_can_read(xs[0], "on_nonfinite='raise'", "; use 'freeze' or 'ignore'")
         key = Key.or_default(key)
         key.check_batch(len(xs[0]))
         after = key.advance(self.plan.n_steps)
