@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +204,30 @@ def test_folder_with_a_corrupt_image(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"left out: .*002.png"):
         data = load(f"folder:{tmp_path}", skip_bad=True)
     assert len(data.train) + len(data.held_out) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"image_size": 0}, ValueError, "image_size must be ≥ 1, got 0"),
+        ({"image_size": 2.5}, TypeError, "image_size must be an int"),
+        ({"image_size": True}, TypeError, "image_size must be an int"),
+        ({"image_size": 8, "max_pixels": "8", "skip_bad": True}, TypeError, "max_pixels must be"),
+    ],
+)
+def test_sizes_of_images_are_checked(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    write_images(tmp_path, 4)
+    with pytest.raises(error, match=message):
+        load(f"folder:{tmp_path}", **options)
+
+
+def test_a_folder_with_an_images_name_is_none(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    write_images(tmp_path / "album.png", 2)
+    data = load(f"folder:{tmp_path}")
+    assert len(data.train) + len(data.held_out) == 6
 
 
 def test_folder_missing_or_empty(tmp_path: Path) -> None:

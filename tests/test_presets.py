@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coopflow_ext import presets
+from coopflow_ext import Key, presets
 from coopflow_ext.energies import MLPEnergy
 
 B, D, T = 6, 4, 20
@@ -345,3 +345,8 @@ def test_required_letters_and_wrong_values():
         presets.jem(smooth_energy, temperature=0.5)
     with pytest.raises(ValueError, match="x_ref"):
         presets.drl(smooth_energy, step_size=0.1, pull_std=1.0)(torch.zeros(2, 3))
+
+
+def test_improved_cd_of_no_steps(x0):
+    out = presets.improved_cd(smooth_energy, n_steps=0, decay_noise=True)(x0, key=Key(0))
+    assert torch.equal(out.x, x0)
