@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,3 +136,13 @@ def _not_a_tensor(name: str, value: object) -> TypeError:
     kind = type(value)
     origin = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return TypeError(f"{name} must be a tensor, got {origin}{kind.__qualname__}")
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Which memory they lie in, for :func:`apart_from`."""
+    return {t.untyped_storage()._cdata for t in tensors}
+
+
+def apart_from(written: set[int], values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The values, copies where they lie in memory that is written before all have been read."""
+    return tuple(v.clone() if v.untyped_storage()._cdata in written else v for v in values)

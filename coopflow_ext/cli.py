@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import shlex
 import sys
@@ -301,7 +302,8 @@ def _add_experiments(commands: Any) -> None:
         parser = _add_command(commands, name, description, experiment)
         parser.set_defaults(experiment=name)
         parser.add_argument("run", type=Path, help="a run folder")
-        _add_number(parser, f"how many images (default {32 if name == 'reconstruct' else 8})")
+        default = inspect.signature(getattr(experiments, f"{name}_run")).parameters["n"].default
+        _add_number(parser, f"how many images (default {default})")
         parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
         parser.add_argument(
             "--step-size",

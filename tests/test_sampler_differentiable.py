@@ -514,3 +514,17 @@ def test_clips_of_a_chain_that_stopped_have_no_derivatives():
     (grad,) = torch.autograd.grad(out.x[0].sum(), x0)
     assert grad[0] > 0
     assert grad[1] == 0
+
+
+@pytest.mark.parametrize("differentiable", [True, "last"])
+@pytest.mark.parametrize("name", ["xi", "x_ref"])
+def test_constants_of_the_derivative_are_not_detached_in_silence(differentiable, name):
+    x0 = torch.randn(4, 3)
+    given = {"xi": torch.randn(2, 4, 3), "x_ref": torch.zeros(4, 3)}
+    given[name].requires_grad_()
+    sampler = LangevinSampler(
+        lambda x: x.square().sum(1), n_steps=2, step_size=0.1, pull=(None, 0.5),
+        differentiable=differentiable,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{name} is a constant of the derivative"):
+        sampler(x0, **given)

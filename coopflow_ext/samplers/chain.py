@@ -14,10 +14,12 @@ from torch import Tensor
 from coopflow_ext import ops
 from coopflow_ext._tensors import (
     Coefficient,
+    apart_from,
     arithmetic_dtype,
     flat,
     norm_scale,
     per_chain_view,
+    storages,
     table_row,
 )
 from coopflow_ext.autocast import uncached_casts
@@ -220,6 +222,8 @@ class Chain:
         )
         self.steps = self._bound_steps()
         self.moves: dict[tuple[int, bool], list[Callable[[Tensor, int], None]]] = {}
+        # Several tensors move one by one, and a score may hand out the state's own.
+        self.written = storages((*xs, *self.lows)) if len(xs) > 1 else set()
         # The drift of all tensors times the factor that shrinks their joint gradient.
         self.shrunk_drift: Tensor | None = None
         if len(xs) > 1 and "grad_norm" in plan.clips:
@@ -379,7 +383,7 @@ class Chain:
             grad, x = grads[0], self.xs[0]
             moves[0](grad if grad.dtype == x.dtype else _in_a_dtype_for(grad, x), step)
             return
-        grads = tuple(map(_in_a_dtype_for, self._apart(grads), self.xs))
+        grads = tuple(map(_in_a_dtype_for, apart_from(self.written, grads), self.xs))
         if self.active is not None and self.frozen_at is not None:
             mask_jointly(self.active, self.frozen_at, step, grads)
         shrink = joint_norm_scale(self.plan.clips, grads)
@@ -389,11 +393,6 @@ class Chain:
             self.shrunk_drift.copy_(row * shrink)
         for move, grad in zip(moves, grads, strict=True):
             move(grad, step)
-
-    def _apart(self, grads: Tensors) -> Tensors:
-        """Copies of those that lie in the memory of the state, whose tensors move one by one."""
-        state = {x.untyped_storage()._cdata for x in (*self.xs, *self.lows)}
-        return tuple(g.clone() if g.untyped_storage()._cdata in state else g for g in grads)
 
     def followed(self, xs: Tensors, step: int) -> Tensors:
         """The state ``xs``, in its dtypes, as ``after_step`` leaves it; ``xs`` itself is not

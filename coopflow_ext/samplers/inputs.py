@@ -38,14 +38,17 @@ def first_rows(values: Tensor, n_steps: int) -> Tensor:
     return values.detach().index_select(0, rows)
 
 
-def normals_like(xi: State | None, xs: Tensors, n_steps: int, without: int = 0) -> Tensors | None:
+def normals_like(
+    xi: State | None, xs: Tensors, n_steps: int, without: int = 0, *, keeps_graph: bool = False
+) -> Tensors | None:
     """The supplied normals of each tensor, (T, *x.shape), in its dtype and layout, and zeros for so
-    many steps ``without``."""
+    many steps ``without``. ``keeps_graph``: for a differentiable step, which refuses what requires
+    grad by name."""
     if xi is None:
         return None
     values = check_like("xi", xi, xs, lead=(n_steps,))
     rows = tuple(step_rows(x, n_steps + without) for x in xs)
     for row, value in zip(rows, values, strict=True):
-        row[:n_steps].copy_(value.detach())
+        row[:n_steps].copy_(value if keeps_graph else value.detach())
         row[n_steps:].zero_()
     return rows

@@ -461,7 +461,13 @@ class LangevinSampler:
                 xs=starts,
                 rngs=rng_tensors(key, xs),
                 x_refs=self._x_refs(x_ref, starts),
-                xis=normals_like(xi, starts, plan.n_steps - self._extra_steps, self._extra_steps),
+                xis=normals_like(
+                    xi,
+                    starts,
+                    plan.n_steps - self._extra_steps,
+                    self._extra_steps,
+                    keeps_graph=bool(plan.differentiable),
+                ),
                 model_kwargs=kwargs,
                 step_kwargs=rows,
                 step_numbers=torch.arange(plan.n_steps, device=starts[0].device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coopflow_ext import ops
 from coopflow_ext._checks import check_count, check_number
-from coopflow_ext._tensors import per_chain_view, room_for
+from coopflow_ext._tensors import apart_from, per_chain_view, room_for, storages
 from coopflow_ext.errors import reason
 from coopflow_ext.rng import USE_BUFFER, Key, stream
 from coopflow_ext.samplers.inputs import rng_tensors
@@ -221,9 +221,7 @@ class ReplayBuffer:
         xs = self._check("x must be", "x must have", x, len(indices))
         self._check_indices(indices)
         states = unpack(self.states)
-        own = {state.untyped_storage()._cdata for state in states}
-        xs = tuple(x.clone() if x.untyped_storage()._cdata in own else x for x in xs)
-        for state, value in zip(states, xs, strict=True):
+        for state, value in zip(states, apart_from(storages(states), xs), strict=True):
             state.index_copy_(0, indices, value.detach().to(state))
 
     def _check_indices(self, indices: Tensor) -> None:
