@@ -3,9 +3,9 @@
     pytest benchmarks/bench_mixture_logistic.py --benchmark-only [--device cuda]
     python benchmarks/suite.py --case 'mixture_logistic/*'
 
-The inverse that is published bisects over the whole batch and reads the host at each iteration, so
-it cannot be compiled as a whole; "torch.compile" there compiles the evaluation of the mixture,
-which is nearly all of an iteration.
+The inverse that is published (``plain.py``) bisects over the whole batch and reads the host at each
+iteration, so it cannot be compiled as a whole; "torch.compile" there compiles the evaluation of the
+mixture, which is nearly all of an iteration.
 
 Bytes: ours and the compiled forward read x, a, b, three parameters of each component, and write y.
 What the others move is counted operator by operator (`harness.counted_bytes`).
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import plain
 import torch
 from harness import NOT_COMPILED, OURS, Case, Contest, counted_bytes, dtype_name, run_pytest
 from torch import Tensor
@@ -28,10 +29,11 @@ from coopflow_ext import reference
 Op = Callable[..., tuple[Tensor, Tensor]]
 FORWARD, INVERSE = "mixture_logistic_coupling", "mixture_logistic_coupling_inverse"
 COMPILED = "torch.compile"
+PUBLISHED = "published bisection"
 ON_CPU = "arithmetic: exponentials and logarithms of every component"
 SLOWEST = "arithmetic: a warp evaluates until its slowest element has its root"
 BISECTING = "host reads and launches at every iteration"
-ON_CUDA = {"inverse": {OURS: SLOWEST, "bisection": BISECTING}}
+ON_CUDA = {"inverse": {OURS: SLOWEST, PUBLISHED: BISECTING}}
 
 
 def inputs(
@@ -74,11 +76,11 @@ def compiled_forward(dynamic: bool | None = False) -> Op:
 
 @functools.cache
 def compiled_inverse(dynamic: bool | None = False) -> Op:
-    evaluate = torch.compile(reference.mixture_logistic_log_cdf, dynamic=dynamic)
+    evaluate = torch.compile(plain.mixture_logistic_log_cdf, dynamic=dynamic)
 
     def inverse(y: Tensor, params: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        with mock.patch.object(reference, "mixture_logistic_log_cdf", evaluate):
-            return reference.mixture_logistic_coupling_inverse(y, params, **options)
+        with mock.patch.object(plain, "mixture_logistic_log_cdf", evaluate):
+            return plain.mixture_logistic_coupling_inverse(y, params, **options)
 
     return inverse
 
@@ -143,17 +145,19 @@ def case(
 
     def build(device: torch.device, with_compile: bool) -> Contest:
         x, params = inputs(elements, components, device, dtype)
-        argument = cf.ops.mixture_logistic_coupling(x, params)[0] if what == "inverse" else x
-        plain = "bisection" if what == "inverse" else "eager"
-        sources: dict[str, Op] = {OURS: getattr(cf.ops, name), plain: getattr(reference, name)}
+        inverse = what == "inverse"
+        argument = cf.ops.mixture_logistic_coupling(x, params)[0] if inverse else x
+        other = PUBLISHED if inverse else "eager"
+        theirs = plain.mixture_logistic_coupling_inverse if inverse else getattr(reference, name)
+        sources: dict[str, Op] = {OURS: getattr(cf.ops, name), other: theirs}
         missing = {}
         if with_compile:
-            sources[COMPILED] = compiled_inverse() if what == "inverse" else compiled_forward()
+            sources[COMPILED] = compiled_inverse() if inverse else compiled_forward()
         else:
             missing[COMPILED] = NOT_COMPILED
 
         def check() -> None:
-            if what == "inverse":
+            if inverse:
                 check_inverse(sources, argument, params)
             else:
                 check_forward(sources, argument, params, both)
@@ -162,8 +166,8 @@ def case(
         fused = 2 * x.nbytes + params.nbytes
         if both:  # and once more, with the gradient of y in and those of x and params out
             fused += 3 * x.nbytes + 2 * params.nbytes
-        expected = {OURS: fused, plain: counted_bytes(runs[plain])}
-        if what != "inverse" and with_compile:
+        expected = {OURS: fused, other: counted_bytes(runs[other])}
+        if not inverse and with_compile:
             expected[COMPILED] = fused
         on_cpu = device.type == "cpu"
         reasons = dict.fromkeys(runs, ON_CPU) if on_cpu else ON_CUDA.get(what, {})

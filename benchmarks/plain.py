@@ -1,5 +1,5 @@
-"""The operators of a flow's networks in plain PyTorch, with the arguments of ours: what a benchmark
-puts in their place where it runs a whole model without them.
+"""The operators of a flow in plain PyTorch, with the arguments of ours, as one would write them or
+as they were published: what a benchmark puts in their place where it runs a model without them.
 
 Masks come from ``uniform``, by default the ops' own, so that they are the same.
 """
@@ -60,3 +60,44 @@ def gate_add_norm(
     """GLU, sum and LayerNorm."""
     sums = x + functional.glu(gates, -1)
     return functional.layer_norm(sums, weight.shape, weight, bias, eps)
+
+
+def mixture_logistic_log_cdf(
+    x: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor
+) -> Tensor:
+    """log F(x) alone."""
+    below = functional.logsigmoid((x.unsqueeze(1) - means) * (-log_scales).exp())
+    return (log_weights + below).logsumexp(1)
+
+
+def mixture_logistic_coupling_inverse(
+    y: Tensor, params: Tensor, **_options: bool
+) -> tuple[Tensor, Tensor]:
+    """The published inverse, whatever the options: bisection over the whole batch by F alone, which
+    is clamped to [1e-5, 1 − 1e-5].
+
+    Source: AlvinZhuyx/CoopFlow, models/flowplusplus, coupling.py and log_dist.py, but for the
+    weights' softmax, which is taken once instead of at each iteration.
+    """
+    components = (params.shape[1] - 2) // 3
+    a, b, logits, means, log_scales = params.split((1, 1, *3 * [components]), dim=1)
+    a, b, log_weights = a.squeeze(1), b.squeeze(1), logits.log_softmax(1)
+    log_scales = log_scales.clamp(min=-7)
+    v = y * (-a).exp() - b
+    wanted = v.sigmoid().clamp(1e-5, 1 - 1e-5)
+    reach = 20 * log_scales.exp().sum(1, keepdim=True)
+    low, high = (means - reach).amin(1), (means + reach).amax(1)
+    x = torch.zeros_like(y)
+    for _ in range(100):
+        too_high = mixture_logistic_log_cdf(x, log_weights, means, log_scales).exp() > wanted
+        high = torch.where(too_high, x, high)
+        low = torch.where(too_high, low, x)
+        middle = torch.where(too_high, x + low, x + high) / 2
+        moved = (middle - x).abs().max()
+        x = middle
+        if moved <= 1e-10:
+            break
+    t = (x.unsqueeze(1) - means) * (-log_scales).exp()
+    log_density = (log_weights + t - log_scales - 2 * functional.softplus(t)).logsumexp(1)
+    ladj = log_density + functional.softplus(v) + functional.softplus(-v) + a
+    return x, -ladj.flatten(1).sum(1)

@@ -130,8 +130,10 @@ def life_cycle(
 ) -> LangevinSampler:
     """x⁺ = x − ½ε²·(g/τ, scaled to norm ≤ m/(½ε²) if m is given) + εξ.
 
-    step_size is ε, energy_temperature τ, max_step_norm m: the longest step, noise apart.
-    Hill et al., AAAI 2022.
+    step_size is ε, energy_temperature τ, max_step_norm m: the longest step, noise apart. A Gaussian
+    reference of the published configurations, which they add behind 1/τ with a deviation σ (their
+    ``tau``), is ``reference_std=σ/√τ`` here, where it is part of U.
+    Hill et al., AAAI 2022; point0bar1/ebm-life-cycle.
     """
     tau = check_number("energy_temperature", energy_temperature, minimum=0.0, exclusive=True)
     epsilon = coefficient("step_size", step_size, n_steps)
@@ -266,28 +268,38 @@ def drl(
     pull_std: float | Tensor,
     n_steps: int = 30,
     noise_scale: float = 1.0,
+    is_final: Tensor | None = None,
     **overrides: Any,
 ) -> LangevinSampler:
     """x⁺ = x − ½s_b²(g + (x − x_ref)/σ_b²) + n·s_b·ξ, x_ref given at the call.
 
     step_size is s_b (for each chain: shape (1, B)), pull_std σ_b (a float or (B,)), noise_scale n:
-    1 in training, 0.99 when sampling. Gao et al., ICLR 2021.
+    1 in training, 0.99 when sampling; chains where is_final, (B,), holds have no pull, which is the
+    last level of the file. There the network gives f, of which U = −f/s_b² here, and the end of a
+    chain is divided by a_s of its level. Gao et al., ICLR 2021; ruiqigao/recovery_likelihood,
+    model.py.
     """
     sigma = per_chain("pull_std", pull_std)
     if bool(sigma.min() <= 0) if isinstance(sigma, Tensor) else sigma <= 0:
         raise ValueError("pull_std must be positive")
     s = coefficient("step_size", step_size, n_steps)
     n = check_number("noise_scale", noise_scale, minimum=0.0)
-    precision = 1 / (sigma * sigma)
-    strength = precision[0] if isinstance(precision, Tensor) else precision
     return _sampler(
         energy,
         overrides,
         n_steps=n_steps,
         drift=s * s / 2,
         noise=n * s,
-        pull=(None, strength),
+        pull=(None, _strength(1 / (sigma * sigma), is_final)),
     )
+
+
+def _strength(strength: float | Tensor, is_final: Tensor | None) -> float | Tensor:
+    """Of a pull, a float or (B,): 0 where ``is_final``."""
+    strength = torch.as_tensor(strength, dtype=torch.float64, device="cpu")
+    if is_final is not None:
+        strength = strength * ~as_tensor("is_final", is_final, dtype=torch.bool, device="cpu")
+    return strength.reshape(-1) if strength.numel() > 1 else float(strength)
 
 
 def ula(
@@ -469,8 +481,8 @@ def cdrl(
     holds have no pull. The network gives f (larger where data are), of which k²/s² is −U. For a
     level t, whose x_ref is x_t, the file has σ² = 1 − a_t/a_{t−1}, a = sigmoid(logsnr), and
     s = 0.02·k·σ·√(√(1 − a_{t−1})/√(1 − sigmoid(logsnr_max))), and divides the end by
-    √(a_t/a_{t−1}). Levels are given beside x: ``model_kwargs={"t": t}``; those of a training batch
-    in one call, since s, σ and t may differ between chains.
+    √(a_t/a_{t−1}), except where is_final. Levels are given beside x: ``model_kwargs={"t": t}``;
+    those of a training batch in one call, since s, σ and t may differ between chains.
 
     Zhu et al., ICLR 2024; AlvinZhuyx/CDRL, main_uncond.py, ``Langevin``.
     """
@@ -478,16 +490,14 @@ def cdrl(
     if bool(sigma.min() <= 0) if isinstance(sigma, Tensor) else sigma <= 0:
         raise ValueError("pull_std must be positive")
     k = check_number("network_scale", network_scale, minimum=0.0, exclusive=True)
-    strength = torch.as_tensor(s / (k * sigma), dtype=torch.float64, device="cpu").square()
-    if is_final is not None:
-        strength = strength * ~as_tensor("is_final", is_final, dtype=torch.bool, device="cpu")
+    ratio = s / (k * sigma)
     return _sampler(
         energy,
         {"negative_energy": True, **overrides},
         n_steps=n_steps,
         drift=k * k / 2,
         noise=s,
-        pull=(None, strength.reshape(-1) if strength.numel() > 1 else float(strength)),
+        pull=(None, _strength(ratio * ratio, is_final)),
     )
 
 

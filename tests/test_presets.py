@@ -210,20 +210,32 @@ def test_vaebm_moves_every_tensor_of_the_state(x0, xi):
 
 
 @pytest.mark.parametrize("n", [1.0, 0.99])
-def test_drl_with_values_per_chain(n, x0, xi):
+@pytest.mark.parametrize("last", [(), (0,), (1, 2)])
+def test_drl_with_values_per_chain(n, last, x0, xi):
     s = torch.linspace(0.05, 0.3, B, dtype=torch.float64)
     sigma = torch.linspace(0.2, 1.0, B, dtype=torch.float64)
     x_ref = x0.flip(0)
     col = (slice(None), None)
+    is_final = torch.zeros(B, dtype=torch.bool)
+    is_final[list(last)] = True
 
     def step(x, k, z):
-        pulled = gradient(x) + (x - x_ref) / sigma[col] ** 2
+        pull = (x - x_ref) / sigma[col] ** 2
+        pulled = gradient(x) + pull.masked_fill(is_final[col], 0)
         return x - 0.5 * s[col] ** 2 * pulled + n * s[col] * z
 
     sampler = presets.drl(
-        smooth_energy, n_steps=T, step_size=s[None], pull_std=sigma, noise_scale=n
-    )
+        smooth_energy, n_steps=T, step_size=s[None], pull_std=sigma, noise_scale=n,
+        is_final=is_final if last else None,
+    )  # fmt: skip
     check(sampler, x0, xi, step, x_ref=x_ref)
+
+
+def test_drl_at_its_last_level_has_no_pull(x0, xi):
+    sampler = presets.drl(
+        smooth_energy, n_steps=T, step_size=0.2, pull_std=0.5, is_final=torch.ones(B).bool()
+    )
+    check(sampler, x0, xi, lambda x, k, z: x - 0.02 * gradient(x) + 0.2 * z, x_ref=x0.flip(0))
 
 
 def test_ula(x0, xi):

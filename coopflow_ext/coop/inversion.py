@@ -274,7 +274,8 @@ def encode(flow: Flow, x: Tensor) -> Tensor:
 
 
 def decode(flow: Flow, z: Tensor) -> Tensor:
-    """Latent code → continuous event: as ``flow.sample``, but not rounded to grey levels."""
+    """Latent code → continuous event, the inverse of :func:`encode`: as ``flow.sample``, but
+    neither rounded to grey levels nor with the contrast of ``legacy_contrast``."""
     y, _ = flow.inverse_and_ladj(z)
     return y if flow.logit is None else (2 * flow.logit.inverse(y) - 1).clamp(-1, 1)
 
