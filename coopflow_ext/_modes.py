@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,19 @@ def usual_tensors() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+_seeding = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's draws on the CPU begin at ``seed``; the caller's go on afterwards as if there
+    had been none. The generator is the process's: threads wait for each other here, and none may
+    draw from it elsewhere meanwhile."""
+    with _seeding, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @contextmanager

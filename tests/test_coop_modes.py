@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -126,3 +128,22 @@ def test_another_default_device_is_refused_at_once(tmp_path: Path) -> None:
     ):
         coop.train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_models_made_by_several_threads_have_the_weights_of_their_seed() -> None:
+    """Both draw from torch's one generator, and leave it, and those of GPUs, as they were."""
+
+    def weights(_: int) -> list[Tensor]:
+        model = coop.CoopFlow.from_config(tiny(), EventSpec((1, 8, 8), 17))
+        return list(model.state_dict().values())
+
+    expected = weights(0)
+    state = torch.random.get_rng_state()
+    with (
+        mock.patch("torch.cuda.manual_seed_all", side_effect=AssertionError),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        found = list(pool.map(weights, range(24)))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for theirs in found:
+        assert all(map(torch.equal, theirs, expected))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,13 +23,17 @@ from recorded_ops import RecordedOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from coopflow_ext import Key
-from coopflow_ext.coop import RunFolder, TrainConfig, Trainer, step_graphs
-from coopflow_ext.coop.checkpoint import load_checkpoint
+from coopflow_ext.coop import RunFolder, TrainConfig, Trainer, step_graphs, train
+from coopflow_ext.coop.checkpoint import latest_checkpoint, load_checkpoint
+from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.step_graphs import StepGraphs
 from coopflow_ext.data import load
 from coopflow_ext.energies import ResEnergy
+from coopflow_ext.errors import NonFiniteError, RunError
 from coopflow_ext.flows import ActNorm, Flow, flowpp
+
+training = importlib.import_module("coopflow_ext.coop.train")
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
@@ -108,6 +117,65 @@ def test_two_ranks_make_the_chains_and_gradients_of_one(tmp_path: Path) -> None:
         if name != "chains":
             assert torch.equal(parts[0][name], parts[1][name])
             torch.testing.assert_close(parts[0][name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def runs(rank: int, world: int, port: int, out: str) -> None:
+    """A run, one that Ctrl-C stops while rank 0 is slow to save, and a resume of two at once."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    config = TrainConfig.from_dict(SETTINGS)
+    train(config, f"{out}/whole")
+
+    asked, save = threading.Event(), training._checkpoint
+    asked.set()
+
+    def slowly(*arguments: Any) -> None:
+        if rank == 0:
+            time.sleep(0.5)
+        save(*arguments)
+
+    with (
+        mock.patch.object(training, "_interrupts", return_value=nullcontext(asked)),
+        mock.patch.object(training, "_checkpoint", slowly),
+        pytest.raises(training.TrainingInterrupted, match="step 1 and saved"),
+    ):
+        train(config, f"{out}/stopped")
+    assert latest_checkpoint(Path(out) / "stopped").name == "step-0000001.safetensors"
+
+    theirs = ("whole", "stopped")[rank]
+    step = (6, 1)[rank]
+    with pytest.raises(RunError, match=f"rank {rank}: it goes on from step {step} here, .* 2 proc"):
+        train(None, f"{out}/{theirs}", resume=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_runs_of_two_ranks(tmp_path: Path) -> None:
+    """Metrics are those of one process; nobody says "saved" too early; all go on from one point."""
+    mp.start_processes(runs, (2, free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    train(TrainConfig.from_dict(SETTINGS), tmp_path / "alone")
+    together, alone = (RunFolder.open(tmp_path / name).metrics() for name in ("whole", "alone"))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"langevin_distance", "flow_nll", "energy_samples"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5)
+    assert any("langevin_distance" in line for line in together)
+
+
+class Elsewhere(Ranks):
+    """Two processes, of which the other one has a chain that stopped."""
+
+    def total(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor += 1
+
+
+def test_a_chain_that_stopped_in_another_process_is_none_of_this_one() -> None:
+    divergence = Divergence(4, torch.device("cpu"), Elsewhere(0, 2))
+    divergence.note_chains(torch.tensor(3), torch.full((4,), 5), 5)
+    with pytest.raises(NonFiniteError, match=r"3 on .* in chains of another process; nothing"):
+        divergence.check()
 
 
 def graphed_steps(rank: int, world: int, port: int, device: str) -> None:

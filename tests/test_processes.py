@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 from multiprocessing.connection import Connection
 
 import pytest
@@ -68,3 +72,45 @@ def test_chains_in_the_workers_of_a_dataloader(method: str) -> None:
         Chains(), batch_size=3, num_workers=2, multiprocessing_context=method, timeout=120
     )
     assert torch.equal(torch.cat(list(loader)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_other_threads_make_steps() -> None:
+    """Whoever holds a lock of the library at that moment: the child's first chain ends."""
+    torch.set_num_threads(1)
+    stop = threading.Event()
+
+    def steps(seed: int) -> None:
+        x, grad = X0[:2].clone(), torch.zeros(2, 3)
+        rng = cf.Key(seed).tensor("cpu")
+        move = cf.ops.BoundStep(drift=0.1, noise=0.1).in_place(x, rng)
+        for step in range(50):
+            move(grad, step)
+
+    def work() -> None:
+        while not stop.is_set():
+            steps(0)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for thread in threads:
+        thread.start()
+    try:
+        for seed in range(600):
+            child = os.fork()
+            if child == 0:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)  # ends it
+                try:
+                    steps(seed)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()

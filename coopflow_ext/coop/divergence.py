@@ -96,9 +96,14 @@ class Divergence:
             )
         chains = self._stopped.nonzero().flatten().cpu()
         shown = ", ".join(map(str, chains[:8].tolist())) + (", …" if len(chains) > 8 else "")
+        where = (
+            f"{len(chains)} of the {len(self._stopped)} chains of this process ({shown})"
+            if len(chains)
+            else "chains of another process"
+        )
         raise NonFiniteError(
-            f"from iteration {step} on the energy's gradient was not finite in {len(chains)} of "
-            f"the {len(self._stopped)} chains of this process ({shown}); nothing was learned since",
+            f"from iteration {step} on the energy's gradient was not finite in {where}; nothing "
+            "was learned since",
             step=step,
             chains=chains,
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext._checks import check_count, check_counts
-from coopflow_ext._modes import usual_tensors
+from coopflow_ext._modes import seeded, usual_tensors
 from coopflow_ext.autocast import full_precision, in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from coopflow_ext.coop.config import TrainConfig
@@ -155,9 +155,11 @@ class CoopFlow(nn.Module):
     @classmethod
     @usual_tensors()
     def from_config(cls, config: TrainConfig, event: EventSpec) -> CoopFlow:
-        """Untrained models, with weights drawn from the settings' seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(Key(config.seed).fold_in(USE_INIT).seed)
+        """Untrained models, with weights drawn from the settings' seed.
+
+        They come from torch's generator, which no other thread may draw from meanwhile.
+        """
+        with seeded(Key(config.seed).fold_in(USE_INIT).seed):
             flow = build_flow(config, event)
             energy = build_energy(config, event)
         model = cls(flow, energy, build_sampler(config, energy, event, training=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,15 +98,29 @@ class Ranks:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value)
 
+    def check_same(self, what: str, value: str, device: torch.device) -> None:
+        """RunError, in every process, unless ``value`` is the same in all of them."""
+        if self.world == 1:
+            return
+        digest = hashlib.sha256(value.encode()).digest()[:8]
+        number = int.from_bytes(digest, "big", signed=True)
+        ends = torch.tensor([number, ~number], device=device)
+        with self._others():
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        highest, lowest = int(ends[0]), ~int(ends[1])
+        if highest != lowest:
+            raise RunError(f"rank {self.rank}: {what} the same in all {self.world} processes")
+
     @contextmanager
     def _others(self) -> Iterator[None]:
-        """A clear message when another process is gone."""
+        """A clear message when another process is gone, or has not answered in the group's time."""
         try:
             yield
         except RuntimeError as error:
             raise RunError(
-                f"rank {self.rank}: another of the {self.world} processes stopped; where it "
-                "trained already, the last checkpoint is whole, go on from it with --resume "
+                f"rank {self.rank}: another of the {self.world} processes stopped, or did not "
+                "answer in time; where it trained already, the last checkpoint is whole, go on "
+                "from it with --resume "
                 f"({error})"
             ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import signal
@@ -31,6 +32,10 @@ from coopflow_ext.coop.ranks import Ranks
 from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.trainer import Trainer
 from coopflow_ext.errors import NonFiniteError
+
+
+# Metrics that are root mean squares: several processes share the mean of the squares.
+_ROOTS = ("langevin_distance",)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -125,6 +130,7 @@ def _start_run(
         raise ValueError("config must be given for a new run, got None")
     data = config.load_data()
     trainer, judge = Trainer(config, data, device, ranks), Judge(data, config)
+    _check_same(trainer)
     run = RunFolder.create(path, config) if ranks.is_first else RunFolder(path, config)
     return trainer, run, judge
 
@@ -144,11 +150,22 @@ def _continue_run(
     if saved is not None:
         with naming(run.latest_checkpoint()):
             trainer.load(*saved)
+    _check_same(trainer)
     run.adopt(settings, write=ranks.is_first)
     if ranks.is_first:
         run.tidy()
         run.forget_after(trainer.step if saved else -1)
     return trainer, run, judge
+
+
+def _check_same(trainer: Trainer) -> None:
+    """RunError unless all processes go on from the same point of the same run."""
+    facts = json.dumps(trainer.metadata(), sort_keys=True)
+    trainer.ranks.check_same(
+        f"it goes on from step {trainer.step} here, and settings, data and checkpoint are not",
+        facts,
+        trainer.device,
+    )
 
 
 def _run_to_the_end(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
@@ -163,6 +180,8 @@ def _run_to_the_end(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
                 stop = trainer.ranks.any(asked.is_set(), trainer.device)
                 if stop and trainer.step < total:
                     _checkpoint(trainer, run)
+                    # Nobody leaves before the file is whole: torchrun ends the others then.
+                    trainer.ranks.any(False, trainer.device)
                     raise TrainingInterrupted(
                         f"stopped at step {trainer.step} and saved; go on with: "
                         f"coopflow train --out {shlex.quote(str(run.path))} --resume"
@@ -229,7 +248,10 @@ def _log(trainer: Trainer, run: RunFolder, metrics: dict[str, Tensor], bar: tqdm
     if trainer.device.type == "cuda":  # with what graphs and torch's allocator keep
         line["peak_memory_mib"] = torch.cuda.max_memory_reserved(trainer.device) >> 20
     values = torch.stack([value.float() for value in metrics.values()])
+    roots = torch.tensor([name in _ROOTS for name in metrics], device=values.device)
+    values = torch.where(roots, values.square(), values)
     trainer.ranks.average([values])
+    values = torch.where(roots, values.sqrt(), values)
     line.update(zip(metrics, values.tolist(), strict=True))
     for net in ("flow", "energy"):
         if line.get(f"{net}_skipped") and not math.isfinite(line[f"{net}_grad_norm"]):

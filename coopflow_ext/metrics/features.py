@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coopflow_ext import ops
-from coopflow_ext._modes import training_modes
+from coopflow_ext._modes import seeded, training_modes
 from coopflow_ext.data.batches import Batches
 from coopflow_ext.data.bundled import digits
 from coopflow_ext.data.dataset import Dataset
@@ -66,8 +66,7 @@ class DigitClassifier(nn.Module):
 def _train_classifier(data: Dataset, steps: int = 800, batch_size: int = 128) -> DigitClassifier:
     """Fit the classifier to the training split, from a fixed start, in a fixed order."""
     assert data.train_labels is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_CLASSIFIER_KEY.seed)
+    with seeded(_CLASSIFIER_KEY.seed):
         model = DigitClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     batches = Batches(data, batch_size, _CLASSIFIER_KEY)

@@ -3,6 +3,8 @@
 // to hand over the tensors of a step than a small step takes to run.
 #pragma once
 
+#include <pthread.h>
+
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -53,7 +55,7 @@ class LangevinBounds {
  public:
   // Never destroyed: at the end of a process CUDA may be gone before what lies in its memory.
   static LangevinBounds& all() {
-    static auto& bounds = *new LangevinBounds;
+    static auto& bounds = *made();
     return bounds;
   }
 
@@ -79,6 +81,13 @@ class LangevinBounds {
   }
 
  private:
+  // A process that is forked while another thread has the lock must find it free.
+  static LangevinBounds* made() {
+    const auto unlock = [] { all().mutex_.unlock(); };
+    pthread_atfork([] { all().mutex_.lock(); }, unlock, unlock);
+    return new LangevinBounds;
+  }
+
   std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<LangevinBound>> bounds_;
   int64_t last_ = 0;
