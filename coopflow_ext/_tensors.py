@@ -29,7 +29,18 @@ def widest(xs: Sequence[Tensor]) -> torch.dtype:
 
 def flat(x: Tensor) -> Tensor:
     """(B, elements of a chain), also of a state (B,) and of empty ones."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)
+
+
+def leaf_of(x: Tensor) -> Tensor:
+    """A leaf with x's memory. torch.func's transforms forbid ``requires_grad_()``, even of what
+    they do not transform, but not this."""
+    return nn.Parameter(x.detach()) if in_transform() else x.detach().requires_grad_()
+
+
+def in_transform() -> bool:
+    """Whether one of torch.func's is at work."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def per_chain_view(values: Tensor, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "_has_any_global_hook",
     "_len_torch_dispatch_stack",
     "_assert_async",
+    "_autograd",
     "_call_impl",
     "_cdata",
     "_cuda_endAllocateToPool",
@@ -58,7 +59,10 @@ PRIVATE_NAMES_OF_TORCH = {
     "_foreach_copy_",
     "_foreach_lerp_",
     "_op",
+    "_pop_saved_tensors_default_hooks",
+    "_push_saved_tensors_default_hooks",
     "_schema",
+    "_top_saved_tensors_default_hooks",
     "_version",
     "_weight_norm",
 }

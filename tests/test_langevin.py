@@ -729,3 +729,18 @@ def test_any_shape_and_counter_matches_the_oracle(
     out = cf.ops.langevin_step(x, grad, rng, **options)
     expected = cf.reference.langevin_step(x, grad, rng, **options)
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_gradient_compiled_for_any_sizes_takes_every_layout() -> None:
+    """Its norm is over a chain's elements, whose number a graph must not mistake."""
+    rng = cf.Key(0).tensor()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(x)
+        return cf.ops.langevin_step(x, ones, rng, drift=0.1, noise=0.2, grad_norm=1.0).sum()
+
+    compiled = torch.compile(loss, dynamic=True, backend="eager", fullgraph=True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 3, 5).contiguous(memory_format=layout).requires_grad_()
+        found, expected = (torch.autograd.grad(call(x), x)[0] for call in (compiled, loss))
+        torch.testing.assert_close(found, expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from op_table import (
 from thread_counts import by_threads
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
@@ -325,6 +327,42 @@ def test_func_grad_and_vjp(device: torch.device, op: Op) -> None:
     torch.testing.assert_close(*seconds)
 
 
+AROUND: dict[str, Callable[[torch.device], AbstractContextManager[Any]]] = {
+    "copies": lambda device: saved_tensors_hooks(lambda t: (t.clone(),), lambda kept: kept[0]),
+    "two pairs": lambda device: both(
+        saved_tensors_hooks(lambda t: [t.clone()], lambda kept: kept[0]), save_on_cpu()
+    ),
+    "autocast": lambda device: torch.autocast(device.type, torch.bfloat16),
+}
+
+
+@contextmanager
+def both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+@pytest.mark.parametrize("name", AROUND)
+@each(DIFFERENTIABLE)
+def test_second_derivatives_inside_hooks_and_autocast(
+    device: torch.device, op: Op, name: str
+) -> None:
+    """The caller's hooks of saved tensors, and autocast, around forward and backward passes."""
+    call, inputs = function(op, leaves(op, op.arguments(Draw((3, 5), device=device))))
+    loss = loss_of(call)
+
+    def derivatives() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(t.sin().sum() for t in first), inputs, allow_unused=True)
+        return *first, *(t for t in second if t is not None)
+
+    alone = derivatives()
+    with AROUND[name](device):
+        inside = derivatives()
+    for one, other in zip(inside, alone, strict=True):
+        assert torch.equal(one, other)
+
+
 @each(DIFFERENTIABLE)
 def test_forward_mode_raises_rather_than_giving_zeros(device: torch.device, op: Op) -> None:
     call, inputs = function(op, op.arguments(Draw((2, 3), device=device)))
@@ -354,6 +392,32 @@ def test_ops_in_place_refuse_forward_mode(device: torch.device) -> None:
         for context in (torch.no_grad(), torch.enable_grad()):
             with context, pytest.raises(RuntimeError, match="has a tangent"):
                 torch.func.jvp(call, (x,), (torch.ones_like(x),))
+
+
+def test_whole_chains_refuse_forward_mode(device: torch.device) -> None:
+    """Also of what describes the energy, which gets no gradients: a tangent that is left out would
+    make the derivative wrong."""
+    x0, rng = torch.ones(2, 3, device=device), cf.Key(0).tensor(device)
+    options: Any = {"n_steps": 2, "drift": 0.1, "noise": 0.1}
+    mean, precision = torch.zeros(3, device=device), torch.eye(3, device=device)
+
+    def network(weight: Tensor) -> Tensor:
+        last, biases = weight[:1], [torch.zeros(3, device=device), torch.zeros(1, device=device)]
+        return cf.ops.mlp_langevin_chain(
+            x0, [weight, last], biases, rng, activation="tanh", **options
+        ).x
+
+    def gaussian(mean: Tensor) -> Tensor:
+        return cf.ops.analytic_langevin_chain(
+            x0, rng, energy="gaussian", tensors=[mean, precision, mean[0]], numbers=[], **options
+        ).x
+
+    for call, value in ((network, precision), (gaussian, mean)):
+        with torch.no_grad():
+            call(value)
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context, pytest.raises(RuntimeError, match="has a tangent, but a whole chain"):
+                torch.func.jvp(call, (value,), (torch.ones_like(value),))
 
 
 # --- torch.compile and opcheck --------------------------------------------------------------------

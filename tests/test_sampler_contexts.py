@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -486,3 +487,52 @@ def test_what_cannot_be_read_is_said(make):
     x0 = torch.empty(4, 3, device="meta")
     with pytest.raises(ValueError, match="x0 is on the meta device and has no data"):
         make(lambda x: x.square().sum(1), n_steps=1, step_size=0.1)(x0, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(cf.LangevinSampler, step_size=0.1, kernel=False),
+        partial(cf.LangevinSampler, drift=0.01, kernel=False, momentum=0.5, noise=0.0),
+        partial(cf.MALASampler, step_size=0.1, kernel=False),
+        partial(cf.UnderdampedLangevinSampler, step_size=0.1, friction=1.0),
+    ],
+    ids=["langevin", "momentum", "mala", "underdamped"],
+)
+def test_chains_inside_a_function_that_torch_func_transforms(make: Any) -> None:
+    """Contrastive divergence by torch.func: its gradient is that of autograd, whether the chain
+    sees the parameters that are transformed or the module's own."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(6, 3)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def energy(y: Tensor, of: Any = None) -> Tensor:
+        return net(y) if of is None else torch.func.functional_call(net, of, (y,))
+
+    def loss(given: Any, seen: Any = None) -> Tensor:
+        sampler = make(partial(energy, of=seen), n_steps=3)
+        return energy(x, given).sum() - energy(sampler(x, key=cf.Key(0)).x, given).sum()
+
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    expected = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    for found in (
+        torch.func.grad(loss)(parameters),
+        torch.func.grad(lambda given: loss(given, seen=given))(parameters),
+    ):
+        for one, other in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_options_are_made_where_they_are_read() -> None:
+    """Whatever torch's default device."""
+    x, centre, energy = torch.randn(6, 3), torch.ones(6, 3), cf.energies.DoubleWellEnergy(1.0)
+    makers: list[Callable[[], Any]] = [
+        lambda: cf.MALASampler(energy, n_steps=3, step_size=0.1),
+        lambda: cf.MALASampler(energy, n_steps=3, step_size=[0.1, 0.2, 0.3]),
+        lambda: cf.LangevinSampler(energy, n_steps=3, step_size=[0.1, 0.2, 0.3]),
+        lambda: cf.LangevinSampler(energy, n_steps=3, step_size=0.1, pull=(centre, [1.0] * 6)),
+    ]
+    for make in makers:
+        with torch.device("meta"):
+            sampler = make()
+        assert torch.equal(sampler(x, key=cf.Key(0)).x, make()(x, key=cf.Key(0)).x)

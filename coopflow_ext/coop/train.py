@@ -33,7 +33,6 @@ from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.trainer import Trainer
 from coopflow_ext.errors import NonFiniteError
 
-
 # Metrics that are root mean squares: several processes share the mean of the squares.
 _ROOTS = ("langevin_distance",)
 

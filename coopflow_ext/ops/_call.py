@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from coopflow_ext._extension import native
+from coopflow_ext._tensors import in_transform
+from coopflow_ext.autocast import full_precision
 from coopflow_ext.errors import BuildError
 
 
@@ -103,16 +106,28 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     Forward mode and ``vmap``, which work under no_grad too, have to reach ``apply``: there they
     raise.
     """
-    if forward_ad._current_level >= 0 or _has_derivatives(args):
+    if in_forward_mode() or _has_derivatives(args):
         return function.apply(*args)
     return function.forward(*args)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: object) -> bool:
+    """Whether it is a tensor with a derivative of forward mode, which compiled code has none of."""
+    if torch.compiler.is_compiling() or not in_forward_mode() or not isinstance(tensor, Tensor):
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _has_derivatives(args: Iterable[Any]) -> bool:
     grad_mode = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return grad_mode
-    if torch._C._functorch.maybe_current_level():
+    if in_transform():
         return grad_mode or _under_vmap(args)
     return grad_mode and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
@@ -135,6 +150,36 @@ def compute(op: str, *args: Any, **options: Any) -> Any:
         return raw(*args, **options)
     with torch._C._AutoDispatchBelowAutograd():
         return raw.default(*args, **options)
+
+
+def pull_back(function: Callable[..., Any], *inputs: Any) -> Callable[..., Any]:
+    """The second result of ``torch.func.vjp`` for a backward pass, which the caller may have put
+    into autocast, and into hooks of saved tensors, of which torch.func wants to know nothing."""
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(function, *inputs)[1]
+    device = inputs[0].device.type
+    with full_precision(device), _without_hooks():
+        found = torch.func.vjp(function, *inputs)[1]
+
+    def pulled(*cotangents: Any) -> Any:
+        with full_precision(device), _without_hooks():
+            return found(*cotangents)
+
+    return pulled
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Inside, tensors that autograd saves go through no hook of ``torch.autograd.graph``."""
+    autograd, hooks = torch._C._autograd, []
+    while (pair := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(pair)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(*pair)
 
 
 def leave_unused(ctx: Any) -> None:

@@ -26,7 +26,7 @@ def vjp_of(forward: Map) -> Map:
     def gradients(
         grad_y: Tensor, grad_ladj: Tensor, x: Tensor, params: Tensor, *options: bool
     ) -> tuple[Tensor, Tensor]:
-        pull_back = torch.func.vjp(lambda x, params: forward(x, params, *options), x, params)[1]
+        pull_back = _call.pull_back(lambda x, params: forward(x, params, *options), x, params)
         result: tuple[Tensor, Tensor] = pull_back((grad_y, grad_ladj))
         return result
 
@@ -42,7 +42,7 @@ def inverse_vjp_of(forward: Map) -> Map:
     ) -> tuple[Tensor, Tensor]:
         work = arithmetic_dtype(x.dtype)
         x, grad_x = x.to(work), grad_x.to(work)
-        pull_back = torch.func.vjp(lambda x, params: forward(x, params, *options), x, params)[1]
+        pull_back = _call.pull_back(lambda x, params: forward(x, params, *options), x, params)
         slope, _ = pull_back((torch.ones_like(x), torch.zeros_like(grad_ladj)))
         along, _ = pull_back((torch.zeros_like(x), -grad_ladj))
         grad_y = (grad_x + along) / slope.clamp(min=torch.finfo(work).tiny)
@@ -110,7 +110,7 @@ def _backward(op: str, gradients: Map) -> Function:
                 *_, state, params = tensors
                 return grad_state.to(state.dtype), grad_params.to(params.dtype)
 
-            pull_back = torch.func.vjp(in_their_dtypes, *ctx.saved_tensors)[1]
+            pull_back = _call.pull_back(in_their_dtypes, *ctx.saved_tensors)
             return (*pull_back(grads), *[None] * len(ctx.options))
 
     _call.register_autograd(op, CouplingBackward)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from coopflow_ext._checks import check_count
 from coopflow_ext.ops import _call
-from coopflow_ext.ops.langevin import raw_options, refuse_derivatives
+from coopflow_ext.ops.langevin import raw_options, refuse_derivatives, refuse_tangent
 
 _COLUMNS = 6  # of the statistics
 _MALA_COLUMNS = 5
+KIND = "a whole chain"
+"""What the ops are, for messages."""
 
 
 class ChainResult(NamedTuple):
@@ -69,7 +71,11 @@ def _run(
     if thin is not None:  # for no trajectory
         check_count(f"{op}: thin", thin, 1)
     raw = raw_options(op, thin=thin, stats=stats, **options)
-    refuse_derivatives(op, "a whole chain", x0=x0, **raw)
+    refuse_derivatives(op, KIND, x0=x0, **raw)
+    if _call.in_forward_mode():
+        for value in energy:
+            for tensor in value if isinstance(value, list) else (value,):
+                refuse_tangent(f"{op}: a tensor of the energy", tensor, KIND)
     try:
         # Parameters of the energy may want gradients, and get none.
         x, trajectory, sums, *others = _call.compute(op, x0, *energy, **raw)

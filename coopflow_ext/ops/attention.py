@@ -178,11 +178,11 @@ class AttentionBackward(torch.autograd.Function):
             return reference.attention(q, k, v, rng, p, step=step, scale=scale)
 
         def gradients(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            found: Three = torch.func.vjp(mix, q, k, v)[1](grad_out)
+            found: Three = _call.pull_back(mix, q, k, v)(grad_out)
             grad_q, grad_k, grad_v = found
             return _stacked(grad_k, grad_v, grad_q)
 
-        pull_back = torch.func.vjp(gradients, *differentiable)[1]
+        pull_back = _call.pull_back(gradients, *differentiable)
         return (*pull_back(grad), *[None] * 6)
 
 

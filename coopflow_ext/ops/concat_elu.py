@@ -93,7 +93,7 @@ class ConcatEluBackward(torch.autograd.Function):
         def gradient(grad_y: Tensor, y: Tensor) -> Tensor:
             return reference.concat_elu_gradient(grad_y, y, rng, p, step=step)
 
-        return (*torch.func.vjp(gradient, grad_y, y)[1](grad), None, None, None)
+        return (*_call.pull_back(gradient, grad_y, y)(grad), None, None, None)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -103,11 +103,11 @@ class GateAddNormBackward(torch.autograd.Function):
             return reference.gate_add_norm(x, gates, weight, bias, eps=ctx.eps)
 
         def gradients(grad_y: Tensor, x: Tensor, gates: Tensor, weight: Tensor) -> Gradients:
-            pull_back = torch.func.vjp(norm, x, gates, weight, torch.zeros_like(weight))[1]
+            pull_back = _call.pull_back(norm, x, gates, weight, torch.zeros_like(weight))
             grad_x, grad_gates, *of_parameters = pull_back(grad_y)
             return grad_x, grad_gates, torch.stack(of_parameters)
 
-        pull_back = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
+        pull_back = _call.pull_back(gradients, *ctx.saved_tensors)
         return (*pull_back(grads), None, None)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from coopflow_ext import reference
 from coopflow_ext._recording import is_watched
@@ -92,20 +91,24 @@ def refuse_derivatives(op: str, kind: str, **given: Any) -> None:
     Raises:
         ValueError: a tensor requires grad. RuntimeError: one has a tangent of forward mode.
     """
-    forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-    if not (forward_mode or torch.is_grad_enabled()):
+    if not (_call.in_forward_mode() or torch.is_grad_enabled()):
         return
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             continue
         name = name.removesuffix("_t")
-        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: {name} has a tangent, but {kind} has no forward derivative")
+        refuse_tangent(f"{op}: {name}", tensor, kind)
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but {kind} has no derivative; call it under "
                 f"torch.no_grad(), detach {name}, or use ops.langevin_step"
             )
+
+
+def refuse_tangent(name: str, value: object, kind: str) -> None:
+    """RuntimeError for a tensor with one, of forward mode."""
+    if _call.has_tangent(value):
+        raise RuntimeError(f"{name} has a tangent, but {kind} has no forward derivative")
 
 
 def _refuse_negated(op: str, **written: Tensor) -> None:
@@ -441,7 +444,7 @@ class _LangevinStep(torch.autograd.Function):
                 xi=xi,
             )
 
-        dx, dgrad, dtables = torch.func.vjp(step, x, grad, learned)[1](grad_out)
+        dx, dgrad, dtables = _call.pull_back(step, x, grad, learned)(grad_out)
         return (dx, dgrad, None, *[dtables.get(name) for name in _Options._fields[: len(options)]])
 
 

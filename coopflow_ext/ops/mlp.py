@@ -11,6 +11,7 @@ from coopflow_ext._checks import check_choice, check_sequence
 from coopflow_ext._tensors import Coefficient
 from coopflow_ext.ops import _call
 from coopflow_ext.ops._langevin_chain import (
+    KIND,
     ChainResult,
     MALAResult,
     fake_mala_results,
@@ -18,6 +19,7 @@ from coopflow_ext.ops._langevin_chain import (
     run_chain,
     run_mala_chain,
 )
+from coopflow_ext.ops.langevin import refuse_tangent
 
 # Numbered as in csrc/include/coopflow/mlp.h; the parameters and what torch gives them.
 ACTIVATIONS: Mapping[str, Mapping[str, float]] = {
@@ -236,6 +238,8 @@ def mlp_shared_bytes(sizes: Sequence[int], *, bfloat16: bool = False) -> int:
 def _constants(name: str, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Without their part in autograd, which would mark the results."""
     given = check_sequence(name, parameters, "tensors")
+    for i, parameter in enumerate(given):
+        refuse_tangent(f"{name}[{i}]", parameter, KIND)
     return [p.detach() if isinstance(p, Tensor) else p for p in given]
 
 

@@ -125,10 +125,10 @@ class WeightNormBackward(torch.autograd.Function):
 
         def gradients(*tensors: Tensor) -> Tensors:
             cotangents, directions, gains = _parts(tensors, 3)
-            found: Tensors = torch.func.vjp(weights, *directions, *gains)[1](tuple(cotangents))
+            found: Tensors = _call.pull_back(weights, *directions, *gains)(tuple(cotangents))
             return found
 
-        found: Tensors = torch.func.vjp(gradients, *ctx.saved_tensors)[1](grads)
+        found: Tensors = _call.pull_back(gradients, *ctx.saved_tensors)(grads)
         return found
 
 

@@ -17,6 +17,7 @@ from coopflow_ext._tensors import (
     apart_from,
     arithmetic_dtype,
     flat,
+    leaf_of,
     norm_scale,
     per_chain_view,
     storages,
@@ -197,7 +198,7 @@ class Chain:
         read = self.lows or (self.rules.points if self.rules else ()) or xs
         # Leaves share storage; a step's autograd graph is gone before they are overwritten.
         differentiate = plan.gradient.has_energy and plan.fast_steps > 0
-        self.leaves = tuple(x.detach().requires_grad_() if differentiate else x for x in read)
+        self.leaves = tuple(leaf_of(x) if differentiate else x for x in read)
         self.leaf_state = pack(self.leaves, inputs.like)
         self.cast = None if plan.casts is None else plan.casts.take()
         self.gradient = plan.gradient if self.cast is None else self.cast.gradient

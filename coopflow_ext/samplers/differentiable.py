@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from coopflow_ext import ops
 from coopflow_ext._model_state import ModelState, random_state, set_random_state
-from coopflow_ext._tensors import per_chain_view
+from coopflow_ext._tensors import leaf_of, per_chain_view
 from coopflow_ext.autocast import as_it_is
 from coopflow_ext.samplers.chain import Chain, joint_norm_scale, laid_out
 from coopflow_ext.samplers.gradient import check_energy, check_score, parameters_of
@@ -48,7 +48,7 @@ class DifferentiableChain:
         }
         # Steps that are run again start a graph of their own, which ends at copies.
         again = checkpoint_every is not None
-        tables = [_detached_leaf(table) if again else table for table in self.learned.values()]
+        tables = [leaf_of(table) if again else table for table in self.learned.values()]
         self._rows = {
             name: table.split(1) for name, table in zip(self.learned, tables, strict=True)
         }
@@ -113,7 +113,7 @@ class DifferentiableChain:
         def copied(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            return copies.setdefault(tensor, _detached_leaf(tensor))
+            return copies.setdefault(tensor, leaf_of(tensor))
 
         inputs = self.chain.inputs
         self.chain.inputs = replace(
@@ -134,7 +134,7 @@ class DifferentiableChain:
                 "checkpoint_every needs an energy whose parameters are leaves: its steps are run "
                 "again in the backward pass, when torch.func.functional_call is over"
             )
-        points = tuple(map(_detached_leaf, xs))
+        points = tuple(map(leaf_of, xs))
         before = ModelState(module, device)
         with torch.enable_grad(), self.chain.autocast():
             output = self.plan.gradient.function(
@@ -245,11 +245,6 @@ def _leaf(x: Tensor) -> Tensor:
     return leaf
 
 
-def _detached_leaf(tensor: Tensor) -> Tensor:
-    """The same memory, where a graph ends."""
-    return tensor.detach().requires_grad_()
-
-
 def _leaves_under(outputs: Tensors) -> set[Tensor]:
     """The tensors that want gradients and that these depend on."""
     seen: set[Any] = set()
@@ -298,7 +293,7 @@ class _Checkpoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         active, frozen_at, *saved = ctx.saved_tensors
-        xs = tuple(map(_detached_leaf, saved))
+        xs = tuple(map(leaf_of, saved))
         device = xs[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             set_random_state(ctx.random, device)

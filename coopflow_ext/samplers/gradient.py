@@ -82,7 +82,7 @@ def check_energy(u: object, batch: int) -> Tensor:
 
 _DETACHED = (
     "energy returned a tensor detached from x, so it has no gradient; compute it from x "
-    "without detach(), .data, numpy or no_grad, or give score= instead"
+    "without detach(), .data, numpy, no_grad or torch.func.vmap, or give score= instead"
 )
 
 

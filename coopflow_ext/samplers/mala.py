@@ -117,7 +117,7 @@ class MALASampler:
         n_steps = check_steps(n_steps)
         self.delta = coefficient("step_size", step_size, n_steps)
         self.chain_counts = chain_counts({"step_size": self.delta})
-        if not bool((torch.as_tensor(self.delta) > 0).all()):
+        if not bool((torch.as_tensor(self.delta, device="cpu") > 0).all()):
             raise ValueError("step_size must be > 0")
         self.temperature = check_number("temperature", temperature, minimum=0.0, exclusive=True)
         self.adapt_steps = check_count("adapt_steps", adapt_steps, 0)

@@ -87,7 +87,7 @@ def _table(name: str, value: float | Tensor | Sequence[float], unless: str | Non
             )
         if isinstance(value, Tensor):  # as_tensor would move it to torch's default device
             return value
-        return torch.as_tensor(value, dtype=torch.float64)
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a number, a callable of the step or a tensor, "
