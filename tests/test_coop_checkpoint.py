@@ -328,6 +328,13 @@ def test_the_last_good_checkpoint_is_named(run: RunFolder) -> None:
         run.load_latest()
 
 
+def test_of_several_good_checkpoints_the_newest_is_named(run: RunFolder) -> None:
+    _, (_, older), (_, latest) = run.checkpoints()
+    latest.write_bytes(latest.read_bytes()[:-9])
+    with pytest.raises(RunError, match=f"the last good checkpoint is {older.name}: delete"):
+        run.load_latest()
+
+
 def test_a_checkpoint_under_the_name_of_another_is_refused(run: RunFolder) -> None:
     _, (_, older), (_, latest) = run.checkpoints()
     older.replace(latest)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_coop_train import tiny
+from coop_runs import tiny
 from torch import Tensor
 
 from coopflow_ext import Key, coop

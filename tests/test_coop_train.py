@@ -9,8 +9,10 @@ import math
 import os
 import resource
 import signal
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from coopflow_ext.coop.files import write_atomically
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.run import open_run
 from coopflow_ext.coop.study.report import report_run
-from coopflow_ext.data import Dataset, load
+from coopflow_ext.data import Batches, Dataset, load
 from coopflow_ext.rng import USE_PRIOR
 
 
@@ -85,6 +87,58 @@ def test_one_iteration_is_the_papers(digits: Dataset) -> None:
     ):
         torch.testing.assert_close(own, by_hand, rtol=1e-4, atol=2e-6)
     assert not same(weights(trainer.model), weights(Trainer(config, digits).model))
+
+
+def test_running_moments_are_of_the_samples_since_they_were_last_asked(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0), digits)
+    samples = torch.linspace(-1, 1, 16 * 64).view(16, 1, 8, 8)
+    monkeypatch.setattr(trainer, "run_chain", lambda proposal: samples)
+    trainer.train_step()
+    torch.testing.assert_close(trainer.sample_moments.sum, samples.flatten(1).sum(0))
+    assert trainer.take_moment_gap() is not None
+    assert trainer.take_moment_gap() is None  # there were none since
+    trainer.train_step()
+    assert trainer.sample_moments.count == 16
+
+
+def test_what_is_counted_and_timed_goes_on_in_a_resumed_training(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0), digits)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.seconds = 12.5
+    again = Trainer(tiny(pretrain_steps=0), digits)
+    again.load(trainer.tensors(), trainer.metadata())
+    assert (again.step, again.seconds, again.key) == (3, 12.5, trainer.key)
+    assert again.sample_moments.count == 48
+
+
+def test_images_are_mirrored_where_settings_and_data_allow_it(digits: Dataset) -> None:
+    """A mirrored digit is none."""
+    symmetric = dataclasses.replace(digits, flip=True)
+    for data, flip, expected in ((digits, True, False), (symmetric, True, True),
+                                 (symmetric, False, False)):  # fmt: skip
+        batches = Trainer(tiny(flip=flip), data).batches
+        assert isinstance(batches, Batches)
+        assert batches.flip == expected
+
+
+def test_accumulated_parts_have_the_numbers_of_the_whole(digits: Dataset) -> None:
+    whole, parts = (
+        Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0, accumulate=k), digits).train_step()
+        for k in (1, 4)
+    )
+    for name in ("flow_nll", "energy_data", "energy_samples", "langevin_distance"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_trains_whatever_mode_the_models_were_left_in(digits: Dataset) -> None:
+    """Dropout would be off in evaluation mode."""
+    trainer = Trainer(tiny(), digits)
+    trainer.model.eval()
+    trainer.train_step()
+    assert all(module.training for module in trainer.model.modules())
 
 
 def test_pre_training_then_a_frozen_flow_then_both_learn(digits: Dataset) -> None:
@@ -797,3 +851,35 @@ def test_cuda_graph_is_auto_or_a_switch() -> None:
     assert TrainConfig.from_json(tiny(cuda_graph=False).to_json()).cuda_graph is False
     parse = SettingType.of("bool | Literal['auto']").parse
     assert [parse(word) for word in ("auto", "true", "False")] == ["auto", True, False]
+
+
+def test_ctrl_c_in_the_last_step_ends_the_run_as_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, asked = sys.modules["coopflow_ext.coop.train"], threading.Event()
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.step == self.config.total_steps - 1:
+            asked.set()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(train, "_interrupts", lambda: nullcontext(asked))
+    summary = coop.train(tiny(), tmp_path / "run")
+    assert asked.is_set()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_a_data_set_is_known_by_both_splits_and_their_layout(digits: Dataset) -> None:
+    train, held_out = digits.train, digits.held_out
+    others = [
+        dataclasses.replace(digits, train=train.flip(0)),
+        dataclasses.replace(digits, held_out=held_out.flip(0)),
+        dataclasses.replace(digits, train=train.view(torch.int8)),
+        dataclasses.replace(
+            digits, train=train.reshape(-1, 1, 4, 16), held_out=held_out.reshape(-1, 1, 4, 16)
+        ),
+    ]
+    digests = {data.digest for data in (digits, *others)}
+    assert len(digests) == 5

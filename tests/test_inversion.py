@@ -233,3 +233,27 @@ def test_bad_input(models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor) ->
     own = CoopFlow(model.flow, model.energy, model.sampler)
     with pytest.raises(ValueError, match="made from settings"):
         reconstruct(own, held_out, Key(0))
+
+
+def test_pixels_of_colour_images_and_vectors() -> None:
+    """An error is the sum over the channels of a pixel."""
+    colour = torch.ones(2, 3, 4, 5)
+    torch.testing.assert_close(pixel_error(colour, 0 * colour), torch.full((2,), 3.0))
+    torch.testing.assert_close(
+        pixel_error(torch.ones(2, 3), torch.zeros(2, 3)), torch.full((2,), 3.0)
+    )
+
+
+def test_errors_by_step_are_means_over_pixels(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    found = reconstruct(models[0], held_out, Key(1), steps=2, rate=0.0)
+    expected = pixel_error(held_out, found.result).mean()
+    torch.testing.assert_close(found.error_by_step[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_decoded_codes_are_images(models: tuple[CoopFlow, CoopFlow]) -> None:
+    """Far out, too, where the logit's bound lets them leave [−1, 1]."""
+    flow = models[0].flow
+    y = decode(flow, 100 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert (y.min(), y.max()) == (-1, 1)

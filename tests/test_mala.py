@@ -181,3 +181,25 @@ def test_negative_energy_restored_parameters_and_rejected_nonfinite_proposals():
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         MALASampler(double_well, **{"n_steps": 5, "step_size": 0.1, **options})
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_proposals_without_an_energy_are_refused(value: float) -> None:
+    """Also where it is −∞, which would be accepted for ever."""
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.where(x.abs() > 0.5, value, 0.5 * x.square()).sum(1)
+
+    sampler = MALASampler(energy, n_steps=40, step_size=0.7, stats=True, kernel=False)
+    out = sampler(torch.zeros(64, 1), key=cf.Key(1))
+    assert out.x.abs().max() <= 0.5
+    assert out.x.unique().numel() > 32
+    assert out.stats is not None
+    assert (out.stats.acceptance[out.stats.accepted == 0] < 1).all()
+
+
+def test_a_start_without_a_gradient_is_named() -> None:
+    """Its energy is 0."""
+    sampler = MALASampler(lambda x: x.abs().sqrt().sum(1), n_steps=2, step_size=0.1, kernel=False)
+    with pytest.raises(cf.NonFiniteError, match="1 of 2"):
+        sampler(torch.tensor([[0.0], [1.0]]), key=cf.Key(0))

@@ -528,3 +528,68 @@ def test_constants_of_the_derivative_are_not_detached_in_silence(differentiable,
     )  # fmt: skip
     with pytest.raises(ValueError, match=f"{name} is a constant of the derivative"):
         sampler(x0, **given)
+
+
+@pytest.mark.parametrize("differentiable", [True, "last"])
+def test_chains_that_did_not_stop_say_so(x0, differentiable):
+    """``frozen_at`` is T for them, whatever part of the chain has derivatives."""
+
+    def score(x: Tensor) -> Tensor:
+        return torch.where(x > 50, torch.full_like(x, torch.nan), -x)
+
+    start = torch.cat((x0.detach()[:1] * 0 + 60, x0.detach()[:2]))
+    out = LangevinSampler(
+        score=score, n_steps=4, step_size=0.1, differentiable=differentiable,
+        on_nonfinite="freeze",
+    )(start, key=KEY)  # fmt: skip
+    assert out.frozen_at is not None
+    assert out.frozen_at.tolist() == [0, 4, 4]
+
+
+def test_a_chain_that_stopped_depends_on_its_start():
+    """It ends where it stopped, so the derivative by x0 is 1."""
+
+    def score(x: Tensor) -> Tensor:
+        return torch.where(x > 5, torch.full_like(x, torch.nan), -x)
+
+    start = torch.tensor([[6.0], [1.0]], dtype=torch.float64, requires_grad=True)
+    out = LangevinSampler(
+        score=score, n_steps=3, drift=0.1, noise=0.0, differentiable=True, on_nonfinite="freeze"
+    )(start, key=KEY)
+    (grad,) = torch.autograd.grad(out.x.sum(), start)
+    torch.testing.assert_close(grad, torch.tensor([[1.0], [0.9**3]], dtype=torch.float64))
+
+
+def test_checkpoints_compute_in_the_autocast_of_the_forward_pass(energy, x0):
+    """Where the backward pass is outside of it."""
+
+    def grads(every: int | None) -> tuple[Tensor, ...]:
+        start = x0.detach().float().requires_grad_()
+        sampler = LangevinSampler(
+            energy.float(), n_steps=4, step_size=0.3, differentiable=True, checkpoint_every=every
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sampler(start, key=KEY).x.square().sum()
+        weights = [p for p in energy.parameters() if p.ndim > 1]
+        return torch.autograd.grad(loss, [start, *weights])
+
+    for one, other in zip(grads(None), grads(2), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_beside_frozen_parameters(energy, x0):
+    """Those that are not learned get no gradient, and do not disturb the others."""
+    frozen, *learned = [p for p in energy.parameters() if p.ndim > 1]
+    frozen.requires_grad_(False)
+    found = [
+        torch.autograd.grad(
+            LangevinSampler(
+                energy, n_steps=4, step_size=0.3, differentiable=True, checkpoint_every=every
+            )(x0, key=KEY).x.sum(),
+            learned,
+        )
+        for every in (None, 2)
+    ]
+    assert frozen.grad is None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -6,7 +6,7 @@ A line here that no longer holds is a change of everybody's seeds, which CHANGEL
 from __future__ import annotations
 
 import torch
-from test_coop_train import tiny
+from coop_runs import tiny
 from torch import Tensor
 
 import coopflow_ext as cf
