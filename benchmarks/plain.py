@@ -71,14 +71,16 @@ def mixture_logistic_log_cdf(
 
 
 def mixture_logistic_coupling_inverse(
-    y: Tensor, params: Tensor, **_options: bool
+    y: Tensor, params: Tensor, *, affine: bool = True, legacy_cdf_clamp: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The published inverse, whatever the options: bisection over the whole batch by F alone, which
-    is clamped to [1e-5, 1 − 1e-5].
+    """The published inverse: bisection over the whole batch by F alone, which is clamped to
+    [1e-5, 1 − 1e-5]; it has no other options.
 
     Source: AlvinZhuyx/CoopFlow, models/flowplusplus, coupling.py and log_dist.py, but for the
     weights' softmax, which is taken once instead of at each iteration.
     """
+    if not (affine and legacy_cdf_clamp):
+        raise ValueError("the published inverse is affine and clamps the CDF")
     components = (params.shape[1] - 2) // 3
     a, b, logits, means, log_scales = params.split((1, 1, *3 * [components]), dim=1)
     a, b, log_weights = a.squeeze(1), b.squeeze(1), logits.log_softmax(1)

@@ -1,7 +1,10 @@
-"""What running a module changes beside its result: buffers, and the generators it draws from."""
+"""What running a module changes beside its result, and what it depends on: buffers, the generators
+it draws from, its mode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +73,18 @@ class _Place:
         if self._tensor.data_ptr() != self.alias.data_ptr():
             self._tensor.data = self.alias
         self._table[self._name] = self._tensor
+
+
+@contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside; afterwards each module in it has the mode it had."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 def random_state(device: torch.device) -> tuple[Tensor, ...]:

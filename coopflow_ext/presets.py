@@ -276,8 +276,8 @@ def drl(
     step_size is s_b (for each chain: shape (1, B)), pull_std σ_b (a float or (B,)), noise_scale n:
     1 in training, 0.99 when sampling; chains where is_final, (B,), holds have no pull, which is the
     last level of the file. There the network gives f, of which U = −f/s_b² here, and the end of a
-    chain is divided by a_s of its level. Gao et al., ICLR 2021; ruiqigao/recovery_likelihood,
-    model.py.
+    chain is divided by a_s of its level, except at the last. Gao et al., ICLR 2021;
+    ruiqigao/recovery_likelihood, model.py, ``p_sample_langevin``.
     """
     sigma = per_chain("pull_std", pull_std)
     if bool(sigma.min() <= 0) if isinstance(sigma, Tensor) else sigma <= 0:

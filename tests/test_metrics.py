@@ -108,6 +108,15 @@ def test_bits_per_dim_of_an_untrained_flow_is_that_of_its_prior() -> None:
     assert flow.training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_bits_per_dim_leaves_the_mode_of_every_module(training: bool) -> None:
+    flow = realnvp(dim=4, couplings=2, widths=(8,)).train(training)
+    flow.transform.transforms[0].train(not training)
+    modes = [module.training for module in flow.modules()]
+    bits_per_dim(flow, torch.randn(5, 4), Key(0))
+    assert [module.training for module in flow.modules()] == modes
+
+
 def test_bits_per_dim_of_images_does_not_depend_on_the_batch_size() -> None:
     flow = realnvp(image_shape=(1, 8, 8), net="mlp", couplings=2, widths=(8,), levels=17)
     data = load("digits")

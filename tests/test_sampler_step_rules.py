@@ -98,6 +98,11 @@ def test_snr_over_the_batch_leaves_out_chains_that_stopped():
     out = sampler(x0, key=KEY)
     assert out.frozen_at.tolist() == [3, 0, 3, 3]
     assert out.x.isfinite().all()
+    # Nor does their noise count: the others move as without them.
+    xi = normals(3, B, D)
+    others = [0, 2, 3]
+    alone = sampler(x0[others], xi=xi[:, others]).x
+    torch.testing.assert_close(sampler(x0, xi=xi).x[others], alone)
 
 
 BESIDE_SNR = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import energies, flows, ops
 from coopflow_ext._checks import check_count, check_counts
+from coopflow_ext._model_state import in_mode
 from coopflow_ext._modes import seeded, usual_tensors
 from coopflow_ext.autocast import full_precision, in_precision
 from coopflow_ext.coop.checkpoint import load_checkpoint, load_latest, save_checkpoint
@@ -223,16 +224,9 @@ class CoopFlow(nn.Module):
             self.buffer.states = fn(self.buffer.states)
         return self
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode inside, the mode of each model as it was afterwards."""
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return in_mode(self, training=False)
 
     def propose(self, n: int, key: Key | None = None) -> Tensor:
         """The starts of n chains, (n, *event_shape): flow samples, noise, or persistent chains."""

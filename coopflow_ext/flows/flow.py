@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coopflow_ext import ops
 from coopflow_ext._checks import check_count, check_flags, check_sizes
+from coopflow_ext._model_state import in_mode
 from coopflow_ext._recording import is_capturing, is_watched
 from coopflow_ext._tensors import check_tensor, parameter_dtype
 from coopflow_ext.flows.base import Context, Transform
@@ -419,13 +420,8 @@ class Flow(nn.Module):
         Raises:
             ValueError: for a batch that is not finite, or with fewer than two values per channel.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.train()
-        try:
+        with in_mode(self, training=True):
             self.call_and_ladj(x, key=key, eps=eps, context=context)
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _rng_by_layer(rng: Tensor, layers: int) -> Tensor:

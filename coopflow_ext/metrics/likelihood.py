@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coopflow_ext._checks import check_count
+from coopflow_ext._model_state import in_mode
 from coopflow_ext._tensors import check_tensor
 from coopflow_ext.flows.flow import Flow
 from coopflow_ext.rng import Key
@@ -30,13 +31,9 @@ def bits_per_dim(flow: Flow, x: Tensor, key: Key, *, batch_size: int = 500) -> f
     check_count("batch_size", batch_size, 1)
     if not len(x):
         raise ValueError("x must hold at least one row, got none")
-    was_training = flow.training
-    flow.eval()
-    try:
+    with in_mode(flow, training=False):
         total = sum(
             float(flow.log_prob(rows, key=key.at_chain(key.chain + start)).double().sum())
             for start, rows in zip(range(0, len(x), batch_size), x.split(batch_size), strict=True)
         )
-    finally:
-        flow.train(was_training)
     return -total / (len(x) * flow.dim * math.log(2))

@@ -158,6 +158,7 @@ class StepRules:
         target = table_row(snr, step) if isinstance(snr, Tensor) else snr
         of_grad, of_noise = _norms(grads), _norms(self.noises)
         if self._options.snr_over == "batch":
+            of_noise = torch.where(of_grad.isfinite(), of_noise, torch.nan)
             of_grad, of_noise = _finite_mean(of_grad), _finite_mean(of_noise)
         sizes = 2 * (target * of_noise / of_grad).square()
         # A chain at rest has no direction to go in, and stays.
