@@ -145,12 +145,14 @@ def flow(device: torch.device) -> None:
         show_first(8, events)
 
 
-def iterations(device: torch.device, preset: str = "cifar10", dataset: str = "patches") -> None:
+def iterations(
+    device: torch.device, preset: str = "cifar10", given: dict[str, Any] = bench_coop.PAPER
+) -> None:
     """CoopFlow with the paper's networks at batch 28, every part in every iteration, and memory."""
     for variant, settings in ITERATIONS:
         print(f"{variant}, {settings}: ", end="", flush=True)
         with reported(variant):
-            iteration(device, variant, bench_coop.config_of(preset, data=dataset, **settings))
+            iteration(device, variant, bench_coop.config_of(preset, **given, **settings))
         torch.cuda.empty_cache()
 
 

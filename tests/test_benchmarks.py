@@ -300,7 +300,7 @@ def test_a_reference_runs_none_of_our_operators() -> None:
     import bench_coop
     import bench_flowpp
 
-    small = {"channels": 8, "components": 2, "dequant_components": 2}
+    small = {"channels": 8, "components": 2, "dequant_components": 2, "legacy_cdf_clamp": True}
     options = {**bench_coop.config_of("digits-flowpp").flow_options, **small}
     config = bench_coop.config_of(
         "digits-flowpp", batch_size=2, langevin_steps=1, init_batches=1, flow_options=options
@@ -770,7 +770,7 @@ def test_device_profile_of_iterations_and_of_every_kernel(
     if device.type == "cpu":
         assert all(line.endswith("2.0 kernels, busy 6.00 µs") for line in heads)
         assert lines.count("        2.00 ×     3.00 µs  update") == 2
-    device_profile.iterations(device, "digits-small", "digits")
+    device_profile.iterations(device, "digits-small", {"data": "digits"})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", {}")[0] for line in lines[::2]] == ["reference, randn", "ours"]
     assert all("flow step" in line for line in lines[1::2])
@@ -783,7 +783,8 @@ def test_device_profile_goes_on_after_an_error(
 
     monkeypatch.setattr(device_profile, "ITERATIONS", (("one", {}), ("other", {})))
     monkeypatch.setattr(device_profile, "_failed", [])
-    device_profile.iterations(torch.device("cpu"), "digits-small", "digits")  # without statistics
+    settings = {"data": "digits"}
+    device_profile.iterations(torch.device("cpu"), "digits-small", settings)  # without statistics
     assert device_profile._failed == ["one", "other"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["one, {}", "other, {}"]
