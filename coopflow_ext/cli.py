@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import shlex
 import sys
@@ -47,6 +48,10 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad usage exits with 2, as argparse does."""
+    # A terminal may not know a letter of a path or a unit, which is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -170,7 +175,8 @@ def _add_train(commands: Any) -> None:
             "help": field.metadata["help"],
         }
         if field.default is False:
-            settings.add_argument(*options, action="store_true", **common)
+            switch = argparse.BooleanOptionalAction
+            settings.add_argument(*options, action=switch, **common)
             continue
         settings.add_argument(
             *options,
@@ -287,7 +293,7 @@ def evaluate(args: argparse.Namespace) -> None:
         device=_device(args.device),
     )
     print(json.dumps(summary, indent=2))
-    print(f"pictures: {args.run / 'evaluation'}")
+    print(f"pictures: {args.run / 'evaluation'}", file=sys.stderr)
 
 
 _EXPERIMENTS = {

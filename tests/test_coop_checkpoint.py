@@ -133,7 +133,7 @@ def test_wrong_metadata(
 def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"none.safetensors does not exist"):
         load_checkpoint(tmp_path / "none.safetensors")
-    with pytest.raises(RunError, match="is truncated or not a checkpoint"):
+    with pytest.raises(RunError, match="is a folder, not a checkpoint"):
         load_checkpoint(tmp_path)
 
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from coopflow_ext.coop.divergence import check_finite
-from coopflow_ext.coop.files import parse_json, write_atomically
+from coopflow_ext.coop.files import by_step, parse_json, step_of, write_atomically
 from coopflow_ext.errors import RunError, reason
 
 # Names in the metadata of the safetensors file.
 _FACTS = "coopflow"
 _CHECKSUM = "coopflow_sha256"
-_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 Loaded = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -47,14 +44,19 @@ def load_checkpoint(path: Path) -> Loaded:
 
     Raises:
         RunError: the file is missing, damaged, or not one of ours.
+        OSError: it cannot be read.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise RunError(f"{path} is a folder, not a checkpoint") from error
+    try:
+        tensors, header = load(content), _header(content)
+    except MemoryError:
+        raise
     except Exception as error:  # of any kind: there may be anything in a file
-        if not path.exists():
-            raise RunError(f"{path} does not exist") from error
         raise RunError(f"{path} is truncated or not a checkpoint: {reason(error)}") from error
     if _FACTS not in header:
         raise RunError(f"{path} is a safetensors file, but not a checkpoint of coopflow_ext")
@@ -79,6 +81,14 @@ def load_checkpoint(path: Path) -> Loaded:
     return tensors, metadata
 
 
+def _header(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, which its functions give for a file with a name in UTF-8
+    alone."""
+    size = int.from_bytes(content[:8], "little")
+    header: dict[str, dict[str, str]] = json.loads(content[8 : 8 + size])
+    return header.get("__metadata__", {})
+
+
 def _checksum(tensors: dict[str, Tensor], facts: str) -> str:
     """SHA-256 over names, dtypes, shapes and facts as JSON, then the tensors' bytes by name."""
     names = sorted(tensors)
@@ -96,12 +106,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint of a run folder, oldest first."""
-    found = []
-    for path in (run / "checkpoints").glob("*.safetensors"):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), path))
-    return sorted(found)
+    return by_step(run / "checkpoints", ".safetensors")
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -134,8 +139,8 @@ def load_latest(run: Path) -> tuple[Path, Loaded]:
 def _load_step(path: Path) -> Loaded:
     """A checkpoint that must be of the step that its name says."""
     tensors, metadata = load_checkpoint(path)
-    match = _NAME.fullmatch(path.name)
-    if match and metadata.get("step", int(match[1])) != int(match[1]):
+    named = step_of(path)
+    if named is not None and metadata.get("step", named) != named:
         raise RunError(f"{path} is of another step than its name says: {metadata['step']!r:.40}")
     return tensors, metadata
 

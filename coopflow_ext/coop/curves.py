@@ -37,7 +37,7 @@ CURVES = (
     Curve(
         "Likelihood of held-out data under the flow",
         "bits per dimension; less is better",
-        {"bits_per_dim": "held-out data"},
+        {"bits_per_dim": "the first held-out events, as many as samples are drawn"},
     ),
     Curve(
         "Loss of the flow",

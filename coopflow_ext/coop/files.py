@@ -15,6 +15,7 @@ from coopflow_ext.errors import RunError
 # through it by recursion.
 _MAX_DEPTH = 64
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_STEP = re.compile(r"step-(\d+)")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -36,11 +37,28 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):  # a full disk does not say of which file it speaks
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(opened)
     finally:
-        os.close(directory)
+        os.close(opened)
+
+
+def step_of(path: Path) -> int | None:
+    """The number in a name such as step-0000012.png; None where there is none."""
+    match = _STEP.fullmatch(path.stem)
+    return int(match[1]) if match else None
+
+
+def by_step(folder: Path, suffix: str) -> list[tuple[int, Path]]:
+    """(step, path) of the files with such names, oldest first."""
+    found = ((step_of(path), path) for path in folder.glob(f"*{suffix}"))
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def is_temporary(path: Path) -> bool:

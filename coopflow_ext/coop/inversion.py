@@ -230,6 +230,12 @@ def _starts(model: CoopFlow, shape: Sequence[int], key: Key | None, start: Tenso
     return start.detach()
 
 
+def check_points(points: int) -> None:
+    """ValueError for a line of fewer than its ends."""
+    if points < 2:
+        raise ValueError(f"points must be ≥ 2, got {points}")
+
+
 def interpolate(
     model: CoopFlow,
     start_a: Tensor,
@@ -250,8 +256,7 @@ def interpolate(
         proposals and chain ends, each (B, points, *event_shape). The ends of the lines are the two
         starts, to the rounding of the flow.
     """
-    if points < 2:
-        raise ValueError(f"points must be ≥ 2, got {points}")
+    check_points(points)
     check_events(model, start_a)
     check_events(model, start_b)
     weights = torch.linspace(0, 1, points, device=start_a.device).to(start_a.dtype)

@@ -93,4 +93,5 @@ def fd_table(fd: dict[str, Any], start: str) -> str:
         f"Fréchet distance to the training data ({fd['feature_space']} features, "
         f"{fd['n']} samples each; less is better)"
     )
-    return "\n".join([head, *(f"  {name:<28}{value:10.2f}" for name, value in rows)])
+    known = [(name, value) for name, value in rows if value is not None]
+    return "\n".join([head, *(f"  {name:<28}{value:10.2f}" for name, value in known)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from coopflow_ext.coop.config import ADJUSTABLE, Change, ConfigFile, TrainConfig
 from coopflow_ext.coop.contents import naming
 from coopflow_ext.coop.files import (
     append_line,
+    by_step,
     is_temporary,
     parse_json,
     read_object,
     sweep,
+    sync,
     write_atomically,
     write_json,
 )
@@ -184,9 +187,12 @@ class RunFolder:
         return lines
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will make again."""
+        """Drop lines and pictures of steps that a resumed run will make again, if at all."""
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         write_atomically(self.metrics_path, "".join(kept).encode())
+        for made, picture in self.pictures():
+            if made > step:
+                picture.unlink()
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, path) of every checkpoint, oldest first."""
@@ -197,7 +203,12 @@ class RunFolder:
         return latest_checkpoint(self.path)
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Path:
-        """Write a checkpoint, then remove those that are too old to keep."""
+        """Write a checkpoint, then remove those that are too old to keep.
+
+        The lines of what it has done are on the disk before it is.
+        """
+        if self.metrics_path.exists():
+            sync(self.metrics_path)
         path = checkpoint_path(self.path, step)
         save_checkpoint(path, tensors, metadata)
         for _, old in self.checkpoints()[: -self.config.keep_checkpoints]:
@@ -215,6 +226,10 @@ class RunFolder:
     def picture_path(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:07d}.png"
 
+    def pictures(self) -> list[tuple[int, Path]]:
+        """(step, path) of every picture of samples, oldest first."""
+        return by_step(self.path / "samples", ".png")
+
     @property
     def divergence_path(self) -> Path:
         return self.path / "divergence.json"
@@ -222,6 +237,17 @@ class RunFolder:
     def write_divergence(self, facts: dict[str, Any]) -> None:
         """What is needed to reproduce that the training left the finite numbers."""
         write_json(self.divergence_path, facts)
+
+    def study_folder(self, name: str) -> Path:
+        """The folder for what is found out of a run. Made, and tried, before that takes its time.
+
+        Raises:
+            OSError: it cannot be written to.
+        """
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
 
     def write_study(self, path: Path, results: dict[str, Any]) -> dict[str, Any]:
         """What was found out of a run, and the step that it was opened at, which may be training

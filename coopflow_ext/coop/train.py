@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -228,7 +229,11 @@ def _advance(trainer: Trainer, run: RunFolder, judge: Judge, bar: tqdm[Any]) -> 
     """One step, and what is due after it."""
     config = trainer.config
     begin = time.perf_counter()
-    metrics = trainer.train_step()
+    try:
+        metrics = trainer.train_step()
+    except ValueError:  # where that is what the models have become, not what was given
+        check_finite(trainer.tensors())
+        raise
     bar.update()
     last = trainer.step == config.total_steps
     if trainer.step % config.log_every == 0 or last:
@@ -292,17 +297,25 @@ def _checkpoint(trainer: Trainer, run: RunFolder) -> None:
 
 def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
     """Write curves and summary."""
+    if not _line_of(run.metrics(), "fd_flow", trainer.step):
+        _observe(trainer, run, judge)  # its line was lost, and will be the same
     metrics = run.metrics()
-    distances = [line for line in metrics if "fd_flow" in line]
+    start, end = (_line_of(metrics, "fd_flow", step) for step in (0, trainer.step))
+    if not start:
+        warnings.warn(
+            f"{run.metrics_path} has lost the lines of the beginning: what the summary compares "
+            "with it is left out",
+            stacklevel=2,
+        )
     gaps = [line["moment_gap"] for line in metrics if "moment_gap" in line]
     with trainer.averaged() as model:
         facts = judge.facts(model)
         if trainer.data.name.startswith("toy:"):
             facts.update(report_plane(model, trainer.data, run.path))
     facts["fd"].update(
-        flow=distances[-1]["fd_flow"],
-        langevin=distances[-1]["fd_langevin"],
-        flow_start=distances[0]["fd_flow"],
+        flow=end["fd_flow"],
+        langevin=end["fd_langevin"],
+        flow_start=start.get("fd_flow"),
     )
     summary = {
         "seconds": trainer.seconds,
@@ -312,15 +325,20 @@ def _finish(trainer: Trainer, run: RunFolder, judge: Judge) -> dict[str, Any]:
         "energy_updates": trainer.energy.updates,
         "iterations_per_second": trainer.config.total_steps / max(trainer.seconds, 1e-9),
         **facts,
-        "pretraining_bits_per_dim": _pretraining_bits(trainer.config, distances),
-        "moment_gap": gaps[-1] if gaps else None,
-        "moment_gap_start": gaps[0] if gaps else None,
+        "pretraining_bits_per_dim": _pretraining_bits(trainer.config, metrics),
+        "moment_gap": _line_of(metrics, "moment_gap", trainer.step).get("moment_gap"),
+        "moment_gap_start": gaps[0] if gaps and start else None,
         "picture": str(run.picture_path(trainer.step).relative_to(run.path)),
         "device": str(trainer.device),
     }
     pictures.save_curves(run.path / "curves.png", metrics)
     run.write_summary(summary)
     return summary
+
+
+def _line_of(metrics: list[dict[str, Any]], name: str, step: int) -> dict[str, Any]:
+    """The line of that step that has the number; empty where there is none."""
+    return next((line for line in metrics if line["step"] == step and name in line), {})
 
 
 def _pretraining_bits(config: TrainConfig, lines: list[dict[str, Any]]) -> dict[str, float]:

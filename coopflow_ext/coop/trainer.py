@@ -41,6 +41,15 @@ class StepKind(NamedTuple):
     energy_may_skip: bool
 
 
+def captures_steps(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the steps of a training there become CUDA graphs; ValueError where they must and
+    cannot."""
+    wanted, can = config.cuda_graph, device.type == "cuda"
+    if wanted is True and not can:
+        raise ValueError(f"cuda_graph=true needs a CUDA device, got {device}")
+    return wanted is not False and can
+
+
 class Trainer:
     """One step at a time of the paper's algorithm; all state is in :meth:`tensors`.
 
@@ -73,7 +82,9 @@ class Trainer:
         self.key = Key(config.seed)
         self.step = 0
         # Within the graphs of a step a chain needs none of its own.
-        chain_graphs: bool | Literal["auto"] = False if self._captures_steps() else "auto"
+        chain_graphs: bool | Literal["auto"] = (
+            False if captures_steps(config, self.device) else "auto"
+        )
         self.sampler = build_sampler(
             config, self.model.energy, event, training=True,
             on_nonfinite="freeze", cuda_graph=chain_graphs,
@@ -125,14 +136,8 @@ class Trainer:
         self._pretrain_lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self._graphs = self._step_graphs()
 
-    def _captures_steps(self) -> bool:
-        wanted, can = self.config.cuda_graph, self.device.type == "cuda"
-        if wanted is True and not can:
-            raise ValueError(f"cuda_graph=true needs a CUDA device, got {self.device}")
-        return wanted is not False and can
-
     def _step_graphs(self) -> StepGraphs | None:
-        if not self._captures_steps():
+        if not captures_steps(self.config, self.device):
             return None
         keyed: list[HasKey] = [self] if self.model.buffer is None else [self, self.model.buffer]
         return StepGraphs(
@@ -221,7 +226,9 @@ class Trainer:
         metrics.update(self.update_energy(x, samples, may_skip=kind.energy_may_skip))
         if kind.flow_learns:
             skip = metrics["energy_skipped"]
-            metrics.update(self.update_flow(samples, self.config.flow_lr, skip))
+            # The flow refuses samples that are not finite; it learns nothing of either then.
+            learned = torch.where(self.divergence.flag, x, samples)
+            metrics.update(self.update_flow(learned, self.config.flow_lr, skip))
         self.sample_moments.update(samples)
         return metrics
 

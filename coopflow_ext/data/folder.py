@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections import deque
@@ -194,6 +195,8 @@ def folder(
 ) -> Dataset:
     """Every image below ``root``, in the order of their names; a tenth is held out, at random.
 
+    Links are followed; files and folders whose names begin with a dot are left out.
+
     Args:
         root: the folder.
         size: crop and scale all images to size × size; None wants images of one size.
@@ -202,13 +205,13 @@ def folder(
 
     Raises:
         FileNotFoundError: there is no such folder.
+        OSError: a folder below cannot be read, or leads back to one above it.
         BadImageError: an image cannot be read, and not ``skip_bad``.
         ValueError: fewer than 4 images, two for each split, or images of several sizes.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root.absolute()} is not a folder")
-    found = (p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    paths = sorted(p for p in found if not p.is_dir())
+    paths = sorted(_images_below(root))
     if not paths:
         raise ValueError(f"{root} holds no images ({', '.join(_SUFFIXES)})")
     images, _ = read_images(paths, size=size, skip_bad=skip_bad, max_pixels=max_pixels)
@@ -227,6 +230,19 @@ def folder(
         256,
         flip=True,
     )
+
+
+def _images_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in above:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _images_below(path, (*above, here))
+        elif path.suffix.lower() in _SUFFIXES:
+            yield path
 
 
 def celeba(

@@ -16,7 +16,9 @@ from coopflow_ext.coop.files import parse_json, write_atomically, write_json
 from coopflow_ext.coop.model import CoopFlow, EventSpec
 from coopflow_ext.coop.pictures import figure_bytes
 from coopflow_ext.coop.run import RunFolder
-from coopflow_ext.coop.train import train
+from coopflow_ext.coop.train import TrainingInterrupted, train
+from coopflow_ext.coop.trainer import captures_steps
+from coopflow_ext.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Ablation:
             raise ValueError(f"{path}: seeds must differ, got {seeds}")
         configs = {}
         for name, settings in rows.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"{path}, row {name!r} must be an object, got {settings!r:.40}")
             try:
                 if "seed" in {**base, **settings}:
                     raise ValueError("seed must not be among the settings: seeds says which")
@@ -68,7 +72,7 @@ class Ablation:
         _check_comparable(path, configs)
         return cls(tuple(seeds), configs)
 
-    def check(self) -> None:
+    def check(self, device: torch.device) -> None:
         """Load the data and build the models of every row, so that no mistake shows after hours.
 
         Raises:
@@ -78,6 +82,7 @@ class Ablation:
         event = EventSpec(data.event_shape, data.levels)
         for name, config in self.rows.items():
             try:
+                captures_steps(config, device)
                 CoopFlow.from_config(config, event)
             except ValueError as error:
                 raise ValueError(f"row {name!r}: {error}") from error
@@ -105,7 +110,7 @@ def run_ablation(
     Returns:
         One dictionary for each row, as in table.json.
     """
-    ablation.check()
+    ablation.check(torch.device(device))
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, config in ablation.rows.items():
@@ -122,6 +127,24 @@ def _one_run(
 ) -> dict[str, Any]:
     path = out / "runs" / f"{_file_name(name)}-seed{seed}"
     config = dataclasses.replace(config, seed=seed)
+    try:
+        return _run_there(path, config, device)
+    except TrainingInterrupted as error:
+        raise TrainingInterrupted(
+            f"row {name!r}, seed {seed}, was stopped and saved; the same command goes on"
+        ) from error
+    except NonFiniteError as error:  # whose cause is without the advice for a single run
+        raise NonFiniteError(
+            f"row {name!r}, seed {seed}, diverged by step {error.step}: {error.__cause__}; rows "
+            "are compared, so none may go on at other rates: lower its rates in the file, delete "
+            f"{path} and start again",
+            step=error.step,
+            chains=error.chains,
+        ) from error
+
+
+def _run_there(path: Path, config: TrainConfig, device: torch.device | str) -> dict[str, Any]:
+    """The summary of a run that is begun, continued, or finished already."""
     if not (path / "config.json").exists():
         return train(config, path, device=device)
     run = RunFolder.open(path)
@@ -178,8 +201,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         has_chain = row["langevin_steps"] > 0
+        name = row["name"].replace("|", r"\|")
         lines.append(
-            f"| {row['name']} | {row['langevin_steps']} | {row['step_size'] if has_chain else '–'} "
+            f"| {name} | {row['langevin_steps']} | {row['step_size'] if has_chain else '–'} "
             f"| {row['flow_updates']} | {row['energy_updates']} "
             f"| {cell(row['flow']) if row['starts_from_flow'] else '–'} "
             f"| {cell(row['langevin']) if has_chain else '–'} | {cell(row['moment_gap'])} |"
@@ -215,7 +239,7 @@ def save_plot(path: Path, rows: list[dict[str, Any]]) -> None:
             dots = [r for r in shown if r[constant[0]] == constant[1]]
             mean, std = [r[kind]["mean"] for r in dots], [r[kind]["std"] for r in dots]
             axis.errorbar([r[against] for r in dots], mean, yerr=std, **style)
-    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows], parse_math=False)
     axes[0].invert_yaxis()
     axes[1].set_xlabel(f"number of Langevin steps T (step size {step_size:g})")
     axes[2].set_xlabel(f"step size δ (T = {steps})")

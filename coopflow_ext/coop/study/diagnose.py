@@ -55,14 +55,13 @@ def diagnose_run(
     run, model, data = open_run(path, device)
     if run.config.langevin_steps < 1:
         raise ValueError("diagnose needs a run with langevin_steps ≥ 1: this one has no chain")
+    out = run.study_folder("diagnose")
     key = Key(seed).fold_in(USE_EVALUATION)
     proposals, samples = model.sample_pairs(n, key)
     chains, states = long_chains(model, proposals, factors, key)
     judge = Judge(data, run.config)
     for chain, x in zip(chains, states, strict=True):
         chain["fd"] = judge.distance(x)
-    out = run.path / "diagnose"
-    out.mkdir(exist_ok=True)
     panels = {judge.start_name: proposals[:_SHOWN]}
     for chain, x in zip(chains, states, strict=True):
         panels[f"{chain['factor']}·T"] = x[:_SHOWN]
@@ -79,7 +78,7 @@ def diagnose_run(
         "energy_of_held_out_data": float(_mean_energy(model, judge.held_out.to(device))),
         "feature_space": judge.space.name,
         "long_chains": [{k: v for k, v in c.items() if k != "trace"} for c in chains],
-        "pictures": [str(out / "long_chains.png"), str(out / "energies.png")],
+        "pictures": ["diagnose/long_chains.png", "diagnose/energies.png"],
     }
     return run.write_study(out / "summary.json", summary)
 

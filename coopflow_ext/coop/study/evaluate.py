@@ -78,11 +78,10 @@ def evaluate_run(
     n = run.config.n_samples if n is None else n
     if n < 2:
         raise ValueError(f"n must be ≥ 2, got {n}")
+    out = run.study_folder("evaluation")
     judge = Judge(data, run.config)
     key = Key(seed).fold_in(USE_EVALUATION)
     proposals, samples = (x.cpu() for x in model.sample_pairs(n, key, batch_size=_BATCH))
-    out = run.path / "evaluation"
-    out.mkdir(exist_ok=True)
     if export_png is not None:
         export(samples, export_png)
     if export_training is not None:
@@ -166,6 +165,8 @@ def save_histograms(path: Path, kinds: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_empty(folder: Path) -> None:
+    if folder.resolve() == Path.cwd():
+        raise FileExistsError(f"{folder} must be another folder than the working directory")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} must be a new or empty folder")
 
@@ -181,6 +182,7 @@ def export(images: Tensor, folder: Path) -> None:
     The folder appears with all of them in it, or not at all.
     """
     image = require("PIL.Image", extra="train", distribution="pillow")
+    folder = folder.resolve()  # a link to a folder cannot be replaced by one, nor can "."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / folder.name

@@ -12,7 +12,7 @@ from torch import Tensor
 from coopflow_ext._modes import usual_modes
 from coopflow_ext.coop import inversion
 from coopflow_ext.coop.pictures import save_panels
-from coopflow_ext.coop.run import RunFolder, open_run
+from coopflow_ext.coop.run import open_run
 from coopflow_ext.data import Dataset
 from coopflow_ext.rng import Key
 
@@ -41,8 +41,8 @@ def reconstruct_run(
     """
     run, model, data = open_run(path, device)
     observed = held_out_images(data, n, device)
+    out = run.study_folder("reconstruct")
     found = inversion.reconstruct(model, observed, Key(seed), step_size=step_size)
-    out = _folder(run, "reconstruct")
     panels = {"observed": observed, "start of the chain": found.start, "result": found.result}
     save_panels(out / "reconstruct.png", panels)
     return run.write_study(
@@ -55,7 +55,7 @@ def reconstruct_run(
             "error_per_pixel_of_flow_proposals": float(found.untouched_error.mean()),
             "errors": found.error.tolist(),
             "error_per_pixel_by_step": found.error_by_step.tolist(),
-            "picture": str(out / "reconstruct.png"),
+            "picture": "reconstruct/reconstruct.png",
         },
     )
 
@@ -84,11 +84,11 @@ def inpaint_run(
         raise ValueError(f"mask must have shape ({height}, {width}), got {tuple(known.shape)}")
     if bool(known.all()):
         raise ValueError("mask must leave a pixel unknown, got True for all of them")
+    out = run.study_folder("inpaint")
     filled = inversion.inpaint(
         model, observed, known, Key(seed), chains=chains, step_size=step_size
     )
     holed = torch.where(known.to(observed.device), observed, 0.0)
-    out = _folder(run, "inpaint")
     rows = torch.cat((observed[:, None], holed[:, None], filled), 1)
     caption = f"observed | known | {chains} fillings"
     save_panels(out / "inpaint.png", {caption: rows.flatten(0, 1)}, columns=chains + 2)
@@ -103,7 +103,7 @@ def inpaint_run(
             "unknown_pixels": int(hole.sum()),
             "error_per_unknown_pixel": float(error.mean()),
             "best_of_chains": float(error.min(1).values.mean()),
-            "picture": str(out / "inpaint.png"),
+            "picture": "inpaint/inpaint.png",
         },
     )
 
@@ -112,8 +112,10 @@ def read_mask(path: Path) -> Tensor:
     """A bool array from a .npy file; ValueError when it is none."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"mask {path} cannot be read as a .npy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"mask {path} must be one .npy array, got several in one file")
     if array.dtype != np.bool_:
         raise ValueError(f"mask {path} must be bool, got {array.dtype}")
     return torch.from_numpy(array)
@@ -130,10 +132,12 @@ def interpolate_run(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Lines between reconstructed held-out images, and between proposals: RUN/interpolate."""
+    inversion.check_points(points)
     run, model, data = open_run(path, device)
     if data.is_image and not 1 <= n <= len(data.held_out) // 2:
         raise ValueError(f"n must be in [1, {len(data.held_out) // 2}], got {n}")
     observed = held_out_images(data, 2 * n, device)
+    out = run.study_folder("interpolate")
     found = inversion.reconstruct(
         model,
         observed,
@@ -148,7 +152,6 @@ def interpolate_run(
         inversion.interpolate(model, x[:n], x[n:], points=points, step_size=step_size)[1]
         for x in (found.start, starts)
     )
-    out = _folder(run, "interpolate")
     for name, lines in (("images", between), ("random", random_lines)):
         caption = f"from left to right, {points} points"
         save_panels(out / f"{name}.png", {caption: lines.flatten(0, 1)}, columns=points)
@@ -163,12 +166,6 @@ def interpolate_run(
                 (ends - found.result).abs().max()
             ),
             "reconstruction_error_per_pixel": float(found.error.mean()),
-            "pictures": [str(out / "images.png"), str(out / "random.png")],
+            "pictures": ["interpolate/images.png", "interpolate/random.png"],
         },
     )
-
-
-def _folder(run: RunFolder, name: str) -> Path:
-    out = run.path / name
-    out.mkdir(exist_ok=True)
-    return out

@@ -24,7 +24,10 @@ class Quantity:
 
 RUN = (
     Quantity(
-        "bits_per_dim", "Held-out data under the flow", f"likelihood; {LESS}", "bits per dimension"
+        "bits_per_dim",
+        "All held-out data under the flow",
+        f"likelihood; {LESS}",
+        "bits per dimension",
     ),
     Quantity(
         "moment_gap",
@@ -61,7 +64,10 @@ _EVALUATION = (
     Quantity("fd.held_out", "Distance of held-out data", "Fréchet; to compare with"),
     Quantity("fid", "FID, with the features of Inception", LESS),
     Quantity(
-        "bits_per_dim", "Held-out data under the flow", f"likelihood; {LESS}", "bits per dimension"
+        "bits_per_dim",
+        "All held-out data under the flow",
+        f"likelihood; {LESS}",
+        "bits per dimension",
     ),
     Quantity("energy.data.mean", "Energy of held-out data", _SPREAD),
     Quantity("energy.samples.mean", "Energy of the samples", f"{_SPREAD}; near that of data"),

@@ -14,6 +14,7 @@ from coopflow_ext.coop.run import RunFolder
 from coopflow_ext.coop.study import page
 from coopflow_ext.coop.study.chart import LINES, line_chart, number
 from coopflow_ext.coop.study.quantities import LESS, PLANE, RUN, STUDIES, rows_of
+from coopflow_ext.errors import RunError, reason
 
 # How pages call what chains start from, in the middle of a sentence.
 _STARTS = {
@@ -34,9 +35,9 @@ def report_run(path: Path) -> Path:
         RunError: the folder is not a run, or a file in it is damaged.
     """
     report = _Report(RunFolder.open(path))
-    text = page.document(f"CoopFlow run {path.name}", report.parts())
+    text = page.document(report.title, report.parts())
     out = path / "report.html"
-    write_atomically(out, text.encode())
+    write_atomically(out, text.encode(errors="replace"))  # of a folder's name that is no text
     return out
 
 
@@ -46,10 +47,12 @@ class _Report:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.config = run.config
+        self.title = f"CoopFlow run {run.path.resolve().name}"
         self.metrics = run.metrics()
         self.summary = run.summary() if (run.path / "summary.json").exists() else {}
         self.done = max((line["step"] for line in self.metrics), default=0)
         self.finished = run.is_finished
+        self.pictures = run.pictures()
         self.studies = {
             name: read_object(run.path / name / study.file)
             for name, study in STUDIES.items()
@@ -77,7 +80,7 @@ class _Report:
         if config.pretrain_steps:
             phases = f"{config.pretrain_steps:,} steps of pre-training and {phases}"
         line = f"Data: {config.data}. {phases}, {chain}, seed {config.seed}."
-        return page.heading(f"CoopFlow run {self.run.path.name}", line)
+        return page.heading(self.title, line)
 
     def state(self) -> str:
         """Whether it has finished, where it has not."""
@@ -105,20 +108,17 @@ class _Report:
         facts = read_object(path) if path.exists() and not self.finished else {}
         return facts if facts and facts["step"] >= self.done else {}
 
-    def pictures(self) -> list[Path]:
-        return sorted((self.run.path / "samples").glob("step-*.png"))
-
-    def caption(self, picture: Path) -> str:
-        step = int(picture.stem.removeprefix("step-"))
+    def picture(self, step: int, path: Path, style: str = "") -> str:
         start = _STARTS[self.config.start]
         text = f"Step {step:,}: {start}, and the same after {self.config.langevin_steps} steps"
-        return f"{text} of Langevin" if self.config.langevin_steps else f"Step {step:,}: {start}"
+        has_chain = self.config.langevin_steps > 0
+        caption = f"{text} of Langevin" if has_chain else f"Step {step:,}: {start}"
+        return page.figure(path, caption, style)
 
     def last_picture(self) -> list[str]:
-        found = self.pictures()
-        if not found:
+        if not self.pictures:
             return [page.paragraph("No picture of samples has been made yet.")]
-        return [page.figure(found[-1], self.caption(found[-1]), "large")]
+        return [self.picture(*self.pictures[-1], "large")]
 
     def distances(self) -> dict[str, float]:
         """Fréchet distances of the end, or as far as the run is, by what they are of."""
@@ -128,7 +128,7 @@ class _Report:
             known = {
                 "langevin": lines[-1]["fd_langevin"],
                 "flow": lines[-1]["fd_flow"],
-                "flow_start": lines[0]["fd_flow"],
+                "flow_start": lines[0]["fd_flow"] if lines[0]["step"] == 0 else None,
             }
         found = {name: value for name, value in known.items() if is_finite_number(value)}
         if self.config.langevin_steps == 0:
@@ -201,11 +201,11 @@ class _Report:
 
     def samples(self) -> str:
         """The first picture, the last, and two between."""
-        found = self.pictures()
+        found = self.pictures
         chosen = sorted({round(i * (len(found) - 1) / 3) for i in range(4)}) if found else []
         if len(chosen) < 2:  # that stands above already
             return ""
-        return page.side_by_side(page.figure(found[i], self.caption(found[i])) for i in chosen)
+        return page.side_by_side(self.picture(*found[i]) for i in chosen)
 
     def is_old(self, name: str) -> bool:
         """Whether the run went on after it was studied; older versions did not write when."""
@@ -219,9 +219,13 @@ class _Report:
             page.figure(self.run.path / name / file, caption)
             for file, caption in study.pictures.items()
         )
-        chains = values.get("long_chains") or []
         table = page.table(rows_of(values, study.quantities))
-        return page.paragraph(old, "warning") + table + _chains(chains) + "".join(pictures)
+        try:
+            chains = _chains(values.get("long_chains") or [])
+        except (KeyError, TypeError, ValueError) as error:
+            file = self.run.path / name / study.file
+            raise RunError(f"{file} is damaged: its long_chains: {reason(error)}") from error
+        return page.paragraph(old, "warning") + table + chains + "".join(pictures)
 
     def next_steps(self) -> str:
         run = shlex.quote(str(self.run.path))
