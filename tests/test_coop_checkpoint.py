@@ -93,6 +93,26 @@ def test_a_bit_that_is_flipped_anywhere_is_seen(saved: Path, tmp_path: Path, fli
     assert [bit for bit in bits if not refused(path, flipped(bit))] == []
 
 
+def test_other_dtypes_and_shapes_of_the_same_bytes_are_seen(saved: Path, tmp_path: Path) -> None:
+    tensors, _ = load_checkpoint(saved)
+    name = "energy.layers.0.weight"
+    for other in (tensors[name].view(torch.int32), tensors[name].reshape(-1)):
+        save_file({**tensors, name: other}, tmp_path / "c.safetensors", metadata=header(saved))
+        with pytest.raises(RunError, match="its content does not have its coopflow_sha256"):
+            load_checkpoint(tmp_path / "c.safetensors")
+
+
+def test_tensors_of_any_layout_are_saved_and_loaded(tmp_path: Path) -> None:
+    config = tiny(flow="glow", flow_options={"scales": 1, "steps": 1, "channels": 4, "blocks": 1},
+                  energy="res", energy_options={"width": 4})  # fmt: skip
+    model = coop.CoopFlow.from_config(config, coop.model.EventSpec((1, 8, 8), 17))
+    model.to(memory_format=torch.channels_last)
+    assert not all(t.is_contiguous() for t in model.state_dict().values())
+    model.save(tmp_path / "model.safetensors")
+    again = coop.CoopFlow.load(tmp_path / "model.safetensors").state_dict()
+    assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+
+
 def rewrite(source: Path, path: Path, metadata: dict[str, str] | None) -> Path:
     """The same tensors beside other metadata."""
     save_file(load_checkpoint(source)[0], path, metadata=metadata)
@@ -369,3 +389,37 @@ def test_a_run_of_models_alone_says_that_there_is_no_training(run: RunFolder) ->
     run.save(0, model.state_dict(), model.metadata())
     with pytest.raises(RunError, match=r"step-0000000.safetensors cannot be used: .*no training"):
         coop.train(None, run.path, resume=True)
+
+
+def test_a_link_to_nowhere_is_no_checkpoint(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, asked = run.path / "checkpoints" / "step-0000009.safetensors", []
+    link.symlink_to(run.path / "gone.safetensors")
+
+    def counted(path: Path) -> checkpoint.Loaded:
+        asked.append(path)
+        assert len(asked) < 5
+        return load_checkpoint(path)
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", counted)
+    with pytest.raises(
+        RunError, match=rf"{link.name} does not exist; the last good .* step-0000007"
+    ):
+        run.load_latest()
+
+
+def test_persistent_chains_move_and_go_on_with_their_key(digits: Dataset) -> None:
+    config = tiny(start="buffer", buffer_size=40, pretrain_steps=0)
+    trainer, again = Trainer(config, digits), Trainer(config, digits)
+    buffer = trainer.model.buffer
+    assert buffer is not None
+    buffer.key = buffer.key.at_chain(3)
+    trainer.train_step()
+    again.model.buffer.key = again.model.buffer.key.at_chain(3)
+    again.load({k: t.clone() for k, t in trainer.tensors().items()}, trainer.metadata())
+    assert again.model.buffer.key == buffer.key
+    assert torch.equal(again.model.buffer.draw(16).x, buffer.draw(16).x)
+    model = coop.CoopFlow.from_config(config, coop.model.EventSpec((1, 8, 8), 17)).to("meta")
+    assert model.buffer is not None
+    assert model.buffer.states.is_meta

@@ -28,7 +28,10 @@ from coopflow_ext import Key, coop, reference
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig, Trainer
 from coopflow_ext.coop.checkpoint import load_checkpoint, save_checkpoint
 from coopflow_ext.coop.config import SettingType
+from coopflow_ext.coop.contents import Contents
+from coopflow_ext.coop.divergence import Divergence
 from coopflow_ext.coop.files import write_atomically
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.learner import Learner
 from coopflow_ext.coop.run import open_run
 from coopflow_ext.coop.study.report import report_run
@@ -141,6 +144,20 @@ def test_a_step_trains_whatever_mode_the_models_were_left_in(digits: Dataset) ->
     assert all(module.training for module in trainer.model.modules())
 
 
+def test_chains_of_the_training_have_its_step_size_and_its_mode(digits: Dataset) -> None:
+    """Not those of sampling afterwards: dropout in an energy stays on."""
+    ends = []
+    for delta in (None, 0.01):
+        trainer = Trainer(tiny(pretrain_steps=0, sample_step_size=delta), digits)
+        ends.append(trainer.run_chain(trainer.propose(16)))
+    assert torch.equal(*ends)
+    modes = []
+    trainer.model.energy.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    trainer.train_step()
+    assert len(modes) > 3
+    assert all(modes)
+
+
 def test_pre_training_then_a_frozen_flow_then_both_learn(digits: Dataset) -> None:
     trainer = Trainer(tiny(warmup_steps=0), digits)
     learned = []
@@ -187,6 +204,30 @@ def test_warm_up_by_batches_keeps_the_rate_of_before_a_pause() -> None:
     assert float(learner.optimizer.param_groups[0]["lr"]) == 0
     assert learner.updates == 7
     assert float(learner.optimizer.state[layer.weight]["step"]) == 1
+
+
+@pytest.mark.parametrize("warmup_by", ["updates", "batches"])
+def test_a_warm_up_goes_on_from_its_own_count(warmup_by: str) -> None:
+    """Which is not that of the updates once it has begun anew."""
+
+    def made() -> Learner:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(2, 1)
+        return Learner("l", layer, betas=(0.9, 0.999), warmup=8, warmup_by=warmup_by)
+
+    def update(learner: Learner, iteration: int) -> float:
+        loss = learner.module(torch.ones(3, 2)).square().mean()
+        learner.update([loss], 0.1, iteration=iteration)
+        return float(learner.optimizer.param_groups[0]["lr"])
+
+    learner, again = made(), made()
+    for iteration in range(5):
+        update(learner, iteration)
+    learner.restart()
+    update(learner, 1)
+    again.load(again.read(Contents({k: t.clone() for k, t in learner.tensors().items()})))
+    assert update(again, 2) == update(learner, 2) == pytest.approx(0.1 / 8)
+    assert again.updates == learner.updates == 7
 
 
 def test_weight_decay_acts_on_weight_norms_g_only() -> None:
@@ -371,6 +412,19 @@ def test_averaged_weights() -> None:
     assert layer.weight.item() == own != pytest.approx(average, abs=1e-3)
 
 
+def test_own_weights_are_back_after_an_error_inside_the_averaged_ones(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0), digits)
+    for _ in range(4):
+        trainer.train_step()
+    before = {name: t.clone() for name, t in trainer.tensors().items()}
+    with pytest.raises(ZeroDivisionError), trainer.averaged() as model:
+        for name, net in (("flow", model.flow), ("energy", model.energy)):
+            for own, p in net.named_parameters():
+                assert torch.equal(p, before[f"{name}_ema.{own}"])
+        raise ZeroDivisionError
+    assert all(torch.equal(t, before[name]) for name, t in trainer.tensors().items())
+
+
 # --- runs ---------------------------------------------------------------------------------------
 
 
@@ -417,6 +471,23 @@ def test_run_folder_holds_what_it_promises(finished: Path) -> None:
     assert list(bits) == ["0", str(tiny().pretrain_steps)]
     assert bits["0"] > bits[str(tiny().pretrain_steps)] > 0
     assert (finished / summary["picture"]).exists()
+
+
+def test_pictures_and_summary_are_of_the_averaged_weights(finished: Path, tmp_path: Path) -> None:
+    run, model, data = open_run(finished)
+    judge, summary = Judge(data, run.config), run.summary()
+    values, _ = judge.observe(model, tmp_path / "again.png")
+    last = [line for line in run.metrics() if "fd_flow" in line][-1]
+    assert {name: last[name] for name in values} == values
+    assert (tmp_path / "again.png").read_bytes() == (finished / summary["picture"]).read_bytes()
+    assert summary["bits_per_dim"] == judge.facts(model)["bits_per_dim"]
+    tensors, _ = load_checkpoint(run.latest_checkpoint())
+    for name, net in (("flow", model.flow), ("energy", model.energy)):
+        own = {n: tensors[f"{name}.{n}"] for n, _ in net.named_parameters()}
+        net.load_state_dict(own, strict=False)
+    others, _ = judge.observe(model, tmp_path / "own.png")
+    assert others["bits_per_dim"] != values["bits_per_dim"]  # by the flow
+    assert others["fd_langevin"] != values["fd_langevin"]  # by the energy, too
 
 
 @pytest.mark.parametrize("step", [1, 4, 6])  # in pre-training, frozen, both learning
@@ -739,6 +810,17 @@ def test_a_resumed_run_may_change_its_rates_and_says_so(
     assert not same(weights(a.energy), weights(b.energy))
 
 
+def test_every_resumed_run_adds_to_the_history(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", tiny(steps=1))
+    for steps in (2, 3):
+        RunFolder.open(tmp_path / "run").adopt(tiny(steps=steps))
+    history = RunFolder.open(tmp_path / "run").history
+    assert [(c["setting"], c["before"], c["after"]) for c in history] == [
+        ("steps", 1, 2),
+        ("steps", 2, 3),
+    ]
+
+
 def test_nothing_is_left_behind_by_settings_that_do_not_work(tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"data": "mnist"}, "data must be one of"),
@@ -826,6 +908,18 @@ def test_load_takes_the_averaged_weights(finished: Path) -> None:
     assert not torch.equal(loaded[name], tensors[name])
 
 
+@pytest.mark.parametrize("net", ["flow", "energy"])
+def test_an_average_that_is_missing_is_named(finished: Path, tmp_path: Path, net: str) -> None:
+    """The weights beside it are not taken in its place."""
+    tensors, facts = load_checkpoint(RunFolder.open(finished).latest_checkpoint())
+    names = [name for name in tensors if name.startswith(f"{net}_ema.")]
+    for name in (names[0], names[-1]):
+        kept = {k: t for k, t in tensors.items() if k != name}
+        save_checkpoint(tmp_path / "c.safetensors", kept, facts)
+        with pytest.raises(RunError, match=rf"{name} is missing"):
+            coop.CoopFlow.load(tmp_path / "c.safetensors")
+
+
 def test_a_model_without_settings_cannot_be_saved(finished: Path, tmp_path: Path) -> None:
     built = coop.CoopFlow.load(finished)
     own = coop.CoopFlow(built.flow, built.energy, built.sampler)
@@ -883,3 +977,27 @@ def test_a_data_set_is_known_by_both_splits_and_their_layout(digits: Dataset) ->
     ]
     digests = {data.digest for data in (digits, *others)}
     assert len(digests) == 5
+
+
+def test_the_first_thing_that_went_wrong_is_told() -> None:
+    step = torch.tensor
+    divergence = Divergence(4, torch.device("cpu"))
+    divergence.note_rebuilt(step(2), [torch.tensor(0.5), torch.tensor(1.0)])
+    divergence.note_chains(step(2), torch.full((4,), 3), 3)
+    divergence.check()
+    assert not divergence.flag
+    divergence.note_rebuilt(step(3), [torch.tensor(math.nan), torch.tensor(0.5)])
+    divergence.note_rebuilt(step(4), [torch.tensor(9.0)])
+    divergence.note_chains(step(5), torch.zeros(4, dtype=torch.int64), 3)
+    assert divergence.flag
+    with pytest.raises(RuntimeError, match=r"^in step 3, .* are off by nan times what is allowed"):
+        divergence.check()
+    divergence.reset()
+    divergence.check()
+    divergence.note_chains(step(7), step([3, 3, 2, 0]), 3)
+    divergence.note_chains(step(8), step([0, 0, 0, 0]), 3)
+    with pytest.raises(
+        cf.NonFiniteError, match=r"from iteration 7 .* 2 of the 4 .* \(2, 3\); "
+    ) as told:
+        divergence.check()
+    assert told.value.chains.tolist() == [2, 3]

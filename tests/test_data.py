@@ -193,6 +193,30 @@ def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
     assert 150 < mirrored < 250  # 200 ± 5 standard deviations of 10
 
 
+def test_order_and_mirrors_are_those_of_the_keys_seed_and_of_each_batch() -> None:
+    """So a resumed training, whose key has another time, goes on with them."""
+    data = load("patches")
+    batches = Batches(data, 40, Key(1), flip=True)
+    later = Batches(data, 40, Key(1, time=7).at_chain(3), flip=True)
+    for step in (0, 5):
+        assert torch.equal(batches[step], later[step])
+    same_image = Dataset(
+        "one", data.train[:1].expand(40, -1, -1, -1), data.held_out, 256, flip=True
+    )
+    repeated = Batches(same_image, 40, Key(1), flip=True)
+    assert not torch.equal(repeated[0], repeated[1])
+
+
+def test_few_epochs_are_kept_and_few_batches_wait() -> None:
+    batches = Batches(counting_data(10), 4, Key(0))
+    prefetched = Prefetch(batches, ahead=2)
+    for step in range(60):
+        prefetched[step]
+    assert len(prefetched._pending) == 3
+    assert [future.result() for future in prefetched._pending.values()]
+    assert len(batches._epochs) <= 3
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="batch_size must be ≥ 1, got 0"):
         Batches(counting_data(), 0, Key(0))

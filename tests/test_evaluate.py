@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,10 +13,16 @@ import pytest
 import torch
 
 from coopflow_ext import Key, cli, coop
+from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.study.evaluate import evaluate_run, export
 from coopflow_ext.data import load
 from coopflow_ext.data.dataset import to_bytes
-from coopflow_ext.metrics import FeatureStatistics, frechet_distance
+from coopflow_ext.metrics import (
+    FeatureStatistics,
+    bits_per_dim,
+    feature_space,
+    frechet_distance,
+)
 from coopflow_ext.metrics.fid import check_inception_installed, read_statistics
 from coopflow_ext.metrics.neighbours import nearest_neighbours
 from coopflow_ext.rng import USE_EVALUATION
@@ -90,6 +97,45 @@ def test_evaluation_draws_the_same_samples_every_time(run: Path) -> None:
     first, second = evaluate_run(run, n=20), evaluate_run(run, n=20)
     assert first == second
     assert evaluate_run(run, n=20, seed=1)["fd"]["flow"] != first["fd"]["flow"]
+
+
+def test_the_judge_counts_what_it_has(run: Path, tmp_path: Path) -> None:
+    config, data = coop.RunFolder.open(run).config, load("digits")
+    model = coop.CoopFlow.load(run)
+    few = Judge(dataclasses.replace(data, held_out=data.held_out[:30]), config)
+    assert few.n == 30
+    _, kinds = few.observe(model, tmp_path / "few.png")
+    assert {len(x) for x in kinds.values()} == {30}
+    judge = Judge(data, config)
+    assert judge.n == config.n_samples == 40
+    space, first = feature_space(data), data.decode(data.held_out[:40])
+    training = space.statistics(data.decode(data.train))
+    values, kinds = judge.observe(model, tmp_path / "picture.png")
+    for name, x in zip(("fd_flow", "fd_langevin"), kinds.values(), strict=True):
+        assert values[name] == frechet_distance(training, space.statistics(x))
+    assert values["bits_per_dim"] == bits_per_dim(model.flow, first, judge.key)
+    facts = judge.facts(model)
+    assert facts["fd"]["held_out"] == frechet_distance(training, space.statistics(first))
+    everything = data.decode(data.held_out)
+    assert facts["bits_per_dim"] == bits_per_dim(model.flow, everything, judge.key)
+    assert judge.key == Key(config.seed).fold_in(USE_EVALUATION)
+
+
+def test_evaluation_measures_what_it_says(run: Path) -> None:
+    data, model = load("digits"), coop.CoopFlow.load(run)
+    summary = evaluate_run(run, n=20)
+    training, held_out = data.decode(data.train), data.decode(data.held_out[:20])
+    proposals, samples = model.sample_pairs(20, Key(0).fold_in(USE_EVALUATION))
+    for name, x in (("data", held_out), ("proposals", proposals), ("samples", samples)):
+        u = model.energy(x).detach()
+        assert summary["energy"][name].keys() == {"mean", "std"}
+        assert summary["energy"][name]["mean"] == pytest.approx(float(u.mean()), rel=1e-5)
+        assert summary["energy"][name]["std"] == pytest.approx(float(u.std()), rel=1e-4)
+    for name, x in (("held_out", held_out), ("samples", samples)):
+        median = nearest_neighbours(x, training)[:, 1].median()
+        assert summary["neighbours"][f"median_distance_of_{name}"] == pytest.approx(float(median))
+    many = evaluate_run(run, n=len(data.held_out) + 1)
+    assert (many["fd"]["n"], many["fd"]["n_held_out"]) == (451, 450)
 
 
 def test_fid_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coopflow_ext import Key, flows
-from coopflow_ext.flows.recompute import primitive_steps
+from coopflow_ext.flows.recompute import deferred_checks, primitive_steps
 
 DOUBLE = torch.float64
 
@@ -129,6 +129,79 @@ def test_wrong_reconstruction_raises():
     loss = flow.log_prob(torch.randn(16, 4)).sum()
     with pytest.raises(RuntimeError, match="rebuilt by the inverse are off by"):
         loss.backward()
+
+
+class _Kept(flows.Transform):
+    """A layer whose inverse gives exactly what went in, but for what ``error`` adds to it."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.gain, self.error = torch.nn.Parameter(torch.ones(())), error
+
+    def call_and_ladj(self, x, context=None):
+        if not torch.is_grad_enabled():  # of the forward pass, which is made again with gradients
+            self.x = x.detach().clone()
+        return x * self.gain, x.new_zeros(x.shape[0])
+
+    def inverse_and_ladj(self, z, context=None):
+        x = self.x.clone()
+        if self.error is not None:
+            x[-1, 0] += self.error
+        return x, z.new_zeros(z.shape[0])
+
+
+def _backward(layers, dtype=torch.float32):
+    """Of rows of few elements, of which the first is compared."""
+    flow = flows.Flow(flows.Compose(layers), (4,), recompute=True).to(dtype)
+    flow.log_prob(torch.zeros(5, 4, dtype=dtype)).sum().backward()
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_the_input_of_every_layer_of_few_is_compared(place):
+    """Also where the layer before it would give back what went in, whatever comes out."""
+    _backward([_Kept() for _ in range(6)])
+    with pytest.raises(RuntimeError, match=r"off by 1\.0e\+02 times what is allowed"):
+        _backward([_Kept(1.0 if i == place else None) for i in range(6)])
+
+
+def test_what_is_not_a_number_is_a_wrong_input():
+    with pytest.raises(RuntimeError, match="off by nan times what is allowed"):
+        _backward([_Kept(), _Kept(float("nan")), _Kept()])
+
+
+def test_float64_is_rebuilt_to_float64():
+    _backward([_Kept(1e-4), _Kept()])
+    _backward([_Kept(1e-7), _Kept()], DOUBLE)
+    with pytest.raises(RuntimeError, match=r"off by 1\.0e\+02 times what is allowed"):
+        _backward([_Kept(1e-4), _Kept()], DOUBLE)
+
+
+def test_errors_are_relative_to_one_and_to_what_is_large():
+    class Large(_Kept):
+        def call_and_ladj(self, x, context=None):
+            z, ladj = super().call_and_ladj(x + 999, context)
+            self.x = self.x - 999 if not torch.is_grad_enabled() else self.x
+            return z, ladj
+
+    with pytest.raises(RuntimeError, match=r"off by 1\.1e\+00 times what is allowed"):
+        _backward([_Kept(0.011), _Kept()])
+    _backward([_Kept(0.009), _Kept()])
+    _backward([Large(), _Kept(9.0)])
+    with pytest.raises(RuntimeError, match=r"off by 1\.1e\+00 times what is allowed"):
+        _backward([Large(), _Kept(11.0)])
+
+
+def test_checks_are_deferred_inside_only():
+    with pytest.raises(ZeroDivisionError), deferred_checks():
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="rebuilt by the inverse"):
+        _backward([_Kept(1.0)])
+    with deferred_checks() as errors:
+        flow = flows.Flow(_Kept(1.0), (4,), recompute=True)
+        loss = flow.log_prob(torch.zeros(5, 4)).sum()
+        assert not errors
+    loss.backward()  # of a pass that was made inside
+    assert [float(error) for error in errors] == pytest.approx([100])
 
 
 def test_inexact_inverses_are_refused():

@@ -18,6 +18,7 @@ from coopflow_ext.coop.inversion import (
     pixel_error,
     reconstruct,
 )
+from coopflow_ext.coop.model import EventSpec
 from coopflow_ext.data import load
 
 SETTINGS = {
@@ -169,6 +170,21 @@ def test_memory_bounded_reconstruction_is_the_same(
     torch.testing.assert_close(whole.start, bounded.start)
 
 
+def test_every_filling_is_that_of_its_own_start_image_and_mask(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    model, _ = models
+    starts = model.propose(6, Key(3)).view(3, 2, 1, 8, 8)
+    known = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.6
+    filled = inpaint(model, held_out[:3], known, start=starts, chains=2, steps=2)
+    for i in range(3):
+        for chain in range(2):
+            image, start = held_out[i : i + 1], starts[i : i + 1, chain : chain + 1]
+            alone = inpaint(model, image, known[i : i + 1], start=start, chains=1, steps=2)
+            # Networks round otherwise in other batches.
+            torch.testing.assert_close(filled[i, chain], alone[0, 0], rtol=0, atol=1e-4)
+
+
 def test_inpainting_leaves_known_pixels_untouched(
     models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
 ) -> None:
@@ -257,3 +273,31 @@ def test_decoded_codes_are_images(models: tuple[CoopFlow, CoopFlow]) -> None:
     flow = models[0].flow
     y = decode(flow, 100 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert (y.min(), y.max()) == (-1, 1)
+
+
+def test_the_error_of_colour_images_is_per_pixel_at_every_step() -> None:
+    config = TrainConfig.from_dict(SETTINGS)
+    model = CoopFlow.from_config(config, EventSpec((3, 4, 4), 256))
+    x = 1.8 * torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.9
+    found = reconstruct(model, x, Key(1), steps=2)
+    torch.testing.assert_close(found.error_by_step[0], found.untouched_error.mean())
+    torch.testing.assert_close(found.error_by_step[-1], found.error.mean())
+
+
+def test_the_search_leaves_the_models_as_they_were(
+    models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor
+) -> None:
+    """Dropout is off inside, gradients are on, and the mode of every module is back."""
+    model, _ = models
+    modes = [module.training for module in model.modules()]
+    assert any(modes)
+    seen = []
+    hook = model.energy.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    with torch.no_grad():
+        result = reconstruct(model, held_out, Key(1), steps=2)
+        interpolate(model, held_out[:2], held_out[2:4], points=2)
+    hook.remove()
+    assert len(seen) > 1
+    assert not any(seen)
+    assert not result.start.requires_grad
+    assert [module.training for module in model.modules()] == modes
