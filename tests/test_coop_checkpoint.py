@@ -281,6 +281,7 @@ def test_a_number_that_is_wrong_is_named(
         ({"event": None}, "its metadata has no 'event'"),
         ({"event": {"shape": [1, 8, -8], "levels": 17}}, "event.shape must be ≥ 1, got -8"),
         ({"event": {"shape": [1, 8, 8], "levels": 0.5}}, "event.levels must be an int"),
+        ({"event": {"shape": [1, 8, 8], "levels": 1}}, "event.levels must be ≥ 2, got 1"),
         ({"event": {"shape": [1, 8, 9], "levels": 17}}, "must have shape"),
     ],
 )

@@ -109,6 +109,7 @@ def test_what_is_no_config(
     [
         (b'{"seconds": 1.0}', "KeyError: 'step'"),
         (b'{"step": "1"}', "step must be an int, got '1'"),
+        (b'{"step": true}', "step must be an int, got True"),
         (b"[1]", "TypeError"),
         (b"\xff", "UnicodeDecodeError"),
         (b"[" * 100_000, "nested more than 64 deep"),
@@ -165,6 +166,22 @@ def test_what_killed_processes_were_writing_is_swept(copied: Path) -> None:
     assert [p for p in left if p.exists()] == []
     assert [p for p in kept if not p.exists()] == []
     sweep(copied / "nowhere")
+
+
+def test_a_dead_process_may_have_had_this_ones_number(tmp_path: Path) -> None:
+    """In containers all of them are number 1."""
+    left = tmp_path / f".config.json.{os.getpid()}.tmp"
+    left.write_text("half")
+    sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_a_damaged_run_does_not_take_over_other_settings(copied: Path) -> None:
+    (copied / "metrics.jsonl").write_bytes(b"[1]\n")
+    before = snapshot(copied)
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 1, must be"):
+        coop.train(tiny(steps=9), copied, resume=True)
+    assert snapshot(copied) == before
 
 
 def test_a_folder_that_was_made_but_is_no_run_yet_is_free(tmp_path: Path) -> None:

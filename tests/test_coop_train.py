@@ -92,6 +92,71 @@ def test_one_iteration_is_the_papers(digits: Dataset) -> None:
     assert not same(weights(trainer.model), weights(Trainer(config, digits).model))
 
 
+def test_the_numbers_of_a_step_are_those_of_their_names(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0), digits)
+    twin = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0), digits)
+    proposal, x = twin.propose(16), twin.batches[0]
+    samples = twin.run_chain(proposal)
+    metrics = trainer.train_step()
+    with torch.no_grad():
+        flow, energy = twin.model.flow, twin.model.energy
+        expected = {
+            "langevin_distance": (samples - proposal).square().mean().sqrt(),
+            "flow_nll": -flow.log_prob(samples, key=twin.key).mean() / 64,
+            "energy_data": energy(x).mean(),
+            "energy_samples": energy(samples).mean(),
+        }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_of_the_pre_training_falls_to_nothing(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=4, warmup_steps=0), digits)
+    rates = []
+    for _ in range(4):
+        trainer.train_step()
+        rates.append(float(trainer.flow.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([2e-3, 1.5e-3, 1e-3, 0.5e-3])
+
+
+def test_chains_of_no_steps_draw_anew_in_every_iteration(digits: Dataset) -> None:
+    trainer = Trainer(tiny(pretrain_steps=0, langevin_steps=0), digits)
+    starts = []
+    for _ in range(2):
+        starts.append(trainer.propose(16))
+        trainer.train_step()
+    assert trainer.key == Key(0, time=2)
+    assert not torch.equal(*starts)
+
+
+def test_each_precision_is_that_of_its_model(digits: Dataset) -> None:
+    def numbers(**given: str) -> list[float]:
+        trainer = Trainer(tiny(pretrain_steps=0, **given), digits)
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.02)  # couplings begin as the identity
+        x = trainer.batches[0]
+        u = trainer.update_energy(x, -x)["energy_samples"]
+        return [float(trainer.update_flow(x, 0.1)["flow_nll"]), float(u)]
+
+    both, flow, energy = (
+        numbers(precision=p, flow_precision=f)
+        for p, f in (("float32",) * 2, ("float32", "bfloat16"), ("bfloat16", "float32"))
+    )
+    assert flow[0] != both[0] == energy[0]
+    assert flow[1] == both[1] != energy[1]
+
+
+def test_so_many_images_start_the_flow(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(cf.flows.Flow, "initialize", lambda self, x, key: sizes.append(len(x)))
+    for batches in (1, 3, 70, 100):
+        Trainer(tiny(init_batches=batches), digits)
+    few = dataclasses.replace(digits, train=digits.train[:20])
+    Trainer(tiny(init_batches=3), few)
+    assert sizes == [16, 48, 1024, 1024, 20]
+
+
 def test_running_moments_are_of_the_samples_since_they_were_last_asked(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +366,23 @@ def test_a_skipped_update_moves_nothing(bad: float, device: torch.device) -> Non
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_gradient_of_exactly_the_norm_is_skipped() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    gradient = torch.tensor([[3.0, 4.0]])
+    for limit, skipped in ((5.0, True), (5.1, False)):
+        learner = Learner("l", layer, betas=(0.5, 0.5), skip_norm=limit)
+        assert bool(learner.update([(gradient * layer.weight).sum()], 0.1).skipped) == skipped
+
+
+def test_weight_norms_g_is_known_by_its_older_name_too() -> None:
+    layer, net = torch.nn.Module(), torch.nn.Module()
+    layer.weight_g, layer.weight_v = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    net.layer = layer
+    groups = Learner("l", net, betas=(0.5, 0.5), weight_decay=1e-3).optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 1e-3]
+    assert [group["params"][0] for group in groups] == [layer.weight_v, layer.weight_g]
+
+
 def test_an_update_may_not_be_skipped_or_must_be() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
     learner = Learner("l", layer, betas=(0.5, 0.5), skip_norm=1.0)
@@ -417,10 +499,11 @@ def test_own_weights_are_back_after_an_error_inside_the_averaged_ones(digits: Da
     for _ in range(4):
         trainer.train_step()
     before = {name: t.clone() for name, t in trainer.tensors().items()}
-    with pytest.raises(ZeroDivisionError), trainer.averaged() as model:
+    with trainer.averaged() as model:
         for name, net in (("flow", model.flow), ("energy", model.energy)):
             for own, p in net.named_parameters():
                 assert torch.equal(p, before[f"{name}_ema.{own}"])
+    with pytest.raises(ZeroDivisionError), trainer.averaged():
         raise ZeroDivisionError
     assert all(torch.equal(t, before[name]) for name, t in trainer.tensors().items())
 
@@ -473,6 +556,18 @@ def test_run_folder_holds_what_it_promises(finished: Path) -> None:
     assert (finished / summary["picture"]).exists()
 
 
+def test_the_summary_is_of_the_first_and_the_last_lines(finished: Path) -> None:
+    run = RunFolder.open(finished)
+    summary, lines = run.summary(), run.metrics()
+    gaps = [line["moment_gap"] for line in lines if "moment_gap" in line]
+    distances = [line for line in lines if "fd_flow" in line]
+    assert (summary["moment_gap_start"], summary["moment_gap"]) == (gaps[0], gaps[-1])
+    assert summary["fd"]["flow"] == distances[-1]["fd_flow"]
+    assert summary["fd"]["langevin"] == distances[-1]["fd_langevin"]
+    assert summary["fd"]["flow_start"] == distances[0]["fd_flow"]
+    assert run.load_latest()[1]["seconds"] == summary["seconds"]
+
+
 def test_pictures_and_summary_are_of_the_averaged_weights(finished: Path, tmp_path: Path) -> None:
     run, model, data = open_run(finished)
     judge, summary = Judge(data, run.config), run.summary()
@@ -520,6 +615,61 @@ def test_an_ignored_interrupt_stays_ignored(
     finally:
         signal.signal(signal.SIGINT, before)
     assert summary["steps"] == 7
+
+
+def test_a_training_in_another_thread_leaves_interrupts_alone() -> None:
+    train, before, found = sys.modules["coopflow_ext.coop.train"], None, []
+
+    def run() -> None:
+        with train._interrupts() as asked:
+            found.append((asked.is_set(), signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_a_run_is_closed_also_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, closed = sys.modules["coopflow_ext.coop.train"], []
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "_run_to_the_end", fail)
+    monkeypatch.setattr(RunFolder, "close", lambda self: closed.append(self.path))
+    with pytest.raises(ZeroDivisionError):
+        coop.train(tiny(), tmp_path / "run")
+    assert closed == [tmp_path / "run"]
+
+
+def test_a_divergence_tells_what_was_changed_before(tmp_path: Path, digits: Dataset) -> None:
+    RunFolder.create(tmp_path / "run", tiny(steps=1))
+    run = RunFolder.open(tmp_path / "run")
+    run.adopt(tiny(steps=5))
+    train = sys.modules["coopflow_ext.coop.train"]
+    error = train._diverged(Trainer(run.config, digits), run, cf.NonFiniteError("x is not finite"))
+    assert "training diverged by step 0: x is not finite; no checkpoint yet" in str(error)
+    facts = json.loads(run.divergence_path.read_text())
+    assert facts["history"] == list(run.history) != []
+    assert (facts["reason"], facts["chains"], facts["from_checkpoint"]) == (
+        "x is not finite",
+        None,
+        None,
+    )
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    train, before = sys.modules["coopflow_ext.coop.train"], signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), train._interrupts() as asked:
+        reached += [asked.is_set(), signal.raise_signal(signal.SIGINT), asked.is_set()]
+        signal.raise_signal(signal.SIGINT)
+    assert reached == [False, None, True]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_killed_between_checkpoints_repeats_the_steps_that_were_lost(
@@ -669,6 +819,20 @@ def test_options_may_hold_tuples(tmp_path: Path) -> None:
     config = tiny(flow_options={"net": "mlp", "couplings": 2, "widths": (16,)}, steps=2)
     coop.train(config, tmp_path / "run")
     coop.train(config, tmp_path / "run", resume=True)
+
+
+def test_models_that_do_not_fit_the_events_are_refused() -> None:
+    config = tiny(energy="res", energy_options={"width": 4})
+    for shape in ((1, 8, 16), (64,)):
+        with pytest.raises(ValueError, match=r"energy must be mlp for events of shape .*got 'res'"):
+            coop.model.build_energy(config, coop.model.EventSpec(shape, None))
+    for name, value in (("dim", 64), ("image_shape", [1, 8, 8]), ("levels", 17)):
+        with pytest.raises(ValueError, match=rf"flow_options must not have {name}"):
+            coop.model.build_flow(
+                tiny(flow_options={name: value}), coop.model.EventSpec((1, 8, 8), 17)
+            )
+    with pytest.raises(ValueError, match="flow must be realnvp for vectors, got 'glow'"):
+        coop.model.build_flow(tiny(flow="glow"), coop.model.EventSpec((2,), None))
 
 
 def test_options_that_follow_from_the_data_are_refused(tmp_path: Path) -> None:
@@ -891,6 +1055,36 @@ def test_samples_do_not_depend_on_the_batch_size(finished: Path) -> None:
     assert whole.shape == (10, 1, 8, 8)
     assert whole.abs().max() <= 1
     assert not torch.equal(whole, model.sample(10, Key(2)))
+
+
+def test_samples_are_without_dropout_whatever_the_models_mode() -> None:
+    options = {"channels": 8, "blocks": 1, "components": 2, "dequant_blocks": 0, "dropout": 0.5}
+    options |= {"scales": [[0, 1]], "sampling_dropout": True}
+    model = coop.CoopFlow.from_config(
+        tiny(flow="flowpp", flow_options=options), coop.model.EventSpec((1, 4, 4), 17)
+    )
+    assert model.training
+    with torch.no_grad():
+        for p in model.flow.parameters():
+            p.add_(0.1)
+    dropped = model.propose(4, Key(1))
+    pairs = model.sample_pairs(4, Key(1))
+    assert model.flow.training
+    assert not torch.equal(pairs[0], dropped)
+    expected = model.eval().sample_pairs(4, Key(1))
+    assert all(map(torch.equal, pairs, expected))
+    assert torch.equal(pairs[0], model.propose(4, Key(1)))
+    assert not model.flow.training
+
+
+def test_samples_of_a_later_chain_are_those_of_the_whole(finished: Path) -> None:
+    model = coop.CoopFlow.load(finished)
+    whole = model.sample(10, Key(1))
+    for size in (500, 2):
+        part = model.sample(6, Key(1).at_chain(4), batch_size=size)
+        torch.testing.assert_close(part, whole[4:], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="chain"):
+        model.sample(4, Key(1).at_chain(2**63 - 2))
 
 
 def test_save_and_load(finished: Path, tmp_path: Path) -> None:
