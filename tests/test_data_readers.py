@@ -187,6 +187,29 @@ def test_folder_of_grey_images_has_one_channel(tmp_path: Path) -> None:
     assert load(f"folder:{tmp_path}").event_shape == (3, 16, 16)
 
 
+def test_modes_of_images_become_grey_or_colour(tmp_path: Path) -> None:
+    for mode, channels in {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.items():
+        path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+        image_module.new(mode, (5, 4)).save(path)
+        assert read_image(path).shape == (channels, 4, 5)
+
+
+def test_a_crop_must_fit_the_shorter_side(tmp_path: Path) -> None:
+    write_images(tmp_path, 1, size=(24, 16))
+    path = tmp_path / "000.png"
+    with pytest.raises(BadImageError, match=r"is \(24, 16\), too small for a crop of 17"):
+        read_image(path, size=8, crop=17)
+    whole = read_image(path)
+    assert torch.equal(read_image(path, size=16, crop=16), whole[:, :, 4:20])
+    assert torch.equal(read_image(path, size=4, crop=4), whole[:, 6:10, 10:14])
+
+
+def test_a_folder_may_be_below_ones_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 4)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("folder:~/images").event_shape == (3, 16, 16)
+
+
 def test_folder_of_mixed_sizes(tmp_path: Path) -> None:
     write_images(tmp_path, 3)
     write_images(tmp_path / "other", 1, size=(24, 20))
@@ -416,3 +439,11 @@ def test_toy_data() -> None:
     assert math.isclose(float(data.train.abs().max()), 4, rel_tol=0.5)
     with pytest.raises(ValueError, match="toy must be one of 8gaussians"):
         load("toy:stars")
+
+
+def test_toy_points_are_split_once_and_lie_within_the_pictures_range() -> None:
+    data = load("toy:8gaussians")
+    assert (len(data.train), len(data.held_out)) == (20_000, 4_000)
+    points = DENSITIES["8gaussians"].sample(24_000, Key(2))
+    assert torch.equal(torch.cat((data.train, data.held_out)), points)
+    assert points.abs().max() == 4  # some lay outside

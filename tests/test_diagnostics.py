@@ -117,6 +117,13 @@ def test_bad_samples():
     assert not diagnostics.split_rhat(torch.randn(10, 2, requires_grad=True)).requires_grad
 
 
+@pytest.mark.parametrize("estimate", [diagnostics.ess, diagnostics.split_rhat])
+def test_estimates_have_no_gradients(estimate):
+    samples = torch.randn(10, 2, requires_grad=True)
+    assert not estimate(samples).requires_grad
+    assert estimate(samples.detach()[:4]).isfinite()
+
+
 def sampled(**options) -> SamplerOutput:
     energy = lambda x: 0.5 * x.square().sum(1)  # noqa: E731
     sampler = LangevinSampler(energy, n_steps=12, step_size=0.3, **options)

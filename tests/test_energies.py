@@ -239,6 +239,33 @@ def test_analytic_energies_refuse_bad_arguments():
         energies.FunnelEnergy(4).score(torch.zeros(2, 3))
 
 
+def test_an_energy_keeps_its_numbers_whatever_becomes_of_the_callers():
+    means, stds, weights = torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2)
+    mean, covariance = torch.zeros(3), torch.eye(3)
+    made = energies.GaussianMixtureEnergy(means, stds, weights), energies.GaussianEnergy(
+        mean, covariance
+    )
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    before = [energy(x) for energy in made]
+    for tensor in (means, stds, weights, mean, covariance):
+        tensor.add_(1)
+    assert all(torch.equal(energy(x), u) for energy, u in zip(made, before, strict=True))
+
+
+def test_weights_of_a_mixture_may_be_nothing_but_not_all_of_them():
+    means = torch.tensor([[0.0], [5.0]])
+    one = energies.GaussianMixtureEnergy(means, weights=torch.tensor([2.0, 0.0]))
+    alone = energies.GaussianMixtureEnergy(means[:1])
+    x = torch.linspace(-1, 6, 5)[:, None]
+    torch.testing.assert_close(one(x), alone(x))
+    torch.testing.assert_close(one.score(x), alone.score(x))
+    for weights in ([0.0, 0.0], [2.0, -1.0]):
+        with pytest.raises(ValueError, match="weights must be 2 non-negative numbers of positive"):
+            energies.GaussianMixtureEnergy(means, weights=torch.tensor(weights))
+    with pytest.raises(ValueError, match="stds must be positive"):
+        energies.GaussianMixtureEnergy(means, torch.tensor([[1.0], [0.0]]))
+
+
 def test_an_energy_without_parameters_of_its_own_computes():
     """As a replica of DataParallel, or where its layers were quantized."""
     energy = energies.MLPEnergy(4, (8,))
