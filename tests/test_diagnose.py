@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from coop_runs import tiny
 
 from coopflow_ext import Key, LangevinSampler, cli, coop
+from coopflow_ext.coop.model import EventSpec
+from coopflow_ext.coop.study.diagnose import diagnose_run, long_chains
+from coopflow_ext.data import load
+from coopflow_ext.diagnostics import split_rhat
 from coopflow_ext.flows import ActNorm, Flow
+from coopflow_ext.metrics import RunningMoments, moment_gap
+from coopflow_ext.rng import USE_EVALUATION
 
 
 def test_law_3_moments_match_although_theta_is_not_the_maximum_likelihood() -> None:
@@ -96,6 +103,56 @@ def test_diagnose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (run / "diagnose" / name).read_bytes().startswith(b"\x89PNG")
     assert cli.main(["diagnose", str(run), "--long", "5", "3"]) == 1
     assert "long: factors must be ≥ 2 and ascending, got (5, 3)" in capsys.readouterr().err
+
+
+def test_long_chains_are_one_chain() -> None:
+    config = tiny(langevin_steps=4, sample_step_size=0.3)
+    model = coop.CoopFlow.from_config(config, EventSpec((1, 8, 8), 17))
+    start, modes = model.propose(6, Key(1)), []
+    model.energy.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    chains, states = long_chains(model, start, (3, 5), Key(2))
+    assert modes
+    assert not any(modes)
+    assert model.training
+    assert [(c["factor"], c["steps"]) for c in chains] == [(1, 4), (3, 12), (5, 20)]
+    for chain, x in zip(chains, states, strict=True):
+        steps = chain["steps"]
+        whole = LangevinSampler(
+            model.energy, n_steps=steps, drift=0.045, noise=0.02, step_clip=0.1, clamp=(-1, 1),
+            stats=True,
+        )(start, key=Key(2))  # fmt: skip
+        torch.testing.assert_close(x, whole.x, rtol=0, atol=1e-5)
+        energy = whole.stats.energy
+        torch.testing.assert_close(chain["trace"], energy.mean(1), rtol=1e-5, atol=1e-5)
+        assert chain["energy"] == pytest.approx(float(energy[-1].mean()), abs=1e-5)
+        if steps > 4:
+            expected = float(split_rhat(energy[steps // 2 :]))
+            assert chain["energy_rhat"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_diagnosis_measures_what_it_says(run: Path) -> None:
+    summary = diagnose_run(run, n=8, factors=(2,))
+    data, model = load("digits"), coop.CoopFlow.load(run)
+    training, held_out = data.decode(data.train), data.decode(data.held_out)
+    proposals, samples = model.sample_pairs(8, Key(0).fold_in(USE_EVALUATION))
+    moments = [RunningMoments(64) for _ in range(3)]
+    for of, x in zip(moments, (training, proposals, samples), strict=True):
+        of.update(x)
+    assert summary["moment_gap"] == {
+        "proposals": pytest.approx(moment_gap(moments[0], moments[1])),
+        "samples": pytest.approx(moment_gap(moments[0], moments[2])),
+    }
+    lines = [line for line in coop.RunFolder.open(run).metrics() if "langevin_distance" in line]
+    assert summary["drift"] == {
+        "first": lines[0]["langevin_distance"],
+        "last": lines[-1]["langevin_distance"],
+    }
+    expected = float(model.energy(held_out).mean().detach())
+    assert summary["energy_of_held_out_data"] == pytest.approx(expected, rel=1e-5)
+    assert summary["step"] == 30
+    for n, factors in ((3, (2,)), (8, (1,)), (8, ()), (8, (2, 2))):
+        with pytest.raises(ValueError, match="must be ≥"):
+            diagnose_run(run, n=n, factors=factors)
 
 
 def test_tensorboard(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

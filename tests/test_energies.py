@@ -242,8 +242,9 @@ def test_analytic_energies_refuse_bad_arguments():
 def test_an_energy_keeps_its_numbers_whatever_becomes_of_the_callers():
     means, stds, weights = torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2)
     mean, covariance = torch.zeros(3), torch.eye(3)
-    made = energies.GaussianMixtureEnergy(means, stds, weights), energies.GaussianEnergy(
-        mean, covariance
+    made = (
+        energies.GaussianMixtureEnergy(means, stds, weights),
+        energies.GaussianEnergy(mean, covariance),
     )
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     before = [energy(x) for energy in made]

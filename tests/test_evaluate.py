@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from coopflow_ext import Key, cli, coop
+from coopflow_ext.coop import inversion
 from coopflow_ext.coop.judge import Judge
+from coopflow_ext.coop.pictures import grid
 from coopflow_ext.coop.study.evaluate import evaluate_run, export
+from coopflow_ext.coop.study.experiments import inpaint_run
 from coopflow_ext.data import load
 from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.metrics import (
@@ -227,6 +230,20 @@ def test_images_become_bytes_as_in_a_png() -> None:
     assert to_bytes(x)[0, 2].flatten().tolist() == [0, 255, 128, 255]
 
 
+def test_a_grid_has_every_image_at_its_place() -> None:
+    """On white, enlarged by whole factors to 32 pixels or more, borders of 2 pixels between."""
+    x = torch.linspace(-1, 0.5, 5).view(5, 1, 1, 1).expand(5, 3, 12, 12)
+    picture, tiles = grid(x, 2), to_bytes(x)[:, 0, 0, 0].tolist()
+    assert picture.shape == (3 * 38, 2 * 38, 3)
+    for i, tile in enumerate(tiles):
+        top, left = i // 2 * 38, i % 2 * 38
+        assert (picture[top : top + 36, left : left + 36] == tile).all()
+        assert (picture[top + 36 : top + 38] == 255).all()
+    assert (picture[76:, 38:] == 255).all()
+    assert grid(x[:4], 2).shape == (2 * 38, 2 * 38, 3)
+    assert grid(x.expand(5, 3, 12, 12).repeat(1, 1, 3, 3), 5).shape == (38, 5 * 38, 3)
+
+
 def test_nearest_neighbours() -> None:
     training = torch.tensor([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0], [8.0, 9.0]])
@@ -274,6 +291,30 @@ def test_inpaint_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "text.npy").write_text("no array")
     assert cli.main([*arguments, str(tmp_path / "text.npy")]) == 1
     assert "cannot be read as a .npy array" in capsys.readouterr().err
+
+
+def test_the_error_of_a_filling_is_that_of_the_hole(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, known = load("digits"), inversion.centre_hole(8, 8)
+    observed = data.decode(data.held_out[:2])
+    filled = torch.stack((observed + 0.1 * ~known, observed + 0.3 * ~known), 1)
+    filled[1, 0, 0, 3, 3] += 0.2
+    seen = {}
+
+    def inpaint(model: object, x: torch.Tensor, known: torch.Tensor, key: Key, **options: object):
+        seen.update(observed=x, known=known, key=key, **options)
+        return filled
+
+    monkeypatch.setattr(inversion, "inpaint", inpaint)
+    errors = inpaint_run(run, n=2, chains=2, seed=5)
+    assert torch.equal(seen["observed"], observed)
+    assert torch.equal(seen["known"], known)
+    assert (seen["key"], seen["chains"]) == (Key(5), 2)
+    assert errors["unknown_pixels"] == 16
+    changed = 0.01 + (0.3**2 - 0.1**2) / 16
+    assert errors["error_per_unknown_pixel"] == pytest.approx((0.01 + changed + 2 * 0.09) / 4)
+    assert errors["best_of_chains"] == pytest.approx((0.01 + changed) / 2)
 
 
 def test_interpolate_command(run: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coopflow_ext import coop
-from coopflow_ext.coop.plane import cell_centres, divergence, normalised
+from coopflow_ext.coop.plane import cell_centres, densities, divergence, normalised
 from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.data.toy import DENSITIES
 
@@ -33,6 +33,30 @@ def test_grid_sees_the_densities_well_enough() -> None:
         tables = [normalised(DENSITIES[n].log_density(points)) for n in ("pinwheel", "8gaussians")]
         results.append(divergence(*tables))
     assert results[0] == pytest.approx(results[1], rel=0.02)
+
+
+def test_densities_are_without_dropout() -> None:
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "toy",
+            "flow_options": {"couplings": 2, "widths": [8], "dropout": 0.5},
+            "energy_options": {"widths": [8]},
+        }
+    )
+    data = config.load_data()
+    model = coop.CoopFlow.from_config(config, coop.model.EventSpec((2,), None))
+    with torch.no_grad():
+        for p in model.flow.parameters():
+            p.add_(0.1)
+    assert model.training
+    found = densities(model, data)
+    assert model.training
+    model.eval()
+    expected = model.flow.log_prob(cell_centres()).detach()
+    torch.testing.assert_close(found["flow"], normalised(expected))
+    torch.testing.assert_close(found["energy"], normalised(-model.energy(cell_centres()).detach()))
+    truth = DENSITIES["8gaussians"].log_density(cell_centres())
+    torch.testing.assert_close(found["true"], normalised(truth))
 
 
 def test_toy_run_learns_the_density(tmp_path: Path) -> None:
