@@ -16,7 +16,7 @@ from coopflow_ext import Key, cli, coop
 from coopflow_ext.coop import inversion
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.pictures import grid
-from coopflow_ext.coop.study.evaluate import evaluate_run, export
+from coopflow_ext.coop.study.evaluate import evaluate_run, export, neighbour_distances
 from coopflow_ext.coop.study.experiments import inpaint_run
 from coopflow_ext.data import load
 from coopflow_ext.data.dataset import to_bytes
@@ -252,6 +252,22 @@ def test_nearest_neighbours() -> None:
     assert found[:, 1].tolist() == pytest.approx([0, 1, 1])
     images = torch.rand(60, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert bool((nearest_neighbours(images, images)[:, 1] == 0).all())  # of copies
+
+
+def test_every_sample_is_shown_beside_its_nearest_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, shown = load("digits"), {}
+    rows = torch.arange(20) * 7 + 3
+    copies = data.decode(data.train[rows])
+    monkeypatch.setattr(
+        "coopflow_ext.coop.study.evaluate.save_panels",
+        lambda _, panels, **options: shown.update(panels),
+    )
+    found = neighbour_distances(data, copies, copies[:2], tmp_path / "n.png")
+    assert set(found.values()) == {0.0}
+    (pairs,) = shown.values()
+    assert torch.equal(pairs, copies[:16].repeat_interleave(2, 0))
 
 
 def test_reconstruct_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

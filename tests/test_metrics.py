@@ -126,6 +126,21 @@ def test_bits_per_dim_of_images_does_not_depend_on_the_batch_size() -> None:
     assert whole != bits_per_dim(flow, x, Key(1))
 
 
+def test_bits_per_dim_of_parts_are_those_of_the_whole() -> None:
+    """Each drawn as the chains of its rows."""
+    flow = realnvp(image_shape=(1, 8, 8), net="mlp", couplings=2, widths=(8,), levels=17)
+    data = load("digits")
+    x = data.decode(data.held_out[:20])
+    key = Key(1).at_chain(3)
+    parts = [
+        bits_per_dim(flow, x[:8], key, batch_size=5),
+        bits_per_dim(flow, x[8:], key.at_chain(11), batch_size=5),
+    ]
+    whole = bits_per_dim(flow, x, key)
+    assert (8 * parts[0] + 12 * parts[1]) / 20 == pytest.approx(whole, rel=1e-6)
+    assert whole != bits_per_dim(flow, x, Key(1))
+
+
 def test_digit_features() -> None:
     data = load("digits")
     space = feature_space(data)
