@@ -156,6 +156,13 @@ def test_actnorm_initialises_from_the_first_batch_only(shape):
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
+def test_actnorm_adds_eps_to_the_deviation():
+    layer = flows.ActNorm(1, eps=0.5)
+    layer.initialize(torch.tensor([[1.0], [5.0]]))  # 3 ± 2
+    assert layer.mean.item() == 3
+    assert layer.inv_std.item() == pytest.approx(1 / 2.5)
+
+
 def test_actnorm_does_not_start_from_nothing():
     norm = ActNorm(2)
     with pytest.raises(ValueError, match=r"ActNorm: x must hold at least two.*got shape \(0, 2\)"):
@@ -461,6 +468,35 @@ def test_maximum_likelihood_learns_a_curved_density():
         optimizer.step()
     best_gaussian = -torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()).log_prob(x)
     assert loss.item() < best_gaussian.mean().item() - 0.5
+
+
+def test_the_prior_of_half_precision_is_summed_in_float32():
+    flow = flows.realnvp(512, couplings=2, widths=(8,)).eval().to(torch.bfloat16)
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    log_prob = flow.log_prob(x)  # the couplings begin as the identity
+    assert log_prob.dtype == torch.float32
+    exact = torch.distributions.Normal(0, 1).log_prob(x.double()).sum(1)
+    torch.testing.assert_close(log_prob.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_flow_is_initialised_in_evaluation_mode_too():
+    flow = flows.realnvp(6, couplings=2, widths=(8,)).eval()
+    flow.initialize(torch.randn(50, 6) * 3 + 1)
+    starts = [layer for layer in flow.modules() if isinstance(layer, flows.ActNorm)]
+    assert [bool(layer.initialized > 0) for layer in starts] == [True, True]
+    assert not any(module.training for module in flow.modules())
+
+
+def test_nothing_is_drawn_where_nothing_is_random():
+    """With the noise given and without dropout torch's generator stays as it is."""
+    flow = flows.realnvp(image_shape=(1, 4, 4), net="mlp", couplings=2, widths=(8,)).eval()
+    x = torch.rand(2, 1, 4, 4)
+    before = torch.get_rng_state()
+    flow.log_prob(x, eps=torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    flow.call_and_ladj(x, key=Key(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    flow.log_prob(x)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_bad_input_is_refused():
