@@ -156,6 +156,21 @@ def test_actnorm_initialises_from_the_first_batch_only(shape):
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("layer", [flows.ActNorm, flows.InvertibleConv1x1])
+def test_ladj_counts_the_positions_of_images_that_are_not_square(layer):
+    """Of scales below 0 too."""
+    torch.manual_seed(0)
+    layer = layer(2).double().eval()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(-torch.rand_like(p) - 0.5)
+    x = torch.randn(1, 2, 3, 5, dtype=torch.float64)
+    _, ladj = layer.call_and_ladj(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer.call_and_ladj(x)[0], x)
+    torch.testing.assert_close(ladj[0], torch.linalg.slogdet(jacobian.view(30, 30)).logabsdet)
+    torch.testing.assert_close(layer.inverse_and_ladj(x)[1], -ladj)
+
+
 def test_actnorm_adds_eps_to_the_deviation():
     layer = flows.ActNorm(1, eps=0.5)
     layer.initialize(torch.tensor([[1.0], [5.0]]))  # 3 ± 2

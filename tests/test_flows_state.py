@@ -399,6 +399,18 @@ def test_masks_that_do_not_fit_are_refused():
         flow.load_state_dict({key: value for key, value in state.items() if key != name})
 
 
+def test_a_split_has_its_indices_where_the_events_are():
+    split = flows.VectorSplit(torch.tensor([True, False, False, True]))
+    x = torch.arange(8.0).view(2, 4)
+    for device in ("meta", "cpu", "meta", "cpu"):
+        changed, kept = split.split(x.to(device))
+        assert changed.device.type == kept.device.type == device
+        merged = split.merge(changed, kept)
+    assert torch.equal(changed, x[:, [0, 3]])
+    assert torch.equal(kept, x[:, [1, 2]])
+    assert torch.equal(merged, x)
+
+
 def test_a_mask_that_is_written_moves_the_split():
     split = flows.VectorSplit(torch.tensor([True, False, False]))
     x = torch.tensor([[1.0, 2.0, 3.0]])
@@ -467,3 +479,13 @@ def test_shapes_are_found_on_the_meta_device(name):
         flow = BUILDERS[name]().eval()
         assert flow.log_prob(torch.rand(3, *flow.event_shape), key=Key(0)).shape == (3,)
         assert flow.sample(2, Key(0)).shape == (2, *flow.event_shape)
+
+
+def test_copies_and_pickles_of_a_split_start_without_its_indices():
+    split = flows.VectorSplit(torch.tensor([True, False, False, True]))
+    fresh = len(pickle.dumps(split))
+    x = torch.arange(8.0).view(2, 4)
+    halves = split.split(x)
+    assert len(pickle.dumps(split)) == fresh
+    for other in (copy.deepcopy(split), pickle.loads(pickle.dumps(split))):
+        assert all(map(torch.equal, other.split(x), halves))
