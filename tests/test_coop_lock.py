@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,37 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_made_anew(
     with holding(tmp_path):
         assert len(calls) == 2
         assert is_locked(tmp_path)
+
+
+def test_no_descriptor_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a lock, one whose file was removed meanwhile, a refusal and an error inside."""
+
+    def is_open() -> list[str]:
+        links = []
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # of the listing itself
+                links.append(os.readlink(link))
+        return [target for target in links if ".lock" in target]
+
+    real, calls = fcntl.lockf, []
+
+    def lockf(descriptor: int, how: int) -> Any:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        if len(calls) == 3:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with holding(tmp_path):
+        assert len(is_open()) == 1
+    with pytest.raises(RunError, match="is being trained by"), holding(tmp_path):
+        pass
+    with pytest.raises(ZeroDivisionError), holding(tmp_path):
+        raise ZeroDivisionError
+    assert len(calls) == 4
+    assert is_open() == []
 
 
 def test_a_file_system_without_locks_is_said(
