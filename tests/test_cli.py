@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coop_runs import tiny
 from torch.distributed.run import get_args_parser
 
-from coopflow_ext import cli, coop
+from coopflow_ext import Key, cli, coop
 from coopflow_ext.coop import Trainer
 
 SMALL = [
@@ -107,6 +108,54 @@ def test_sample(trained: tuple[Path, str, str], tmp_path: Path) -> None:
     numbers = np.load(tmp_path / "s.npy")
     assert numbers.shape == (9, 1, 8, 8)
     assert np.abs(numbers).max() <= 1
+
+
+def test_sample_writes_the_results_of_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = coop.CoopFlow.from_config(tiny(), coop.model.EventSpec((1, 8, 8), 17))
+    file, out = tmp_path / "model.safetensors", tmp_path / "s.npy"
+    model.save(file)
+    assert cli.main(["sample", str(file), "-n", "3", "--seed", "5", "--out", str(out)]) == 0
+    proposals, results = model.sample_pairs(3, Key(5))
+    assert np.array_equal(np.load(out), results.numpy())
+    shown = {}
+    monkeypatch.setattr(cli.pictures, "save_panels", lambda _, panels: shown.update(panels))
+    assert cli.main(["sample", str(file), "-n", "3", "--out", str(tmp_path / "s.png")]) == 0
+    proposals, results = model.sample_pairs(3, Key(0))
+    assert list(shown) == ["flow proposal", "after Langevin"]
+    assert torch.equal(shown["flow proposal"], proposals)
+    assert torch.equal(shown["after Langevin"], results)
+
+
+def test_every_option_of_a_study_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    def study(run: Path, **options: object) -> dict[str, object]:
+        given.append({"run": run, **options})
+        return {}
+
+    for name in ("reconstruct_run", "inpaint_run", "interpolate_run"):
+        monkeypatch.setattr(cli.experiments, name, study)
+    for name in ("evaluate_run", "diagnose_run"):
+        monkeypatch.setattr(cli, name, study)
+    common = ["RUN", "-n", "7", "--seed", "3", "--device", "cpu"]
+    always = {"run": Path("RUN"), "n": 7, "seed": 3, "device": "cpu"}
+    step, long, where = ["--step-size", "0.1"], ["--long", "2", "3"], ["--export-png", "a"]
+    where += ["--export-training", "b", "--fid-stats", "c", "--fid"]
+    for name, words, expected in (
+        ("reconstruct", step, {"step_size": 0.1}),
+        ("inpaint", [*step, "--chains", "2", "--mask", "m"], {"step_size": 0.1, "chains": 2,
+                                                               "mask": Path("m")}),
+        ("interpolate", [*step, "--points", "4"], {"step_size": 0.1, "points": 4}),
+        ("diagnose", long, {"factors": (2, 3)}),
+        ("evaluate", where, {"export_png": Path("a"), "export_training": Path("b"),
+                             "fid_stats": Path("c"), "inception": True}),
+    ):  # fmt: skip
+        assert cli.main([name, *common, *words]) == 0
+        assert given.pop() == {**always, **expected}
+    assert cli.main(["inpaint", "RUN"]) == 0
+    assert given == [{"run": Path("RUN"), "device": given[0]["device"]}]
 
 
 def test_one_line_for_an_error_and_a_traceback_on_request(
