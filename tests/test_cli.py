@@ -131,8 +131,8 @@ def test_sample_writes_the_results_of_its_seed(
 def test_every_option_of_a_study_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, object]] = []
 
-    def study(run: Path, **options: object) -> dict[str, object]:
-        given.append({"run": run, **options})
+    def study(run: Path, *, n: int = 0, **options: object) -> dict[str, object]:
+        given.append({"run": run, "n": n, **options})
         return {}
 
     for name in ("reconstruct_run", "inpaint_run", "interpolate_run"):
@@ -155,7 +155,7 @@ def test_every_option_of_a_study_reaches_it(monkeypatch: pytest.MonkeyPatch) -> 
         assert cli.main([name, *common, *words]) == 0
         assert given.pop() == {**always, **expected}
     assert cli.main(["inpaint", "RUN"]) == 0
-    assert given == [{"run": Path("RUN"), "device": given[0]["device"]}]
+    assert given == [{"run": Path("RUN"), "n": 0, "device": given[0]["device"]}]
 
 
 def test_one_line_for_an_error_and_a_traceback_on_request(
