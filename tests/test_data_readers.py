@@ -187,6 +187,17 @@ def test_folder_of_grey_images_has_one_channel(tmp_path: Path) -> None:
     assert load(f"folder:{tmp_path}").event_shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("label", [9, 10])
+def test_cifar10_has_ten_labels(tmp_path: Path, records: dict[str, bytes], label: int) -> None:
+    for name, content in records.items():
+        (tmp_path / name).write_bytes(bytes([label]) + content[1:])
+    if label == 9:
+        assert int(load("cifar10", tmp_path).held_out_labels[0]) == 9
+        return
+    with pytest.raises(ValueError, match=r"data_batch_1.bin has a label 10, but CIFAR-10 has 0…9"):
+        load("cifar10", tmp_path)
+
+
 def test_modes_of_images_become_grey_or_colour(tmp_path: Path) -> None:
     for mode, channels in {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.items():
         path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")

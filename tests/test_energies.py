@@ -73,6 +73,12 @@ def test_res_energy_sizes(image_size):
     assert len(energy.blocks) == int(math.log2(image_size / 4))
 
 
+def test_res_energy_doubles_its_channels_three_times_at_most():
+    energy = energies.ResEnergy(1, width=2, image_size=64)
+    assert [block.conv2.out_channels for block in energy.blocks] == [4, 8, 16, 16]
+    assert energy.head.in_channels == 16
+
+
 def test_res_energy_refuses_bad_sizes():
     with pytest.raises(ValueError, match="image_size must be one of"):
         energies.ResEnergy(image_size=28)
