@@ -238,6 +238,8 @@ def test_bad_input(models: tuple[CoopFlow, CoopFlow], held_out: torch.Tensor) ->
     model, _ = models
     with pytest.raises(ValueError, match=r"shape \(B ≥ 1, 1, 8, 8\), got \(6, 64\)"):
         reconstruct(model, held_out.flatten(1), Key(0))
+    with pytest.raises(ValueError, match=r"shape \(B ≥ 1, 1, 8, 8\), got \(0, 1, 8, 8\)"):
+        reconstruct(model, held_out[:0], Key(0))
     with pytest.raises(ValueError, match=r"mask must have shape \(8, 8\) or .* got \(4, 4\)"):
         inpaint(model, held_out, torch.ones(4, 4, dtype=torch.bool), Key(0))
     with pytest.raises(TypeError, match=r"mask must be bool, got torch.float32"):
