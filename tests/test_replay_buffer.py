@@ -77,6 +77,22 @@ def test_the_key_and_the_state_dict_determine_everything():
     assert not torch.equal(other.states, b.states)
 
 
+def test_the_chain_of_a_key_is_saved_with_it():
+    a, b = (ReplayBuffer((3,), size=30, key=key) for key in (cf.Key(4, chain=7), cf.Key(9)))
+    b.load_state_dict(a.state_dict())
+    assert b.key == a.key
+    assert b.key.chain == 7
+    assert torch.equal(a.draw(8).indices, b.draw(8).indices)
+
+
+def test_a_saved_state_does_not_follow_the_buffer():
+    buffer = ReplayBuffer((3,), size=5, key=cf.Key(4))
+    saved = buffer.state_dict()["states"]
+    before = saved.clone()
+    buffer.write(torch.arange(5), torch.zeros(5, 3))
+    assert torch.equal(saved, before)
+
+
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.enable_grad])
 def test_modes_in_which_it_is_used_leave_no_trace(inside):
     """Made, drawn from, written to and saved in one mode, it can be used in every other."""

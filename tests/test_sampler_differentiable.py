@@ -593,3 +593,27 @@ def test_checkpoints_beside_frozen_parameters(energy, x0):
     assert frozen.grad is None
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2, 7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clamp": (-0.2, 0.3), "clamp_when": "end"},
+        {"return_trajectory": True, "thin": 2, "stats": True},
+        {"return_trajectory": True, "include_start": True, "thin": 3, "clamp": (-0.2, 0.3),
+         "clamp_when": "end", "denoise": 0.1},
+        {"noise_before_gradient": True, "return_trajectory": True, "include_start": True},
+    ],
+)  # fmt: skip
+def test_a_last_step_with_derivatives_changes_no_state(energy, x0, n_steps, options):
+    """It alone is the chain's last: its clamp, and its place in the trajectory."""
+    common = {"n_steps": n_steps, "step_size": 0.4, **options}
+    plain = LangevinSampler(energy, **common)(x0, key=KEY)
+    out = LangevinSampler(energy, differentiable="last", **common)(x0, key=KEY)
+    torch.testing.assert_close(out.x, plain.x, rtol=1e-13, atol=1e-14)
+    assert out.key == plain.key
+    if plain.trajectory is not None:
+        torch.testing.assert_close(out.trajectory, plain.trajectory, rtol=1e-13, atol=1e-14)
+    if plain.stats is not None:
+        torch.testing.assert_close(vars(out.stats), vars(plain.stats), rtol=1e-12, atol=1e-13)

@@ -3,6 +3,7 @@ records. Without a GPU a recording runs the chain again (test_sampler_graph.py).
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import partial
 
@@ -95,6 +96,27 @@ def test_replays_equal_plain_runs(recorded, kind, name):
         assert outs[0].trajectory.shape == (37 // thin, 5, 3)
     elif kind == "mala":
         assert outs[0].trajectory is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("mala", "adapted"), ("mala", "records"), ("underdamped", "records")]
+)
+def test_results_stay_when_the_next_call_is_made(recorded, kind, name):
+    sampler, x0 = make(kind, MLPEnergy(3), name), torch.randn(5, 3)
+    first = sampler(x0, key=KEY)
+    kept = copy.deepcopy(first)
+    second = sampler(x0 + 1, key=cf.Key(6))
+    assert recorded.made == 1
+    assert not torch.equal(first.x, second.x)
+    assert_same(first, kept)
+
+
+def test_the_start_in_an_error_is_a_copy():
+    x0 = torch.tensor([[1.0], [-1.0]])
+    with pytest.raises(cf.NonFiniteError) as caught:
+        make("mala", lambda x: x.log().sum(1), {"n_steps": 2})(x0)
+    x0.zero_()
+    assert caught.value.x.tolist() == [[1.0], [-1.0]]
 
 
 def pair_energy(s, centre, scale):
@@ -286,6 +308,19 @@ def test_stationary_variances_with_a_mass(mass):
     torch.testing.assert_close(out.x.var(0), torch.full((2,), tau / lam), rtol=band, atol=0)
     expected = tau / m * (1 - h * h * lam / (4 * m))
     torch.testing.assert_close(out.velocity.var(0), expected, rtol=band, atol=0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_mass_is_copied_when_the_sampler_is_made(several):
+    mass, x0 = torch.full((2,), 2.0, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    sampler = UnderdampedLangevinSampler(
+        (lambda s: s[0].square().sum(1)) if several else (lambda x: x.square().sum(1)),
+        n_steps=3, step_size=0.1, mass=[mass] if several else mass,
+    )  # fmt: skip
+    start = [x0] if several else x0
+    before = sampler(start, key=KEY)
+    mass.fill_(50.0)
+    assert_same(sampler(start, key=KEY), before)
 
 
 def test_the_equations_with_a_mass():

@@ -254,6 +254,19 @@ def test_nonfinite_chains_raise(recorded):
     assert caught.value.chains.tolist() == [1]
 
 
+def test_what_an_error_holds_stays_when_the_next_call_is_made(recorded):
+    def score(x):
+        return torch.where(x > 0, torch.nan, -x)
+
+    sampler, x0 = stepwise(score=score, n_steps=2, step_size=0.1), torch.tensor([[-9.0], [1.0]])
+    with pytest.raises(cf.NonFiniteError) as caught:
+        sampler(x0)
+    before = caught.value.x.clone()
+    sampler(x0 - 5)
+    assert recorded.made == 1
+    assert torch.equal(caught.value.x, before)
+
+
 def test_refusal_warns_once_or_raises(monkeypatch, recorded):
     class Refuses(FakeRecording):
         def add(self, *args, **options) -> None:

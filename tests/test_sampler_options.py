@@ -382,3 +382,27 @@ def test_the_norm_clip_of_whole_chains_is_right_whatever_its_size(kernel, size):
     moved = sampler(x0, key=cf.Key(1)).x
     scale = torch.tensor([0.1, 1.0])[:, None]  # ‖grad‖ = size·(0.5, 0.005)
     torch.testing.assert_close(x0 - moved, x0 * size * scale, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"autocast": torch.bfloat16}, {"noise_before_gradient": True}]
+)
+def test_a_score_may_hand_out_the_state_itself(options):
+    """All of its tensors are read before the first of them moves."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(4, 3, generator=generator) for _ in range(2)]
+    common = {"n_steps": 3, "step_size": 0.5, **options}
+    itself = LangevinSampler(score=lambda s: (s[1], s[0]), **common)(start, key=cf.Key(1)).x
+    copies = LangevinSampler(score=lambda s: (s[1].clone(), s[0].clone()), **common)
+    assert all(map(torch.equal, itself, copies(start, key=cf.Key(1)).x))
+    assert not torch.equal(itself[0], start[0])
+
+
+def test_a_score_in_another_half_precision():
+    """The op takes either beside a wider state, and beside its own dtype alone."""
+    start = torch.linspace(-1, 1, 12).reshape(4, 3).half()
+    common = {"n_steps": 3, "drift": 0.25, "noise": 0.0}
+    other = LangevinSampler(score=lambda x: -x.bfloat16(), **common)(start).x
+    own = LangevinSampler(score=lambda x: -x.bfloat16().half(), **common)(start).x
+    assert other.dtype == torch.float16
+    assert torch.equal(other, own)

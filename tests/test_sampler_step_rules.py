@@ -183,6 +183,14 @@ def test_preconditioner_of_several_tensors():
         sampler(x0[0])
 
 
+def test_a_preconditioner_is_copied_when_the_sampler_is_made():
+    scale, x0 = P.clone(), normals(B, D)
+    sampler = LangevinSampler(energy, n_steps=3, drift=0.1, preconditioner=scale)
+    before = sampler(x0, key=KEY).x
+    scale.fill_(0.01)
+    assert torch.equal(sampler(x0, key=KEY).x, before)
+
+
 def test_bad_preconditioner():
     def make(preconditioner, **options):
         return LangevinSampler(
