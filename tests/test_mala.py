@@ -203,3 +203,32 @@ def test_a_start_without_a_gradient_is_named() -> None:
     sampler = MALASampler(lambda x: x.abs().sqrt().sum(1), n_steps=2, step_size=0.1, kernel=False)
     with pytest.raises(cf.NonFiniteError, match="1 of 2"):
         sampler(torch.tensor([[0.0], [1.0]]), key=cf.Key(0))
+
+
+class _NoSlopeFarOut(torch.autograd.Function):
+    """x²/2, whose gradient is NaN beyond ½."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square() / 2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * torch.where(x.abs() > 0.5, math.nan, x)
+
+
+@pytest.mark.parametrize("adapt_steps", [0, 20])
+def test_proposals_whose_ratio_is_not_a_number_are_refused(adapt_steps: int) -> None:
+    """They count as never accepted, in the statistics and for the step size."""
+    out = MALASampler(
+        lambda x: _NoSlopeFarOut.apply(x).sum(1), n_steps=40, step_size=0.7, stats=True,
+        adapt_steps=adapt_steps,
+    )(torch.zeros(64, 1), key=cf.Key(1))  # fmt: skip
+    assert out.x.abs().max() <= 0.5
+    assert out.x.unique().numel() > 32
+    assert out.stats is not None
+    assert out.stats.acceptance.isfinite().all()
+    assert (out.stats.acceptance == 0).any()
+    assert out.step_size.isfinite().all()

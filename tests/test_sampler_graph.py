@@ -173,6 +173,20 @@ def test_nested_model_kwargs(recorded):
         assert recorded.made == made
 
 
+def test_arguments_of_earlier_calls_stay_as_they_are(recorded):
+    """What a capture reads is its own."""
+    sampler = stepwise(lambda x, c: (x - c["at"]).square().sum(1), n_steps=3, step_size=0.3)
+    rows = stepwise(lambda x, c: (x - c).square().sum(1), n_steps=3, step_size=0.3)
+    centres = [torch.full((2,), value) for value in (1.0, 2.0)]
+    tables = [torch.full((3,), value) for value in (1.0, 2.0)]
+    for centre, table in zip(centres, tables, strict=True):
+        sampler(torch.zeros(4, 2), key=KEY, model_kwargs={"c": {"at": centre}})
+        rows(torch.zeros(4, 2), key=KEY, step_kwargs={"c": table})
+    assert recorded.made == 2
+    assert centres[0].tolist() == [1.0] * 2
+    assert tables[0].tolist() == [1.0] * 3
+
+
 def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
     energy = MLPEnergy(3)
     sampler = stepwise(energy, n_steps=2, step_size=0.1)
