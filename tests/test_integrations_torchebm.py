@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import coopflow_ext as cf
 from coopflow_ext import integrations
 from coopflow_ext.energies import MLPEnergy
-from coopflow_ext.integrations.torchebm import LangevinDynamics
+from coopflow_ext.integrations.torchebm import LangevinDynamics, _device_of
 
 
 @pytest.fixture
@@ -574,3 +574,135 @@ def test_keys_do_not_leak_between_calls():
     sampler = LangevinDynamics(Quadratic(), step_size=0.1)
     x0 = torch.zeros(2, 3)
     assert not torch.equal(sampler.sample(x0), sampler.sample(x0))
+
+
+class Falling:
+    """A scheduler by its methods: 0.5, 0.25, …"""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def get_value(self) -> float:
+        return 0.5 ** (1 + self.steps)
+
+    def step(self) -> float:
+        self.steps += 1
+        return self.get_value()
+
+    def reset(self) -> None:
+        self.steps = 0
+
+
+def test_the_chains_that_are_kept_are_the_last_ones_used():
+    sampler, x = LangevinDynamics(Quadratic(), noise_scale=1e-20), torch.ones(2, 3)
+
+    def used(n_steps: int):
+        sampler.sample(x, n_steps=n_steps)
+        return next(reversed(sampler._samplers.values()))[1]
+
+    first, second = used(1), used(2)
+    for n_steps in range(3, 5):
+        used(n_steps)
+    assert used(1) is first
+    used(5)
+    assert len(sampler._samplers) == 4
+    assert used(1) is first  # the second was the oldest
+    assert used(2) is not second
+    assert len(sampler._samplers) == 4
+
+
+def test_calls_that_differ_in_what_they_keep():
+    """One after the other, of the same number of steps."""
+    sampler, x = LangevinDynamics(Quadratic(), step_size=0.1, noise_scale=1e-20), torch.ones(2, 3)
+    for call, kept in (
+        ({}, 0),
+        ({"thin": 1}, 6),
+        ({"thin": 2}, 3),
+        ({"thin": 3}, 2),
+        ({"thin": 2}, 3),
+    ):
+        states = sampler.sample(x, n_steps=6, return_trajectory=bool(call), **call)
+        assert states.is_contiguous()
+        assert states.shape == ((2, kept, 3) if call else (2, 3))
+        torch.testing.assert_close(states if not call else states[:, -1], 0.9**6 * x)
+
+
+def test_results_need_no_gradients():
+    x, found = LangevinDynamics(MLPEnergy(3)).sample(
+        torch.ones(2, 3), n_steps=2, return_diagnostics=True
+    )
+    assert not any(t.requires_grad for t in (x, *found.values()))
+
+
+def test_diagnostics_of_one_chain_and_of_chains_apart(torchebm):
+    for x in (torch.ones(1, 2), torch.tensor([[0.0], [1e8]]), torch.ones(3, 2)):
+        (_, a), (_, b) = (
+            cls(_torchebm_quadratic(), step_size=1e-9, noise_scale=1e-20).sample(
+                x, n_steps=2, return_diagnostics=True
+            )
+            for cls in (theirs(torchebm), LangevinDynamics)
+        )
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=0)  # a variance is 0 or tiny
+
+
+def test_energies_of_another_dtype_are_the_state_s():
+    _, found = LangevinDynamics(
+        lambda x: x.float().square().sum(1), dtype=torch.float64
+    ).sample(dim=2, n_steps=2, return_diagnostics=True)  # fmt: skip
+    assert {t.dtype for t in found.values()} == {torch.float64}
+
+
+def test_all_of_a_generator_s_bits_are_the_seed():
+    sampler, x = LangevinDynamics(Quadratic(), step_size=0.1), torch.ones(2, 3)
+    got = sampler.sample(x, n_steps=1, generator=torch.Generator().manual_seed(0))
+    low, high = torch.randint(0, 2**32, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    plain = cf.LangevinSampler(Quadratic(), n_steps=1, drift=0.1, noise=0.2**0.5)
+    torch.testing.assert_close(got, plain(x, key=cf.Key(low + 2**32 * high)).x, rtol=0, atol=0)
+
+
+def test_two_steps_of_two_sizes():
+    scheduler = Falling()
+    sampler = LangevinDynamics(Quadratic(), step_size=scheduler, noise_scale=1e-20)
+    x = sampler.sample(torch.ones(2, 3), n_steps=2)
+    torch.testing.assert_close(x, torch.full((2, 3), 0.5 * 0.75))
+    assert scheduler.steps == 2
+
+
+class Reads(Quadratic):
+    """Its force follows what it holds."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        (of,) = self.held.values() if isinstance(self.held, dict) else self.held
+        return of.get_value() * super().forward(x)
+
+
+@pytest.mark.parametrize("holds", [lambda s: [s], lambda s: (s,), lambda s: {"force": s}])
+def test_a_model_that_holds_the_step_size_s_scheduler(holds):
+    scheduler = Falling()
+    sampler = LangevinDynamics(Reads(holds(scheduler)), step_size=scheduler, noise_scale=1e-20)
+    x = sampler.sample(torch.ones(2, 3), n_steps=3)
+    expected = (1 - 0.5**2) * (1 - 0.25**2) * (1 - 0.125**2)
+    torch.testing.assert_close(x, torch.full((2, 3), expected))
+
+
+def test_a_model_that_holds_a_constant_runs_as_one_chain(monkeypatch):
+    sampler = LangevinDynamics(Quadratic())
+    constant = sampler.get_schedulers()["step_size"]
+    sampler = LangevinDynamics(Reads([constant]), step_size=Falling())
+    monkeypatch.setattr(sampler, "_run_step_by_step", None)
+    sampler.sample(torch.ones(2, 3), n_steps=3)
+
+
+def test_bounds_of_arguments():
+    with pytest.raises(ValueError, match="clamp min must be < max"):
+        LangevinDynamics(Quadratic(), clamp=(1.0, 1.0))
+    with pytest.raises(ValueError, match="decay is not supported"):
+        LangevinDynamics(Quadratic(), decay=-0.1)
+    assert LangevinDynamics(Quadratic()).sample(dim=0, n_steps=1).shape == (1, 0)
+    model = Quadratic()
+    model.register_buffer("scale", torch.ones(1, device="meta"))
+    assert _device_of(model) == torch.device("meta")
