@@ -282,3 +282,26 @@ def test_after_step_leaves_the_states_dtype(differentiable):
     )  # fmt: skip
     out = sampler(x0, key=KEY)
     assert out.x.dtype == out.trajectory.dtype == torch.float32
+
+
+def test_after_step_comes_before_the_noise_of_the_next_step():
+    """Also where nothing else looks at the state between the two."""
+    x0, xi = normals(B, D), normals(T, B, D, seed=1)
+    sampler = LangevinSampler(
+        energy, n_steps=T, drift=DRIFT, noise=NOISE, after_step=on_sphere,
+        noise_before_gradient=True, on_nonfinite="ignore",
+    )  # fmt: skip
+    expected = plain(x0, xi, after=on_sphere, noise_first=True)[-1]
+    torch.testing.assert_close(sampler(x0, xi=xi).x, expected)
+
+
+def test_after_step_of_something_that_is_learned():
+    """Outside of a differentiable chain no gradient reaches it."""
+    scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    x0 = normals(B, D)
+    for after in (lambda x, step: x * scale, lambda x, step: x.mul_(scale)):
+        out = LangevinSampler(
+            score=lambda x: -x, n_steps=2, drift=0.5, noise=0.0, after_step=after
+        )(x0)  # fmt: skip
+        assert not out.x.requires_grad
+        torch.testing.assert_close(out.x, x0 / 16)

@@ -617,3 +617,44 @@ def test_a_last_step_with_derivatives_changes_no_state(energy, x0, n_steps, opti
         torch.testing.assert_close(out.trajectory, plain.trajectory, rtol=1e-13, atol=1e-14)
     if plain.stats is not None:
         torch.testing.assert_close(vars(out.stats), vars(plain.stats), rtol=1e-12, atol=1e-13)
+
+
+def test_the_last_step_alone_with_learned_noise_before_the_gradient(x0):
+    """The steps before it take the values; x shrinks by 1 − drift in each."""
+    noise = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    xi = torch.randn(3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = LangevinSampler(
+        lambda x: x.square().sum(1) / 2, n_steps=3, drift=0.1, noise=noise, differentiable="last",
+        noise_before_gradient=True,
+    )  # fmt: skip
+    out = sampler(x0, xi=xi)
+    expected = x0
+    for row in xi:
+        expected = 0.9 * (expected + 0.3 * row)
+    torch.testing.assert_close(out.x, expected)
+    (grad,) = torch.autograd.grad(out.x.sum(), noise)
+    torch.testing.assert_close(grad, torch.stack([*grad[:2] * 0, 0.9 * xi[2].sum()]))
+
+
+def test_recomputing_draws_nothing_from_torchs_generator(x0):
+    net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(3, 1)).double()
+    sampler = LangevinSampler(
+        net, n_steps=4, step_size=0.4, differentiable=True, checkpoint_every=2
+    )
+    out = sampler(x0.clone().requires_grad_(), key=KEY)
+    state = torch.get_rng_state()
+    out.x.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_checkpoints_take_an_argument_that_is_given_twice(x0):
+    grads = []
+    for every in (None, 2):
+        label = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        sampler = LangevinSampler(
+            lambda x, a, b: (x - a).square().sum(1) + (x - 2 * b[0]).square().sum(1), n_steps=4,
+            step_size=0.4, differentiable=True, checkpoint_every=every,
+        )  # fmt: skip
+        out = sampler(x0, key=KEY, model_kwargs={"a": label, "b": [label]})
+        grads.append(torch.autograd.grad(out.x.sum(), label)[0])
+    torch.testing.assert_close(*grads)

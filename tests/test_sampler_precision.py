@@ -443,3 +443,28 @@ def test_weights_that_a_layer_computes_with_are_not_rounded():
     names = {id(p): name for name, p in net.named_parameters()}
     cast = CastModel(sampler.plan.gradient, torch.bfloat16, channels_last=False)
     assert {names[id(weight)] for weight, _ in cast._copies} == {"3.weight", "3.bias"}
+
+
+def test_weights_are_cast_anew_in_the_callers_autocast():
+    """Those that a module computes with by itself, and that change between two chains in it."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight).float().square().sum(1) / 2
+
+    net, x0 = Own(), torch.ones(2, 3)
+    sampler = LangevinSampler(
+        net, n_steps=1, drift=0.5, noise=0.0, autocast=torch.bfloat16, cuda_graph=False
+    )
+    ends = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            ends.append(sampler(x0).x)
+            with torch.no_grad():
+                net.weight.zero_()
+    assert torch.equal(ends[0], x0 / 2)
+    assert torch.equal(ends[1], x0)
