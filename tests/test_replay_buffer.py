@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import coopflow_ext as cf
+from coopflow_ext.rng import USE_BUFFER, stream
 from coopflow_ext.samplers import ReplayBuffer
 
 
@@ -352,3 +353,54 @@ def test_states_may_come_from_the_buffer_itself():
     buffer.write(torch.tensor([0, 1, 2]), [buffer.states[0][1:4], buffer.states[1][1:4]])
     assert torch.equal(buffer.states[0], torch.cat((a[1:4], a[3:])))
     assert torch.equal(buffer.states[1], torch.cat((b[1:4], b[3:])))
+
+
+def test_states_of_another_dtype_become_the_buffers():
+    buffer = ReplayBuffer(
+        (2,), size=6, init=lambda shape, key: torch.ones(shape, dtype=torch.float64),
+        reinit_probability=0.5, key=cf.Key(0),
+    )  # fmt: skip
+    x, indices = buffer.draw(4)
+    assert x.dtype == buffer.states.dtype == torch.float32
+    buffer.write(indices, torch.full((4, 2), 3.0, dtype=torch.float64))
+    assert buffer.states.dtype == torch.float32
+    assert torch.equal(buffer.states[indices], torch.full((4, 2), 3.0))
+
+
+def drawn_by(shape, key):
+    return cf.ops.normal(shape, key.tensor())
+
+
+@pytest.mark.parametrize("init", ["uniform", "normal", drawn_by])
+def test_new_chains_are_not_those_that_the_buffer_began_with(init):
+    """Each use of the buffer's key has a stream of its own, and none is the key's itself."""
+    key = cf.Key(4)
+    buffer = ReplayBuffer((3,), size=10, init=init, reinit_probability=1.0, key=key)
+    assert buffer.key == key.fold_in(USE_BUFFER)
+    first, second = (buffer.draw(10).x for _ in range(2))
+    everything = torch.cat((buffer.states, first, second))
+    assert everything.unique().numel() == everything.numel()
+
+
+def test_which_chains_start_anew_does_not_depend_on_which_are_drawn():
+    buffer = ReplayBuffer((1,), size=64, reinit_probability=0.5, key=cf.Key(4))
+    buffer.write(torch.arange(64), torch.full((64, 1), 7.0))
+    chances = cf.ops.uniform((64,), stream(buffer.key, 1))
+    x, indices = buffer.draw(64)
+    assert torch.equal(indices, chances.argsort(descending=True))
+    assert not torch.equal(x[:, 0] != 7.0, chances < 0.5)
+
+
+def test_new_chains_are_made_on_the_buffers_device():
+    seen = []
+
+    def init(shape, key):
+        seen.append(torch.empty(0).device.type)
+        return torch.zeros(shape)
+
+    assert ReplayBuffer((2,), size=3, init=init, device="meta").states.is_meta
+    assert seen == ["meta"]
+
+
+def test_a_class_for_each_chain():
+    assert ReplayBuffer((1,), size=3, n_classes=3).labels.tolist() == [0, 1, 2]

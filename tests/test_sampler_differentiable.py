@@ -470,6 +470,7 @@ def test_nonfinite_gradients_still_raise(x0):
         )
     assert caught.value.step == 0
     assert caught.value.x.isfinite().all()
+    assert not caught.value.x.requires_grad
 
 
 def test_a_joint_norm_clip_of_zero_gradients_is_differentiable():
