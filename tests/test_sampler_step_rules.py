@@ -183,6 +183,20 @@ def test_preconditioner_of_several_tensors():
         sampler(x0[0])
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (1, 3, 1), (3, 2)])
+def test_a_preconditioner_broadcasts_to_a_chain(shape):
+    scale = normals(*shape, seed=4).square() + 0.1
+    x0 = normals(B, 3, 2)
+    sampler = LangevinSampler(
+        score=lambda x: -x, n_steps=1, drift=0.1, noise=0.0, preconditioner=scale
+    )
+    if len(shape) > 2:
+        with pytest.raises(ValueError, match=r"shape of a chain, \(3, 2\), got \(1, 3, 1\)"):
+            sampler(x0)
+        return
+    torch.testing.assert_close(sampler(x0).x, x0 - 0.1 * scale * x0)
+
+
 def test_a_preconditioner_is_copied_when_the_sampler_is_made():
     scale, x0 = P.clone(), normals(B, D)
     sampler = LangevinSampler(energy, n_steps=3, drift=0.1, preconditioner=scale)
@@ -199,6 +213,10 @@ def test_bad_preconditioner():
 
     with pytest.raises(ValueError, match="preconditioner must be finite and > 0"):
         make(torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(ValueError, match="preconditioner must be finite and > 0"):
+        make(torch.tensor([1.0, torch.inf, 1.0]))
+    with pytest.raises(TypeError, match=r"must be floating point, got torch\.int64"):
+        make(torch.ones(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="preconditioner must be a tensor"):
         make(2.0)
     with pytest.raises(ValueError, match="preconditioner must not require grad"):

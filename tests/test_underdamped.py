@@ -172,3 +172,44 @@ def test_bad_options(options, match):
         UnderdampedLangevinSampler(quadratic(1.0), n_steps=1, step_size=0.1)(
             torch.zeros(2, 1), velocity=torch.zeros(2, 2)
         )
+
+
+def test_a_score_may_use_autograd_and_a_velocity_may_want_gradients():
+    """Where the caller has gradients on; none flows to the velocity."""
+
+    def score(x):
+        leaf = x.detach().requires_grad_()
+        return -torch.autograd.grad(quadratic(1.0)(leaf).sum(), leaf)[0]
+
+    x0, v0 = torch.ones(3, 2), torch.ones(3, 2, requires_grad=True)
+    common = {"n_steps": 3, "step_size": 0.2}
+    out = UnderdampedLangevinSampler(score=score, **common)(x0, key=cf.Key(0), velocity=v0)
+    expected = UnderdampedLangevinSampler(quadratic(1.0), **common)
+    torch.testing.assert_close(out.x, expected(x0, key=cf.Key(0), velocity=v0.detach()).x)
+    assert not out.x.requires_grad
+    assert not out.velocity.requires_grad
+    assert torch.equal(v0.detach(), torch.ones(3, 2))
+
+
+def test_velocities_drawn_for_a_mass():
+    x0, common = torch.zeros(5, 2), {"n_steps": 0, "step_size": 0.1, "temperature": 2.0}
+    light, heavy = (
+        UnderdampedLangevinSampler(quadratic(1.0), mass=mass, **common)(x0, key=cf.Key(0)).velocity
+        for mass in (1.0, 4.0)
+    )
+    torch.testing.assert_close(heavy, light / 2)
+    assert light.all()
+
+
+def test_tables_beside_a_state_in_half_precision():
+    x0 = torch.ones(3, 2, dtype=torch.bfloat16)
+    ends = [
+        UnderdampedLangevinSampler(
+            quadratic(1.0), n_steps=2, step_size=h, friction=h, stats=True, on_nonfinite=mode
+        )(x0, key=cf.Key(0), velocity=x0)
+        for h in (0.25, [0.25, 0.25])
+        for mode in ("raise", "ignore")
+    ]
+    for out in ends:
+        assert out.x.dtype == out.velocity.dtype == torch.bfloat16
+        torch.testing.assert_close(out.x, ends[0].x, atol=0.02, rtol=0)  # two roundings
