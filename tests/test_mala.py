@@ -232,3 +232,35 @@ def test_proposals_whose_ratio_is_not_a_number_are_refused(adapt_steps: int) -> 
     assert out.stats.acceptance.isfinite().all()
     assert (out.stats.acceptance == 0).any()
     assert out.step_size.isfinite().all()
+
+
+def test_bounds_of_the_adaptation() -> None:
+    """It may last to the end, of a table of one row as of a number, and sees nothing after it."""
+    common = {"n_steps": 4, "stats": True, "kernel": False}
+    x0 = torch.linspace(-1, 1, 8)[:, None]
+    for step_size in (0.3, [[0.3]], torch.full((1, 8), 0.3)):
+        for adapt_steps in (3, 4):
+            sampler = MALASampler(
+                double_well, step_size=step_size, adapt_steps=adapt_steps, **common
+            )
+            first, again = (sampler(x0, key=cf.Key(0)) for _ in range(2))
+            assert torch.equal(first.step_size, again.step_size)
+            assert torch.equal(first.stats.step_size[0], torch.full((8,), 0.3))
+            assert (first.step_size != 0.3).all()
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match="adapt_steps needs a step_size that is the same"):
+            MALASampler(double_well, n_steps=rows, step_size=[0.1] * rows, adapt_steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_a_state_in_half_precision_are_in_float32(dtype: torch.dtype) -> None:
+    """Moves and gradients of 300 in 100 elements, whose squares are beyond float16."""
+    x0 = torch.full((2, 100), 300.0, dtype=dtype)
+    out = MALASampler(
+        lambda x: x.float().square().sum(1) / 2, n_steps=1, step_size=1.4, stats=True
+    )(x0, key=cf.Key(0))
+    assert out.stats is not None
+    assert out.stats.grad_norm.dtype == torch.float32
+    assert out.stats.accepted.all()
+    expected = out.x.float().norm(dim=1)
+    torch.testing.assert_close(out.stats.grad_norm[0], expected, rtol=1e-4, atol=0)

@@ -216,6 +216,36 @@ def test_one_capture_for_each_kind_of_call_and_a_bounded_cache(recorded):
     assert run(5) == 8  # the one before is still there
 
 
+def test_calls_whose_tensors_alone_are_alike(recorded):
+    """Lists and tuples, integers and fractions, memory layouts: each kind as in a plain run."""
+
+    def compare(energy, calls, **options):
+        before = recorded.made
+        captured = stepwise(energy, n_steps=3, step_size=0.3, **options)
+        plain = stepwise(energy, n_steps=3, step_size=0.3, cuda_graph=False, **options)
+        for x0, call in calls:
+            a, b = captured(x0, key=KEY, **call).x, plain(x0, key=KEY, **call).x
+            assert type(a) is type(b)
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert recorded.made - before == len(calls)
+
+    pair = torch.ones(4, 2), torch.ones(4, 3)
+    compare(
+        lambda s: (1 + isinstance(s, list)) * (s[0].square().sum(1) + s[1].square().sum(1)),
+        [(pair, {}), (list(pair), {})],
+    )
+    rows = torch.tensor([1, 2, 3])
+    compare(
+        lambda x, c: (x - c.reshape(-1, 1)).square().sum(1),
+        [(pair[0], {"step_kwargs": {"c": c}}) for c in (rows, rows + 0.5, rows[:, None])],
+    )
+    image = torch.ones(2, 3, 4, 4)
+    compare(
+        lambda x: x.square().sum((1, 2, 3)),
+        [(image, {}), (image.to(memory_format=torch.channels_last), {})],
+    )
+
+
 def test_model_kwargs(recorded):
     def energy(x, centre, scale, unhashable=()):
         return scale * (x - centre).square().sum(1)

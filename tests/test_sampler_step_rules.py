@@ -262,3 +262,24 @@ def test_bad_momentum():
         LangevinSampler(energy, n_steps=1, drift=0.1, nesterov=True)
     with pytest.raises(ValueError, match="momentum cannot be used with differentiable"):
         LangevinSampler(energy, n_steps=1, drift=0.1, momentum=0.1, differentiable=True)
+
+
+def test_nesterov_with_a_step_size_for_each_chain():
+    x0, drift = normals(B, D), torch.linspace(0.05, 0.2, B, dtype=torch.float64)[None]
+    common = {"n_steps": 4, "noise": 0.0, "momentum": 0.5, "nesterov": True}
+    whole = LangevinSampler(energy, drift=drift, **common)(x0).x
+    for i in range(B):
+        alone = LangevinSampler(energy, drift=float(drift[0, i]), **common)(x0[i : i + 1]).x
+        torch.testing.assert_close(whole[i : i + 1], alone)
+
+
+def test_norms_of_a_state_in_half_precision_do_not_overflow():
+    """‖g‖ = 3e5, beyond float16."""
+    ends = [
+        LangevinSampler(score=lambda x: torch.full_like(x, 3000.0), n_steps=1, snr=30.0)(
+            torch.zeros(1, 10_000, dtype=dtype), key=KEY
+        ).x.float()
+        for dtype in (torch.float16, torch.float32)
+    ]
+    assert ends[1].mean() > 0.5
+    torch.testing.assert_close(*ends, rtol=0, atol=2e-3)  # an ulp of float16 at 0.6, and some
