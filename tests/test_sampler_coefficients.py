@@ -103,3 +103,36 @@ def test_a_call_s_values_are_refused_by_name(energy, options, call, error, messa
     sampler = LangevinSampler(energy, n_steps=5, **options)
     with pytest.raises(error, match=message):
         sampler(torch.randn(4, 2), **call)
+
+
+def test_where_a_table_is_too_short_the_call_is_told_what_to_give(energy):
+    x0 = torch.randn(4, 2)
+    advised = LangevinSampler(energy, n_steps=2, drift=[0.1, 0.2])
+    with pytest.raises(ValueError, match=r"the sampler has 2; give drift at the call too$"):
+        advised(x0, n_steps=3)
+    snr = LangevinSampler(energy, n_steps=2, snr=[0.1, 0.2])
+    with pytest.raises(ValueError, match=r"the sampler has 2$"):  # a call takes none
+        snr(x0, n_steps=3)
+    row = LangevinSampler(energy, n_steps=2, drift=[[0.1, 0.1, 0.1, 0.1]])
+    constant = LangevinSampler(energy, n_steps=3, drift=0.1)
+    torch.testing.assert_close(row(x0, key=KEY, n_steps=3).x, constant(x0, key=KEY).x)
+
+
+def test_the_denoising_step_of_a_shorter_call_is_its_own(energy):
+    """Its drift and that it has no noise, of tables, numbers and values per chain."""
+    x0 = torch.randn(4, 2)
+    for drift, noise in (([0.1, 0.2, 0.3], 0.5), (0.1, [0.5, 0.4, 0.3]), (0.1, 0.0)):
+        options = {"drift": drift, "noise": noise}
+        sampler = LangevinSampler(energy, n_steps=3, denoise=[0.1, 0.2, 0.3, 0.4], **options)
+        alone = LangevinSampler(energy, n_steps=3, **options)
+        for n_steps in (3, 1):
+            x = alone(x0, key=KEY, n_steps=n_steps).x
+            expected = x - torch.linspace(0.1, 0.4, 4)[:, None] * energy_gradient(energy, x)
+            got = sampler(x0, key=KEY, n_steps=n_steps)
+            torch.testing.assert_close(got.x, expected)
+            assert got.key == KEY.advance(n_steps + 1)
+
+
+def energy_gradient(energy, x: torch.Tensor) -> torch.Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(energy(leaf).sum(), leaf)[0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import coopflow_ext as cf
 from coopflow_ext.energies import MLPEnergy
 from coopflow_ext.samplers import LangevinSampler
+from coopflow_ext.samplers.schedule import place
 
 
 def energy(x: Tensor) -> Tensor:
@@ -416,3 +417,46 @@ def test_autocast_where_torch_has_none_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"autocast: torch has none .* which is 'meta'"):
         sampler(X0.to("meta"), key=cf.Key(0))
+
+
+def test_bounds_that_are_allowed():
+    largest = float(np.finfo(np.float32).max)
+    assert place("drift", largest, X0) == largest
+    with pytest.raises(ValueError, match="drift must be finite in float32"):
+        place("drift", 2 * largest, X0)
+    assert place("drift", 2 * largest, X0.double()) == 2 * largest
+    out = LangevinSampler(energy, n_steps=1, step_size=0.1, clamp=(0.5, 0.5))(X0)
+    assert torch.equal(out.x, torch.full_like(X0, 0.5))
+    assert LangevinSampler(energy, n_steps=0, step_size=0.1, momentum=0.0)(X0).x.equal(X0)
+    with pytest.raises(ValueError, match="checkpoint_every needs differentiable=True"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1, differentiable="last", checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"x_ref needs the option pull=\(None, strength\)"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1)(X0, x_ref=X0)
+    with pytest.raises(TypeError, match="pull must be a pair"):
+        LangevinSampler(energy, n_steps=1, step_size=0.1, pull=(X0, 1.0, 2.0))
+    with pytest.raises(ValueError, match="negative_energy belongs to energy"):
+        LangevinSampler(score=lambda x: -x, n_steps=1, step_size=0.1, negative_energy=True)
+
+
+def test_eight_chains_are_named():
+    def score(x: Tensor) -> Tensor:
+        return torch.full_like(x, torch.nan)
+
+    for count, shown in ((8, "0, 1, 2, 3, 4, 5, 6, 7"), (9, "0, 1, 2, 3, 4, 5, 6, 7, …")):
+        with pytest.raises(cf.NonFiniteError, match=rf"in {count} of {count} chains \({shown}\)"):
+            LangevinSampler(score=score, n_steps=1, step_size=0.1)(torch.zeros(count, 1))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_score_of_several_tensors_some_of_which_want_gradients(first):
+    scale = nn.Parameter(torch.tensor(1.0))
+    state = torch.ones(2, 3), torch.ones(2, 1)
+
+    def score(s: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        learned, plain = -scale * s[0 if first else 1], -s[1 if first else 0]
+        return (learned, plain) if first else (plain, learned)
+
+    out = LangevinSampler(score=score, n_steps=2, drift=0.5, noise=0.0)(state)
+    for x, start in zip(out.x, state, strict=True):
+        assert not x.requires_grad
+        assert torch.equal(x, start / 4)

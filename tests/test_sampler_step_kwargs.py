@@ -159,3 +159,35 @@ def test_an_energy_that_refuses_a_name():
     refused({"sigma": SIGMA}, "'sigma', which energy does not take", function=MLPEnergy(D).double())
     with pytest.raises(ValueError, match="'time', which score does not take"):
         LangevinSampler(score=lambda x: -x, n_steps=T, drift=0.1, step_kwargs={"time": SIGMA})
+
+
+def test_rows_of_a_shorter_call_and_the_last_of_them_again():
+    """The sampler's first rows count; those of a call must be as many as its steps."""
+    seen = []
+
+    def score(x: Tensor, sigma: Tensor, /, level: Tensor) -> Tensor:
+        seen.append(float(level))
+        return -x
+
+    sampler = LangevinSampler(
+        score=score, n_steps=4, drift=0.01, denoise=0.01,
+        step_kwargs={"level": torch.arange(4.0)},
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="sigma"):
+        sampler(normals(B, D), n_steps=2)
+    with pytest.raises(ValueError, match="'sigma', which score does not take"):
+        LangevinSampler(score=score, n_steps=4, drift=0.01, step_kwargs={"sigma": SIGMA[:4]})
+
+    def plain_score(x: Tensor, level: Tensor) -> Tensor:
+        seen.append(float(level))
+        return -x
+
+    sampler = LangevinSampler(
+        score=plain_score, n_steps=4, drift=0.01, denoise=0.01,
+        step_kwargs={"level": torch.arange(4.0)},
+    )  # fmt: skip
+    sampler(normals(B, D), n_steps=2)
+    assert seen == [0.0, 1.0, 1.0]
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=r"'level'\] must have a row for each of 2 steps"):
+            sampler(normals(B, D), n_steps=2, step_kwargs={"level": torch.arange(float(rows))})
