@@ -213,3 +213,22 @@ def test_tables_beside_a_state_in_half_precision():
     for out in ends:
         assert out.x.dtype == out.velocity.dtype == torch.bfloat16
         torch.testing.assert_close(out.x, ends[0].x, atol=0.02, rtol=0)  # two roundings
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_no_gradient_flows_to_what_a_score_learns(first):
+    """Also where one tensor of several wants it."""
+    scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def score(s):
+        learned, plain = -scale * s[0 if first else 1], -s[1 if first else 0]
+        return (learned, plain) if first else (plain, learned)
+
+    common = {"n_steps": 2, "step_size": 0.2}
+    start = torch.ones(2, 3), torch.ones(2, 3)
+    out = UnderdampedLangevinSampler(score=score, **common)(start, key=cf.Key(0))
+    plain = UnderdampedLangevinSampler(score=lambda s: (-s[0], -s[1]), **common)
+    expected = plain(start, key=cf.Key(0))
+    for got, want in ((out.x, expected.x), (out.velocity, expected.velocity)):
+        assert not any(t.requires_grad for t in got)
+        torch.testing.assert_close(got, want)
