@@ -460,3 +460,33 @@ def test_a_score_of_several_tensors_some_of_which_want_gradients(first):
     for x, start in zip(out.x, state, strict=True):
         assert not x.requires_grad
         assert torch.equal(x, start / 4)
+
+
+def test_tables_without_values_are_refused():
+    for table in (torch.ones(1, 0), torch.ones(3, 0)):
+        with pytest.raises(ValueError, match=r"drift must be a number, \(3,\) or"):
+            LangevinSampler(energy, n_steps=3, drift=table)
+    with pytest.raises(ValueError, match="drift must be a dense tensor with data, got one of"):
+        LangevinSampler(energy, n_steps=3, drift=torch.ones(3, device="meta"))
+
+
+def test_a_score_that_differentiates_by_itself():
+    """Where the caller has gradients on, as in a plain loop."""
+
+    def score(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return -torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+
+    out = LangevinSampler(score=score, n_steps=2, drift=0.5, noise=0.0)(X0)
+    assert torch.equal(out.x, X0 / 4)
+
+
+@pytest.mark.parametrize("kind", [LangevinSampler, cf.MALASampler])
+def test_whole_chain_kernels_take_strided_starts_and_promise_a_device(kind):
+    net, wide = MLPEnergy(3), torch.randn(4, 6)
+    sampler = kind(net, n_steps=2, step_size=0.1, kernel=True)
+    ends = [sampler(x, key=cf.Key(0)).x for x in (wide[:, ::2], wide[:, ::2].contiguous())]
+    assert torch.equal(*ends)
+    required = kind(net, n_steps=2, step_size=0.1, kernel=True, cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph=True needs x0 on a CUDA device"):
+        required(X0)

@@ -191,3 +191,15 @@ def test_rows_of_a_shorter_call_and_the_last_of_them_again():
     for rows in (1, 3):
         with pytest.raises(ValueError, match=r"'level'\] must have a row for each of 2 steps"):
             sampler(normals(B, D), n_steps=2, step_kwargs={"level": torch.arange(float(rows))})
+
+
+def test_names_of_rows():
+    """Text, and whatever an energy of any arguments takes."""
+    refused({1: SIGMA}, "step_kwargs must be a mapping from names", error=TypeError)
+
+    def any_names(x: Tensor, **given: Tensor) -> Tensor:
+        return energy(x, given["sigma"])
+
+    options = {"n_steps": T, "drift": DRIFT, "step_kwargs": {"sigma": SIGMA}}
+    ends = [LangevinSampler(of, **options)(normals(B, D), key=KEY).x for of in (energy, any_names)]
+    assert torch.equal(*ends)
