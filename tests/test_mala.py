@@ -264,3 +264,13 @@ def test_sums_of_a_state_in_half_precision_are_in_float32(dtype: torch.dtype) ->
     assert out.stats.accepted.all()
     expected = out.x.float().norm(dim=1)
     torch.testing.assert_close(out.stats.grad_norm[0], expected, rtol=1e-4, atol=0)
+
+
+def test_a_network_in_autocast_runs_step_by_step() -> None:
+    torch.manual_seed(0)
+    net, x0 = MLPEnergy(3), torch.randn(8, 3)
+    common = {"n_steps": 4, "step_size": 0.3, "autocast": torch.bfloat16, "stats": True}
+    ends = [MALASampler(net, kernel=k, **common)(x0, key=cf.Key(0)) for k in ("auto", False)]
+    assert torch.equal(ends[0].stats.energy, ends[1].stats.energy)
+    with pytest.raises(ValueError, match="autocast is for steps one by one"):
+        MALASampler(net, kernel=True, **common)

@@ -373,3 +373,10 @@ def test_a_key_without_a_device_is_traced_in_one_graph():
     compiled = torch.compile(draw, fullgraph=True, backend="eager")
     for key in (cf.Key(3), cf.Key(2**64 - 1, time=4, chain=7)):
         assert torch.equal(compiled(key), draw(key))
+
+
+def test_the_last_chains_have_numbers():
+    key = cf.Key(0, chain=2**63 - 4)
+    key.check_batch(4)
+    with pytest.raises(ValueError, match=r"key.chain must be at most 2\*\*63 - 5 for 5 chains"):
+        key.check_batch(5)
