@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -300,7 +300,7 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
 )
 
 
-@cache
+@lru_cache(1024)  # classes that are made anew in every call may be many
 def _is_ours(kind: Any) -> bool:
     return any(each.__module__.startswith("coopflow_ext.") for each in kind.__mro__)
 

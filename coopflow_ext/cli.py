@@ -1,6 +1,7 @@
 """The command line ``coopflow``.
 
-Exit codes: 0 done, 1 failed with one readable line, 2 bad usage, 130 interrupted.
+Exit codes: 0 done, 1 failed with one readable line, 2 bad usage, 130 interrupted, 141 nobody read
+the output to its end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -44,19 +46,22 @@ from coopflow_ext.coop.study.report import report_run
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Bad usage exits with 2, as argparse does."""
-    # A terminal may not know a letter of a path or a unit, which is no reason to fail.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_output()
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         with _plain_warnings():
             args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except KeyboardInterrupt as error:
         print(f"coopflow: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -67,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"coopflow: {message} (--debug shows the traceback)", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _prepare_output() -> None:
+    """A command does not fail for a letter that a terminal has not, nor where there is none."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (while it runs)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -97,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiments(commands)
     _add_diagnose(commands)
     report_parser = _add_command(commands, "report", "write a run as one HTML page", report)
-    report_parser.add_argument("run", type=Path, help="a run folder")
+    report_parser.add_argument("run", type=_path, help="a run folder")
     _add_ablate(commands)
     _add_import_official(commands)
     _add_bench(commands)
@@ -114,6 +129,12 @@ def _add_command(
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:  # of a variable that is not set; a Path would take it for "."
+        raise argparse.ArgumentTypeError("must name a file or folder, got ''")
+    return Path(text)
 
 
 def _add_number(parser: argparse.ArgumentParser, description: str, **options: Any) -> None:
@@ -151,7 +172,7 @@ def _parser_of(setting: SettingType) -> Callable[[str], Any]:
 
 def _add_train(commands: Any) -> None:
     parser = _add_command(commands, "train", "train a CoopFlow and leave a run folder", train)
-    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument("--out", required=True, type=_path, help="the run folder")
     parser.add_argument(
         "--preset", choices=PRESETS, help=f"settings to start from; by default {DEFAULT_PRESETS}"
     )
@@ -237,9 +258,9 @@ def _device(name: str) -> str:
 
 def _add_sample(commands: Any) -> None:
     parser = _add_command(commands, "sample", "draw samples from a run into a picture", sample)
-    parser.add_argument("run", type=Path, help="a run folder or a checkpoint")
+    parser.add_argument("run", type=_path, help="a run folder or a checkpoint")
     _add_number(parser, "how many (default 64)", default=64)
-    parser.add_argument("--out", type=Path, required=True, help="PNG, or .npy for the numbers")
+    parser.add_argument("--out", type=_path, required=True, help="PNG, or .npy for the numbers")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     _add_device(parser)
 
@@ -262,20 +283,20 @@ def sample(args: argparse.Namespace) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = _add_command(commands, "evaluate", "measure a run", evaluate)
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=_path, help="a run folder")
     _add_number(parser, "samples; default as in the run's settings")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--fid", action="store_true", help="also the FID with Inception features")
     parser.add_argument(
         "--fid-stats",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="the FID against these statistics (.npz with mu and sigma, as pytorch-fid writes them)"
         " instead of the training images",
     )
-    parser.add_argument("--export-png", type=Path, metavar="DIR", help="write the samples as PNG")
+    parser.add_argument("--export-png", type=_path, metavar="DIR", help="write the samples as PNG")
     parser.add_argument(
-        "--export-training", type=Path, metavar="DIR", help="write the training images as PNG"
+        "--export-training", type=_path, metavar="DIR", help="write the training images as PNG"
     )
     _add_device(parser)
 
@@ -307,7 +328,7 @@ def _add_experiments(commands: Any) -> None:
     for name, description in _EXPERIMENTS.items():
         parser = _add_command(commands, name, description, experiment)
         parser.set_defaults(experiment=name)
-        parser.add_argument("run", type=Path, help="a run folder")
+        parser.add_argument("run", type=_path, help="a run folder")
         default = inspect.signature(getattr(experiments, f"{name}_run")).parameters["n"].default
         _add_number(parser, f"how many images (default {default})")
         parser.add_argument("--seed", type=int, help="seed of the chains' starts (default 0)")
@@ -320,7 +341,7 @@ def _add_experiments(commands: Any) -> None:
         _add_device(parser)
         if name == "inpaint":
             parser.add_argument("--chains", type=int, help="fillings of each image (default 4)")
-            parser.add_argument("--mask", type=Path, help=".npy, bool (H, W), True where known")
+            parser.add_argument("--mask", type=_path, help=".npy, bool (H, W), True where known")
         if name == "interpolate":
             parser.add_argument("--points", type=int, help="points of a line (default 21)")
 
@@ -340,7 +361,7 @@ def _add_diagnose(commands: Any) -> None:
     parser = _add_command(
         commands, "diagnose", "moment gap, drift of the proposals and long chains", diagnose
     )
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=_path, help="a run folder")
     _add_number(parser, "chains (default 200)", default=200)
     parser.add_argument(
         "--long",
@@ -375,8 +396,8 @@ def _add_ablate(commands: Any) -> None:
     parser = _add_command(
         commands, "ablate", "train a list of settings with several seeds and compare them", ablate
     )
-    parser.add_argument("--configs", type=Path, required=True, help="JSON: seeds, base, rows")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
+    parser.add_argument("--configs", type=_path, required=True, help="JSON: seeds, base, rows")
+    parser.add_argument("--out", type=_path, required=True, help="folder of the runs and the table")
     _add_device(parser)
 
 
@@ -394,8 +415,8 @@ def _add_import_official(commands: Any) -> None:
         "turn a checkpoint of the authors' published code into a run",
         import_official,
     )
-    parser.add_argument("checkpoint", type=Path, help="the file with flow_net and ebm_net")
-    parser.add_argument("--out", required=True, type=Path, help="the run folder")
+    parser.add_argument("checkpoint", type=_path, help="the file with flow_net and ebm_net")
+    parser.add_argument("--out", required=True, type=_path, help="the run folder")
     parser.add_argument(
         "--preset", choices=PRESETS, default="cifar10", help="settings of the chain and the data"
     )
@@ -433,7 +454,7 @@ def import_official(args: argparse.Namespace) -> None:
 def _add_bench(commands: Any) -> None:
     parser = _add_command(commands, "bench", "measure this package against plain PyTorch", bench)
     parser.add_argument("--quick", action="store_true", help="few cases, without torch.compile")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results.json, table.md and plots")
+    parser.add_argument("--out", type=_path, metavar="DIR", help="results.json, table.md and plots")
     parser.add_argument(
         "--case", action="append", default=[], metavar="PATTERN", help="such as 'langevin/*'"
     )
@@ -443,6 +464,8 @@ def _add_bench(commands: Any) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """``coopflow bench``."""
+    if args.resume and args.out is None:
+        raise ValueError("--resume must be given with the --out that has results, got none")
     package = Path(__file__).resolve().parent
     folder = package / "_benchmarks"  # setup.py puts them there
     if not folder.is_dir():

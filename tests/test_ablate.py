@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from coopflow_ext import Key, cli
+from coopflow_ext import Key, NonFiniteError, cli
 from coopflow_ext.coop import CoopFlow, RunError, TrainConfig, Trainer
-from coopflow_ext.coop.study.ablate import Ablation, run_ablation, table
+from coopflow_ext.coop.study.ablate import Ablation, run_ablation, save_plot, table
 from coopflow_ext.data import load
 
 BASE: dict[str, Any] = {
@@ -179,6 +180,10 @@ def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path)
     plan = Ablation.read(write_plan(tmp_path / "plan.json", rows=rows))
     with pytest.raises(ValueError, match=r"row 'bad': flow_options do not fit realnvp.*depth"):
         run_ablation(plan, tmp_path / "out")
+    rows = {"good": {}, "bad": {"cuda_graph": True}}
+    plan = Ablation.read(write_plan(tmp_path / "plan.json", rows=rows))
+    with pytest.raises(ValueError, match="row 'bad': cuda_graph=true needs a CUDA device, got cpu"):
+        run_ablation(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -187,6 +192,8 @@ def test_a_row_that_cannot_be_built_is_found_before_any_training(tmp_path: Path)
     [
         ('{"seeds": 3, "rows": {"a": {}}}', "seeds must be a list, base and rows objects"),
         ('{"seeds": [0], "rows": ["a"]}', "seeds must be a list, base and rows objects"),
+        ('{"seeds": [0], "rows": {"a": null}}', "row 'a' must be an object, got None"),
+        ('{"seeds": [0], "rows": {"a": {"preset": [1]}}}', r"preset must be one of .*got \[1\]"),
         ('{"seeds": [-1], "rows": {"a": {}}}', "row 'a': seed must be finite and ≥ 0, got -1"),
         ('{"seeds": ["x"], "rows": {"a": {}}}', "row 'a': seed must be int, got 'x'"),
         ('{"seeds": [0], "rows": {"a": {"steps": 1.5}}}', "row 'a': steps must be int, got 1.5"),
@@ -211,3 +218,46 @@ def test_bad_plans(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         Ablation.read(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "row 'a', seed 0, was stopped and saved; the same command goes on"),
+        (
+            1e30,
+            r"row 'a', seed 0, diverged by step .*: .* lower its rates in the file, delete .*a-",
+        ),
+    ],
+)
+def test_what_ends_a_row_says_how_the_ablation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float | None, message: str
+) -> None:
+    original = Trainer.train_step
+
+    def asked(self: Trainer) -> dict[str, torch.Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    if error is None:
+        monkeypatch.setattr(Trainer, "train_step", asked)
+    settings = {} if error is None else {"flow_lr": error, "steps": 60}
+    ablation = Ablation.read(write_plan(tmp_path / "plan.json", rows={"a": settings}))
+    with pytest.raises((KeyboardInterrupt, NonFiniteError), match=message):
+        run_ablation(ablation, tmp_path / "out")
+
+
+def test_names_of_rows_are_no_markup(tmp_path: Path) -> None:
+    row = {
+        **dict.fromkeys(("langevin_steps", "step_size", "flow_updates", "energy_updates"), 1),
+        **{name: {"mean": 1.0, "std": 0.1} for name in ("held_out", "flow", "langevin")},
+        "seeds": 1,
+        "moment_gap": None,
+        "feature_space": "digits",
+        "n": 20,
+        "starts_from_flow": True,
+        "name": r"a|b $\foo$",
+    }
+    assert r"| a\|b $\foo$ | 1 |" in table([row])
+    save_plot(tmp_path / "plot.png", [row])
+    assert (tmp_path / "plot.png").exists()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -350,3 +351,38 @@ def test_both_spellings_of_a_setting_are_that_setting() -> None:
     for option in ("--start", "--chain-start"):
         given = cli._parser().parse_args(["train", "--out", "x", option, "uniform", "-n", "20"])
         assert cli._settings(given) == {"start": "uniform", "n_samples": 20}
+
+
+def test_switches_of_a_preset_can_be_turned_off(tmp_path: Path) -> None:
+    asked = []
+    with mock.patch.object(coop, "train", lambda config, *_, **__: asked.append(config)):
+        for given in ([], ["--no-flow-restart"], ["--flow-restart"]):
+            command = ["train", "--out", str(tmp_path), "--preset", "cifar10-pre", *given]
+            assert cli.main(command) == 0
+    assert [config.flow_restart for config in asked] == [True, False, True]
+
+
+def test_an_empty_path_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", "--out", ""])
+    assert error.value.code == 2
+    assert "argument --out: must name a file or folder, got ''" in capsys.readouterr().err
+
+
+def test_results_are_added_to_those_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--resume", "--quick"]) == 1
+    assert "--resume must be given with the --out" in capsys.readouterr().err
+
+
+def test_no_output_or_one_without_the_letters_is_no_reason_to_fail() -> None:
+    command = f"{shlex.quote(sys.executable)} -m coopflow_ext"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for line, code, printed in (
+        ("reconstruct --help", 0, b"\\u03b4"),
+        ("info | true; exit ${PIPESTATUS[0]}", cli.EXIT_UNREAD, b""),
+        ("info 2>&- >&-", 0, b""),
+    ):
+        result = subprocess.run(["bash", "-c", f"{command} {line}"], capture_output=True,
+                                env=environment, check=False)  # fmt: skip
+        assert (result.returncode, result.stderr) == (code, b"")
+        assert printed in result.stdout

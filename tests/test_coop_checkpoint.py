@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -424,3 +425,36 @@ def test_persistent_chains_move_and_go_on_with_their_key(digits: Dataset) -> Non
     model = coop.CoopFlow.from_config(config, coop.model.EventSpec((1, 8, 8), 17)).to("meta")
     assert model.buffer is not None
     assert model.buffer.states.is_meta
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_stops_the_reading_is_no_damage(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def stopped(content: bytes) -> Tensors:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load", stopped)
+    with pytest.raises(error):
+        load_checkpoint(saved)
+
+
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*step-0000007.safetensors'$"):
+        run.load_latest()
+
+
+def test_a_folder_whose_name_is_no_text(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"run\xff") / saved.name
+    path.parent.mkdir()
+    path.write_bytes(saved.read_bytes())
+    again, facts = load_checkpoint(path)
+    expected, same = load_checkpoint(saved)
+    assert facts == same
+    assert all(torch.equal(t, again[name]) for name, t in expected.items())

@@ -18,7 +18,7 @@ import pytest
 import torch
 from coop_runs import FORKS, assert_same_end, snapshot, tiny
 
-from coopflow_ext import cli, coop
+from coopflow_ext import NonFiniteError, cli, coop
 from coopflow_ext.coop import RunFolder, TrainConfig, pictures
 from coopflow_ext.coop.checkpoint import load_checkpoint
 
@@ -270,3 +270,13 @@ def test_a_read_only_run_is_read_and_not_trained(
     assert cli.main(["report", str(read_only)]) == 1
     assert "Read-only file system" in capsys.readouterr().err
     assert snapshot(read_only) == before
+
+
+@pytest.mark.parametrize("steps", [3, 0])
+def test_a_flow_that_diverges_is_told_as_that(tmp_path: Path, steps: int) -> None:
+    """Its samples are no images any more, which it refuses to learn."""
+    config = tiny(pretrain_steps=0, flow_frozen_steps=0, warmup_steps=0, langevin_steps=steps,
+                  flow_lr=1e30, steps=60, log_every=20, checkpoint_every=30)  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"training diverged by step .* --resume --lr X"):
+        coop.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "divergence.json").exists()

@@ -13,6 +13,7 @@ from coop_runs import assert_same_end, snapshot, tiny
 
 from coopflow_ext import cli, coop
 from coopflow_ext.coop import RunError, RunFolder, TrainConfig
+from coopflow_ext.coop import run as run_module
 from coopflow_ext.coop.files import sweep, write_atomically
 
 
@@ -200,7 +201,7 @@ def test_a_folder_with_something_of_the_users_is_not(tmp_path: Path, name: str) 
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with pytest.raises(RunError, match="exists: continue it with --resume"):
+    with pytest.raises(RunError, match="is not empty, and no run; choose another"):
         coop.train(tiny(), tmp_path / "run")
     assert list(snapshot(tmp_path)) == [str(file)]
 
@@ -215,3 +216,58 @@ def test_the_settings_are_written_first(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         coop.train(tiny(), tmp_path / "run")
     assert RunFolder.open(tmp_path / "run").config == tiny()
+
+
+# --- lines and pictures --------------------------------------------------------------------------
+
+
+def test_lost_last_lines_are_measured_again(finished: Path, copied: Path) -> None:
+    run, lines = RunFolder.open(copied), RunFolder.open(finished).metrics()
+    kept = [line for line in lines if line["step"] < 10]
+    for number, left in enumerate((kept, lines)):
+        run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in left))
+        summary = coop.train(None, copied, resume=True)
+        expected = RunFolder.open(finished).summary()
+        assert summary["fd"] == expected["fd"]
+        assert summary["moment_gap_start"] == expected["moment_gap_start"]
+        # Of the samples of a training, which are gone.
+        assert summary["moment_gap"] == (None if number == 0 else expected["moment_gap"])
+
+
+@pytest.mark.parametrize("lost", [b"", None])
+def test_what_began_with_lost_lines_is_left_out(
+    finished: Path, copied: Path, lost: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = RunFolder.open(copied).metrics_path
+    metrics.unlink() if lost is None else metrics.write_bytes(lost)
+    with pytest.warns(UserWarning, match=r"metrics.jsonl has lost the lines of the beginning"):
+        assert cli.main(["train", "--out", str(copied), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "after Langevin" in printed
+    assert "at step 0" not in printed
+    summary, expected = RunFolder.open(copied).summary(), RunFolder.open(finished).summary()
+    assert summary["fd"] == {**expected["fd"], "flow_start": None}
+    assert summary["moment_gap_start"] is None
+    assert cli.main(["report", str(copied)]) == 0
+
+
+def test_pictures_of_dropped_steps_go_with_their_lines(copied: Path) -> None:
+    run = RunFolder.open(copied)
+    later, other = run.picture_path(11), copied / "samples" / "mine.png"
+    for path in (later, other):
+        path.write_bytes(run.picture_path(10).read_bytes())
+    coop.train(tiny(steps=9), copied, resume=True)
+    assert [step for step, _ in run.pictures()] == [0, 3, 5, 10, 12]
+    assert other.exists()
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, save = [], run_module.save_checkpoint
+    monkeypatch.setattr(run_module, "sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(
+        run_module, "save_checkpoint", lambda path, *a: [done.append(path.suffix), save(path, *a)]
+    )
+    coop.train(tiny(), tmp_path / "run")
+    assert done == ["metrics.jsonl", ".safetensors"] * 3

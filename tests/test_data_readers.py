@@ -8,6 +8,7 @@ import math
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -458,3 +459,34 @@ def test_toy_points_are_split_once_and_lie_within_the_pictures_range() -> None:
     points = DENSITIES["8gaussians"].sample(24_000, Key(2))
     assert torch.equal(torch.cat((data.train, data.held_out)), points)
     assert points.abs().max() == 4  # some lay outside
+
+
+def test_folders_below_may_be_links_and_what_is_hidden_is_left_out(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_images(root / "a", 4)
+    write_images(tmp_path / "elsewhere", 3)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    write_images(root / ".thumbnails", 2)
+    (root / "a" / "._000.png").write_bytes(b"of another system")
+    data = load(f"folder:{root}")
+    assert len(data.train) + len(data.held_out) == 7
+    (root / "a" / "up").symlink_to(root)
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: '.*up'"):
+        load(f"folder:{root}")
+
+
+def test_a_folder_below_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "a", 4)
+    closed, original = tmp_path / "b", Path.iterdir
+    closed.mkdir()
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(PermissionError, match="b'"):
+        load(f"folder:{tmp_path}")

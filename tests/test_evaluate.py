@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from coopflow_ext import Key, cli, coop
+from coopflow_ext import Key, LangevinSampler, cli, coop
 from coopflow_ext.coop import inversion
 from coopflow_ext.coop.judge import Judge
 from coopflow_ext.coop.pictures import grid
 from coopflow_ext.coop.study.evaluate import evaluate_run, export, neighbour_distances
-from coopflow_ext.coop.study.experiments import inpaint_run
+from coopflow_ext.coop.study.experiments import inpaint_run, interpolate_run
 from coopflow_ext.data import load
 from coopflow_ext.data.dataset import to_bytes
 from coopflow_ext.metrics import (
@@ -353,3 +356,65 @@ def test_bad_requests(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "chains must be ≥ 1, got 0" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--n", "1"]) == 1
     assert "n must be ≥ 2, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", ["evaluate", "reconstruct", "inpaint", "interpolate", "diagnose"])
+def test_a_study_that_could_not_be_written_is_not_begun(
+    run: Path, tmp_path: Path, study: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=lambda *_: [study, "evaluation"])
+    (copy / {"evaluate": "evaluation"}.get(study, study)).write_text("in the way")
+    with mock.patch.object(LangevinSampler, "__call__", side_effect=AssertionError("begun")):
+        assert cli.main([study, str(copy)]) == 1
+    assert re.search(r"File exists: '.*run/", capsys.readouterr().err)
+
+
+def test_what_a_command_prints_is_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["evaluate", "-n", "4"], ["reconstruct", "-n", "2"], ["inpaint", "-n", "1"]):
+        assert cli.main([command[0], str(run), *command[1:]]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert all((run / printed[name]).is_file() for name in ("picture",) if name in printed)
+
+
+def test_export_into_a_linked_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export(torch.zeros(2, 1, 4, 4), tmp_path / "link")
+    assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["000000.png", "000001.png"]
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="must be another folder than the working directory"):
+        evaluate_run(tmp_path, export_png=Path("."))
+
+
+def test_points_of_a_line_are_counted_before_the_search(run: Path) -> None:
+    with (
+        mock.patch.object(inversion, "reconstruct", side_effect=AssertionError("begun")),
+        pytest.raises(ValueError, match="points must be ≥ 2, got 1"),
+    ):
+        interpolate_run(run, points=1)
+
+
+def test_lines_of_random_samples_begin_without_dropout(run: Path) -> None:
+    asked = []
+    original = coop.CoopFlow.propose
+
+    def propose(self: coop.CoopFlow, *args: Any) -> torch.Tensor:
+        asked.append(self.training)
+        return original(self, *args)
+
+    with mock.patch.object(coop.CoopFlow, "propose", propose):
+        interpolate_run(run, n=1, points=2)
+    assert asked
+    assert not any(asked)
+
+
+def test_masks_that_are_no_array(run: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "mask.npz", a=np.ones((8, 8), bool))
+    with pytest.raises(ValueError, match=r"mask.npz must be one .npy array"):
+        inpaint_run(run, mask=tmp_path / "mask.npz")
+    (tmp_path / "mask.npy").touch()
+    with pytest.raises(ValueError, match=r"mask .*mask.npy cannot be read as a .npy array"):
+        inpaint_run(run, mask=tmp_path / "mask.npy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coopflow_ext import coop
-from coopflow_ext.coop.plane import cell_centres, densities, divergence, normalised
+from coopflow_ext import Key, coop
+from coopflow_ext.coop.plane import _states, cell_centres, densities, divergence, normalised
 from coopflow_ext.coop.study.report import report_run
 from coopflow_ext.data.toy import DENSITIES
 
@@ -116,3 +117,24 @@ def test_energy_alone_on_a_toy_density_says_nothing_of_a_flow(tmp_path: Path) ->
     assert "kl_true_to_flow" not in summary
     assert summary["bits_per_dim"] is None
     assert (tmp_path / "run" / "densities.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 29, 30, 31, 59, 61, 200])
+def test_the_animation_ends_where_the_chains_end(steps: int) -> None:
+    config = coop.TrainConfig.from_dict(
+        {
+            "preset": "toy",
+            "flow_options": {"couplings": 2, "widths": [8]},
+            "energy_options": {"widths": [8]},
+            "langevin_steps": steps,
+        }
+    )
+    model = coop.CoopFlow.from_config(config, coop.model.EventSpec((2,), None))
+    numbers, states = zip(*_states(model, Key(0)), strict=True)
+    gaps = [b - a for a, b in itertools.pairwise(numbers)]
+    assert (numbers[0], numbers[-1]) == (0, steps)
+    assert len(set(gaps[:-1])) <= 1
+    assert min(steps, 15) < len(numbers) <= 31
+    proposals, samples = model.sample_pairs(len(states[0]), Key(0))
+    assert torch.equal(states[0], proposals)
+    assert torch.equal(states[-1], samples)

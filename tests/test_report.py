@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from coopflow_ext import cli, coop
 from coopflow_ext.coop.curves import CURVES, points_of
 from coopflow_ext.coop.study import chart
 from coopflow_ext.coop.study.report import report_run
-from coopflow_ext.errors import NonFiniteError
+from coopflow_ext.errors import NonFiniteError, RunError
 
 VOID = ("img", "meta")
 PHONE, DESKTOP = 420, 1280
@@ -356,3 +357,18 @@ def test_no_overflow_in_a_browser(copied: Path, tmp_path: Path, width: int) -> N
     assert folded <= width
     assert unfolded <= width
     assert shown == text.count("<img") >= 9
+
+
+def test_a_report_of_where_one_is_bears_the_folders_name(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = copied.rename(copied.with_name(os.fsdecode(b"run\xff")))
+    monkeypatch.chdir(copied)
+    assert "<title>CoopFlow run run?</title>" in report_run(Path(".")).read_text()
+
+
+def test_a_damaged_study_is_named(copied: Path) -> None:
+    file = copied / "diagnose" / "summary.json"
+    file.write_text(file.read_text().replace('"steps"', '"stops"'))
+    with pytest.raises(RunError, match=r"summary.json is damaged: its long_chains: .*steps"):
+        report_run(copied)

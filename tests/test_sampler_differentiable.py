@@ -659,3 +659,18 @@ def test_checkpoints_take_an_argument_that_is_given_twice(x0):
         out = sampler(x0, key=KEY, model_kwargs={"a": label, "b": [label]})
         grads.append(torch.autograd.grad(out.x.sum(), label)[0])
     torch.testing.assert_close(*grads)
+
+
+def test_the_backward_pass_leaves_where_chains_stopped():
+    def score(x):
+        return torch.where(x > 3.5, torch.nan, torch.ones_like(x))
+
+    x0 = torch.tensor([[0.0], [-50.0], [9.0]], requires_grad=True)
+    sampler = cf.LangevinSampler(
+        score=score, n_steps=8, drift=1.0, noise=0.0, differentiable=True, checkpoint_every=2,
+        on_nonfinite="freeze",
+    )  # fmt: skip
+    out = sampler(x0, key=cf.Key(0))
+    assert out.frozen_at.tolist() == [4, 8, 0]
+    out.x.sum().backward()
+    assert out.frozen_at.tolist() == [4, 8, 0]

@@ -419,6 +419,12 @@ def test_autocast_where_torch_has_none_is_refused() -> None:
         sampler(X0.to("meta"), key=cf.Key(0))
 
 
+@pytest.mark.parametrize("name", ["kernel", "cuda_graph"])
+def test_a_number_is_no_switch(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of True, False, 'auto', got 0"):
+        LangevinSampler(lambda x: x.sum(1), n_steps=1, step_size=0.1, **{name: 0})
+
+
 def test_bounds_that_are_allowed():
     largest = float(np.finfo(np.float32).max)
     assert place("drift", largest, X0) == largest

@@ -389,3 +389,11 @@ def test_an_activation_behind_the_last_layer_is_no_kernels(make: Any, end: nn.Mo
         make(energy, **options, kernel=True)(x0, key=KEY)
     found, expected = (make(energy, **options, kernel=k)(x0, key=KEY).x for k in ("auto", False))
     assert torch.equal(found, expected)
+
+
+def test_no_steps_of_a_sampler_with_a_table():
+    energy = energies.GaussianEnergy(torch.zeros(2), torch.eye(2))
+    x0 = torch.ones(4, 2)
+    for kernel in (True, False):
+        sampler = cf.LangevinSampler(energy, n_steps=3, drift=[0.1, 0.2, 0.3], kernel=kernel)
+        assert torch.equal(sampler(x0, n_steps=0).x, x0)

@@ -148,7 +148,7 @@ class TrainConfig:
             _check_type(setting.name, getattr(self, setting.name), str(setting.type))
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= minimum):
+            if value is not None and not minimum <= value < math.inf:
                 raise ValueError(f"{name} must be finite and ≥ {minimum}, got {value}")
         if not 0 <= self.buffer_reinit <= 1:
             raise ValueError(f"buffer_reinit must be in [0, 1], got {self.buffer_reinit}")
@@ -588,7 +588,7 @@ DEFAULT_PRESETS = (
 
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset that differ from the defaults; ValueError for an unknown name."""
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return dict(_PRESETS[name])
 

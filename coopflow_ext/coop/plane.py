@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,15 +114,18 @@ def _animation(model: CoopFlow, key: Key) -> bytes:
 
 
 def _states(model: CoopFlow, key: Key) -> list[tuple[int, Tensor]]:
-    """(step, points) along the chain, at most 30 states and the start."""
+    """(step, points) along the chain: its start, its end, and at most 29 states between."""
     assert model.config is not None
     assert model.event is not None
-    start = model.propose(_POINTS // 2, key)
     steps = model.config.langevin_steps
-    thin = max(1, steps // _FRAMES)
+    thin = max(1, math.ceil(steps / _FRAMES))
     options: dict[str, Any] = {"return_trajectory": True, "thin": thin}
     sampler = build_sampler(model.config, model.energy, model.event, training=False, **options)
-    trajectory = sampler(start, key=key).trajectory
-    assert isinstance(trajectory, Tensor)
-    numbers = np.arange(1, len(trajectory) + 1) * thin
-    return [(0, start.cpu()), *zip(numbers.tolist(), trajectory.cpu(), strict=True)]
+    with model.evaluating():
+        start = model.propose(_POINTS // 2, key)
+        out = sampler(start, key=key)
+    assert isinstance(out.x, Tensor)
+    assert isinstance(out.trajectory, Tensor)
+    kept = dict(zip(range(thin, steps + 1, thin), out.trajectory, strict=True))
+    states = {0: start, **kept, steps: out.x}
+    return [(step, x.cpu()) for step, x in states.items()]

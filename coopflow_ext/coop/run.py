@@ -82,6 +82,8 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; choose another --out")
         if path.is_dir() and not all(map(_is_left_over, path.iterdir())):
+            if not (path / "config.json").exists():
+                raise RunError(f"{path} is not empty, and no run; choose another --out")
             raise RunError(f"{path} exists: continue it with --resume, or choose another --out")
 
     @classmethod

@@ -108,7 +108,7 @@ class Coefficients:
                 f"n_steps={n_steps} needs as many values of {name}, and the sampler has "
                 f"{len(checked)}{advice}"
             )
-        return checked[:n_steps]
+        return checked[: max(n_steps, 1)]  # also of no steps an op takes a table with a row
 
     def _combine(self, options: Mapping[str, Coefficient], n_steps: int) -> Combined:
         others = {"pull": self._pull, "denoise": self._denoise}

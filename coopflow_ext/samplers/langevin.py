@@ -557,6 +557,8 @@ class LangevinSampler:
         with constant(parameters_of(plan.gradient.module)):
             ends = steps.run(starts, plan.fast_steps)
         stops = self._check_finite(chain, ends)
+        if stops is not None:
+            stops = stops.clone()  # a backward pass may make the steps again in the chain's memory
         return _Result(ends, steps.trajectory(), chain.statistics(), stops)
 
     def _check_finite(self, chain: Chain | Replayed | KernelChain, xs: Tensors) -> Tensor | None:

@@ -101,19 +101,6 @@ def new_states(x: Tensor, n: int) -> Tensor:
         return x.new_empty(n, *x.shape)
 
 
-class Trajectory:
-    """(T // thin, *x.shape), allocated before the chain; ``states`` is None when not wanted."""
-
-    def __init__(self, x: Tensor, n_steps: int, thin: int, *, keep: bool) -> None:
-        self.thin = thin
-        self.states = new_states(x, n_steps // thin) if keep else None
-
-    def record(self, step: int, x: Tensor) -> None:
-        """Keep x, the state after ``step``, if it is one of the states thin, 2·thin, …"""
-        if self.states is not None and (step + 1) % self.thin == 0:
-            self.states[(step + 1) // self.thin - 1].copy_(x)
-
-
 def nonfinite_error(
     active: Tensor, frozen_at: Tensor, xs: Tensors, *, what: str = "the gradient", advice: str
 ) -> NonFiniteError:

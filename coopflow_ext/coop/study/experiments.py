@@ -147,7 +147,8 @@ def interpolate_run(
         decay=inversion.INPAINTING_DECAY,
         step_size=step_size,
     )
-    starts = model.propose(2 * n, Key(seed).fold_in(1))
+    with model.evaluating():
+        starts = model.propose(2 * n, Key(seed).fold_in(1))
     between, random_lines = (
         inversion.interpolate(model, x[:n], x[n:], points=points, step_size=step_size)[1]
         for x in (found.start, starts)
