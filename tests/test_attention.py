@@ -320,6 +320,18 @@ def test_the_gradient_of_a_projection_is_not_copied(device: torch.device) -> Non
     )
 
 
+def test_gradients_of_a_projection_that_come_from_several_buffers(device: torch.device) -> None:
+    """Or from the middle of one."""
+    shape = (2, 5, 3, 2, 8)
+    buffers = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    several = [buffer.clone()[:, :, i].transpose(1, 2) for i, buffer in enumerate(buffers)]
+    behind = [part.transpose(1, 2) for part in buffers[1].unbind(2)]
+    for grads in (several, behind):
+        projected = torch.randn(shape).to(device).requires_grad_()
+        (found,) = torch.autograd.grad(split_heads(projected), projected, grads)
+        assert torch.equal(found, torch.stack([grad.transpose(1, 2) for grad in grads], 2))
+
+
 def test_second_derivatives_of_a_projection(device: torch.device) -> None:
     rng = KEY.tensor(device)
     projected = torch.randn(2, 3, 3, 1, 4, dtype=torch.float64).to(device).requires_grad_()

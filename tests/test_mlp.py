@@ -114,6 +114,21 @@ def test_parameters_of_activations_are_torchs_unless_given(
     assert not torch.equal(run(given).x, own)
 
 
+@pytest.mark.parametrize("one", [{"threshold": 3.0}, {"beta": 2.0}])
+def test_a_parameter_alone_leaves_the_other_as_it_is(
+    device: torch.device, one: dict[str, float]
+) -> None:
+    """And their order does not matter."""
+    both = {"beta": 1.0, "threshold": 20.0} | one
+    given = arguments(activation="softplus", device=device)
+    x, alone, reversed_ = (
+        run(given | {"activation_args": args}).x
+        for args in (both, one, dict(reversed(both.items())))
+    )
+    assert torch.equal(alone, x)
+    assert torch.equal(reversed_, x)
+
+
 @pytest.mark.parametrize(
     ("d", "widths"),
     [
