@@ -149,6 +149,10 @@ class OwnLinear(nn.Linear):
     pass
 
 
+class OwnTanh(nn.Tanh):
+    pass
+
+
 class OwnSequential(nn.Sequential):
     pass
 
@@ -192,17 +196,26 @@ def hooked_inside() -> nn.Module:
     return hooked(energy, energy[1])
 
 
+def with_a_hooked(module: nn.Module) -> nn.Sequential:
+    """Which by itself changes nothing."""
+    energy = network()
+    return nn.Sequential(*energy[:2], hooked(module), *energy[2:])
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a subclass of MLPEnergy": (lambda: OwnEnergy(3), "energy must be one of"),
     "a subclass of Sequential": (lambda: OwnSequential(*network()), "energy must be one of"),
     "a subclass of Linear": (lambda: replaced(2, OwnLinear(20, 9)), "got OwnLinear"),
     "a hook": (lambda: hooked(network()), "Sequential has hooks"),
     "a hook inside": (hooked_inside, "SiLU has hooks"),
+    "a hooked identity": (lambda: with_a_hooked(nn.Identity()), "must take turns"),
+    "a hooked dropout": (lambda: with_a_hooked(nn.Dropout(0.0)), "must take turns"),
     "a parametrisation": (parametrized, "got ParametrizedLinear"),
     "weight_norm": (normalised, "Linear has hooks"),
     "a forward of its own": (with_own_forward, "has a forward or score of its own"),
     "a dropout that is on": (lambda: replaced(1, nn.Dropout()), "got Dropout"),
     "another activation": (lambda: network(nn.Mish), "got Mish"),
+    "a subclass of an activation": (lambda: network(OwnTanh), "got OwnTanh"),
     "two activations": (lambda: replaced(3, nn.ReLU()), "must be alike.* got 2 kinds"),
     "two parameters": (lambda: replaced(3, nn.ELU(2.0)), "got 2 kinds"),
     "no layer": (nn.Sequential, "got 0 kinds"),
@@ -225,7 +238,14 @@ def test_the_reason_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a subclass of Linear", "a hook inside", "two activations", "a dropout that is on"]
+    "name",
+    [
+        "a subclass of Linear",
+        "a subclass of an activation",
+        "a hook inside",
+        "two activations",
+        "a dropout that is on",
+    ],
 )
 def test_auto_goes_step_by_step_where_there_is_no_kernel(name: str) -> None:
     energy = REFUSED[name][0]().eval()
