@@ -265,6 +265,12 @@ def with_tensor_number() -> nn.Module:
     return energy
 
 
+def with_infinite_number() -> nn.Module:
+    energy = energies.DoubleWellEnergy()
+    energy.barrier_height = math.inf
+    return energy
+
+
 def with_own_score() -> nn.Module:
     energy = energies.DoubleWellEnergy()
     energy.score = lambda x: -x  # type: ignore[method-assign]
@@ -289,6 +295,9 @@ AT_THE_CALL: dict[str, dict[str, Any]] = {
     "DoubleWellEnergy has a forward or score of its own": {"energy": with_own_forward()},
     "score must be one of": {"score": with_own_score().score},
     "barrier_height must be a finite number": {"energy": with_tensor_number()},
+    "barrier_height must be a finite number, got inf": {
+        "energy": with_infinite_number(), "on_nonfinite": "freeze"
+    },
     "autocast is for networks": {"energy": WELL, "autocast": torch.bfloat16},
     "means must have x0's dtype and device": {"energy": mixture().double()},
     "x0 must be one tensor": {"energy": lambda x: x[0].square().sum(1), "x0": [starts()]},
@@ -300,6 +309,8 @@ AT_THE_CALL: dict[str, dict[str, Any]] = {
                                         "runs": False},
     "it takes no model_kwargs": {"energy": WELL, "model_kwargs": {"y": 1}, "runs": False},
     "x0 does not fit the energy, got .19, 3.": {"energy": energies.FunnelEnergy(4), "runs": False},
+    "x0 does not fit the energy, got .19, 1.": {"energy": energies.RosenbrockEnergy(),
+                                                "x0": starts()[:, :1], "runs": False},
 }  # fmt: skip
 
 

@@ -78,6 +78,17 @@ def test_what_changes_nothing_may_stand_between_layers(device: torch.device) -> 
     assert_same_step(energy.eval(), device)
 
 
+def test_a_dropout_of_probability_0_changes_nothing_in_training_either() -> None:
+    layers = list(network())
+    assert_same_step(nn.Sequential(*layers[:2], nn.Dropout(0.0), *layers[2:]), torch.device("cpu"))
+
+
+def test_the_largest_networks_are_known() -> None:
+    torch.manual_seed(0)
+    for energy in (MLPEnergy(3, (128, 128)), MLPEnergy(3, (8, 8, 8, 8))):
+        assert_same_step(energy, torch.device("cpu"))
+
+
 def test_layers_without_bias(device: torch.device) -> None:
     energy = network()
     energy[0] = nn.Linear(3, 20, bias=False)
