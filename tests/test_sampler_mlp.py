@@ -160,6 +160,10 @@ class OwnLinear(nn.Linear):
     pass
 
 
+class OwnTensor(Tensor):
+    pass
+
+
 class OwnTanh(nn.Tanh):
     pass
 
@@ -207,6 +211,12 @@ def hooked_inside() -> nn.Module:
     return hooked(energy, energy[1])
 
 
+def with_a_subclass_of_tensor() -> nn.Sequential:
+    energy = network()
+    energy[2].bias = nn.Parameter(energy[2].bias.detach().as_subclass(OwnTensor))
+    return energy
+
+
 def with_a_hooked(module: nn.Module) -> nn.Sequential:
     """Which by itself changes nothing."""
     energy = network()
@@ -237,6 +247,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another size": (lambda: MLPEnergy(4), "takes 4 numbers and is given 3"),
     "another dtype": (lambda: network().double(), "x0's dtype and device"),
     "another device": (lambda: network().to("meta"), "x0's dtype and device.*meta"),
+    "a subclass of tensor": (with_a_subclass_of_tensor, "plain tensors, got OwnTensor"),
     "softplus of beta 0": (lambda: network(lambda: nn.Softplus(0.0)), "beta of softplus"),
 }
 
