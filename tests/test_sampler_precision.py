@@ -138,6 +138,30 @@ class Restless(nn.Module):
         return self(x) + x.square().sum(1, keepdim=True)
 
 
+def test_a_module_in_several_places_stays_one():
+    """What a pass sets on it in one place, the other finds."""
+
+    class Counting(nn.Linear):
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return super().__call__(x) * self.calls
+
+    torch.manual_seed(0)
+    shared = Counting(3, 3)
+    net = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared, nn.Linear(3, 1)))
+    x = torch.randn(4, 3)
+    options = {"n_steps": 3, "drift": 0.1, "noise": 0.0}
+    sampler = LangevinSampler(net, **options, autocast=torch.bfloat16)
+    ours = sampler(x, key=KEY).x
+    assert shared.calls == 6
+    shared.calls = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = LangevinSampler(net, **options, kernel=False)(x, key=KEY).x
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("method", [False, True])
 def test_what_a_forward_pass_sets_on_its_module_is_kept(method):
     """As in a plain loop, though the module that computes is another."""
@@ -419,14 +443,24 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
 
 
+class StandardisedInside(Standardised):
+    """Likewise, by the other method of torch's layer."""
+
+    forward = nn.Conv2d.forward
+
+    def _conv_forward(self, x, weight, bias):
+        return Standardised.forward(self, x)
+
+
 class SameForward(nn.Linear):
     pass
 
 
-def test_weights_that_a_layer_computes_with_are_not_rounded():
+@pytest.mark.parametrize("standardised", [Standardised, StandardisedInside])
+def test_weights_that_a_layer_computes_with_are_not_rounded(standardised):
     """As autocast has it, where a subclass of torch's layers has a forward of its own."""
     torch.manual_seed(0)
-    net = nn.Sequential(Standardised(3, 8, 3), nn.SiLU(), nn.Flatten(), SameForward(288, 1))
+    net = nn.Sequential(standardised(3, 8, 3), nn.SiLU(), nn.Flatten(), SameForward(288, 1))
     net[0].weight.data.add_(1.0)
     x = torch.rand(4, 3, 8, 8)
 
