@@ -55,6 +55,24 @@ def test_coopflow(x0, xi):
     check(presets.coopflow(smooth_energy, step_size=0.3, n_steps=T), x0, xi, step)
 
 
+def test_coopflows_bounds_are_those_of_its_steps_and_of_its_images(x0):
+    """From beyond both bounds, by steps of which many are longer than the longest."""
+    x0 = 2.6 * x0 - 1.3
+
+    def free(x):
+        return 0.5 * 0.6**2 * gradient(x)
+
+    assert ((0.11 < free(x0).abs()) & (free(x0).abs() < 0.15)).any()
+    assert (x0 + 0.1 < -1).any()
+    assert (x0 - 0.1 > 1).any()
+
+    def step(x):
+        return (x - free(x).clamp(-0.1, 0.1)).clamp(-1, 1)
+
+    ours = presets.coopflow(smooth_energy, step_size=0.6, n_steps=2)(x0).x
+    torch.testing.assert_close(ours, step(step(x0)), rtol=1e-10, atol=1e-12)
+
+
 def test_coopnets(x0, xi):
     def step(x, k, z):
         return x - 0.5 * 0.002**2 * (gradient(x) + x / 0.016**2) + 0.002 * z
