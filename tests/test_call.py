@@ -87,3 +87,17 @@ def test_without_gradients_inside_of_a_transform() -> None:
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="jvp"):
             ops.concat_elu(dual)
+
+
+def test_without_gradients_inside_of_two_transforms() -> None:
+    """The outer one is found behind the inner one."""
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            factors = ops.concat_elu(x)
+        return (factors[:, : x.shape[1]] * x).sum()
+
+    x = torch.linspace(-2, 2, 24).view(2, 3, 4)
+    torch.func.grad(loss)(x)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))

@@ -369,6 +369,10 @@ def test_required_letters_and_wrong_values():
         presets.drl(smooth_energy, step_size=0.1, pull_std=0.0)
     with pytest.raises(ValueError, match="max_step_norm"):
         presets.life_cycle(smooth_energy, step_size=lambda k: 0.1, max_step_norm=1.0)
+    with pytest.raises(ValueError, match="max_step_norm needs a constant step_size > 0"):
+        presets.life_cycle(smooth_energy, step_size=0.0, max_step_norm=1.0)
+    with pytest.raises(ValueError, match="max_step_norm"):
+        presets.life_cycle(smooth_energy, max_step_norm=0.0)
     with pytest.raises(ValueError, match="energy_temperature"):
         presets.life_cycle(smooth_energy, energy_temperature=0.0)
     with pytest.raises(ValueError, match="temperature and noise"):

@@ -187,6 +187,15 @@ def test_what_a_forward_pass_sets_on_its_module_is_kept(method):
     assert [m.training for m in net.modules()] == modes
 
 
+def test_a_method_is_called_on_the_module_of_the_copies():
+    """Not the module's forward, which is another energy."""
+    net, x = Restless(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    options = {"n_steps": T, "drift": 0.1, "noise": 0.0, "autocast": torch.bfloat16}
+    ours = LangevinSampler(net.energy, **options)(x).x
+    assert net.seen == torch.bfloat16
+    assert torch.equal(ours, autocast_loop(net.energy, x, torch.zeros(T, *x.shape), 0.1, 0.0))
+
+
 def test_channels_last(energy, x0):
     options = {"n_steps": T, "drift": 5.0, "noise": 0.0}
     expected = LangevinSampler(energy, **options)(x0).x
