@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +157,27 @@ def test_uvadlc(x0, xi):
     check(presets.uvadlc(energy, n_steps=T, on_nonfinite="ignore"), start, xi, step)
     network = presets.uvadlc(lambda x: -energy(x), n_steps=T, negative_energy=True)
     check(network, start, xi, step)
+
+
+@pytest.mark.parametrize(
+    ("name", "drift", "clip", "low"),
+    [
+        ("igebm", 10.0, 0.01, 0.0),
+        ("uvadlc", 10.0, 0.03, -1.0),
+        ("improved_cd", 100.0, math.inf, 0.0),
+        ("clel", 100.0, math.inf, 0.0),
+    ],
+)
+def test_bounds_of_gradients_and_of_images(name, drift, clip, low):
+    """One step from everywhere, also from beyond the images' bounds."""
+    x0 = torch.linspace(low - 0.5, 1.5, 4001, dtype=torch.float64)[:, None]
+    g = gradient(x0, energy_in_bounds)
+    assert clip == math.inf or ((clip < g) & (g < 1.2 * clip)).any()
+    x = x0.clamp(low, 1) if name == "uvadlc" else x0
+    g = gradient(x, energy_in_bounds).clamp(-clip, clip)
+    out = getattr(presets, name)(energy_in_bounds, n_steps=1, noise=0.0)(x0)
+    torch.testing.assert_close(out.x, (x - drift * g).clamp(low, 1), rtol=1e-10, atol=1e-12)
+    assert not out.x.requires_grad
 
 
 @pytest.mark.parametrize("decay_noise", [False, True])
