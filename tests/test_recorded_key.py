@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import coopflow_ext as cf
@@ -54,3 +55,25 @@ def test_a_sampler_draws_from_them() -> None:
     assert torch.equal(sampler(x0, key=recorded).x, sampler(x0, key=KEYS[0]).x)
     streams.fill(KEYS[1])
     assert torch.equal(sampler(x0, key=recorded).x, sampler(x0, key=KEYS[1]).x)
+
+
+def test_a_stream_has_the_numbers_of_its_key_on_every_device_that_asks() -> None:
+    key, streams = Key(1, time=2, chain=3), Streams()
+    recorded = streams.record(key)
+    ours = recorded.tensor("cpu")
+    assert torch.equal(ours, key.tensor("cpu"))
+    assert torch.equal(recorded.advance(4).tensor("cpu"), key.advance(4).tensor("cpu"))
+    assert recorded.tensor("meta").device.type == "meta"
+    assert recorded.tensor("cpu") is ours
+    with torch.device("meta"):
+        assert recorded.fold_in(1).tensor().device.type == "meta"
+
+
+def test_closed_streams_make_no_other() -> None:
+    streams = Streams()
+    recorded = streams.record(Key(1))
+    ours = recorded.tensor("cpu")
+    streams.closed = True
+    assert recorded.tensor("cpu") is ours
+    with pytest.raises(RuntimeError, match="fold_in.* was not drawn before the capture"):
+        recorded.fold_in(1).tensor("cpu")

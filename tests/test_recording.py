@@ -217,3 +217,91 @@ def test_a_capture_that_fails_after_a_cut_is_mended_once(monkeypatch):
     assert cuda.log.count("set clone") == 1
     _recording.between_graphs(lambda: cuda.log.append("at once"))
     assert cuda.log[-1] == "at once"
+
+
+class _Own(torch.nn.Linear):
+    """As one of this package."""
+
+    __module__ = "coopflow_ext.own"
+    factor = 1.0
+    memory = 0
+
+    def capture_kind(self):
+        return self.memory
+
+
+class _Users(_Own):
+    __module__ = "users"
+
+
+def _moved(weight):
+    return torch.nn.Parameter(weight.clone(), False)
+
+
+def _set(name, value):
+    return lambda module: setattr(module[1], name, value)
+
+
+_CHANGES = {
+    "mode": lambda module: module[1].eval(),
+    "another module": lambda module: module.insert(0, torch.nn.Identity()),
+    "an equal module": lambda module: module.__setitem__(0, torch.nn.Identity()),
+    "a hook": lambda module: module[1].register_forward_hook(lambda *_: None),
+    "a pre-hook": lambda module: module[1].register_forward_pre_hook(lambda *_: None),
+    "a hook of gradients": lambda module: module[1].register_full_backward_hook(lambda *_: None),
+    "moved weights": lambda module: setattr(module[1], "weight", _moved(module[1].weight)),
+    "moved buffers": lambda module: setattr(module[1], "state", module[1].state.clone()),
+    "dtype": lambda module: setattr(module[1].weight, "data", module[1].weight.view(torch.int32)),
+    "strides": lambda module: setattr(module[1].state, "data", module[1].state.T),
+    "a number": _set("factor", 2.0),
+    "what a class of ours adds": lambda module: setattr(type(module[1]), "memory", 1),
+}
+
+
+@pytest.mark.parametrize("kind", [_Own, _Users])
+@pytest.mark.parametrize("name", _CHANGES)
+def test_what_a_capture_of_a_module_depends_on(monkeypatch, name, kind):
+    monkeypatch.setattr(kind, "memory", 0)
+    module = torch.nn.Sequential(torch.nn.Identity(), kind(3, 3))
+    module[1].factor = 1.0
+    module[1].weight.requires_grad_(False)
+    module[1].register_buffer("state", torch.zeros(3, 3))
+    before = _recording.kind_of_module(module)
+    hash(before)
+    module[1].weight.mul_(2)
+    module[1].state.add_(1)
+    assert _recording.kind_of_module(module) == before
+    _CHANGES[name](module)
+    assert _recording.kind_of_module(module) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "back"),
+    [
+        (lambda: torch.use_deterministic_algorithms(True),
+         lambda: torch.use_deterministic_algorithms(False)),
+        (lambda: torch.set_autocast_dtype("cuda", torch.bfloat16),
+         lambda: torch.set_autocast_dtype("cuda", torch.float16)),
+        (lambda: torch.set_autocast_enabled("cuda", True),
+         lambda: torch.set_autocast_enabled("cuda", False)),
+    ],
+)  # fmt: skip
+def test_what_every_capture_depends_on(change, back):
+    before = _recording.kind_of_module(None)
+    change()
+    try:
+        inside = _recording.kind_of_module(None)
+    finally:
+        back()
+    assert inside != before
+    assert _recording.kind_of_module(None) == before
+
+
+def test_hooks_of_all_modules_are_of_a_captures_kind():
+    before = _recording.kind_of_module(None)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert _recording.kind_of_module(None) != before
+    finally:
+        handle.remove()
+    assert _recording.kind_of_module(None) == before
