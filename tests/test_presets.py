@@ -272,6 +272,18 @@ def test_drl_with_values_per_chain(n, last, x0, xi):
     check(sampler, x0, xi, step, x_ref=x_ref)
 
 
+def test_drl_of_two_chains_with_little_noise(x0, xi):
+    x0, xi, ref = x0[:2], xi[:, :2], x0[2:4]
+    sigma = torch.tensor([0.5, 0.8], dtype=torch.float64)
+
+    def step(x, k, z):
+        g = gradient(x) + (x - ref) / sigma[:, None] ** 2
+        return x - 0.5 * 0.1**2 * g + 0.3 * 0.1 * z
+
+    sampler = presets.drl(smooth_energy, step_size=0.1, pull_std=sigma, noise_scale=0.3, n_steps=T)
+    check(sampler, x0, xi, step, x_ref=ref)
+
+
 def test_drl_at_its_last_level_has_no_pull(x0, xi):
     sampler = presets.drl(
         smooth_energy, n_steps=T, step_size=0.2, pull_std=0.5, is_final=torch.ones(B).bool()
@@ -390,6 +402,8 @@ def test_required_letters_and_wrong_values():
         presets.jem(smooth_energy, max_step_norm=1.0)
     with pytest.raises(ValueError, match="pull_std"):
         presets.drl(smooth_energy, step_size=0.1, pull_std=0.0)
+    with pytest.raises(ValueError, match="pull_std"):
+        presets.drl(smooth_energy, step_size=0.1, pull_std=torch.tensor([0.1, 0.0]))
     with pytest.raises(ValueError, match="max_step_norm"):
         presets.life_cycle(smooth_energy, step_size=lambda k: 0.1, max_step_norm=1.0)
     with pytest.raises(ValueError, match="max_step_norm needs a constant step_size > 0"):

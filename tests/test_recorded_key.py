@@ -75,5 +75,5 @@ def test_closed_streams_make_no_other() -> None:
     ours = recorded.tensor("cpu")
     streams.closed = True
     assert recorded.tensor("cpu") is ours
-    with pytest.raises(RuntimeError, match="fold_in.* was not drawn before the capture"):
+    with pytest.raises(RuntimeError, match=r"fold_in.* was not drawn before the capture"):
         recorded.fold_in(1).tensor("cpu")

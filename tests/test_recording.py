@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from coopflow_ext import _recording
+from coopflow_ext.autocast import tensor_float32
 
 WARM_UPS = ["warm-up 0", "warm-up 0", "warm-up 1"]
 
@@ -243,12 +244,12 @@ def _set(name, value):
 
 
 _CHANGES = {
-    "mode": lambda module: module[1].eval(),
+    "mode": lambda module: module[0].eval(),
     "another module": lambda module: module.insert(0, torch.nn.Identity()),
     "an equal module": lambda module: module.__setitem__(0, torch.nn.Identity()),
     "a hook": lambda module: module[1].register_forward_hook(lambda *_: None),
     "a pre-hook": lambda module: module[1].register_forward_pre_hook(lambda *_: None),
-    "a hook of gradients": lambda module: module[1].register_full_backward_hook(lambda *_: None),
+    "a hook of gradients": lambda module: module[0].register_full_backward_hook(lambda *_: None),
     "moved weights": lambda module: setattr(module[1], "weight", _moved(module[1].weight)),
     "moved buffers": lambda module: setattr(module[1], "state", module[1].state.clone()),
     "dtype": lambda module: setattr(module[1].weight, "data", module[1].weight.view(torch.int32)),
@@ -294,6 +295,15 @@ def test_what_every_capture_depends_on(change, back):
     finally:
         back()
     assert inside != before
+    assert _recording.kind_of_module(None) == before
+
+
+def test_the_precision_of_products_is_of_a_captures_kind():
+    before = _recording.kind_of_module(None)
+    with tensor_float32(True):
+        inside = _recording.kind_of_module(None)
+    with tensor_float32(False):
+        assert _recording.kind_of_module(None) != inside
     assert _recording.kind_of_module(None) == before
 
 
