@@ -62,14 +62,16 @@ def tensor_float32(allowed: bool | None) -> Iterator[None]:
         yield
         return
     flags = [flag for backend in _TF32_BACKENDS for flag in _tf32_flags(*backend)]
-    before = [getattr(backend, name) for backend, name in flags]
+    # A flag that is put back would fix a setting that had followed one for all.
+    settings = [(each, "fp32_precision") for _, newer in _TF32_BACKENDS for each in newer]
+    before = [(*of, getattr(*of)) for of in (*flags, *settings)]
     for backend, name in flags:
         setattr(backend, name, allowed if name == _FLAG else "tf32" if allowed else "ieee")
     try:
         yield
     finally:
-        for (backend, name), value in zip(flags, before, strict=True):
-            setattr(backend, name, value)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 _BACKENDS: Any = torch.backends  # whose stubs lack what is newer

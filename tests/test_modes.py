@@ -182,3 +182,16 @@ def test_tensor_float32_is_the_caller_s_again_after_an_error(
         raise OSError("boom")
     assert [backend.allow_tf32 for backend in tf32_flags] == [mine] * 2
     assert float32_precision() == before
+
+
+def test_a_setting_that_follows_the_one_for_all_still_does_so(tf32_flags: tuple[Any, ...]) -> None:
+    matmul, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    matmul.fp32_precision = "none"
+    with tensor_float32(True):
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == "none"
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before
