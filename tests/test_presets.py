@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -421,3 +422,43 @@ def test_required_letters_and_wrong_values():
 def test_improved_cd_of_no_steps(x0):
     out = presets.improved_cd(smooth_energy, n_steps=0, decay_noise=True)(x0, key=Key(0))
     assert torch.equal(out.x, x0)
+
+
+# As each docstring's source has them.
+PUBLISHED = {
+    "cdrl": {"n_steps": 15, "network_scale": 1.0},
+    "clel": {"n_steps": 60},
+    "coopflow": {"n_steps": 30, "step_size": 0.03},
+    "coopnets": {"n_steps": 15, "step_size": 0.002, "reference_std": 0.016},
+    "coopvaebm": {"n_steps": 15, "step_size": 0.002, "reference_std": 0.016},
+    "drl": {"n_steps": 30, "noise_scale": 1.0},
+    "energy_matching": {"time_cutoff": 1.0, "n_steps": 150, "step_size": 0.01},
+    "eqm": {"n_steps": 249, "step_size": 0.0017},
+    "hat_ebm": {"n_steps": 50, "step_size": 5e-4, "energy_temperature": 1e-8, "max_step_norm": 2.5},
+    "igebm": {"n_steps": 60},
+    "improved_cd": {
+        "n_steps": 40, "decay_noise": False, "differentiable_last": False, "noise": 1e-3,
+    },
+    "jem": {"n_steps": 20},
+    "lebm_posterior": {
+        "n_steps": 20, "step_size": 0.1, "reference_std": 1.0, "likelihood_std": 0.3,
+    },
+    "lebm_prior": {"n_steps": 60, "step_size": 0.4, "reference_std": 1.0},
+    "life_cycle": {"n_steps": 100, "step_size": 0.005, "energy_temperature": 1e-4},
+    "ncsn": {"n_steps_each": 100, "step_lr": 2e-5},
+    "ncsnv2": {"n_steps_each": 200, "step_lr": 8e-6},
+    "score_sde_corrector": {"n_steps": 1, "snr": 0.16, "alpha": 1.0},
+    "short_run": {"n_steps": 100},
+    "ula": {},
+    "uvadlc": {"n_steps": 60},
+    "vaebm": {"n_steps": 10, "step_size": 8e-5},
+}  # fmt: skip
+
+
+def test_defaults_are_the_published_numbers() -> None:
+    found = {}
+    for name, function in inspect.getmembers(presets, inspect.isfunction):
+        if function.__module__ == presets.__name__ and not name.startswith("_"):
+            defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
+            found[name] = {n: v for n, v in defaults.items() if isinstance(v, (bool, int, float))}
+    assert found == PUBLISHED

@@ -212,8 +212,9 @@ def test_eqm(mu):
 
 
 def test_wrong_letters():
-    with pytest.raises(ValueError, match="sigmas must be"):
-        presets.ncsn(score, sigmas=[1.0, -0.1])
+    for last in (-0.1, 0.0):
+        with pytest.raises(ValueError, match="sigmas must be"):
+            presets.ncsn(score, sigmas=[1.0, last])
     with pytest.raises(ValueError, match="n_steps_each must be ≥ 1"):
         presets.ncsnv2(score, sigmas=SIGMAS, n_steps_each=0)
     with pytest.raises(ValueError, match="likelihood_std must be > 0"):
