@@ -79,11 +79,7 @@ def check_flags(**values: object) -> None:
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """ValueError unless value is one of ``allowed``."""
-    plain = isinstance(value, (str, int))  # a tensor cannot be compared, and 1 is not True
-
-    def equal(choice: object) -> bool:
-        is_flag = isinstance(value, bool), isinstance(choice, bool)
-        return plain and is_flag[0] == is_flag[1] and value == choice
-
-    if not any(value is choice or equal(choice) for choice in allowed):
+    plain = isinstance(value, (str, int))  # a tensor cannot be compared
+    names = [choice for choice in allowed if not isinstance(choice, bool)]  # 1 is not True
+    if not any(value is choice for choice in allowed) and not (plain and value in names):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
