@@ -372,7 +372,10 @@ def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Pat
         check=False,
     )
     assert result.returncode != 0
-    assert re.search(r"rank 0: another of the 2 processes stopped, or did not answer in time; .* --resume", result.stderr)
+    assert re.search(
+        r"rank 0: another of the 2 processes stopped, or did not answer in time; .* --resume",
+        result.stderr,
+    )
     run = RunFolder.open(out)
     assert load_checkpoint(run.latest_checkpoint())[1]["step"] == 3
     resumed = ["train", "--out", str(out), "--device", "cpu", "--resume"]
