@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import select
 import shlex
 import sys
 import warnings
@@ -58,14 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             args.command(args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still in the buffer would fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_UNREAD
     except KeyboardInterrupt as error:
         print(f"coopflow: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return EXIT_UNREAD
         if args.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
@@ -82,6 +81,21 @@ def _prepare_output() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (while it runs)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; what it still holds is dropped then,
+    which would fail again when Python ends."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    unread = any(event & select.POLLERR for _, event in poll.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return unread
 
 
 @contextmanager

@@ -386,3 +386,11 @@ def test_no_output_or_one_without_the_letters_is_no_reason_to_fail() -> None:
                                 env=environment, check=False)  # fmt: skip
         assert (result.returncode, result.stderr) == (code, b"")
         assert printed in result.stdout
+
+
+def test_another_broken_pipe_is_an_error_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.object(cli.coop, "train", side_effect=BrokenPipeError(32, "Broken pipe")):
+        assert cli.main(["train", "--out", str(tmp_path / "run")]) == cli.EXIT_FAILED
+    assert "Broken pipe" in capsys.readouterr().err

@@ -92,6 +92,11 @@ def test_one_iteration_is_the_papers(digits: Dataset) -> None:
     assert not same(weights(trainer.model), weights(Trainer(config, digits).model))
 
 
+def test_a_seed_of_many_digits_is_named(digits: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 18446744073709551616\), got 10000"):
+        Trainer(tiny(seed=10**400), digits)
+
+
 def test_the_numbers_of_a_step_are_those_of_their_names(digits: Dataset) -> None:
     trainer = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0), digits)
     twin = Trainer(tiny(pretrain_steps=0, flow_frozen_steps=0), digits)

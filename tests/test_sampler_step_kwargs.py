@@ -169,12 +169,10 @@ def test_rows_of_a_shorter_call_and_the_last_of_them_again():
         seen.append(float(level))
         return -x
 
-    sampler = LangevinSampler(
-        score=score, n_steps=4, drift=0.01, denoise=0.01,
-        step_kwargs={"level": torch.arange(4.0)},
-    )  # fmt: skip
+    common = {"n_steps": 4, "drift": 0.01, "denoise": 0.01}
+    common["step_kwargs"] = {"level": torch.arange(4.0)}
     with pytest.raises(TypeError, match="sigma"):
-        sampler(normals(B, D), n_steps=2)
+        LangevinSampler(score=score, **common)(normals(B, D), n_steps=2)
     with pytest.raises(ValueError, match="'sigma', which score does not take"):
         LangevinSampler(score=score, n_steps=4, drift=0.01, step_kwargs={"sigma": SIGMA[:4]})
 
@@ -182,10 +180,7 @@ def test_rows_of_a_shorter_call_and_the_last_of_them_again():
         seen.append(float(level))
         return -x
 
-    sampler = LangevinSampler(
-        score=plain_score, n_steps=4, drift=0.01, denoise=0.01,
-        step_kwargs={"level": torch.arange(4.0)},
-    )  # fmt: skip
+    sampler = LangevinSampler(score=plain_score, **common)
     sampler(normals(B, D), n_steps=2)
     assert seen == [0.0, 1.0, 1.0]
     for rows in (1, 3):

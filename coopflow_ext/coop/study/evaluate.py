@@ -59,7 +59,8 @@ def evaluate_run(
 
     Raises:
         ImportError: ``inception`` without torchmetrics or torch-fidelity.
-        FileExistsError: a folder for PNG is not empty.
+        FileExistsError: a folder for PNG is not empty, or is the working directory.
+        OSError: RUN/evaluation cannot be written to; nothing was computed.
         ValueError: n below 2, no such statistics, one folder for both kinds of PNG, or FID or PNG
             of a run on vectors.
     """
@@ -182,7 +183,7 @@ def export(images: Tensor, folder: Path) -> None:
     The folder appears with all of them in it, or not at all.
     """
     image = require("PIL.Image", extra="train", distribution="pillow")
-    folder = folder.resolve()  # a link to a folder cannot be replaced by one, nor can "."
+    folder = folder.resolve()  # a link to a folder cannot be replaced by one
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / folder.name
