@@ -88,14 +88,6 @@ def check_state(x0: State) -> Tensors:
     return xs
 
 
-def check_single_state(sampler: str, x0: State) -> Tensor:
-    """The tensor of a state that must have only one."""
-    xs = check_state(x0)
-    if not isinstance(x0, Tensor):
-        raise TypeError(f"{sampler} moves one tensor, got a {type(x0).__name__} of {len(xs)}")
-    return x0
-
-
 def check_like(name: str, values: State, xs: Tensors, lead: tuple[int, ...] = ()) -> Tensors:
     """The tensors of ``values``; each must have the shape of the state's, after ``lead``."""
     if not isinstance(values, (Tensor, list, tuple)):
