@@ -64,20 +64,20 @@ def raw_options(op: str, **options: Any) -> dict[str, Any]:
     """The options of a face as arguments of its raw op, without those that are off: every one
     costs time in the dispatcher. A coefficient is a float or a table, under ``name_t``."""
     clamp = options.pop("clamp", None)
-    try:
-        raw = {name: value for name, value in options.items() if value is not _OFF[name]}
-    except KeyError as unknown:
-        raise TypeError(f"{op} has no option {unknown}") from None
-    for name, value in list(raw.items()):
+    raw: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in _OFF:
+            raise TypeError(f"{op} has no option {name!r}")
+        off = _OFF[name]
+        # What is no number where one belongs has to reach the op, which refuses it.
+        if value is off or (isinstance(value, (int, float)) and value == off):
+            continue
         if name in _COEFFICIENTS:
             if value is None:
                 raise TypeError(f"{op}: {name} must be a float or a tensor, got None")
             if isinstance(value, Tensor):
-                raw[f"{name}_t"] = raw.pop(name)
-                continue
-        # What is no number where one belongs has to reach the op, which refuses it.
-        if isinstance(value, (int, float)) and value == _OFF[name]:
-            del raw[name]
+                name = f"{name}_t"
+        raw[name] = value
     if clamp is not None:
         if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
             raise ValueError(f"{op}: clamp must be (low, high), got {clamp!r}")
@@ -91,14 +91,16 @@ def refuse_derivatives(op: str, kind: str, **given: Any) -> None:
     Raises:
         ValueError: a tensor requires grad. RuntimeError: one has a tangent of forward mode.
     """
-    if not (_call.in_forward_mode() or torch.is_grad_enabled()):
+    forward_mode, grad_mode = _call.in_forward_mode(), torch.is_grad_enabled()
+    if not (forward_mode or grad_mode):
         return
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             continue
         name = name.removesuffix("_t")
-        refuse_tangent(f"{op}: {name}", tensor, kind)
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if forward_mode:
+            refuse_tangent(f"{op}: {name}", tensor, kind)
+        if grad_mode and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} requires grad, but {kind} has no derivative; call it under "
                 f"torch.no_grad(), detach {name}, or use ops.langevin_step"
@@ -212,7 +214,7 @@ def langevin_step_(
         freeze_nonfinite=freeze_nonfinite,
         frozen_at=frozen_at,
     )
-    outputs = {name: options[name] for name in _OUTPUTS if isinstance(options.get(name), Tensor)}
+    outputs = {name: t for name, t in options.items() if name in _OUTPUTS and isinstance(t, Tensor)}
     refuse_derivatives("langevin_step_", "an in-place op", x=x, grad=grad, **options)
     _refuse_negated("langevin_step_", x=x, **outputs)
     try:
