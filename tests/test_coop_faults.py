@@ -136,11 +136,12 @@ def test_a_kill_inside_a_checkpoints_write_loses_no_bit(
     path = tmp_path / "run"
     process = child(toy(), path, death=(place, ".safetensors", 3, signum))
     process.join(60)
-    # Ctrl-C waits until the step is done and saves; what it interrupts here is a save.
-    assert process.exitcode == (0 if signum == signal.SIGINT else -signum)
+    # Others wait until the step is done and save; what they interrupt here is a save.
+    kills = signum == signal.SIGKILL
+    assert process.exitcode == (-signum if kills else 0)
     check_no_half_file(path)
     done = [step for step, _ in RunFolder.open(path).checkpoints()]
-    assert done[-1] == (6 if place == "renamed" or signum == signal.SIGINT else 4)
+    assert done[-1] == (6 if place == "renamed" or not kills else 4)
     coop.train(None, path, resume=True)
     assert_same_end(path, whole)
     check_nothing_left(path)
@@ -184,7 +185,7 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
         if (path / "config.json").exists():
             check_no_half_file(path)
     assert kinds.count(-signal.SIGKILL) > 20
-    assert kinds.count(-signal.SIGTERM) > 20
+    assert kinds.count(0) > 40  # stopped by one of the others, and saved
     done = RunFolder.open(path).checkpoints()[-1][0]
     assert done > 100
     shorter = dataclasses.replace(config, steps=done)  # beside those of the pre-training

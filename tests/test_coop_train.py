@@ -524,13 +524,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C arrives in the middle of that step."""
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, signum: signal.Signals = signal.SIGINT
+) -> None:
+    """Ctrl-C, or another signal, arrives in the middle of that step."""
     original = Trainer.train_step
 
     def train_step(self: Trainer) -> dict[str, torch.Tensor]:
         if self.step == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signum)
         return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -590,17 +592,24 @@ def test_pictures_and_summary_are_of_the_averaged_weights(finished: Path, tmp_pa
     assert others["fd_langevin"] != values["fd_langevin"]  # by the energy, too
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])  # in pre-training, frozen, both learning
+@pytest.mark.parametrize(
+    ("step", "signum"),  # in pre-training, frozen, both learning
+    [(1, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT)],
+)
 def test_interrupted_and_resumed_is_bit_for_bit_the_same(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    signum: signal.Signals,
 ) -> None:
-    path, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    path, handler = tmp_path / "run", signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
+        interrupt_at(patch, step, signum)
         with pytest.raises(coop.TrainingInterrupted, match=r"--resume") as stopped:
             coop.train(tiny(), path)
     assert str(path) in str(stopped.value)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signum) is handler
     assert RunFolder.open(path).checkpoints()[-1][0] == step + 1
     torch.rand(7)  # nothing may depend on torch's own generator
     coop.train(None, path, resume=True)
@@ -622,14 +631,29 @@ def test_an_ignored_interrupt_stays_ignored(
     assert summary["steps"] == 7
 
 
+def test_who_handles_the_end_of_a_job_goes_on_doing_so() -> None:
+    train, came = sys.modules["coopflow_ext.coop.train"], []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: came.append(signum))
+    try:
+        with train._interrupts() as asked:
+            signal.raise_signal(signal.SIGTERM)
+            assert not asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
 def test_a_training_in_another_thread_leaves_interrupts_alone() -> None:
     train, found = sys.modules["coopflow_ext.coop.train"], []
 
+    def handlers() -> list[object]:
+        return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
     def run() -> None:
         with train._interrupts() as asked:
-            found.append((asked.is_set(), signal.getsignal(signal.SIGINT)))
+            found.append((asked.is_set(), handlers()))
 
-    before = signal.getsignal(signal.SIGINT)
+    before = handlers()
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -665,6 +689,18 @@ def test_a_divergence_tells_what_was_changed_before(tmp_path: Path, digits: Data
         None,
         None,
     )
+
+
+def test_sigterm_may_come_more_than_once() -> None:
+    train, before = sys.modules["coopflow_ext.coop.train"], signal.getsignal(signal.SIGTERM)
+    assert before is signal.SIG_DFL
+    with train._interrupts() as asked:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+            assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_interrupt_stops_at_once() -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,40 @@ _ROOTS = ("langevin_distance",)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after its state was saved; the message says how to go on."""
+    """Training was stopped, by Ctrl-C or SIGTERM, after its state was saved; the message says how
+    to go on."""
 
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in two; a second one stops at once.
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two; Ctrl-C stops at
+    once then. SIGTERM, by which schedulers and torchrun end a job, may come more than once.
 
-    A process that ignores Ctrl-C, as a shell starts those in its background, goes on doing so.
+    A process that ignores Ctrl-C, as a shell starts those in its background, goes on doing so, and
+    one that handles SIGTERM by itself does too.
     """
     asked = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if before is signal.SIG_IGN or not in_main_thread:
-        yield asked
-        return
 
     def ask(signum: int, frame: object) -> None:
-        if asked.is_set():
+        if signum == signal.SIGINT and asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    signal.signal(signal.SIGINT, ask)
-    try:
+    with ExitStack() as stack:
+        for signum in _signals_to_take():
+            stack.callback(signal.signal, signum, signal.getsignal(signum))
+            signal.signal(signum, ask)
         yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+
+def _signals_to_take() -> list[signal.Signals]:
+    if threading.current_thread() is not threading.main_thread():
+        return []  # where Python lets nobody take one
+    untouched = {
+        signal.SIGINT: signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None),
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+    }
+    return [signum for signum, take in untouched.items() if take]
 
 
 @usual_modes()
@@ -99,7 +107,7 @@ def train(
         RunError: the folder cannot be used, a file in it is damaged, or another process trains it.
         NonFiniteError: training diverged. The last checkpoint is from before; RUN/divergence.json
             says what is needed to reproduce it.
-        TrainingInterrupted: Ctrl-C, after a checkpoint was written.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
         OSError: the disk is full or not writable; the last good checkpoint stays readable.
     """
     pictures.check_installed()
@@ -169,7 +177,7 @@ def _check_same(trainer: Trainer) -> None:
 
 
 def _run_to_the_end(trainer: Trainer, run: RunFolder, judge: Judge) -> None:
-    """All steps, or until Ctrl-C or a divergence, which are raised as such."""
+    """All steps, or until Ctrl-C, SIGTERM or a divergence, which are raised as such."""
     total = trainer.config.total_steps
     try:
         with _interrupts() as asked, _progress(trainer) as bar:
