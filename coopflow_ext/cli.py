@@ -192,8 +192,12 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument(
         "--resume",
-        action="store_true",
-        help="continue the run in --out; of the settings only --steps and the rates may change",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        metavar="auto",
+        help="continue the run in --out; of the settings only --steps and the rates may change; "
+        "auto: where there is none yet, begin it",
     )
     parser.add_argument("--lr", type=float, help=f"Adam's rates in one: {', '.join(RATES)}")
     parser.add_argument(
@@ -234,7 +238,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> None:
     """``coopflow train``."""
     given = _settings(args)
-    if args.resume:
+    # Asked before a group of processes waits for its last, and so before one of them makes the run.
+    is_run = (args.out / "config.json").exists()
+    resume = args.resume is True or (args.resume == "auto" and is_run)
+    if resume:
         run = coop.RunFolder.open(args.out)
         if args.preset:
             config = TrainConfig.from_dict({"preset": args.preset, **given})
@@ -244,7 +251,7 @@ def train(args: argparse.Namespace) -> None:
         preset = args.preset or default_preset(given.get("data", "digits"))
         config = TrainConfig.from_dict({"preset": preset, **given})
     with process_group(_device(args.device)) as device:
-        summary = coop.train(config, args.out, resume=args.resume, device=device, log=args.log)
+        summary = coop.train(config, args.out, resume=resume, device=device, log=args.log)
     if not summary:
         return
     print(

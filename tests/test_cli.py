@@ -68,6 +68,32 @@ def test_resume_with_more_steps(trained: tuple[Path, str, str]) -> None:
     assert (out / "samples" / "step-0000007.png").exists()
 
 
+def test_resume_auto_begins_a_run_and_continues_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command for those who are started again, by a scheduler or by torchrun."""
+    out, original = tmp_path / "run", Trainer.train_step
+    command = ["train", "--out", str(out), *SMALL, *OPTIONS, "--resume", "auto"]
+
+    def train_step(self: Trainer) -> object:
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        assert cli.main(command) == 130
+    assert "stopped at step 4 and saved" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert coop.RunFolder.open(out).is_finished
+    steps = [line["step"] for line in coop.RunFolder.open(out).metrics()]
+    assert steps == sorted(steps)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--out", str(out), "--resume", "maybe"])
+    assert stopped.value.code == 2
+    assert "argument --resume: invalid choice: 'maybe'" in capsys.readouterr().err
+
+
 def test_resume_at_other_rates(
     trained: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
