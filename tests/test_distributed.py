@@ -304,11 +304,17 @@ def test_arithmetic_of_the_papers_networks_is_that_of_the_cost_model() -> None:
         assert count(lambda: flow.sample(1, Key(0))) == pytest.approx(16.4, abs=0.1)
 
 
-def launch(*args: str, n: int, cwd: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    *args: str, n: int, cwd: Path, restarts: int = 0, code: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``code``: a folder with a sitecustomize.py for the processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
-    place = [f"--master-port={free_port()}", "-m", "coopflow_ext"]
+    place = ["--standalone", f"--max-restarts={restarts}", "-m", "coopflow_ext"]
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    folders = root if code is None else f"{code}:{root}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
+    if restarts:  # as docs/scaling.md says
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     command = [*torchrun, *place, *args]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120, check=False
@@ -345,11 +351,12 @@ def test_torchrun_then_resume_on_one_process(tmp_path: Path) -> None:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=5e-3)
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+def let_rank_1_die(code: Path) -> None:
+    """In its fourth step, the first time that it is started."""
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(
         "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
+        "if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "    from coopflow_ext.coop import Trainer\n"
         "    step = Trainer.train_step\n"
         "    def train_step(self):\n"
@@ -358,19 +365,13 @@ def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Pat
         "        return step(self)\n"
         "    Trainer.train_step = train_step\n"
     )
-    root = str(Path(__file__).parents[1])
-    out = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    place = [f"--master-port={free_port()}", "-m", "coopflow_ext"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{root}"}
-    result = subprocess.run(
-        [*torchrun, *place, *train_arguments(out)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Path) -> None:
+    out, code = tmp_path / "run", tmp_path / "code"
+    let_rank_1_die(code)
+    result = launch(*train_arguments(out), n=2, cwd=tmp_path, code=code)
     assert result.returncode != 0
     assert re.search(
         r"rank 0: another of the 2 processes stopped, or did not answer in time; .* --resume",
@@ -380,6 +381,18 @@ def test_a_rank_that_dies_ends_the_job_and_the_checkpoint_is_whole(tmp_path: Pat
     assert load_checkpoint(run.latest_checkpoint())[1]["step"] == 3
     resumed = ["train", "--out", str(out), "--device", "cpu", "--resume"]
     assert launch(*resumed, n=2, cwd=tmp_path / "run").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_job_that_torchrun_starts_again_goes_on(tmp_path: Path) -> None:
+    out, code, twin = (tmp_path / name for name in ("run", "code", "twin"))
+    let_rank_1_die(code)
+    arguments = [*train_arguments(out), "--resume", "auto"]
+    result = launch(*arguments, n=2, cwd=tmp_path, restarts=1, code=code)
+    assert result.returncode == 0, result.stderr
+    assert "another of the 2 processes stopped" in result.stderr
+    assert launch(*train_arguments(twin), n=2, cwd=tmp_path).returncode == 0
+    assert RunFolder.open(out).summary()["fd"] == RunFolder.open(twin).summary()["fd"]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
