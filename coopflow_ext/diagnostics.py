@@ -161,7 +161,8 @@ def _effective_size(samples: Tensor) -> Tensor:
 
 
 def to_arviz(out: Output, *, thin: int = 1) -> Any:
-    """The trajectory and the statistics as ``arviz.InferenceData``.
+    """The trajectory and the statistics as ``arviz.InferenceData``, with arviz ≥ 1 as the
+    ``xarray.DataTree`` that it has instead.
 
     Args:
         out: of any sampler with ``return_trajectory=True``. Tensors of a state of several are named
@@ -192,7 +193,9 @@ def to_arviz(out: Output, *, thin: int = 1) -> Any:
         elif kept != rows:
             raise ValueError(f"thin={thin} does not fit a trajectory of {kept} states")
         groups["sample_stats"] = {name: _chain_first(v) for name, v in columns.items()}
-    return arviz.from_dict(**groups)
+    if arviz.__version__.startswith("0."):
+        return arviz.from_dict(**groups)
+    return arviz.from_dict(groups)
 
 
 def _check_output(out: object) -> None:
