@@ -66,13 +66,15 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _signals_to_take() -> list[signal.Signals]:
+    """Those that nobody ignores, and SIGTERM only where nobody handles it."""
     if threading.current_thread() is not threading.main_thread():
         return []  # where Python lets nobody take one
-    untouched = {
-        signal.SIGINT: signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None),
-        signal.SIGTERM: signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
-    }
-    return [signum for signum, take in untouched.items() if take]
+    signals = []
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # None: not Python's
+        signals.append(signal.SIGINT)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signals.append(signal.SIGTERM)
+    return signals
 
 
 @usual_modes()
